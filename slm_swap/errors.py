@@ -1,0 +1,5 @@
+"""The one exception that means "the user can mend this": a single line, exit code 2."""
+
+
+class UserError(Exception):
+    """A mistake in the input or the set-up. The message is one line: what, where, what to do next."""

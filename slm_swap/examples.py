@@ -1,0 +1,129 @@
+"""Rows in and out: one JSON object a line, `prompt` and `completion` required."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from slm_swap.errors import UserError
+from slm_swap.settings import display_path
+
+OPTIONAL_FIELDS = {"id": str, "tools": list, "schema": dict, "accept": dict, "group": str, "source": str}
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of a dataset.
+
+    `tools` are `{"name", "description", "parameters": JSON Schema}`; `schema` is the wanted object's JSON Schema; `accept`
+    maps an argument to its acceptable values (`""`: may be left out); `group` names rows that are not independent.
+    `where` is "file:line", for messages only.
+    """
+
+    prompt: str
+    completion: str
+    id: str = ""
+    tools: list[dict] | None = None
+    schema: dict | None = None
+    accept: dict[str, list] | None = None
+    group: str | None = None
+    source: str | None = None
+    where: str = field(default="", compare=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """The row as it is written: `where` and empty optional fields left out."""
+        row = {"id": self.id, "prompt": self.prompt, "completion": self.completion}
+        optional = {name: getattr(self, name) for name in OPTIONAL_FIELDS if name != "id"}
+        return row | {name: value for name, value in optional.items() if value is not None}
+
+    @property
+    def content_hash(self) -> str:
+        """sha256 of everything that is scored: equal for equal rows, whatever file they came from."""
+        row = {name: value for name, value in self.to_json().items() if name not in {"id", "group", "source"}}
+        return text_hash(json.dumps(row, sort_keys=True, ensure_ascii=False))
+
+
+def text_hash(text: str) -> str:
+    """sha256 of a text, as hex."""
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def dump_json(value: Any) -> str:
+    """Compact JSON as it stands in completions: no spaces, no NaN, non-ASCII text as itself."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def parse_example(row: Any, where: str) -> Example:
+    """One decoded line to an Example; without an `id` the hash of the row is its id.
+
+    Raises:
+        UserError: not an object, `prompt` or `completion` missing or empty, or a field of the wrong type.
+    """
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: a row is a JSON object, this is {type(row).__name__}: write {{\"prompt\": ..., \"completion\": ...}}")
+    for name in ("prompt", "completion"):
+        value = row.get(name)
+        if not isinstance(value, str) or not value.strip():
+            what = f"no `{name}`" if name not in row else f"`{name}` is not a text with something in it"
+            raise UserError(f"{where}: {what}: every row needs `prompt` and `completion`, both strings")
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            raise UserError(f"{where}: `{name}` holds half of a surrogate pair: mend the escape in that line") from None
+    known = {}
+    for name, kind in OPTIONAL_FIELDS.items():
+        value = row.get(name)
+        if name == "id" and isinstance(value, int) and not isinstance(value, bool):
+            value = str(value)
+        if value is not None and not isinstance(value, kind):
+            raise UserError(f"{where}: `{name}` must be a {kind.__name__}, not {type(value).__name__}: mend or drop the field")
+        known[name] = value
+    if not known["id"]:
+        known["id"] = text_hash(json.dumps(row, sort_keys=True))[:16]
+    return Example(prompt=row["prompt"], completion=row["completion"], where=where, **known)
+
+
+def read_jsonl(path: str | Path) -> Iterator[tuple[str, Any]]:
+    """Yield ("file:line", decoded value) for each line that is not blank.
+
+    Raises:
+        UserError: the file is missing or unreadable, or a line is not UTF-8 or not JSON; the line is named.
+    """
+    shown = display_path(path)
+    try:
+        with open(path, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                try:
+                    yield f"{shown}:{number}", json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                except (ValueError, RecursionError) as error:
+                    reason = " ".join(str(error).split())
+                    raise UserError(f"{shown}:{number}: not a line of JSON ({reason}): one JSON object a line") from None
+    except OSError as error:
+        raise UserError(f"cannot read {shown} ({error.strerror}): check the path") from None
+
+
+def read_examples(path: str | Path, limit: int | None = None) -> list[Example]:
+    """All rows of a file, or the first `limit`; ids are unique.
+
+    Raises:
+        UserError: as `read_jsonl` and `parse_example`; also where the file has no row or an id stands twice.
+    """
+    examples: list[Example] = []
+    seen: dict[str, str] = {}
+    for where, row in read_jsonl(path):
+        example = parse_example(row, where)
+        if example.id in seen and isinstance(row, dict) and row.get("id") is not None:
+            raise UserError(f"{where}: id {example.id!r} stands at {seen[example.id]} already: ids must be unique")
+        if example.id in seen:  # two equal rows without ids: both stay, told apart by their place
+            example = parse_example(row | {"id": f"{example.id}-{len(examples)}"}, where)
+        seen[example.id] = where
+        examples.append(example)
+        if limit is not None and len(examples) >= limit:
+            break
+    if not examples:
+        raise UserError(f"{display_path(path)} has no rows: write one JSON object a line")
+    return examples

@@ -1,0 +1,92 @@
+"""The only reader of the environment: variables and `.env` in, one frozen record out.
+
+Real environment variables win over the checkout's `.env` file; an empty value counts as not set.
+"""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from slm_swap.errors import UserError
+
+PACKAGE = Path(__file__).resolve().parent
+ROOT = PACKAGE.parent
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the environment says. Secrets are kept out of `repr`; prices are in any one currency, None where unknown."""
+
+    slm_model_path: str | None = None
+    azure_endpoint: str | None = None
+    azure_deployment: str | None = None
+    azure_api_key: str | None = field(default=None, repr=False)
+    azure_api_version: str | None = None
+    azure_price_input_per_1m: float | None = None
+    azure_price_cached_per_1m: float | None = None
+    azure_price_output_per_1m: float | None = None
+    local_price_per_hour: float | None = None
+    langfuse_public_key: str | None = None
+    langfuse_secret_key: str | None = field(default=None, repr=False)
+    langfuse_base_url: str | None = None
+    langfuse_disabled: bool = False
+
+    @property
+    def secrets(self) -> list[str]:
+        """Every value that must never be printed, logged, traced or written."""
+        return [value for value in (self.azure_api_key, self.langfuse_secret_key) if value]
+
+
+def load_settings() -> Settings:
+    """Read the environment and `.env` once.
+
+    Raises:
+        UserError: a price is not a number, or LANGFUSE_DISABLED is neither yes nor no.
+    """
+    from dotenv import dotenv_values
+
+    values = {**dotenv_values(ROOT / ".env"), **os.environ}
+
+    def text(*names: str) -> str | None:
+        return next((values[name].strip() for name in names if (values.get(name) or "").strip()), None)
+
+    def price(name: str) -> float | None:
+        value = text(name)
+        try:
+            number = None if value is None else float(value)
+        except ValueError:
+            number = -1.0
+        if number is not None and not 0 <= number < float("inf"):
+            raise UserError(f"{name}={value!r} is not a price: set it to a number such as 2.50, or leave it out")
+        return number
+
+    disabled = (text("LANGFUSE_DISABLED") or "0").lower()
+    if disabled not in {"0", "1", "true", "false", "yes", "no"}:
+        raise UserError(f"LANGFUSE_DISABLED={disabled!r} is neither 1 nor 0: set LANGFUSE_DISABLED=1 to run untraced")
+    return Settings(
+        slm_model_path=text("SLM_MODEL_PATH"),
+        azure_endpoint=text("AZURE_ENDPOINT"),
+        azure_deployment=text("AZURE_DEPLOYMENT"),
+        azure_api_key=text("AZURE_API_KEY"),
+        azure_api_version=text("AZURE_API_VERSION"),
+        azure_price_input_per_1m=price("AZURE_PRICE_INPUT_PER_1M"),
+        azure_price_cached_per_1m=price("AZURE_PRICE_CACHED_PER_1M"),
+        azure_price_output_per_1m=price("AZURE_PRICE_OUTPUT_PER_1M"),
+        local_price_per_hour=price("LOCAL_PRICE_PER_HOUR"),
+        langfuse_public_key=text("LANGFUSE_PUBLIC_KEY"),
+        langfuse_secret_key=text("LANGFUSE_SECRET_KEY"),
+        langfuse_base_url=text("LANGFUSE_BASE_URL", "LANGFUSE_HOST"),
+        langfuse_disabled=disabled in {"1", "true", "yes"},
+    )
+
+
+def find_path(path: str | Path) -> Path:
+    """A path as given, from the checkout's root or from `slm_swap/`: the first that exists, else the path as given."""
+    given = Path(path).expanduser()
+    return next((p for p in (given, ROOT / given, PACKAGE / given) if p.exists()), given)
+
+
+def display_path(path: str | Path) -> str:
+    """The path relative to the checkout's root where it lies inside it: what reports and messages show."""
+    resolved = Path(path).expanduser().resolve()
+    return str(resolved.relative_to(ROOT)) if resolved.is_relative_to(ROOT) else str(resolved)
