@@ -2,9 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from slm_swap.errors import UserError
 from slm_swap.prompts import Messages
+
+if TYPE_CHECKING:
+    from slm_swap.examples import Example
+    from slm_swap.settings import Settings
 
 MODEL_KINDS = ("slm", "azure", "replay")
 
@@ -44,3 +49,43 @@ class Client(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+def make_client(
+    kind: str,
+    settings: "Settings",
+    examples: "list[Example]",
+    *,
+    replies: str | Path | None = None,
+    precision: str = "int8",
+    adapter: str | Path | None = None,
+    max_new_tokens: int = 256,
+    batch_size: int = 8,
+    seed: int = 42,
+    trust_remote_code: bool = False,
+) -> Client:
+    """The client of one of MODEL_KINDS; options that a kind has no use for are ignored.
+
+    Raises:
+        UserError: the kind is not set up (a variable, a checkpoint, a file is missing).
+    """
+    if kind == "azure":
+        from slm_swap.azure_client import AzureClient
+
+        return AzureClient(settings, max_new_tokens=max_new_tokens, seed=seed)
+    if kind == "replay":
+        from slm_swap.replay_client import ReplayClient
+
+        if replies is None:
+            raise UserError("--model-kind replay needs --replies FILE: the recorded replies")
+        return ReplayClient(replies, examples)
+    from slm_swap.slm_client import SLMClient
+
+    return SLMClient(
+        settings,
+        precision=precision,
+        adapter=adapter,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        trust_remote_code=trust_remote_code,
+    )

@@ -1,0 +1,76 @@
+"""Send one prompt to one model and print its reply.
+
+    python 01_eval/infer.py --track toolcall --model-kind slm --prompt-file prompt.txt
+    python 01_eval/infer.py --track structured --model-kind azure --dataset 02_dataset/structured/test.jsonl --row 3
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
+
+from slm_swap.cli import Parser, client_options, positive, run
+from slm_swap.clients import make_client
+from slm_swap.errors import UserError
+from slm_swap.examples import Example, read_examples
+from slm_swap.prompts import build_messages
+from slm_swap.seeds import set_seed
+from slm_swap.settings import display_path, find_path, load_settings
+from slm_swap.tracks import TRACKS
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(description=__doc__)
+    parser.add_track()
+    parser.add_argument("--model-kind", required=True, choices=("slm", "azure"), help="the model to ask")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", help="the prompt as it stands in a row")
+    what.add_argument("--prompt-file", metavar="FILE", help="the prompt from a file, - for standard input")
+    what.add_argument("--dataset", metavar="FILE", help="the prompt of a row of this file; its score is shown too")
+    parser.add_argument("--row", type=positive, default=1, help="which row of --dataset, from 1")
+    parser.add_client(replay=False)
+    parser.add_seed()
+    return parser.parse_args(argv)
+
+
+def read_prompt(args: argparse.Namespace) -> tuple[str, Example | None]:
+    """The prompt, and the row that it is from."""
+    if args.dataset:
+        examples = read_examples(find_path(args.dataset), args.row)
+        if len(examples) < args.row:
+            raise UserError(f"{display_path(args.dataset)} has {len(examples)} rows: --row {args.row} is not among them")
+        return examples[-1].prompt, examples[-1]
+    if args.prompt_file:
+        try:
+            return (sys.stdin.read() if args.prompt_file == "-" else Path(args.prompt_file).read_text(encoding="utf-8")), None
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read {args.prompt_file} ({error}): give a text file in UTF-8") from None
+    return args.prompt, None
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    settings, track = load_settings(), TRACKS[args.track]
+    prompt, example = read_prompt(args)
+    if not prompt.strip():
+        raise UserError("the prompt is empty: say what the model should do")
+    gold = track.reference(example) if example else None
+    if args.model_kind == "slm":
+        set_seed(args.seed)
+    client = make_client(args.model_kind, settings, [], seed=args.seed, **client_options(args))
+    try:
+        (reply,) = client.generate([build_messages(args.track, prompt)])
+    finally:
+        client.close()
+    print(reply.text)
+    told = f"{reply.finish_reason}, {reply.input_tokens} + {reply.output_tokens} tokens, {reply.seconds:.2f} s"
+    if gold and example:
+        scored = track.score(gold, reply.text, reply.finish_reason)
+        told += f", {'right' if scored.strict.exact else scored.error}; reference: {example.completion}"
+    print(told + (f"; {reply.error}" if reply.error else ""), file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

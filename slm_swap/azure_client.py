@@ -1,0 +1,390 @@
+"""A hosted deployment on Azure behind the client protocol: async inside, `generate(batch)` outside.
+
+HTTP, retries and back-off are the openai package's: 408, 409, 429, 5xx, time-outs and broken connections are tried again after
+`retry-after-ms` or `Retry-After` (up to 120 seconds; a longer wait ends the row), else after 0.5, 1, 2, 4, 8, 8... seconds.
+"""
+
+import asyncio
+import ipaddress
+import re
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
+
+from slm_swap.clients import Reply
+from slm_swap.errors import UserError
+from slm_swap.prompts import Messages
+from slm_swap.settings import Settings
+
+FORMS = "https://R.openai.azure.com, .../openai/deployments/NAME, .../openai/v1, or https://R.services.ai.azure.com/models"
+TOKEN_SCOPE = "https://cognitiveservices.azure.com/.default"
+OTHER_LIMIT = {"max_completion_tokens": "max_tokens", "max_tokens": "max_completion_tokens"}
+REJECTIONS = {"unsupported_parameter", "unsupported_value", "unknown_parameter"}
+UNREACHABLE = {"ConnectError", "ConnectTimeout", "ProxyError"}  # what httpx calls a server that was never spoken to
+CONNECT_SECONDS = 10.0
+SHORTEST_SECRET = 16  # in replies: "test" as a key must not be cut out of a model's text; Azure's keys have 32 or 84 characters
+PLAIN_HEADERS = re.compile("host|accept|accept-encoding|connection|content-.*|user-agent|x-stainless-.*")
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a deployment answers; `form` is "deployments", "models" or "v1"."""
+
+    base_url: str
+    deployment: str
+    form: str
+    query: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def host(self) -> str:
+        return urlsplit(self.base_url).hostname or ""
+
+
+def is_loopback(host: str) -> bool:
+    """Whether the host is this machine."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def parse_endpoint(
+    endpoint: str | None, deployment: str | None, api_version: str | None, missing: tuple[str, ...] = ()
+) -> Endpoint:
+    """AZURE_ENDPOINT as the portal shows it, in any of the forms of FORMS, with or without /chat/completions?api-version=...
+
+    A bare resource takes the deployments form. A dated api-version is left out of the v1 form, which refuses it (400).
+    `missing` are variables that the caller misses besides.
+
+    Raises:
+        UserError: variables are missing (all are named), the URL has no known form, it would carry the key in clear over a
+            network, or it says otherwise than AZURE_DEPLOYMENT or AZURE_API_VERSION.
+    """
+    origin, form, name, version = _take_apart(endpoint) if endpoint else ("", "deployments", None, None)
+    for variable, here, there in (("AZURE_DEPLOYMENT", deployment, name), ("AZURE_API_VERSION", api_version, version)):
+        if here and there and here != there:
+            raise UserError(f"AZURE_ENDPOINT says {there!r} but {variable} says {here!r}: take one of them out")
+    name, version = name or deployment, version or api_version
+    needed = {"AZURE_ENDPOINT": endpoint, "AZURE_DEPLOYMENT": name, "AZURE_API_VERSION": version or form == "v1"}
+    missing = (*(variable for variable, value in needed.items() if not value), *missing)
+    if missing:
+        raise UserError(f"the azure client misses {', '.join(missing)}: set them in .env or the environment (see .env.example)")
+    if form == "v1" and version and version[0].isdigit():
+        version = None
+    path = {"deployments": f"openai/deployments/{quote(name, safe='')}", "models": "models", "v1": "openai/v1"}[form]
+    return Endpoint(f"{origin}/{path}", name, form, {"api-version": version} if version else {})
+
+
+def _take_apart(endpoint: str) -> tuple[str, str, str | None, str | None]:
+    """(origin, form, deployment, api-version) of a URL; never shows more of it than its host and path."""
+    try:
+        url = urlsplit(endpoint)
+        host, _ = url.hostname, url.port
+    except ValueError:
+        host = None
+    if not re.fullmatch(r"[\w.:-]+", host or "", re.ASCII) or url.scheme not in ("http", "https"):
+        raise UserError(f"AZURE_ENDPOINT is not a URL: set it to {FORMS}")
+    if url.username is not None or url.password is not None:
+        raise UserError(f"AZURE_ENDPOINT ({host}) has a user or password inside: take it out and set AZURE_API_KEY")
+    if url.scheme == "http" and not is_loopback(host):
+        raise UserError(f"AZURE_ENDPOINT ({host}) is http, which would send the key in clear: write https://")
+    query = dict(parse_qsl(url.query, keep_blank_values=True))
+    if set(query) - {"api-version"}:
+        raise UserError(f"AZURE_ENDPOINT ({host}) has parameters besides api-version: take them out")
+    forms = r"/openai/deployments/(?P<name>[^/]+)|/(?P<models>models)|/openai/(?P<v1>v1)"
+    found = re.fullmatch(f"|(?:{forms})(?:/chat/completions)?", url.path.rstrip("/"))
+    if not found:
+        raise UserError(f"AZURE_ENDPOINT has the path {url.path!r} at {host}, none of Azure's forms: set it to {FORMS}")
+    form = "models" if found["models"] else "v1" if found["v1"] else "deployments"
+    return f"{url.scheme}://{url.netloc}", form, unquote(found["name"]) if found["name"] else None, query.get("api-version")
+
+
+def rejected_parameter(status: int | None, code: str | None, param: str | None, message: str) -> str | None:
+    """The parameter that a deployment does not take, None for any other error. Old API versions say it in the message alone."""
+    if status != 400:
+        return None
+    if code in REJECTIONS:
+        return param
+    found = re.search(r"Unrecognized request argument supplied: (\w+)", message)
+    return found[1] if found else None
+
+
+def read_completion(body: Any) -> Reply:
+    """A chat completion's JSON as a Reply (seconds 0); anything else is an "error". A refusal outranks the finish_reason."""
+    try:
+        choice = body["choices"][0]
+        message = choice["message"]
+        refusal, content, reason = message.get("refusal"), message.get("content"), choice.get("finish_reason")
+        usage = body.get("usage") or {}
+        tokens = [usage.get("prompt_tokens"), usage.get("completion_tokens")]
+        tokens.append((usage.get("prompt_tokens_details") or {}).get("cached_tokens"))
+    except (KeyError, IndexError, TypeError, AttributeError):
+        return Reply("", "error", error="the server's reply is not a chat completion")
+    if refusal:
+        content, reason = refusal, "refusal"
+    if not isinstance(content, str | None):
+        return Reply("", "error", error="the server's reply holds no text")
+    numbers = (value if isinstance(value, int) else 0 for value in tokens)
+    return Reply(content or "", reason if reason in ("length", "content_filter", "refusal") else "stop", *numbers)
+
+
+def entra_token() -> Callable[[], str] | None:
+    """A function that gives a fresh bearer token of the signed-in identity; None without azure-identity."""
+    try:
+        from azure.identity import DefaultAzureCredential, get_bearer_token_provider
+    except ImportError:
+        return None
+    return get_bearer_token_provider(DefaultAzureCredential(), TOKEN_SCOPE)
+
+
+class AzureClient:
+    """One deployment, asked `concurrency` rows at a time; `timeout` in seconds counts per try.
+
+    Parameters that the deployment does not take are dropped for the whole run (the two names of the token limit are swapped
+    first). A row that fails for good is a Reply with its error; a fault of the set-up ends the run.
+
+    Raises:
+        UserError: variables are missing or contradict each other; in `generate`: the key, deployment or API version is refused,
+            or the host cannot be reached and has not answered before.
+    """
+
+    kind = "azure"
+
+    def __init__(
+        self,
+        settings: Settings,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        seed: int = 42,
+        concurrency: int = 32,
+        timeout: float = 60.0,
+        max_retries: int = 6,
+    ) -> None:
+        started = time.perf_counter()
+        key = settings.azure_api_key
+        if key and not re.fullmatch(r"[!-~]+", key):
+            raise UserError("AZURE_API_KEY has characters that no key has: copy it again from the portal")
+        if concurrency < 1:
+            raise UserError(f"concurrency={concurrency} asks nothing: give 1 or more")
+        self._token = None if key else entra_token()
+        missing = () if key or self._token else ("AZURE_API_KEY (or pip install azure-identity)",)
+        self.endpoint = parse_endpoint(settings.azure_endpoint, settings.azure_deployment, settings.azure_api_version, missing)
+        self.settings = settings
+        self._parameters = {"temperature": temperature, "seed": seed, "max_completion_tokens": max_new_tokens}
+        self._dropped: list[str] = []
+        self._served: dict[str, set[str]] = {"model": set(), "system_fingerprint": set()}
+        self._secrets = set(settings.secrets)
+        self._answered = self._tried = False
+        self._slots = asyncio.Semaphore(concurrency)
+        self._first, self._token_lock = asyncio.Lock(), asyncio.Lock()
+        self._openai = self._connect(timeout, max_retries)
+        ready = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._live(ready)), name="azure-client", daemon=True)
+        self._thread.start()
+        ready.wait()
+        self.load_seconds = time.perf_counter() - started
+
+    def _connect(self, timeout: float, max_retries: int) -> Any:
+        import openai
+
+        http_client = openai.DefaultAsyncHttpxClient(
+            timeout=openai.Timeout(timeout, connect=min(timeout, CONNECT_SECONDS)),
+            follow_redirects=False,  # the key stays with the host that it was meant for
+            trust_env=not is_loopback(self.endpoint.host),  # no proxy between this machine and itself
+            event_hooks={"request": [self._sign], "response": [self._note_answer]},
+        )
+        return openai.AsyncOpenAI(
+            api_key="set by _sign",
+            base_url=self.endpoint.base_url,
+            default_query=self.endpoint.query,
+            timeout=http_client.timeout,
+            max_retries=max_retries,
+            http_client=http_client,
+        )
+
+    async def _sign(self, request: Any) -> None:
+        """Send the one credential, and none of the headers that the openai package takes from OPENAI_* variables."""
+        for name in [name for name in request.headers if not PLAIN_HEADERS.fullmatch(name)]:
+            del request.headers[name]
+        if self._token is None:
+            request.headers["api-key"] = self.settings.azure_api_key
+            return
+        failure = None
+        async with self._token_lock:
+            try:
+                token = await asyncio.to_thread(self._token)
+            except Exception as error:  # the classes belong to an optional package
+                failure = self._one_line(error)
+        if failure is not None:
+            raise UserError(f"Entra ID gave no token ({failure}): run `az login`, or set AZURE_API_KEY")
+        self._secrets.add(token)
+        request.headers["Authorization"] = f"Bearer {token}"
+
+    async def _note_answer(self, response: Any) -> None:
+        self._answered = True
+
+    async def _live(self, ready: threading.Event) -> None:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        ready.set()
+        await self._stop.wait()
+        await self._openai.close()
+
+    def generate(self, batch: list[Messages]) -> list[Reply]:
+        """One Reply a row, in order. Ctrl-C and a fault of the set-up cancel the requests that are under way."""
+        if not self._thread.is_alive():
+            raise RuntimeError("this client is closed")
+        future = asyncio.run_coroutine_threadsafe(self._ask_all(batch), self._loop)
+        try:
+            return future.result()
+        finally:
+            future.cancel()
+
+    async def _ask_all(self, batch: list[Messages]) -> list[Reply]:
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._ask(messages)) for messages in batch]
+        except BaseExceptionGroup as failures:
+            first = failures.exceptions[0]
+        else:
+            return [task.result() for task in tasks]
+        raise first  # outside of the handler: an exception's context would hold the request, and so the key
+
+    async def _ask(self, messages: Messages) -> Reply:
+        async with self._slots:
+            if not self._tried:  # one row goes ahead: a wrong key or a parameter to drop costs one refusal, not `concurrency`
+                async with self._first:
+                    if not self._tried:
+                        reply = await self._ask_now(messages)
+                        self._tried = True
+                        return reply
+            return await self._ask_now(messages)
+
+    async def _ask_now(self, messages: Messages) -> Reply:
+        import openai
+
+        create = self._openai.chat.completions.with_raw_response.create
+        started = time.perf_counter()
+        reply = None
+        while reply is None:
+            sent, failure = dict(self._parameters), None
+            try:
+                response = await create(model=self.endpoint.deployment, messages=messages, **sent)
+                reply = self._accept(response.http_response.json())
+            except openai.OpenAIError as error:
+                failure = error
+            except (ValueError, RecursionError):
+                reply = Reply("", "error", error="the request cannot be encoded, or its reply is not JSON")
+            if failure and not self._drop_rejected(failure, sent):
+                reply = self._fail(failure)
+        return replace(reply, seconds=time.perf_counter() - started)
+
+    def _accept(self, body: Any) -> Reply:
+        reply = read_completion(body)
+        for name, seen in self._served.items():
+            if isinstance(body, dict) and isinstance(body.get(name), str):
+                seen.add(self._scrub(body[name]))
+        # through UTF-16, halves of surrogate pairs join or become U+FFFD: a reply can always be written to a file
+        text = reply.text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return replace(reply, text=self._scrub(text, SHORTEST_SECRET))
+
+    def _drop_rejected(self, failure: Exception, sent: dict[str, Any]) -> bool:
+        """Drop or swap the parameter that the server did not take: True to ask again. Another row may have done it already."""
+        name = rejected_parameter(*self._details(failure))
+        if name not in sent:
+            return False
+        if name in self._parameters:
+            value = self._parameters.pop(name)
+            self._dropped.append(name)
+            other = OTHER_LIMIT.get(name)
+            if other and other not in self._dropped:
+                self._parameters[other] = value
+        return True
+
+    @staticmethod
+    def _details(failure: Exception) -> tuple[int | None, str | None, str | None, str]:
+        """(HTTP status, Azure's code, the parameter, the message) of an exception of the openai package."""
+        names = ("status_code", "code", "param")
+        message = re.sub(r"^Error code: \d+ - ", "", str(failure))
+        return *(getattr(failure, name, None) for name in names), message
+
+    def _fail(self, failure: Exception) -> Reply:
+        """What a failed request means for its row.
+
+        Raises:
+            UserError: every row would fail alike.
+        """
+        status, code, _, message = self._details(failure)
+        if code == "content_filter":
+            return Reply("", "content_filter")
+        reason = self._one_line(message)
+        if code == "context_length_exceeded":
+            return Reply("", "length", error=reason)
+        cause = failure.__cause__
+        advice = self._advice(status, code, message)
+        if status is None and type(cause).__name__ in UNREACHABLE and not self._answered:
+            reason, advice = self._one_line(cause), "check AZURE_ENDPOINT and the network"
+        if advice:
+            where = f"deployment {self.endpoint.deployment!r} at {self.endpoint.host}"
+            raise UserError(f"{where} does not answer ({status or 'no connection'}: {reason}): {advice}")
+        request = getattr(failure, "request", None)
+        tries = 1 + int(request.headers.get("x-stainless-retry-count", 0)) if request is not None else 1
+        kind = status or ("time-out" if "Timeout" in type(failure).__name__ else "connection error")
+        detail = reason if status or not cause else self._one_line(cause) or type(cause).__name__
+        return Reply("", "error", error=f"{kind} after {tries} {'try' if tries == 1 else 'tries'}: {detail}")
+
+    @staticmethod
+    def _advice(status: int | None, code: str | None, message: str) -> str | None:
+        """What to do about a fault of the set-up; None for an error of one row."""
+        if status in (401, 403):
+            return "check that AZURE_API_KEY belongs to the resource of AZURE_ENDPOINT and may use it"
+        if status == 404 or code in ("unknown_model", "OperationNotSupported"):
+            return "check AZURE_DEPLOYMENT, AZURE_ENDPOINT and AZURE_API_VERSION"
+        if status is not None and 300 <= status < 400:
+            return "the server sends us elsewhere; set AZURE_ENDPOINT to the final address"
+        if status == 400 and re.search(r"api[- ]version", message, re.IGNORECASE):
+            return "check AZURE_API_VERSION"
+        if status == 400 and code in REJECTIONS:
+            return "this deployment does not take such requests; choose another AZURE_DEPLOYMENT"
+        return None
+
+    def _scrub(self, text: str, shortest: int = 1) -> str:
+        for secret in self._secrets:
+            text = text.replace(secret, "***") if len(secret) >= shortest else text
+        return text
+
+    def _one_line(self, what: object) -> str:
+        return " ".join(self._scrub(str(what)).encode("utf-8", "replace").decode().split())[:300]
+
+    def describe(self) -> dict[str, Any]:
+        """What was asked and what served it: host only, the parameters that were really sent. No secret."""
+        served = {name: sorted(values) for name, values in self._served.items()}
+        return {
+            "kind": self.kind,
+            "deployment": self.endpoint.deployment,
+            "endpoint": self.endpoint.host,
+            "form": self.endpoint.form,
+            "api_version": self.endpoint.query.get("api-version"),
+            "parameters": dict(self._parameters),
+            "dropped_parameters": list(self._dropped),
+            "served_model": served["model"],
+            "system_fingerprint": served["system_fingerprint"],
+        }
+
+    def cost(self, input_tokens: int, cached_tokens: int, output_tokens: int, seconds: float) -> float | None:
+        """By the prices per 1M tokens in the settings; cached tokens cost as much as others where they have no price."""
+        prices = self.settings
+        if prices.azure_price_input_per_1m is None or prices.azure_price_output_per_1m is None:
+            return None
+        cached = prices.azure_price_cached_per_1m
+        cached = prices.azure_price_input_per_1m if cached is None else cached
+        fresh = (input_tokens - cached_tokens) * prices.azure_price_input_per_1m
+        return (fresh + cached_tokens * cached + output_tokens * prices.azure_price_output_per_1m) / 1e6
+
+    def close(self) -> None:
+        """End the connections and the thread; may be called twice."""
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._stop.set)
+            self._thread.join()

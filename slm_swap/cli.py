@@ -1,0 +1,142 @@
+"""What the stage scripts share: flags that mean the same everywhere, and errors in one line."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from slm_swap.clients import Client
+from slm_swap.errors import UserError
+from slm_swap.examples import Example, read_examples
+from slm_swap.reports import code_version, sha256_file
+from slm_swap.settings import PACKAGE, display_path, find_path
+from slm_swap.slm_client import PRECISIONS
+from slm_swap.tracks import TRACKS
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that shows defaults, takes no abbreviations and says what is wrong in one line."""
+
+    def __init__(self, **kwargs):
+        kwargs.setdefault("formatter_class", _HelpFormatter)
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}: see {self.prog} --help\n")
+
+    def add_track(self) -> None:
+        self.add_argument("--track", required=True, choices=TRACKS, help="the task")
+
+    def add_seed(self) -> None:
+        self.add_argument("--seed", type=int, default=42, help="seed of everything random")
+
+    def add_rows(self) -> None:
+        """Which rows: a split of the track, or any file."""
+        self.add_argument("--split", help="the rows of 02_dataset/<track>/<split>.jsonl (default: test)")
+        self.add_argument("--dataset", metavar="FILE", help="rows from this file instead of a split")
+        self.add_argument("--limit", type=positive, metavar="N", help="only the first N rows")
+
+    def add_client(self, replay: bool = True) -> None:
+        """How a model is run: see clients.make_client."""
+        self.add_argument("--batch-size", type=positive, default=8, help="rows in one batch of the local model")
+        self.add_argument("--precision", choices=PRECISIONS, default="int8", help="weights of the local model")
+        self.add_argument("--adapter", metavar="DIR", help="LoRA adapter for the local model")
+        self.add_argument("--max-new-tokens", type=positive, default=256, help="longest reply")
+        if replay:
+            self.add_argument("--replies", metavar="FILE", help="recorded replies, for replay")
+        self.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The docstring as it stands; defaults only where there is one to show."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None or action.default is False or action.required else super()._get_help_string(action)
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return number
+
+
+def not_negative(text: str) -> int:
+    """A whole number of at least 0, for argparse."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is less than 0")
+    return number
+
+
+def share(text: str) -> float:
+    """A number from 0 to 1, for argparse."""
+    number = float(text)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return number
+
+
+def load_rows(args: argparse.Namespace, kinds: Sequence[str]) -> tuple[list[Example], dict[str, Any], str]:
+    """The rows that `--dataset` or `--split` name: (rows, the report's inputs, a name for the report).
+
+    A replay without either takes the rows that the file of replies itself holds.
+
+    Raises:
+        UserError: the file is missing, empty or has a bad line.
+    """
+    own = "replay" in kinds and args.replies and not args.dataset and not args.split
+    path = find_path(args.replies if own else args.dataset or PACKAGE / "02_dataset" / args.track / f"{args.split or 'test'}.jsonl")
+    if not path.is_file():
+        raise UserError(f"no rows at {display_path(path)}: make them with 02_dataset/prepare_data.py or pass --dataset FILE")
+    if own:
+        from slm_swap.replay_client import dataset_of_replies
+
+        examples = dataset_of_replies(path, args.limit)
+    else:
+        examples = read_examples(path, args.limit)
+    return examples, {"path": display_path(path), "sha256": sha256_file(path)}, path.stem
+
+
+def client_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags of `Parser.add_client` as options of `clients.make_client`."""
+    names = ("replies", "precision", "adapter", "max_new_tokens", "batch_size", "trust_remote_code")
+    return {name: getattr(args, name) for name in names if hasattr(args, name)}
+
+
+def run_metadata(args: argparse.Namespace) -> dict[str, Any]:
+    """What a trace says of a run: its flags, and the code that it ran."""
+    return {name: str(value) for name, value in vars(args).items() if value is not None} | {"commit": code_version()["commit"] or ""}
+
+
+def model_name(client: Client) -> str:
+    """A model's short name for traces and tables."""
+    told = client.describe()
+    return str(told.get("deployment") or Path(told.get("path", client.kind)).name)
+
+
+def progress(title: str, total: int) -> Any:
+    """A progress bar with rate and time left, quiet where standard error is not a terminal."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=title, unit="row", disable=not sys.stderr.isatty())
+
+
+def warn(message: str) -> None:
+    """One line to standard error."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def run(main: Callable[[], int]) -> NoReturn:
+    """Run a script's `main` and leave: the user's mistake is one line and exit 2; a bug keeps its traceback."""
+    try:
+        code = main()
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code)

@@ -1,0 +1,548 @@
+"""A simulator of Azure OpenAI's chat completions on loopback, for the quickstart and the tests. It is not a language model.
+
+    python demo/azure_simulator.py --references 02_dataset/toolcall/test.jsonl --key local --mistake-rate 0.1
+    python demo/azure_simulator.py --references FILE --port 8099 --rate-limit 0.2 --unsupported-parameters seed,temperature
+
+The first line of its output is the URL (for AZURE_ENDPOINT); GET /simulator/stats counts the requests by outcome. A reply is
+the completion of the reference whose prompt equals the last user message (the first one where several do), spoilt for a share
+of `mistake_rate` of the prompts. A prompt without a reference gets the text UNKNOWN_PROMPT. Everything drawn depends on the
+seed and the prompt alone (and, for faults of the transport, on the attempt): not on the order of requests.
+A token is estimated as 4 bytes of UTF-8, rounded up; of a prompt, every message counts as its role, its content and two line ends.
+"""
+
+import argparse
+import asyncio
+import hashlib
+import json
+import math
+import random
+import re
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
+
+from slm_swap.cli import Parser, not_negative, positive, run
+from slm_swap.errors import UserError
+from slm_swap.examples import Example, dump_json, read_examples
+
+if TYPE_CHECKING:
+    from aiohttp import web
+
+MODEL = "azure-simulator"
+UNKNOWN_PROMPT = "I am sorry, I do not know: this simulator has no reference for your request."
+BYTES_PER_TOKEN = 4
+CACHE_FROM, CACHE_STEP = 1024, 128  # tokens: Azure caches prompt prefixes from 1,024 tokens up, in steps of 128
+
+
+def draw(seed: int, *parts: object) -> float:
+    """A number in [0, 1) that depends on the arguments alone."""
+    digest = hashlib.sha256("\0".join(map(str, (seed, *parts))).encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:6]) / 2**48
+
+
+def count_tokens(text: str) -> int:
+    """The estimate of tokens: 4 bytes of UTF-8 each, rounded up."""
+    return math.ceil(len(text.encode("utf-8", "replace")) / BYTES_PER_TOKEN)
+
+
+# Mistakes
+
+
+@dataclass(frozen=True)
+class Call:
+    """A completion taken apart; `frame` is the whole object of the structured form, None for the `<tool_call>` wrapper."""
+
+    name: str
+    arguments: dict[str, Any]
+    frame: dict[str, Any] | None = None
+
+    def text(self) -> str:
+        """The completion in its own form again."""
+        if self.frame is None:
+            return f'<tool_call name="{self.name}">{dump_json(self.arguments)}</tool_call>'
+        return dump_json(self.frame | {"tool_name": self.name, "arguments": self.arguments})
+
+
+def parse_call(completion: str) -> Call | None:
+    """Either form of completion; None for any other text."""
+    wrapper = re.fullmatch(r'\s*<tool_call name="([^"]*)">(.*)</tool_call>\s*', completion, re.DOTALL)
+    try:
+        value = json.loads(wrapper[2] if wrapper else completion)
+        dump_json(value)  # what cannot be written back (NaN) is left alone
+    except (ValueError, RecursionError):
+        return None
+    frame = {"tool_name": wrapper[1], "arguments": value} if wrapper else value
+    if not isinstance(frame, dict) or not isinstance(frame.get("tool_name"), str) or not isinstance(frame.get("arguments"), dict):
+        return None
+    return Call(frame["tool_name"], frame["arguments"], None if wrapper else frame)
+
+
+def _changed(value: Any) -> Any:
+    """Another value of the same type."""
+    match value:
+        case bool():
+            return not value
+        case int():
+            return value + 1
+        case float():
+            return value + 1 if value + 1 != value else 0.0
+        case str():
+            words = value.split(" ")
+            return " ".join(words[:-1]) if len(words) > 1 else value[:-1] if len(value) > 1 else value + "x"
+        case list():
+            return value[:-1] if value else ["unknown"]
+        case dict():
+            return {} if value else {"value": "unknown"}
+    return "unknown"
+
+
+def make_mistake(call: Call | None, completion: str, others: list[str], rng: random.Random) -> tuple[str, str]:
+    """One mistake that a model could make in this completion: (its kind, the spoilt text); `others` are other tools' names.
+
+    A truncated reply is one whose model stopped too early: its finish_reason stays "stop".
+    """
+    text = completion.strip()
+    kinds: dict[str, Callable[[], str]] = {
+        "prose": lambda: f"Sure! Here is what you asked for:\n{text}",
+        "code_fence": lambda: f"```json\n{text}\n```",
+        "truncated": lambda: text[: int(len(text) * rng.uniform(0.3, 0.9))],
+    }
+
+    def edited(changes: dict[str, Any], drop: str | None = None, name: str | None = None) -> str:
+        arguments = {key: value for key, value in (call.arguments | changes).items() if key != drop}
+        return Call(name or call.name, arguments, call.frame).text()
+
+    if call is not None:
+        extra = next(key for key in ("limit", "format", "language", f"extra_{len(call.arguments)}") if key not in call.arguments)
+        kinds["extra_argument"] = lambda: edited({extra: 10 if extra == "limit" else "default"})
+        if others:
+            kinds["other_tool"] = lambda: edited({}, name=rng.choice(others))
+        if call.arguments:
+            key = rng.choice(sorted(call.arguments))
+            value = call.arguments[key]
+            kinds["changed_value"] = lambda: edited({key: _changed(value)})
+            kinds["wrong_type"] = lambda: edited({key: [value] if isinstance(value, str) else dump_json(value)})
+            kinds["missing_argument"] = lambda: edited({}, drop=key)
+    kind = rng.choice(sorted(kinds))
+    return kind, kinds[kind]()
+
+
+# Faults and quotas
+
+
+def _rate(what: str) -> Any:
+    return field(default=0.0, metadata={"help": f"share of {what}"})
+
+
+@dataclass(frozen=True)
+class Faults:
+    """What goes wrong. Rates are 0..1: the first four are drawn anew for each attempt at a prompt, the last three once a prompt."""
+
+    rate_limit: float = _rate("attempts answered with 429")
+    server_error: float = _rate("attempts answered with 500")
+    slow: float = _rate("attempts answered after --slow-seconds")
+    cut_off: float = _rate("attempts whose connection closes in the middle of the body")
+    content_filter: float = _rate("prompts refused with 400 content_filter")
+    filtered_completion: float = _rate("prompts whose reply ends half-way with finish_reason content_filter")
+    refusal: float = _rate("prompts answered with message.refusal")
+    slow_seconds: float = field(default=2.0, metadata={"help": "how long a slow attempt takes"})
+    retry_after_seconds: float = field(default=1.0, metadata={"help": "Retry-After of --rate-limit"})
+    unsupported_parameters: frozenset[str] = field(
+        default=frozenset(),
+        metadata={"help": "comma-separated names answered with 400 unsupported_parameter (temperature: unsupported_value)"},
+    )
+    unrecognized_parameters: frozenset[str] = field(
+        default=frozenset(),
+        metadata={"help": "comma-separated names answered as old API versions do: no code, no param, only a message"},
+    )
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value, top = getattr(self, item.name), math.inf if item.name.endswith("_seconds") else 1
+            if isinstance(value, int | float) and not 0 <= value <= top:
+                raise UserError(f"{item.name}={value} is not between 0 and {top}: choose another")
+
+
+class Bucket:
+    """A token bucket that holds `per_minute` at most and refills evenly; `clock` gives seconds."""
+
+    def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.per_minute, self._clock = per_minute, clock
+        self._level, self._at = float(per_minute), clock()
+
+    @property
+    def level(self) -> float:
+        """What is left now."""
+        now = self._clock()
+        self._level = min(self.per_minute, self._level + (now - self._at) * self.per_minute / 60)
+        self._at = now
+        return self._level
+
+    def wait(self, amount: float) -> float:
+        """Seconds until `amount` can be taken, 0 if now; a request larger than the bucket waits for a full one."""
+        return max(0.0, min(amount, self.per_minute) - self.level) * 60 / self.per_minute
+
+    def take(self, amount: float) -> None:
+        """Take it (down to an empty bucket)."""
+        self._level = max(0.0, self.level - amount)
+
+
+# The server
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One HTTP reply; `outcome` is what it counts as, `delay` in seconds."""
+
+    status: int
+    body: dict[str, Any]
+    outcome: str
+    headers: Mapping[str, str] = field(default_factory=dict)
+    delay: float = 0.0
+    cut_off: bool = False
+
+
+def _error(status: int, outcome: str, message: str, code: str | None, /, **more: Any) -> Answer:
+    return Answer(status, {"error": {"code": code, "message": message, **more}}, outcome)
+
+
+def _bad_request(message: str, param: str | None = None, code: str | None = None, outcome: str = "bad_request") -> Answer:
+    return _error(400, outcome, message, code, type="invalid_request_error", param=param)
+
+
+def _too_many(outcome: str, wait: float, headers: Mapping[str, str] = MappingProxyType({})) -> Answer:
+    text = f"Requests have exceeded the rate limit of this deployment. Please retry after {math.ceil(wait)} seconds."
+    retry = {"Retry-After": str(math.ceil(wait)), "retry-after-ms": str(math.ceil(wait * 1000))}
+    return Answer(429, {"error": {"code": "429", "message": text}}, outcome, {**headers, **retry})
+
+
+def _filter_results(filtered: bool) -> dict[str, Any]:
+    results = {name: {"filtered": False, "severity": "safe"} for name in ("hate", "self_harm", "sexual", "violence")}
+    return results | ({"violence": {"filtered": True, "severity": "medium"}} if filtered else {})
+
+
+class AzureSimulator:
+    """The server, in a thread of its own: `with AzureSimulator(read_examples(path)) as server: server.url`.
+
+    `key` is accepted as `api-key` or as a bearer token. `counts` holds the requests by outcome. The quotas charge one
+    request, and the prompt's tokens plus the reply's limit, as Azure does; None is no quota.
+
+    Raises:
+        UserError: a rate or a quota out of bounds, or (on start) a port that is taken.
+    """
+
+    def __init__(
+        self,
+        references: Iterable[Example],
+        *,
+        key: str = "simulator-key",
+        deployment: str = "simulator",
+        mistake_rate: float = 0.0,
+        seed: int = 42,
+        faults: Faults | None = None,
+        requests_per_minute: int | None = None,
+        tokens_per_minute: int | None = None,
+        port: int = 0,
+    ) -> None:
+        if not 0 <= mistake_rate <= 1:
+            raise UserError(f"mistake_rate={mistake_rate} is not between 0 and 1: choose another")
+        quotas = {"requests": requests_per_minute, "tokens": tokens_per_minute}
+        for name, quota in quotas.items():
+            if quota is not None and quota < 1:
+                raise UserError(f"{name}_per_minute={quota} lets nothing through: give 1 or more, or leave it out")
+        self.key, self.deployment, self.mistake_rate, self.seed = key, deployment, mistake_rate, seed
+        self.faults = faults or Faults()
+        self.port = port
+        self.counts: Counter[str] = Counter()
+        self.most_in_flight = 0
+        self._in_flight = 0
+        self._references: dict[str, str] = {}
+        for example in references:
+            self._references.setdefault(example.prompt, example.completion)
+        self._names = sorted({call.name for call in map(parse_call, self._references.values()) if call})
+        self._buckets = {name: Bucket(quota) for name, quota in quotas.items() if quota is not None}
+        self._attempts: Counter[str] = Counter()
+        self._cached: set[bytes] = set()
+
+    # What is said
+
+    def reply_text(self, prompt: str) -> tuple[str, str]:
+        """(outcome, text) for a prompt: "answered", "mistake:<kind>" or "unknown_prompt". The same on every call."""
+        completion = self._references.get(prompt)
+        if completion is None:
+            return "unknown_prompt", UNKNOWN_PROMPT
+        if draw(self.seed, "mistake", prompt) >= self.mistake_rate:
+            return "answered", completion
+        call = parse_call(completion)
+        others = [name for name in self._names if call and name != call.name]
+        offered = [name for name in others if f'"{name}"' in prompt]  # a model confuses tools that it was shown
+        kind, text = make_mistake(call, completion, offered or others, random.Random(draw(self.seed, "kind", prompt)))
+        return f"mistake:{kind}", text
+
+    def _cached_tokens(self, text: str) -> int:
+        """How much of this prompt was seen before; remembers the prompt."""
+        data, prefix, cached, start = text.encode("utf-8", "replace"), hashlib.sha256(), 0, 0
+        for tokens in range(CACHE_FROM, len(data) // BYTES_PER_TOKEN + 1, CACHE_STEP):
+            prefix.update(data[start : tokens * BYTES_PER_TOKEN])
+            start = tokens * BYTES_PER_TOKEN
+            cached = tokens if prefix.digest() in self._cached else cached
+            self._cached.add(prefix.digest())
+        return cached
+
+    def _completion(self, prompt: str, chat: str, limit: int | None) -> Answer:
+        outcome, text = self.reply_text(prompt)
+        finish, refusal, filtered = "stop", None, False
+        if draw(self.seed, "refusal", prompt) < self.faults.refusal:
+            outcome, text, refusal = "refusal", None, "I'm sorry, but I can't help with that."
+        elif draw(self.seed, "filtered_completion", prompt) < self.faults.filtered_completion:
+            outcome, text, finish, filtered = "filtered_completion", text[: len(text) // 2], "content_filter", True
+        elif limit is not None and count_tokens(text) > limit:
+            text = text.encode("utf-8", "replace")[: limit * BYTES_PER_TOKEN].decode("utf-8", "ignore")
+            outcome, finish = "length", "length"
+        used, written = count_tokens(chat), count_tokens(text or refusal or "")
+        choice = {
+            "index": 0,
+            "finish_reason": finish,
+            "logprobs": None,
+            "message": {"role": "assistant", "content": text, "refusal": refusal},
+            "content_filter_results": _filter_results(filtered),
+        }
+        body = {
+            "id": f"chatcmpl-{hashlib.sha256(chat.encode('utf-8', 'replace')).hexdigest()[:24]}",
+            "object": "chat.completion",
+            "created": int(time.time()),
+            "model": MODEL,
+            "system_fingerprint": f"fp_simulator_{self.seed}",
+            "prompt_filter_results": [{"prompt_index": 0, "content_filter_results": _filter_results(False)}],
+            "choices": [choice],
+            "usage": {
+                "prompt_tokens": used,
+                "completion_tokens": written,
+                "total_tokens": used + written,
+                "prompt_tokens_details": {"cached_tokens": self._cached_tokens(chat)},
+            },
+        }
+        return Answer(200, body, outcome)
+
+    # What is refused
+
+    def _check_access(self, request: "web.Request") -> Answer | None:
+        bearer = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        if self.key not in (request.headers.get("api-key"), bearer):
+            text = "Access denied due to invalid subscription key or wrong API endpoint. Make sure to provide a valid key."
+            return _error(401, "unauthorized", text, "401")
+        version, v1 = request.query.get("api-version"), request.path.startswith("/openai/v1/")
+        if v1 and version and version[0].isdigit():
+            return _error(400, "bad_request", "api-version query parameter is not allowed when using /v1 path", "BadRequest")
+        if "elsewhere" in request.match_info or not (v1 or version):
+            return _error(404, "not_found", "Resource not found", "404")
+        return None
+
+    def _check_body(self, body: Any) -> Answer | None:
+        if not isinstance(body, dict):
+            return _bad_request("We could not parse the JSON body of your request.")
+        messages = body.get("messages")
+        messages = messages if isinstance(messages, list) else []
+        if not all(isinstance(item, dict) and isinstance(item.get("content"), str) for item in messages):
+            return _bad_request("Invalid 'messages': this simulator takes texts only.", "messages")
+        if not any(item.get("role") == "user" for item in messages):
+            return _bad_request("Invalid 'messages': a list with a user message is needed.", "messages")
+        if body.get("stream"):
+            return _bad_request("This simulator does not stream.", "stream", "unsupported_value")
+        for name in body:
+            if name in self.faults.unrecognized_parameters:
+                return _bad_request(f"Unrecognized request argument supplied: {name}", outcome="unsupported_parameter")
+            if name in self.faults.unsupported_parameters and not (name == "temperature" and body[name] == 1):
+                return self._unsupported(name, body[name])
+        for name in ("max_tokens", "max_completion_tokens"):
+            value = body.get(name, 1)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                return _bad_request(f"Invalid '{name}': an integer of 1 or more is needed.", name, "invalid_value")
+        return None
+
+    def _unsupported(self, name: str, value: Any) -> Answer:
+        text, code = f"Unsupported parameter: '{name}' is not supported with this model.", "unsupported_parameter"
+        if name == "max_tokens":
+            text += " Use 'max_completion_tokens' instead."
+        elif name == "temperature":
+            code = "unsupported_value"
+            text = f"Unsupported value: 'temperature' does not support {value} with this model. Only the default (1) value is supported."
+        return _bad_request(text, name, code, "unsupported_parameter")
+
+    def _check_quota(self, charges: dict[str, float]) -> Answer | None:
+        wait = max((bucket.wait(charges[name]) for name, bucket in self._buckets.items()), default=0.0)
+        if wait > 0:
+            return _too_many("quota", wait)
+        for name, bucket in self._buckets.items():
+            bucket.take(charges[name])
+        return None
+
+    def _quota_headers(self) -> dict[str, str]:
+        headers = {}
+        for name, bucket in self._buckets.items():
+            headers[f"x-ratelimit-limit-{name}"] = str(bucket.per_minute)
+            headers[f"x-ratelimit-remaining-{name}"] = str(int(bucket.level))
+            headers[f"x-ratelimit-reset-{name}"] = str(math.ceil(bucket.wait(bucket.per_minute)))
+        return headers
+
+    def _check_faults(self, prompt: str) -> Answer | None:
+        self._attempts[prompt] += 1
+        if draw(self.seed, "content_filter", prompt) < self.faults.content_filter:
+            text = "The response was filtered due to the prompt triggering Azure OpenAI's content management policy."
+            inner = {"code": "ResponsibleAIPolicyViolation", "content_filter_result": _filter_results(True)}
+            return _error(400, "content_filter", text, "content_filter", param="prompt", type=None, status=400, innererror=inner)
+        if self._hit("rate_limit", prompt):
+            wait = self.faults.retry_after_seconds
+            headers = {"limit": "60", "remaining": "0", "reset": str(math.ceil(wait))}
+            limits = {f"x-ratelimit-{key}-{name}": value for key, value in headers.items() for name in ("requests", "tokens")}
+            return _too_many("rate_limit", wait, limits)
+        if self._hit("server_error", prompt):
+            text = "The server had an error while processing your request. Sorry about that!"
+            return _error(500, "server_error", text, None, type="server_error")
+        return None
+
+    def _hit(self, fault: str, prompt: str) -> bool:
+        return draw(self.seed, fault, prompt, self._attempts[prompt]) < getattr(self.faults, fault)
+
+    def answer(self, request: "web.Request", raw: bytes) -> Answer:
+        """Decide on one request; the state of quotas, attempts and cache moves on."""
+        refused = self._check_access(request)
+        if refused:
+            return refused
+        try:
+            body = json.loads(raw)
+        except (ValueError, RecursionError):
+            body = None
+        refused = self._check_body(body)
+        if refused:
+            return refused
+        model = request.match_info.get("deployment", body.get("model"))
+        if model != self.deployment:
+            text = "The API deployment for this resource does not exist. If you created it within the last 5 minutes, wait and try again."
+            return _error(404, "deployment_not_found", text, "DeploymentNotFound")
+        prompt = next(item["content"] for item in reversed(body["messages"]) if item.get("role") == "user")
+        chat = "".join(f"{item.get('role')}\n{item['content']}\n" for item in body["messages"])
+        limits = [body[name] for name in ("max_tokens", "max_completion_tokens") if name in body]
+        charges = {"requests": 1, "tokens": count_tokens(chat) + min(limits, default=0)}
+        refused = self._check_quota(charges) or self._check_faults(prompt)
+        if refused:
+            return refused
+        reply = self._completion(prompt, chat, min(limits, default=None))
+        cut_off = self._hit("cut_off", prompt)
+        delay = self.faults.slow_seconds if self._hit("slow", prompt) else 0.0
+        outcome = "cut_off" if cut_off else "slow" if delay else reply.outcome
+        return Answer(200, reply.body, outcome, delay=delay, cut_off=cut_off)
+
+    # How it is served
+
+    async def handle(self, request: "web.Request") -> "web.StreamResponse":
+        """Answer one request over HTTP."""
+        from aiohttp import web
+
+        self._in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self._in_flight)
+        try:
+            answer = self.answer(request, await request.read())
+            self.counts[answer.outcome] += 1
+            headers = {"x-ms-region": "Simulated", **self._quota_headers(), **answer.headers}
+            await asyncio.sleep(answer.delay)
+            if not answer.cut_off:
+                return web.json_response(answer.body, status=answer.status, headers=headers)
+            body = json.dumps(answer.body).encode()
+            response = web.StreamResponse(headers={**headers, "Content-Type": "application/json"})
+            response.content_length = len(body)
+            await response.prepare(request)
+            await response.write(body[: len(body) // 2])
+            if request.transport is not None:  # the other side may be gone already
+                request.transport.close()
+            return response
+        finally:
+            self._in_flight -= 1
+
+    async def _stats(self, request: "web.Request") -> "web.Response":
+        from aiohttp import web
+
+        return web.json_response({"counts": dict(self.counts), "most_in_flight": self.most_in_flight})
+
+    async def _serve(self, started: "Future[int]") -> None:
+        from aiohttp import web
+
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        app = web.Application(client_max_size=64 * 2**20)
+        app.router.add_get("/simulator/stats", self._stats)
+        for path in ("/openai/deployments/{deployment}", "/models", "/openai/v1"):
+            app.router.add_post(f"{path}/chat/completions", self.handle)
+        app.router.add_route("*", "/{elsewhere:.*}", self.handle)
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        await runner.setup()
+        try:
+            await web.TCPSite(runner, "127.0.0.1", self.port).start()
+            started.set_result(runner.addresses[0][1])
+            await self._stop.wait()
+        except (OSError, OverflowError):
+            started.set_exception(UserError(f"cannot listen on port {self.port}: choose another --port, or 0 for any free one"))
+        finally:
+            await runner.cleanup()
+
+    @property
+    def url(self) -> str:
+        """The resource's URL, to which each of the three forms can be added."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def __enter__(self) -> "AzureSimulator":
+        started: Future[int] = Future()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve(started)), name=MODEL, daemon=True)
+        self._thread.start()
+        self.port = started.result(timeout=30)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join()
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("--references", type=Path, nargs="+", required=True, metavar="FILE", help="jsonl rows with `prompt` and `completion`")
+    add("--port", type=not_negative, default=0, help="0 is any free port")
+    add("--key", default="simulator-key", help="the key that is accepted")
+    add("--deployment", default="simulator", help="the deployment's name")
+    add("--mistake-rate", type=float, default=0.0, help="share of prompts answered wrongly, 0..1")
+    add("--requests-per-minute", type=positive, metavar="N", help="quota; none unless given")
+    add("--tokens-per-minute", type=positive, metavar="N", help="quota; none unless given")
+    parser.add_seed()
+    for item in fields(Faults):
+        names = item.name.endswith("_parameters")
+        kind = (lambda text: frozenset(filter(None, text.split(",")))) if names else float
+        add(f"--{item.name.replace('_', '-')}", type=kind, default=None if names else item.default, help=item.metadata["help"])
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    given = {item.name: getattr(args, item.name) for item in fields(Faults)}
+    faults = Faults(**{name: value for name, value in given.items() if value is not None})
+    examples = [example for path in args.references for example in read_examples(path)]
+    names = ("key", "deployment", "mistake_rate", "seed", "requests_per_minute", "tokens_per_minute", "port")
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    with AzureSimulator(examples, faults=faults, **{name: getattr(args, name) for name in names}) as server:
+        print(server.url, flush=True)
+        stop.wait()
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

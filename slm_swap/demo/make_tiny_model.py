@@ -1,0 +1,267 @@
+"""Pretrain the embedded default model from scratch on generated text, reproducibly.
+
+    python demo/make_tiny_model.py
+    python demo/make_tiny_model.py --steps 20 --rows-per-step 8 --out /tmp/phi-tiny
+
+The checkpoint has Phi-4-mini's architecture (Phi3ForCausalLM: grouped-query attention, partial rotary embedding, tied embeddings)
+and its chat format, at a thousandth of its size. It learns to read requests on thousands of made-up tools; the tools of the sample
+data, their wording and their conventions are not among them. On one GPU the defaults take minutes, on a CPU most of a day.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
+
+from slm_swap.cli import Parser, positive, run
+from slm_swap.demo.language import CONCEPTS, WORDS, Parameter, Speaker, Tool, draw_call
+from slm_swap.examples import dump_json
+from slm_swap.prompts import build_messages, structured_prompt, structured_schema, toolcall_prompt
+from slm_swap.reports import code_version, hardware, package_versions, write_json
+from slm_swap.seeds import set_seed
+from slm_swap.settings import PACKAGE, display_path
+from slm_swap.toolschema import xlam_tool
+
+VOCABULARY = 4096
+SPECIAL = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+CHAT_TEMPLATE = (  # Phi-4-mini's
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"
+)
+VERBS = (
+    "accept activate add archive arrange audit book build buy call cancel check clear close collect compare copy count "
+    "create delete deliver detect draw edit enable estimate export fetch file fill filter find fix get grade import inspect "
+    "join list load lock log look_up make merge move notify open order pack pay pick plan play post print publish pull "
+    "queue rate read record rename rent repair report reserve reset run save scan schedule search sell send set share ship "
+    "show sign sort start stop store submit suggest switch sync tag test track train transfer translate update upload "
+    "verify view watch weigh write"
+).split()
+MICRO_BATCH = 256  # the GPU waits for launches, not for padding
+INVENTED = 0.7  # share of names and words that exist only in their row: they have to be copied
+
+
+def make_tool(rng: Speaker) -> Tool:
+    """A made-up tool: any verb, any noun, a few parameters of the general concepts."""
+    verb, noun = rng.word(VERBS), rng.word(WORDS)
+    tail = rng.choice(("", "", "", f"_{rng.word(WORDS)}", f"_v{rng.randint(1, 9)}"))
+    name = rng.choice(
+        (
+            f"{verb}_{noun}{tail}",
+            f"{verb}_{noun}{tail}",
+            f"{noun}.{verb}{tail}",
+            f"{verb}{noun.title()}{tail.title().replace('_', '')}",
+        )
+    )
+    general = [key for key, concept in CONCEPTS.items() if not concept.convention]
+    parameters, taken = [], set()
+    for key in rng.sample(general, rng.choice((1, 2, 2, 3, 3, 4))):
+        concept = CONCEPTS[key]
+        word, known = rng.word(WORDS), rng.choice(concept.names)
+        called = rng.choice((known, known, f"{known}_{word}", f"{word}_{known}", word))
+        if called in taken:
+            continue
+        taken.add(called)
+        optional = bool(parameters) and rng.random() < 0.4
+        default = concept.draw(rng)[1] if optional and concept.type in ("str", "int") and rng.random() < 0.4 else None
+        parameters.append(Parameter(called, key, optional, default))
+    spoken = verb.replace("_", " ")
+    asks = (f"{spoken} the {noun}", f"{spoken} a {noun}", f"{spoken} {noun}", f"{spoken} my {noun}")
+    return Tool(name, f"{spoken.capitalize()} a {noun}.", asks, tuple(parameters))
+
+
+def make_row(seed: int, number: int) -> tuple[str, str, str]:
+    """One pretraining row, `number` for `number` always the same: (track, prompt, completion)."""
+    rng = Speaker(f"{seed}:{number}", INVENTED)
+    tools = [make_tool(rng) for _ in range(rng.choice((1, 2, 2, 3)))]
+    request, call = draw_call(rng, tools[0], general=True)
+    offered = [xlam_tool(tool.to_xlam()) for tool in tools]
+    if rng.random() < 0.5:
+        completion = dump_json({"tool_name": call["name"], "arguments": call["arguments"]})
+        return "structured", structured_prompt(structured_schema(offered[0]), request), completion
+    rng.shuffle(offered)
+    return (
+        "toolcall",
+        toolcall_prompt(offered, request),
+        f'<tool_call name="{call["name"]}">{dump_json(call["arguments"])}</tool_call>',
+    )
+
+
+def make_tokenizer(seed: int, rows: int = 20_000):
+    """A byte-level BPE trained on generated rows, with Phi-4-mini's chat format.
+
+    Words, single digits and what stands between them are split first, so that a word has the same tokens in a request, in a
+    schema and in a reply: a model this small can then copy it.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\p{L}+|\d|[^\p{L}\d]+"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = (text for number in range(rows) for text in _texts(seed, -1 - number))
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|endoftext|>", bos_token="<|endoftext|>", pad_token="<|endoftext|>",
+        unk_token="<|endoftext|>", extra_special_tokens=list(SPECIAL[1:]), chat_template=CHAT_TEMPLATE, padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
+def _texts(seed: int, number: int) -> list[str]:
+    track, prompt, completion = make_row(seed, number)
+    return [message["content"] for message in build_messages(track, prompt)] + [completion]
+
+
+class Steps:
+    """The pretraining data as a map-style dataset of whole steps; step `number` is always the same.
+
+    A step is a list of micro-batches (input ids, labels), int64 tensors of (rows, longest), rows of like length together and
+    padded on the right. Only the completion has labels; the prompt and the padding are -100.
+    """
+
+    def __init__(self, tokenizer, args: argparse.Namespace):
+        self.tokenizer, self.args = tokenizer, args
+
+    def __len__(self) -> int:
+        return self.args.steps
+
+    def __getitem__(self, number: int) -> list[tuple]:
+        first = number * self.args.rows_per_step
+        rows = [make_row(self.args.seed, first + index) for index in range(self.args.rows_per_step)]
+        chats = [
+            self.tokenizer.apply_chat_template(build_messages(track, prompt), tokenize=False, add_generation_prompt=True)
+            for track, prompt, _ in rows
+        ]
+        asked = self.tokenizer(chats, add_special_tokens=False)["input_ids"]
+        answers = self.tokenizer([completion + "<|end|>" for *_, completion in rows], add_special_tokens=False)["input_ids"]
+        pairs = sorted(zip(asked, answers, strict=True), key=lambda pair: len(pair[0]) + len(pair[1]))
+        return [pad_right(pairs[at : at + MICRO_BATCH]) for at in range(0, len(pairs), MICRO_BATCH)]
+
+
+def pad_right(pairs: list[tuple[list[int], list[int]]]) -> tuple:
+    """(prompt ids, completion ids) pairs to one micro-batch."""
+    import torch
+
+    shape = (len(pairs), max(len(asked) + len(answer) for asked, answer in pairs))
+    ids, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, -100)
+    for row, (asked, answer) in enumerate(pairs):
+        ids[row, : len(asked) + len(answer)] = torch.tensor(asked + answer)
+        labels[row, len(asked) : len(asked) + len(answer)] = torch.tensor(answer)
+    return ids, labels
+
+
+def make_model(tokenizer, layers: int):
+    from transformers import GenerationConfig, Phi3Config, Phi3ForCausalLM
+
+    end, eos = tokenizer.convert_tokens_to_ids(["<|end|>", "<|endoftext|>"])
+    config = Phi3Config(
+        vocab_size=VOCABULARY, hidden_size=256, intermediate_size=768, num_hidden_layers=layers, num_attention_heads=8,
+        num_key_value_heads=4, max_position_embeddings=4096, original_max_position_embeddings=4096, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75},
+        bos_token_id=eos, eos_token_id=eos, pad_token_id=eos,
+    )  # fmt: skip
+    model = Phi3ForCausalLM(config)
+    model.generation_config = GenerationConfig(bos_token_id=eos, eos_token_id=[end, eos], pad_token_id=eos)
+    return model
+
+
+def completion_loss(model, ids, labels):
+    """Sum of the cross-entropy over the completion's tokens; logits are made for those alone.
+
+    Padding on the right needs no attention mask: causal attention never looks there.
+    """
+    import torch
+
+    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+    wanted = labels[:, 1:]
+    picked = wanted != -100
+    return torch.nn.functional.cross_entropy(model.lm_head(hidden[picked]).float(), wanted[picked], reduction="sum")
+
+
+def pretrain(model, tokenizer, args: argparse.Namespace) -> list[float]:
+    """AdamW with warm-up and linear decay, loss on the completion only; gives the mean loss a token of every step."""
+    import torch
+    from tqdm import tqdm
+    from transformers import get_linear_schedule_with_warmup
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.use_deterministic_algorithms(True)
+    model.to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+    schedule = get_linear_schedule_with_warmup(optimizer, min(100, args.steps // 10), args.steps)
+    loader = torch.utils.data.DataLoader(Steps(tokenizer, args), batch_size=None, num_workers=args.workers)
+    losses = []
+    for step in (progress := tqdm(loader, desc="pretraining", mininterval=5, file=sys.stdout)):
+        tokens, total = sum(int((labels != -100).sum()) for _, labels in step), 0.0
+        for ids, labels in step:
+            with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
+                loss = completion_loss(model, ids.to(device), labels.to(device)) / tokens
+            loss.backward()
+            total = total + loss.detach()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(total)
+        if len(losses) % 50 == 0:
+            progress.set_postfix(loss=f"{total.item():.4f}")
+    return [loss.item() for loss in losses]
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=PACKAGE / "models/phi-tiny", help="the checkpoint's folder")
+    parser.add_argument("--steps", type=positive, default=3500, help="optimizer steps")
+    parser.add_argument("--rows-per-step", type=positive, default=256, help="rows in one step")
+    parser.add_argument("--layers", type=positive, default=4, help="decoder layers")
+    parser.add_argument("--learning-rate", type=float, default=1.5e-3, help="highest learning rate")
+    parser.add_argument("--workers", type=int, default=8, help="processes that write rows")
+    parser.add_seed()
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    import os
+
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS gives the same sums again only with a fixed workspace
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    import torch
+
+    set_seed(args.seed)
+    tokenizer = make_tokenizer(args.seed)
+    model = make_model(tokenizer, args.layers)
+    started = time.perf_counter()
+    losses = pretrain(model, tokenizer, args)
+    model.to("cpu", dtype=torch.bfloat16).eval()
+    model.save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+    told = {
+        "what": "a tiny model pretrained on generated text; for demonstration and tests only",
+        "args": {name: value for name, value in vars(args).items() if name != "out"},
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "loss": {str(step): round(losses[step - 1], 4) for step in sorted({1, args.steps // 4 or 1, args.steps // 2 or 1, args.steps})},
+        "seconds": round(time.perf_counter() - started, 1),
+        "code": code_version(), "packages": package_versions(), "hardware": hardware(),
+    }  # fmt: skip
+    write_json(args.out / "training_info.json", told)
+    print(json.dumps(told["loss"]), f"{told['parameters'] / 1e6:.1f} M parameters: {display_path(args.out)}")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

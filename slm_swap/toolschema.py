@@ -1,0 +1,417 @@
+"""Tools of other formats to JSON Schema (draft 2020-12), and values against a schema.
+
+A tool is `{"name", "description", "parameters": JSON Schema of the arguments object}`.
+"""
+
+import ast
+import json
+import re
+from decimal import Decimal
+from functools import lru_cache
+from typing import Any
+
+PAIRS = {"(": ")", "[": "]", "{": "}"}
+NAMED_TYPES = {
+    "str": {"type": "string"}, "string": {"type": "string"}, "int": {"type": "integer"}, "integer": {"type": "integer"},
+    "float": {"type": "number"}, "number": {"type": "number"}, "bool": {"type": "boolean"}, "boolean": {"type": "boolean"},
+    "list": {"type": "array"}, "array": {"type": "array"}, "tuple": {"type": "array"}, "dict": {"type": "object"},
+    "object": {"type": "object"}, "set": {"type": "array", "uniqueItems": True}, "callable": {"type": "string"},
+    "none": {"type": "null"}, "nonetype": {"type": "null"}, "any": {},
+}  # fmt: skip
+BFCL_KEYS = ("type", "optional", "default", "properties", "items", "required")  # those that do not stay as they are
+BFCL_TYPES = {"dict": "object", "float": "number", "tuple": "array", "any": None}
+JSON_TYPES = ("string", "integer", "number", "boolean", "array", "object", "null")
+
+
+# -- xLAM-60k --------------------------------------------------------------------------------------------------------------------
+
+
+def xlam_tool(tool: Any) -> dict:
+    """A tool of xLAM-60k, whose parameters are a flat map `{name: {"description", "type", "default"?}}`.
+
+    What is optional: the type string alone decides. A parameter may be left out where its type says `optional`, is
+    `Optional[...]` or a `Union` with None, or carries the default itself (`str, default='London'`, the form of a function's
+    signature). A `default` key beside any other type does not make a parameter optional: the APIs that xLAM was made from give
+    their required parameters an example there (`"type": "str", "default": "game"`), or `""` for none. Such a value becomes the
+    schema's `examples`, `""` and null become nothing. So no required parameter has a default.
+
+    The default of an optional parameter is converted as `coerce` does ("10" for an int) and kept where it fits the type; null,
+    and the `""` that means None on types other than `str`, do not fit and are dropped. One in the type string goes before one
+    beside it.
+
+    Raises:
+        ValueError: not such a tool, or a type string that cannot be read; the type string is named.
+    """
+    name, description, parameters = _head(tool)
+    properties, required = {}, []
+    for key, parameter in parameters.items():
+        if not isinstance(parameter, dict) or not isinstance(parameter.get("type"), str):
+            raise ValueError(f"{name}: parameter {key!r} has no type")
+        schema, optional, defaults = parse_type(parameter["type"])
+        if isinstance(parameter.get("description"), str) and parameter["description"]:
+            schema = schema | {"description": parameter["description"]}
+        if not optional:
+            required.append(key)
+        beside = [parameter["default"]] if "default" in parameter and (optional or parameter["default"] not in ("", None)) else []
+        for value in (_plain(coerce(value, schema)) for value in (*beside, *defaults)):
+            if _fits_as_json(value, schema):
+                schema = schema | ({"default": value} if optional else {"examples": [value]})
+        properties[key] = schema
+    return {
+        "name": name,
+        "description": description,
+        "parameters": {"type": "object", "properties": properties, "required": required},
+    }
+
+
+@lru_cache(maxsize=4096)
+def parse_type(text: str) -> tuple[dict, bool, list]:
+    """(schema, may be left out, [default] or []) of a type string: `List[int]`, `str, optional`, `Union[int, str], default=3`.
+
+    `set` is an array of unique items, a tuple of fixed length has `prefixItems`, `Callable` is a string, `Any` the empty schema,
+    and a bare `default='London'` has the type of its value.
+
+    Raises:
+        ValueError: brackets that do not close, an unknown type or an unknown word behind it.
+    """
+    named, optional, defaults = [], False, []
+    for part in _split(text):
+        key, equals, value = part.partition("=")
+        if equals and key.strip() == "default":
+            optional, defaults = True, [_literal(value.strip())]
+        elif part.lower() == "optional":
+            optional = True
+        else:
+            named.append(part)
+    if len(named) > 1 or not (named or defaults):
+        raise ValueError(f"cannot read the type {text!r}")
+    try:
+        schema = _type(named[0] if named else "any" if defaults[0] is None else type(defaults[0]).__name__)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"cannot read the type {text!r} ({error})") from None
+    may_be_null = schema.get("type") != "null" and _allows_null(schema)
+    return schema, optional or may_be_null, defaults
+
+
+def _split(text: str) -> list[str]:
+    """The parts between top-level commas, stripped; commas inside brackets or quotes do not count."""
+    parts, closing, quote, start = [], [], "", 0
+    for at, char in enumerate(text):
+        if quote:
+            quote = "" if char == quote else quote
+        elif char in "'\"":
+            quote = char
+        elif char in PAIRS:
+            closing.append(PAIRS[char])
+        elif char in PAIRS.values():
+            if not closing or closing.pop() != char:
+                raise ValueError(f"cannot read the type {text!r} (brackets)")
+        elif char == "," and not closing:
+            parts.append(text[start:at].strip())
+            start = at + 1
+    if closing or quote:
+        raise ValueError(f"cannot read the type {text!r} (it does not close)")
+    return [*parts, text[start:].strip()]
+
+
+def _type(text: str) -> dict:
+    """The schema of one Python type, without the words behind it."""
+    base, bracket, inner = text.partition("[")
+    base = base.strip().lower()
+    if not bracket:
+        if base not in NAMED_TYPES:
+            raise ValueError(f"no type {text!r}")
+        return dict(NAMED_TYPES[base])
+    if not inner.endswith("]"):
+        raise ValueError(f"no type {text!r}")
+    items = _split(inner[:-1])
+    if base == "callable":
+        return {"type": "string"}
+    if base == "optional" and len(items) == 1:
+        return _union([_type(items[0]), {"type": "null"}])
+    if base == "union":
+        return _union([_type(item) for item in items])
+    if base in ("list", "set") and len(items) == 1:
+        return NAMED_TYPES[base] | _keyed("items", _type(items[0]))
+    if base == "dict" and len(items) == 2:
+        return {"type": "object"} | _keyed("additionalProperties", _type(items[1]))
+    if base == "tuple" and len(items) == 2 and items[1] == "...":
+        return {"type": "array"} | _keyed("items", _type(items[0]))
+    if base == "tuple":
+        return {"type": "array", "prefixItems": [_type(item) for item in items], "minItems": len(items), "maxItems": len(items)}
+    raise ValueError(f"no type {text!r}")
+
+
+def _keyed(key: str, schema: dict) -> dict:
+    return {key: schema} if schema else {}
+
+
+def _union(schemas: list[dict]) -> dict:
+    """Plain types as a list of types, others as `anyOf`; with Any among them everything is allowed."""
+    schemas = [schema for at, schema in enumerate(schemas) if schema not in schemas[:at]]
+    if {"type": "number"} in schemas:
+        schemas = [schema for schema in schemas if schema != {"type": "integer"}]
+    if {} in schemas:
+        return {}
+    if len(schemas) == 1:
+        return schemas[0]
+    if all(schema.keys() == {"type"} and isinstance(schema["type"], str) for schema in schemas):
+        return {"type": [schema["type"] for schema in schemas]}
+    return {"anyOf": schemas}
+
+
+def _allows_null(schema: dict) -> bool:
+    return "null" in _types(schema) or any(_allows_null(part) for part in schema.get("anyOf", []))
+
+
+def _literal(text: str) -> Any:
+    """A default out of a type string: a Python or JSON literal, else the text as it stands."""
+    for read in (ast.literal_eval, json.loads):
+        try:
+            value = read(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        return list(value) if isinstance(value, (tuple, set)) else value
+    return text
+
+
+# -- BFCL ------------------------------------------------------------------------------------------------------------------------
+
+
+def bfcl_tool(tool: Any) -> dict:
+    """A tool of the Berkeley leaderboard: nested types of its own (`dict`, `float`, `tuple`, `any`) to JSON Schema.
+
+    An `enum` beside `array` names the allowed items. `optional: true` takes a parameter out of `required`. A default is converted
+    as `coerce` does ("False" for a boolean) and kept where it fits; null usually means "none" and does not.
+
+    Raises:
+        ValueError: not such a tool, an unknown type, or `required` names a parameter that is not listed.
+    """
+    name, description, parameters = _head(tool)
+    schema = _bfcl_schema(parameters, name)
+    if schema.get("type") != "object":
+        raise ValueError(f"{name}: its parameters are {schema.get('type')!r}, not a dict")
+    _check(schema, name)
+    return {"name": name, "description": description, "parameters": {"properties": {}, "required": []} | schema}
+
+
+def _check(schema: dict, at: str) -> None:
+    from jsonschema import Draft202012Validator
+    from jsonschema.exceptions import SchemaError
+
+    try:
+        Draft202012Validator.check_schema(schema)
+    except SchemaError as error:
+        raise ValueError(f"{at}: no JSON Schema comes of it: {error.message[:200]}") from None
+
+
+def _bfcl_schema(node: Any, at: str) -> dict:
+    kind = node.get("type") if isinstance(node, dict) else None
+    if not isinstance(kind, str) or kind not in (*BFCL_TYPES, *JSON_TYPES):
+        raise ValueError(f"{at}: cannot read the type {kind!r}")
+    kind = BFCL_TYPES.get(kind, kind)
+    schema = {"type": kind} if kind else {}
+    schema |= {key: value for key, value in node.items() if key not in BFCL_KEYS}
+    if "items" in node:
+        schema["items"] = _bfcl_schema(node["items"], f"{at}[]")
+    if kind == "array" and "enum" in schema:
+        schema["items"] = schema.get("items", {}) | {"enum": schema.pop("enum")}
+    if "properties" in node:
+        properties, required = node["properties"], node.get("required") or []
+        if not isinstance(properties, dict) or not isinstance(required, list) or not all(key in properties for key in required):
+            raise ValueError(f"{at}: its properties are not a map, or `required` names what they do not list")
+        schema["properties"] = {key: _bfcl_schema(value, f"{at}.{key}") for key, value in properties.items()}
+        schema["required"] = [key for key in required if str(properties[key].get("optional")).lower() != "true"]
+    if "default" in node:
+        _check(schema, at)
+        default = _plain(coerce(node["default"], schema))
+        return schema | ({"default": default} if _fits_as_json(default, schema) else {})
+    return schema
+
+
+def _head(tool: Any) -> tuple[str, str, dict]:
+    """(name, description, parameters) of a tool of either format; the name must stand in `<tool_call name="X">`."""
+    if not isinstance(tool, dict) or not isinstance(tool.get("name"), str) or not re.fullmatch(r'[^"<>\r\n]+', tool["name"]):
+        raise ValueError(f"a tool needs a name without quotes and angle brackets: {str(tool)[:80]}")
+    description, parameters = tool.get("description") or "", tool.get("parameters") or {}
+    if not isinstance(description, str) or not isinstance(parameters, dict):
+        raise ValueError(f"{tool['name']}: its description is not a text or its parameters are not a map")
+    return tool["name"], description, parameters
+
+
+# -- Values against a schema -----------------------------------------------------------------------------------------------------
+
+
+def violations(value: Any, schema: dict, at: str = "") -> list[str]:
+    """What a value breaks, by jsonschema: `arguments.limit: 'x' is not of type 'integer'`; `at` names the value itself.
+
+    JSON's own types hold: `true` is no integer, `1.0` is one. Decimals count as the numbers that they are.
+    """
+    validator = _validator(json.dumps(schema, default=float))
+    return [
+        f"{'.'.join([at, *map(str, error.absolute_path)]).strip('.') or 'the value'}: {error.message[:200]}"
+        for error in validator.iter_errors(_plain(value))
+    ]
+
+
+def call_violations(arguments: Any, tool: dict) -> list[str]:
+    """What a call's arguments break; an argument that the tool does not list is a violation too."""
+    parameters = tool["parameters"]
+    broken = violations(arguments, parameters, "arguments")
+    listed = parameters.get("properties", {})
+    closed = isinstance(arguments, dict) and "additionalProperties" not in parameters
+    extra = [key for key in arguments if key not in listed] if closed else []
+    return broken + [f"arguments.{key}: {tool['name']} does not list it" for key in extra]
+
+
+@lru_cache(maxsize=8192)
+def _validator(schema: str) -> Any:
+    from jsonschema import Draft202012Validator
+    from referencing.jsonschema import EMPTY_REGISTRY  # never fetches a `$ref` from the network
+
+    return Draft202012Validator(json.loads(schema), registry=EMPTY_REGISTRY)
+
+
+def _plain(value: Any) -> Any:
+    """The value with floats for Decimals: jsonschema takes no Decimal for an integer or an enum's member."""
+    if isinstance(value, Decimal):
+        return float(value)
+    if isinstance(value, dict):
+        return {key: _plain(child) for key, child in value.items()}
+    return [_plain(child) for child in value] if isinstance(value, list) else value
+
+
+def _fits_as_json(value: Any, schema: dict) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (ValueError, TypeError):
+        return False
+    return not violations(value, schema)
+
+
+# -- Values made to fit: pure and without jsonschema, for use on every reply -----------------------------------------------------
+
+_INTEGER = re.compile(r"-?(0|[1-9]\d{0,99})")
+_NUMBER = re.compile(r"-?(0|[1-9]\d{0,99})(\.\d{1,99})?([eE][+-]?\d{1,3})?")
+
+
+def coerce(value: Any, schema: Any) -> Any:
+    """The value with what the schema allows converted without loss, in objects and arrays too; else unchanged.
+
+    "5" becomes 5 where a number and no string is wanted ("0.5" becomes a Decimal), "true" becomes True, 5 becomes "5" where
+    only a string is wanted, 5.0 becomes 5 for an integer. A value that fits already stays what it is.
+    """
+    if not isinstance(schema, dict):
+        return value
+    for choices in (schema.get("anyOf"), schema.get("oneOf")):
+        if choices:
+            fitting = (made for made in (coerce(value, choice) for choice in choices) if any(_fits(made, c) for c in choices))
+            value = value if any(_fits(value, choice) for choice in choices) else next(fitting, value)
+    value = _scalar(value, _types(schema))
+    if isinstance(value, dict):
+        return {key: coerce(child, property_schema(schema, key)) for key, child in value.items()}
+    if isinstance(value, list):
+        return [coerce(child, item_schema(schema, at)) for at, child in enumerate(value)]
+    return value
+
+
+def with_defaults(value: Any, schema: Any) -> Any:
+    """The value with every optional property that is missing and has a `default` filled in, in the objects and arrays that
+    are present too. A required property stays missing: leaving it out is a mistake, whatever the schema would put there.
+    """
+    if not isinstance(schema, dict):
+        return value
+    if isinstance(value, list):
+        return [with_defaults(child, item_schema(schema, at)) for at, child in enumerate(value)]
+    if not isinstance(value, dict):
+        return value
+    filled = {key: with_defaults(child, property_schema(schema, key)) for key, child in value.items()}
+    required = schema.get("required") or ()
+    for key, part in _mapping(schema.get("properties")).items():
+        if key not in filled and key not in required and isinstance(part, dict) and "default" in part:
+            filled[key] = with_defaults(part["default"], part)
+    return filled
+
+
+def _scalar(value: Any, types: tuple) -> Any:
+    if not types or _is_a(value, types):
+        return int(value) if "integer" in types and not isinstance(value, bool) and _is_whole(value) else value
+    if isinstance(value, str):
+        if _INTEGER.fullmatch(value) and ("integer" in types or "number" in types):
+            return int(value)
+        if _NUMBER.fullmatch(value) and (number := Decimal(value)).is_finite():
+            if "number" in types:
+                return number
+            if "integer" in types and _is_whole(number):
+                return int(number)
+        if "boolean" in types and value.lower() in ("true", "false"):
+            return value.lower() == "true"
+    if types == ("string",) and isinstance(value, (int, float, Decimal)) and not isinstance(value, bool):
+        return str(value)
+    return value
+
+
+def _is_whole(value: Any) -> bool:
+    """A number without a fraction that int() makes exact and in no time (1e999999999 is whole, and a gigabyte as an int)."""
+    return isinstance(value, (float, Decimal)) and _is_integral(value) and Decimal(value).adjusted() < 400
+
+
+def _is_integral(value: int | float | Decimal) -> bool:
+    if isinstance(value, Decimal):
+        return value.is_finite() and value == value.to_integral_value()
+    return isinstance(value, int) or value.is_integer()
+
+
+def _types(schema: dict) -> tuple:
+    kind = schema.get("type")
+    return (kind,) if isinstance(kind, str) else tuple(kind) if isinstance(kind, list) else ()
+
+
+def _is_a(value: Any, types: tuple) -> bool:
+    """Whether a value has one of the JSON types; nothing is converted."""
+    if isinstance(value, bool):
+        return "boolean" in types
+    if isinstance(value, (int, float, Decimal)):
+        return "number" in types or ("integer" in types and _is_integral(value))
+    names = {str: "string", dict: "object", list: "array", type(None): "null"}
+    return names.get(type(value)) in types
+
+
+def _fits(value: Any, schema: Any) -> bool:
+    """Whether a value has the schema's types all the way down: no valid value is refused, some invalid ones pass."""
+    if not isinstance(schema, dict):
+        return schema is not False
+    if _types(schema) and not _is_a(value, _types(schema)):
+        return False
+    if "const" in schema and _plain(value) != _plain(schema["const"]):
+        return False
+    if isinstance(schema.get("enum"), list) and _plain(value) not in _plain(schema["enum"]):
+        return False
+    if schema.get("anyOf") and not any(_fits(value, choice) for choice in schema["anyOf"]):
+        return False
+    if isinstance(value, dict):
+        return all(key in value for key in schema.get("required") or ()) and all(
+            _fits(child, property_schema(schema, key)) for key, child in value.items()
+        )
+    if isinstance(value, list):
+        size = len(value)
+        if size < schema.get("minItems", 0) or size > schema.get("maxItems", size):
+            return False
+        return all(_fits(child, item_schema(schema, at)) for at, child in enumerate(value))
+    return True
+
+
+def property_schema(schema: dict, key: str) -> Any:
+    """The schema of one of an object's values."""
+    properties = _mapping(schema.get("properties"))
+    return properties[key] if key in properties else schema.get("additionalProperties", True)
+
+
+def item_schema(schema: dict, at: int) -> Any:
+    """The schema of one of an array's items."""
+    prefix = schema.get("prefixItems")
+    return prefix[at] if isinstance(prefix, list) and at < len(prefix) else schema.get("items", True)
+
+
+def _mapping(value: Any) -> dict:
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,90 @@
+"""A track is data: its metrics' names, its parser and its gate."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from slm_swap.errors import UserError
+from slm_swap.examples import Example
+from slm_swap.metrics import InvalidReply, Match, Parsed, Parser, Reference, Scored, leaves, parse_structured, parse_toolcall, score
+
+
+@dataclass(frozen=True)
+class Track:
+    """One task. `valid`, `name` and `exact` are its yes-no metrics (`name` None where there is no tool to choose);
+    precision, recall and F1 over leaves are called `<fields>_precision` and so on."""
+
+    title: str
+    valid: str
+    name: str | None
+    exact: str
+    fields: str
+    parse: Parser
+
+    @property
+    def yes_no(self) -> tuple[str, ...]:
+        return tuple(metric for metric in (self.valid, self.name, self.exact) if metric)
+
+    @property
+    def gate(self) -> tuple[str, ...]:
+        """The report's keys that the small model must hold up on."""
+        return tuple(f"{name}_rate" for name in self.yes_no) + tuple(f"{self.fields}_{kind}" for kind in ("precision", "recall", "f1"))
+
+    def row_metrics(self, match: Match) -> dict[str, float]:
+        """One row's metrics by their names, each 0..1."""
+        named = {self.valid: float(match.valid), self.exact: float(match.exact)}
+        if self.name:
+            named[self.name] = float(match.name)
+        return named | {f"{self.fields}_{kind}": getattr(match, kind) for kind in ("precision", "recall", "f1")}
+
+    def summarize(self, matches: Iterable[Match]) -> dict[str, float]:
+        """The report's metrics: means over all rows, and precision, recall and F1 pooled over their leaves (`*_micro`).
+
+        Raises:
+            ValueError: there are no rows.
+        """
+        matches = list(matches)
+        if not matches:
+            raise ValueError("no rows: a mean over nothing is not a number")
+        rows = [self.row_metrics(match) for match in matches]
+        means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+        summary = {f"{name}_rate" if name in self.yes_no else name: value for name, value in means.items()}
+        totals = (sum(getattr(match, part) for match in matches) for part in ("matched", "predicted", "expected"))
+        pooled = Match(True, True, True, *totals)
+        return summary | {f"{self.fields}_{kind}_micro": getattr(pooled, kind) for kind in ("precision", "recall", "f1")}
+
+    def parse_reference(self, completion: str) -> Parsed:
+        """A gold completion.
+
+        Raises:
+            ValueError: it is not one well-formed reply of this track.
+        """
+        return self.parse(completion)
+
+    def reference(self, example: Example) -> Reference:
+        """A row's gold with the schema that its arguments answer to.
+
+        Raises:
+            UserError: the completion is not a reply of this track; the line is named.
+        """
+        try:
+            parsed = self.parse_reference(example.completion)
+        except InvalidReply as invalid:
+            raise UserError(
+                f"{example.where or example.id}: the completion is not a {self.title} reply ({invalid.error}: {invalid}): mend that line"
+            ) from None
+        schema: dict[str, Any] | None = example.schema
+        if parsed.name is not None:
+            tools = [tool for tool in example.tools or [] if isinstance(tool, dict) and tool.get("name") == parsed.name]
+            schema = tools[0].get("parameters") if tools else None
+        return Reference(parsed, leaves(parsed.value), schema, example.accept)
+
+    def score(self, reference: Reference, text: str, finish_reason: str = "stop") -> Scored:
+        """One reply against its reference: see `metrics.score`."""
+        return score(self.parse, reference, text, finish_reason)
+
+
+TRACKS = {
+    "structured": Track("structured", "json_valid", None, "exact_match", "field", parse_structured),
+    "toolcall": Track("toolcall", "valid_call", "name_match", "args_exact", "args", parse_toolcall),
+}

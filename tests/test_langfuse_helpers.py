@@ -1,0 +1,510 @@
+"""Traces as they arrive at a recording server over a real socket; the same tests run with SDK 4.18 and 5."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from pathlib import Path
+
+import langfuse
+import pytest
+from langfuse_server import LangfuseServer, scores_of, spans_of
+
+from slm_swap import langfuse_delivery
+from slm_swap.clients import Reply
+from slm_swap.errors import UserError
+from slm_swap.langfuse_helpers import require_tracing, trace_run
+from slm_swap.settings import ROOT, Settings
+
+MESSAGES = [{"role": "system", "content": "Call a tool."}, {"role": "user", "content": "Grüße nach 東京"}]
+REPLY = Reply('<tool_call name="f">{"n":1}</tool_call>', "stop", 60, 20, 15, 0.25)
+
+
+@pytest.fixture
+def server():
+    """The SDK keeps one client a public key for the life of the process, so every test has a key of its own."""
+    with LangfuseServer(f"pk-lf-{uuid.uuid4()}") as recorder:
+        yield recorder
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Outages in seconds instead of tens of seconds; nothing else changes."""
+    monkeypatch.setattr(langfuse_delivery, "EXPORT_SECONDS", 1)
+    monkeypatch.setattr(langfuse_delivery, "RETRY_PAUSES", (0.05,))
+    monkeypatch.setattr(langfuse_delivery, "CHECK_SECONDS", 1)
+
+
+def settings_for(server, **changes):
+    public_key, secret_key = server.keys.split(":")
+    values = {"langfuse_public_key": public_key, "langfuse_secret_key": secret_key, "langfuse_base_url": server.url}
+    return Settings(**values | changes)
+
+
+def send_rows(trace, count, first=0, scores=None):
+    for number in range(first, first + count):
+        trace.generation(f"row-{number}", "phi-4-mini", MESSAGES, REPLY, {"args_exact": 1.0} if scores is None else scores)
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, "nothing arrived"
+        time.sleep(0.02)
+
+
+def plain(value):
+    """A metadata value: JSON in SDK 5, as it was in SDK 4.18."""
+    try:
+        return json.loads(str(value))
+    except ValueError:
+        return value
+
+
+def by_name(server):
+    spans = server.spans
+    assert len({span.name for span in spans}) == len(spans)
+    return {span.name: span for span in spans}
+
+
+# --- what arrives
+
+
+def test_a_run_is_one_trace_with_its_rows_scores_and_event(server):
+    metadata = {"dataset": "test.jsonl", "limit": 5, "args": {"seed": 42}, "note": "n" * 300}
+    with trace_run(settings_for(server), "eval-toolcall-slm", metadata, ["toolcall", "slm"], "pipeline-7") as trace:
+        trace.generation(
+            "right",
+            "phi-4-mini",
+            MESSAGES,
+            REPLY,
+            {"args_exact": 1.0, "args_f1": 0.5},
+            cost=0.003,
+            metadata={"matcher": "strict"},
+        )
+        trace.generation("miss", "phi-4-mini", MESSAGES, REPLY, {"args_exact": 0}, error="wrong_value")
+        trace.generation("failed", "phi-4-mini", MESSAGES, Reply("", "error", error="HTTP 429 five times"), {"args_exact": 0.0})
+        trace.event("decision", {"verdict": "SWAP"})
+        trace.scores({"args_exact_rate": 0.5, "verdict": "SWAP"})
+        trace.update(output={"args_exact_rate": 0.5}, metadata={"report": "01_eval/reports/x.json"})
+    spans = by_name(server)
+    assert set(spans) == {"eval-toolcall-slm", "right", "miss", "failed", "decision"}
+    root = spans.pop("eval-toolcall-slm")
+    assert (root.trace, root.parent, root.kind) == (trace.id, "", "chain")
+    assert {span.parent for span in spans.values()} == {root.id}
+    assert {name: span.kind for name, span in spans.items()} == {
+        "right": "generation",
+        "miss": "generation",
+        "failed": "generation",
+        "decision": "event",
+    }
+    for span in (root, *spans.values()):
+        assert span.trace == trace.id
+        assert span.attributes["langfuse.trace.name"] == "eval-toolcall-slm"
+        assert span.attributes["langfuse.trace.tags"] == ["toolcall", "slm"]
+        assert span.attributes["session.id"] == "pipeline-7"
+        assert plain(span.attributes["langfuse.trace.metadata.dataset"]) == "test.jsonl"
+        assert plain(span.attributes["langfuse.trace.metadata.limit"]) == 5
+    assert plain(root.attributes["langfuse.observation.metadata.note"]) == "n" * 300
+    assert plain(root.attributes["langfuse.observation.metadata.args"]) == {"seed": 42}
+    assert plain(root.attributes["langfuse.observation.metadata.report"]) == "01_eval/reports/x.json"
+    assert root.json("output") == {"args_exact_rate": 0.5}
+    assert plain(spans["decision"].attributes["langfuse.observation.metadata.verdict"]) == "SWAP"
+    assert trace.url == f"{server.url}/project/project-1/traces/{trace.id}"
+
+
+def test_a_row_carries_messages_reply_usage_cost_level_and_duration(server):
+    with trace_run(settings_for(server), "run") as trace:
+        trace.generation("right", "phi-4-mini", MESSAGES, REPLY, cost=0.003, metadata={"matcher": "strict"})
+        trace.generation("miss", "phi-4-mini", MESSAGES, REPLY, error="wrong_value")
+        trace.generation("failed", "phi-4-mini", MESSAGES, Reply("", "error", error="HTTP 429 five times"))
+    spans = by_name(server)
+    right, miss, failed = spans["right"], spans["miss"], spans["failed"]
+    assert right.json("input") == MESSAGES
+    assert right.attributes["langfuse.observation.output"] == REPLY.text
+    assert right.attributes["langfuse.observation.model.name"] == "phi-4-mini"
+    assert right.end - right.start == 250_000_000
+    usage = right.json("usage_details")
+    assert usage == {"input": 45, "input_cached_tokens": 15, "output": 20}
+    assert all(type(count) is int for count in usage.values())
+    assert failed.json("usage_details") == {"input": 0, "input_cached_tokens": 0, "output": 0}
+    assert right.json("cost_details") == {"total": 0.003}
+    assert "langfuse.observation.cost_details" not in miss.attributes
+    assert plain(right.attributes["langfuse.observation.metadata.matcher"]) == "strict"
+    assert plain(right.attributes["langfuse.observation.metadata.finish_reason"]) == "stop"
+    levels = {span.name: span.attributes["langfuse.observation.level"] for span in (right, miss, failed)}
+    assert levels == {"right": "DEFAULT", "miss": "WARNING", "failed": "ERROR"}
+    assert miss.attributes["langfuse.observation.status_message"] == "wrong_value"
+    assert failed.attributes["langfuse.observation.status_message"] == "HTTP 429 five times"
+
+
+def test_scores_belong_to_their_row_or_to_the_trace(server):
+    with trace_run(settings_for(server), "run") as trace:
+        send_rows(trace, 1, scores={"args_exact": 1.0, "args_f1": 0.5, "broken": float("nan"), "unknown": None})
+        trace.scores({"args_exact_rate": 0.5, "verdict": "SWAP", "endless": float("inf")})
+    row = by_name(server)["row-0"].id
+    found = {(s["name"], s["value"], s["dataType"], s["traceId"], s.get("observationId")) for s in server.scores}
+    assert found == {
+        ("args_exact", 1.0, "NUMERIC", trace.id, row),
+        ("args_f1", 0.5, "NUMERIC", trace.id, row),
+        ("args_exact_rate", 0.5, "NUMERIC", trace.id, None),
+        ("verdict", "SWAP", "CATEGORICAL", trace.id, None),
+    }
+    assert len(server.scores) == 4
+
+
+def test_five_thousand_rows_arrive_each_once_though_the_server_is_slow(server, capfd):
+    server.delay = 0.3  # slower than the rows come, so that they must wait: the SDK's queue would drop the oldest
+    with trace_run(settings_for(server), "run") as trace:
+        send_rows(trace, 5000)
+    rows = {span.id: span.name for span in server.spans if span.kind == "generation"}
+    assert len(server.spans) == 5001
+    assert sorted(rows.values()) == sorted(f"row-{number}" for number in range(5000))
+    assert sorted(score["observationId"] for score in server.scores) == sorted(rows)
+    assert len({score["id"] for score in server.scores}) == 5000
+    assert capfd.readouterr().err == ""
+
+
+def test_rows_from_other_threads_are_rows_of_the_trace(server):
+    with trace_run(settings_for(server), "run", tags=["t"]) as trace:
+        threads = [threading.Thread(target=send_rows, args=(trace, 25, 25 * number)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    root = by_name(server)["run"]
+    rows = [span for span in server.spans if span.kind == "generation"]
+    assert len(rows) == 100
+    assert {(span.trace, span.parent, *span.attributes["langfuse.trace.tags"]) for span in rows} == {(trace.id, root.id, "t")}
+
+
+def test_two_runs_in_one_process_are_two_traces(server):
+    settings = settings_for(server)
+    with trace_run(settings, "first") as first:
+        send_rows(first, 3)
+    with trace_run(settings, "second", tags=["again"]) as second:
+        send_rows(second, 4)
+    assert first.id != second.id
+    traces = [(span.trace, span.attributes["langfuse.trace.name"]) for span in server.spans]
+    assert {trace: traces.count(trace) for trace in traces} == {(first.id, "first"): 4, (second.id, "second"): 5}
+    assert [score["traceId"] for score in server.scores].count(second.id) == 4
+
+
+def test_two_traces_open_at_once_keep_apart(server):
+    settings = settings_for(server)
+    with trace_run(settings, "azure") as azure, trace_run(settings, "slm") as slm:
+        send_rows(azure, 2)
+        send_rows(slm, 3, first=2)
+    assert sorted(span.trace for span in server.spans) == sorted([azure.id] * 3 + [slm.id] * 4)
+
+
+def test_the_public_key_of_a_running_connection_with_another_url_is_refused(server):
+    with trace_run(settings_for(server), "run"):
+        pass
+    with LangfuseServer(server.keys.split(":")[0]) as other, pytest.raises(UserError, match="same public key"):
+        trace_run(settings_for(other), "run").__enter__()
+
+
+def test_half_a_surrogate_pair_costs_no_row(server, capfd):
+    with trace_run(settings_for(server), "run") as trace:
+        send_rows(trace, 5)
+        trace.generation("half", "phi-4-mini", MESSAGES, Reply("a\ud83db"), metadata={"b\ud83d": "c\ud83d"})
+    spans = by_name(server)
+    assert len(spans) == 7
+    assert spans["half"].attributes["langfuse.observation.output"] == "a?b"
+    assert capfd.readouterr().err == ""
+
+
+def test_batches_too_large_for_the_server_are_halved(server, capfd):
+    server.largest = 6_000
+    noise = [{"role": "user", "content": "".join(uuid.uuid4().hex for _ in range(20))} for _ in range(100)]
+    with trace_run(settings_for(server), "run") as trace:
+        for number, message in enumerate(noise):
+            trace.generation(f"row-{number}", "phi-4-mini", [message], REPLY)
+        giant = "".join(uuid.uuid4().hex for _ in range(600))
+        trace.generation("giant", "phi-4-mini", [{"role": "user", "content": giant}], REPLY)
+    assert {span.name for span in server.spans} == {"run", *(f"row-{number}" for number in range(100))}
+    assert len(server.spans) == 101
+    assert "1 of 102 spans (HTTP 413)" in capfd.readouterr().err
+
+
+# --- failing runs and secrets
+
+
+@pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt])
+def test_a_failing_run_is_marked_delivered_and_goes_on_failing(server, kind):
+    with pytest.raises(kind, match="broke"), trace_run(settings_for(server), "run") as trace:
+        send_rows(trace, 2)
+        raise kind("it broke with sk-lf-right inside")
+    root = by_name(server)["run"]
+    assert len(server.spans) == 3
+    assert root.attributes["langfuse.observation.level"] == "ERROR"
+    assert root.attributes["langfuse.observation.status_message"] == f"{kind.__name__}: it broke with *** inside"
+
+
+def test_secrets_are_in_no_body(server):
+    secret = 'az"ü\\key'
+    says = f"say {secret} and sk-lf-right"
+    settings = settings_for(server, azure_api_key=secret)
+    deep = {says: [says, (says, {"path": Path(says)}), ValueError(says)]}
+    with pytest.raises(RuntimeError), trace_run(settings, says, {"note": says, **deep}, [says], says) as trace:
+        trace.generation(
+            says, says, [{"role": says, "content": says}], Reply(says, says, error=says), {says: 1.0}, says, 1.0, deep
+        )
+        trace.event(says, deep)
+        trace.scores({says: 1.0, "text": says})
+        trace.update(deep, deep)
+        raise RuntimeError(says)
+    assert len(server.spans) == 3 and len(server.scores) == 3
+    forms = {
+        secret.encode(),
+        json.dumps(secret)[1:-1].encode(),
+        json.dumps(secret, ensure_ascii=False)[1:-1].encode(),
+        b"sk-lf-right",
+    }
+    for path, body in server.bodies:
+        assert not [form for form in forms if form in body], path
+        assert b"***" in body
+    for headers in server.headers:
+        assert not [name for name, value in headers.items() if "sk-lf-right" in value or secret in value]
+
+
+# --- switched off, not set up, not there
+
+
+def test_disabled_needs_nothing_and_sends_nothing(server):
+    settings = settings_for(server, langfuse_disabled=True, langfuse_secret_key=None)
+    assert require_tracing(settings) is False
+    with trace_run(settings, "run") as trace:
+        send_rows(trace, 3)
+        trace.scores({"rate": 1.0})
+        trace.event("decision", {"verdict": "SWAP"})
+        trace.update(output={}, metadata={})
+    assert (trace.id, trace.url, server.bodies) == (None, None, [])
+
+
+def test_require_tracing_is_true_when_all_is_set(server):
+    assert require_tracing(settings_for(server)) is True
+
+
+@pytest.mark.parametrize("missing", [("PUBLIC_KEY",), ("SECRET_KEY", "BASE_URL"), ("PUBLIC_KEY", "SECRET_KEY", "BASE_URL")])
+def test_missing_variables_are_named_all_at_once(server, missing):
+    settings = settings_for(server, **{f"langfuse_{name.lower()}": None for name in missing})
+    with pytest.raises(UserError) as caught:
+        require_tracing(settings)
+    message = str(caught.value)
+    assert {name for name in ("PUBLIC_KEY", "SECRET_KEY", "BASE_URL") if f"LANGFUSE_{name}" in message} == set(missing)
+    assert "LANGFUSE_DISABLED=1" in message and "\n" not in message and "sk-lf-right" not in message
+
+
+@pytest.mark.parametrize("url", ["langfuse.example", "ftp://langfuse.example", "https://", "http://host:port", "http://[::1"])
+def test_a_base_url_that_is_no_address_is_said_at_once(server, url):
+    with pytest.raises(UserError, match="LANGFUSE_BASE_URL is not an address"):
+        require_tracing(settings_for(server, langfuse_base_url=url))
+
+
+def start(settings):
+    with pytest.raises(UserError) as caught, trace_run(settings, "run"):
+        pytest.fail("the run began")
+    message = str(caught.value)
+    assert "sk-lf-" not in message and "pk-lf-" not in message and "\n" not in message and "LANGFUSE_DISABLED=1" in message
+    return message
+
+
+def test_wrong_keys_stop_the_run_before_it_begins(server):
+    message = start(settings_for(server, langfuse_secret_key="sk-lf-wrong"))
+    assert server.url.removeprefix("http://") in message and "401" in message and "LANGFUSE_SECRET_KEY" in message
+    assert server.bodies == []
+
+
+def test_a_server_that_is_not_there_stops_the_run_before_it_begins(server):
+    server.refuse()
+    assert server.url.removeprefix("http://") in start(settings_for(server))
+
+
+def test_a_server_that_hangs_stops_the_run_before_it_begins(server, impatient):
+    server.hanging = True
+    assert "Timeout" in start(settings_for(server))
+
+
+def test_a_server_that_fails_stops_the_run_before_it_begins(server):
+    server.status = 503
+    assert "is not there (HTTP 503)" in start(settings_for(server))
+
+
+def test_a_server_that_is_not_langfuse_stops_the_run_before_it_begins(server):
+    address = server.url.replace("http://", "http://user:sk-lf-password@") + "/elsewhere"
+    message = start(settings_for(server, langfuse_base_url=address))
+    assert "does not answer like Langfuse (HTTP 404)" in message and "user" not in message
+
+
+def test_neither_a_password_in_the_url_nor_a_netrc_replaces_the_keys(server, monkeypatch, tmp_path):
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine 127.0.0.1 login someone password else")
+    netrc.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(netrc))
+    with trace_run(
+        settings_for(server, langfuse_base_url=server.url.replace("http://", "http://user:password@")), "run"
+    ) as trace:
+        send_rows(trace, 2)
+    assert len(server.spans) == 3 and len(server.scores) == 2
+    assert trace.url.startswith(server.url)
+
+
+def test_a_start_that_failed_does_not_spoil_the_next(server):
+    server.refuse()
+    start(settings_for(server))
+    server.accept()
+    with trace_run(settings_for(server), "run") as trace:
+        send_rows(trace, 2)
+    assert len(server.spans) == 3
+
+
+# --- outages in mid-run
+
+
+def outage(server, trouble):
+    if trouble == "refusing":
+        server.refuse()
+    elif trouble == "hanging":
+        server.hanging = True
+    else:
+        server.status = trouble
+
+
+@pytest.mark.parametrize("trouble", ["refusing", "hanging", 500, 503, 429, 401])
+def test_an_outage_fails_no_run_and_is_said_in_one_line_with_exact_counts(server, impatient, capfd, trouble):
+    with trace_run(settings_for(server), "run") as trace:
+        send_rows(trace, 5)
+        wait_until(lambda: len(server.spans) == 5 and len(server.scores) == 5)
+        outage(server, trouble)
+        send_rows(trace, 7, first=5)
+    assert len(server.spans) == 5 and len(server.scores) == 5
+    lines = capfd.readouterr().err.splitlines()
+    reason = f"HTTP {trouble}" if isinstance(trouble, int) else "no answer"
+    assert len(lines) == 1
+    assert f"8 of 13 spans ({reason}), 7 of 12 scores ({reason})" in lines[0]
+    assert trace.id in lines[0] and server.url.removeprefix("http://") in lines[0] and "sk-lf" not in lines[0]
+
+
+def test_scores_in_a_form_too_new_for_the_server_say_what_to_do(server, impatient, capfd):
+    with trace_run(settings_for(server), "run") as trace:
+        server.status = 400
+        send_rows(trace, 3)
+    assert ("langfuse<5" in capfd.readouterr().err) == (not langfuse.__version__.startswith("4."))
+
+
+def test_a_fast_run_without_a_server_ends_and_counts_every_row(server, impatient, capfd, monkeypatch):
+    monkeypatch.setattr(langfuse_delivery, "SPANS_UNDER_WAY", 300)
+    with trace_run(settings_for(server), "run") as trace:
+        outage(server, 503)
+        send_rows(trace, 600)
+    assert server.spans == [] and server.scores == []
+    assert "601 of 601 spans (HTTP 503), 600 of 600 scores" in capfd.readouterr().err
+
+
+def test_what_comes_after_an_outage_arrives(server, impatient, capfd):
+    with trace_run(settings_for(server), "run") as trace:
+        server.status = 500
+        send_rows(trace, 3)
+        wait_until(lambda: len(spans_of(server.bodies)) == 3 and len(scores_of(server.bodies)) == 6)  # scores are tried twice
+        server.status = None
+        send_rows(trace, 6, first=3)
+    assert {span.name for span in server.spans} == {"run", *(f"row-{number}" for number in range(3, 9))}
+    assert len(server.scores) == 6
+    assert "3 of 10 spans (HTTP 500), 3 of 9 scores (HTTP 500)" in capfd.readouterr().err
+
+
+def test_a_full_channel_waits_for_room_while_the_server_answers():
+    channel = langfuse_delivery.Channel(limit=10)
+    assert channel.admit(8)
+    admitted = []
+    waiting = threading.Thread(target=lambda: admitted.append(channel.admit(3)))
+    waiting.start()
+    waiting.join(0.2)
+    assert admitted == [] and waiting.is_alive()
+    channel.settle(8, 0, 200)
+    waiting.join()
+    assert admitted == [True] and channel.count() == (11, 3)
+
+
+def test_a_full_channel_drops_and_counts_while_the_server_does_not_answer():
+    channel = langfuse_delivery.Channel(limit=10)
+    assert channel.admit(10)
+    channel.settle(2, 2, None)
+    assert [channel.admit(3), channel.admit(2)] == [False, True]
+    assert channel.count() == (15, 15)
+
+
+def test_a_server_that_rejects_with_an_answer_is_still_waited_for():
+    channel = langfuse_delivery.Channel(limit=10)
+    assert channel.admit(10)
+    channel.settle(4, 4, 400)
+    waiting = threading.Thread(target=lambda: channel.admit(7))
+    waiting.start()
+    waiting.join(0.2)
+    assert waiting.is_alive()
+    channel.settle(6, 6, 400)
+    waiting.join()
+    assert channel.count() == (17, 17)
+
+
+def test_a_short_outage_loses_nothing(server, capfd):
+    with trace_run(settings_for(server), "run") as trace:
+        server.status = 503
+        send_rows(trace, 3)
+        wait_until(lambda: len(spans_of(server.bodies)) >= 3 and len(scores_of(server.bodies)) >= 3)
+        server.status = None
+    assert len(server.spans) == 4 and len(server.scores) == 3
+    assert capfd.readouterr().err == ""
+
+
+def test_a_score_that_the_server_turns_down_is_counted_and_costs_no_other(server, capfd):
+    server.rejected_score = "odd"
+    with trace_run(settings_for(server), "run") as trace:
+        send_rows(trace, 3, scores={"args_exact": 1.0, "odd": 2.0})
+    assert [score["name"] for score in server.scores] == ["args_exact"] * 3
+    assert "3 of 6 scores" in capfd.readouterr().err
+
+
+SCRIPT = """
+import sys
+from slm_swap import langfuse_helpers
+from slm_swap.clients import Reply
+from slm_swap.settings import Settings
+langfuse_helpers.FLUSH_SECONDS = 1
+public_key, secret_key, url = sys.argv[1:]
+settings = Settings(langfuse_public_key=public_key, langfuse_secret_key=secret_key, langfuse_base_url=url)
+with langfuse_helpers.trace_run(settings, "run") as trace:
+    print("begun", flush=True)
+    sys.stdin.readline()
+    for number in range(1500):
+        trace.generation(f"row-{number}", "phi-4-mini", [], Reply("x"), {"args_exact": 1.0})
+print("report written", flush=True)
+"""
+
+
+@pytest.mark.parametrize("trouble", ["hanging", "refusing"])
+def test_a_process_ends_though_the_server_is_gone(server, trouble):
+    command = [sys.executable, "-c", SCRIPT, *server.keys.split(":"), server.url]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=dict(os.environ)
+    )
+    try:
+        assert process.stdout.readline() == "begun\n"
+        outage(server, trouble)
+        output, errors = process.communicate("go\n", timeout=25)  # the SDK alone flushes for over a minute
+    finally:
+        process.kill()
+    assert (process.returncode, output) == (0, "report written\n")
+    assert len(errors.splitlines()) == 1
+    assert "1,501 of 1,501 spans" in errors and "1,500 of 1,500 scores" in errors
+
+
+def test_nothing_heavy_is_imported_before_a_run():
+    code = "import sys, slm_swap.langfuse_helpers; print(sorted({'langfuse', 'opentelemetry', 'httpx', 'requests'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout == "[]\n"
