@@ -1,10 +1,10 @@
 """Measure how long 60,000 xLAM rows take to become both tracks' splits, and in how much memory.
 
     python benchmarks/prepare.py
-    python benchmarks/prepare.py --rows 6000 --out /tmp/prepare.json
+    python benchmarks/prepare.py --rows 6000 --out runs/prepare.json
 
 Two kinds of rows, both generated: `templates` are the demo's own (many requests alike: the number of near-duplicate pairs
-explodes), `varied` have requests of 8 to 40 words drawn by Zipf's law from 20,000 (few are alike, the vocabulary is large).
+explodes), `varied` have requests of 8 to 40 words drawn by Zipf's law from 20,000 (2% are near-duplicates of the one before).
 """
 
 import argparse
@@ -35,8 +35,12 @@ def make_rows(kind: str, count: int, seed: int, path: Path) -> None:
     if kind == "varied":
         rng, ranks = Random(seed), list(accumulate(1 / rank for rank in range(1, 20001)))
         rows = [row for _, row in read_jsonl(path)]
+        words: list[int] = []
         for row in rows:
-            row["query"] = " ".join(f"w{word}" for word in rng.choices(range(20000), cum_weights=ranks, k=rng.randint(8, 40)))
+            if not words or rng.random() > 0.02:
+                words = rng.choices(range(20000), cum_weights=ranks, k=rng.randint(8, 40))
+            words[0] = row["id"]
+            row["query"] = " ".join(f"w{word}" for word in words)
         write_jsonl(path, rows)
 
 

@@ -99,10 +99,10 @@ def _content(row: Row) -> str:
 def near_duplicates(texts: list[str]) -> list[int]:
     """A label for each text: equal for texts that a chain of near-duplicates connects, different for all others.
 
-    Near-duplicates are texts whose sets of lower-cased words (`\\w+`) have a Jaccard index of at least 0.7: |A n B| >= 0.7 |A u B|,
-    that is 17 |A n B| >= 7 (|A| + |B|). Exact: all pairs that are not too different in size are compared, block by block, as a
-    matrix product of whole numbers that float32 holds exactly. Words that many texts have go through a dense product, the others
-    through a sparse one, so the time depends little on how much the texts have in common.
+    Near-duplicates are texts whose sets of lower-cased words (`\\w+`) have a Jaccard index of at least 0.7,
+    |A n B| >= 0.7 |A u B|, that is 17 |A n B| >= 7 (|A| + |B|). Exact: all pairs that are not too different in size are
+    compared, block by block, as a matrix product of whole numbers that float32 holds exactly. Words that many texts have go
+    through a dense product, the others through a sparse one, so the time depends little on how much the texts have in common.
     """
     import numpy as np
     from scipy import sparse
@@ -184,12 +184,11 @@ def split(
     for name in ("test", "val", "train"):
         asked = getattr(sizes, name)
         target = targets[name] if asked is not None or name != "train" else sum(map(len, order))
-        filled[name], order = _fill(order, target, by_tool=unseen_tools and name == "test")
+        exact = asked is not None and not (unseen_tools and name == "test")
+        filled[name], order = _fill(order, target, exact)
         if len(filled[name]) < target and (asked is not None or not filled[name]):
-            raise UserError(
-                f"{name}: {target} rows are wanted, {len(filled[name])} is the most that whole groups of near-duplicates and "
-                f"equal sources leave for it: set --{name}-size {len(filled[name])} or less"
-            )
+            can = f"{len(filled[name])} can be had with near-duplicates kept together" + unseen_tools * " and test's tools apart"
+            raise UserError(f"{name}: {target} rows are wanted, {can}: set --{name}-size {len(filled[name])}")
         if unseen_tools and name == "test":
             taken = {row.id for row in filled["test"]}
             left = [group for group in shuffled if group[0].id not in taken]
@@ -200,10 +199,10 @@ def split(
     return {name: filled[name] for name in SPLITS}, dropped
 
 
-def _fill(groups: list[list[Row]], target: int, by_tool: bool) -> tuple[list[Row], list[list[Row]]]:
-    """(rows taken, groups left): in order; where that leaves a gap, largest groups first if it comes closer."""
+def _fill(groups: list[list[Row]], target: int, exact: bool) -> tuple[list[Row], list[list[Row]]]:
+    """(rows taken, groups left): in order; to be `exact`, with the largest groups first where that comes closer."""
     best: tuple[list[Row], list[list[Row]]] = ([], groups)
-    for tried in (groups,) if by_tool else (groups, sorted(groups, key=len, reverse=True)):
+    for tried in (groups, sorted(groups, key=len, reverse=True)) if exact else (groups,):
         taken: list[Row] = []
         left: list[list[Row]] = []
         for group in tried:

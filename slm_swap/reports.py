@@ -15,7 +15,20 @@ from slm_swap.errors import UserError
 from slm_swap.settings import PACKAGE, ROOT, display_path
 
 SCHEMA_VERSION = 1
-PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate", "deepspeed", "unsloth", "trl", "peft", "datasets", "openai", "langfuse", "vllm")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "bitsandbytes",
+    "accelerate",
+    "deepspeed",
+    "unsloth",
+    "trl",
+    "peft",
+    "datasets",
+    "openai",
+    "langfuse",
+    "vllm",
+)
 
 
 def now() -> str:

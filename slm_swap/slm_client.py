@@ -40,7 +40,9 @@ def adapter_path(given: str | Path | None) -> Path | None:
         return None
     path = find_path(given)
     if not (path / "adapter_config.json").is_file():
-        raise UserError(f"no adapter at {display_path(path)} (no adapter_config.json): make it with train_unsloth.py or drop --adapter")
+        raise UserError(
+            f"no adapter at {display_path(path)} (no adapter_config.json): make it with train_unsloth.py or drop --adapter"
+        )
     return path
 
 
@@ -65,6 +67,7 @@ def load_model(path: Path, precision: str, device_map: Any = "auto", trust_remot
         UserError: the folder does not hold a model that transformers can load.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -77,8 +80,14 @@ def load_model(path: Path, precision: str, device_map: Any = "auto", trust_remot
             quantization_config=quantization(precision),
             trust_remote_code=trust_remote_code,
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot load {display_path(path)} ({_first_line(error)}): check the checkpoint or download it again") from None
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"{display_path(path)} does not fit in memory in {precision}: use --precision nf4 or a larger GPU"
+        ) from None
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"cannot load {display_path(path)} ({_first_line(error)}): check the checkpoint or download it again"
+        ) from None
 
 
 def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
@@ -171,7 +180,9 @@ class SLMClient:
             if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(error):
                 raise
         if len(prompts) == 1:
-            raise UserError(f"a prompt of {len(prompts[0])} tokens alone does not fit in memory: use --precision nf4 or a larger GPU")
+            raise UserError(
+                f"a prompt of {len(prompts[0])} tokens alone does not fit in memory: use --precision nf4 or a larger GPU"
+            )
         self.halved += 1
         torch.cuda.empty_cache()
         half = len(prompts) // 2

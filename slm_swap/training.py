@@ -13,6 +13,7 @@ from slm_swap.evaluation import Stopwatch
 from slm_swap.examples import Example
 from slm_swap.prompts import build_messages
 from slm_swap.reports import SCHEMA_VERSION, code_version, hardware, now, package_versions, sha256_file, write_json, write_jsonl
+from slm_swap.seeds import set_seed
 from slm_swap.settings import display_path
 from slm_swap.slm_client import encode_prompt, load_model, load_tokenizer
 from slm_swap.tracks import TRACKS
@@ -105,7 +106,7 @@ def load_trainable(path: Path, tokenizer: Any, parameters: Hyperparameters, back
         r=parameters.lora_r,
         lora_alpha=parameters.lora_alpha,
         lora_dropout=parameters.lora_dropout,
-        target_modules="all-linear",
+        target_modules=linear_names(model),
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, lora), tokenizer
@@ -122,17 +123,23 @@ def _load_unsloth(path: Path, parameters: Hyperparameters) -> Any:
         load_in_4bit=parameters.precision == "nf4",
         load_in_8bit=parameters.precision == "int8",
     )
-    linear = ["qkv_proj", "q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "gate_proj", "up_proj", "down_proj"]
-    present = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
     return FastLanguageModel.get_peft_model(
         model,
         r=parameters.lora_r,
         lora_alpha=parameters.lora_alpha,
         lora_dropout=parameters.lora_dropout,
-        target_modules=[name for name in linear if name in present],
+        target_modules=linear_names(model),
         use_gradient_checkpointing="unsloth" if parameters.gradient_checkpointing else False,
         random_state=parameters.seed,
     )
+
+
+def linear_names(model: Any) -> list[str]:
+    """The names of a decoder's linear layers, without the output head: what LoRA goes onto."""
+    from torch import nn
+
+    names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return sorted(names - {"lm_head"})
 
 
 def trainer_arguments(parameters: Hyperparameters, output_dir: str, steps: int) -> Any:
@@ -189,6 +196,7 @@ def train(
     from datasets import Dataset
     from trl import SFTTrainer
 
+    set_seed(parameters.seed)
     tokenizer = load_tokenizer(base)
     rows, too_long = tokenize(tokenizer, track, train_rows, parameters.max_length)
     held_out, _ = tokenize(tokenizer, track, val_rows, parameters.max_length)

@@ -198,14 +198,16 @@ def test_a_gap_is_closed_by_taking_the_largest_first():
 
 def test_a_size_that_cannot_be_met_says_what_can():
     groups = [group(first, 10) for first in range(0, 100, 10)]
-    with pytest.raises(UserError, match=r"test: 25 rows are wanted, 20 is the most .* set --test-size 20 or less"):
+    with pytest.raises(
+        UserError, match=r"test: 25 rows are wanted, 20 can be had with near-duplicates kept together: set --test-size 20"
+    ):
         split(groups, Sizes(test=25, val=0), seed=1)
     assert len(split(groups, Sizes(test=20, val=0), seed=1)[0]["test"]) == 20
     assert len(split([*groups, group(200, 9)], Sizes(), seed=1)[0]["test"]) in (9, 10)  # a tenth: as near as groups allow
 
 
 def test_one_large_group_cannot_be_split():
-    with pytest.raises(UserError, match="test: 10 rows are wanted, 0 is the most"):
+    with pytest.raises(UserError, match="test: 10 rows are wanted, 0 can be had"):
         split([group(0, 100)], Sizes(), seed=1)
 
 

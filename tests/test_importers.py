@@ -125,11 +125,11 @@ def test_bad_xlam_rows(tmp_path, row, message):
 
 
 def test_the_same_rows_from_every_kind_of_file(tmp_path):
-    import pandas
-
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
     rows = [xlam_row(), xlam_row(id=8)]
     (tmp_path / "list.json").write_text(json.dumps(rows, indent=1))
-    pandas.DataFrame(rows).to_parquet(tmp_path / "rows.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
     write(tmp_path / "lines.json", rows)  # BFCL calls its lines .json
     for name in ("list.json", "rows.parquet", "lines.json"):
         assert [row for _, row in read_rows(tmp_path / name)] == rows

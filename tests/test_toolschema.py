@@ -363,18 +363,24 @@ values = st.recursive(
 kinds = st.sampled_from(["string", "integer", "number", "boolean", "null", "array", "object"])
 
 
+def _object(properties, required, more):
+    required = [key for key in required if key in properties]
+    return {"type": "object", "properties": properties, "required": required, "additionalProperties": more}
+
+
+def _tuple(items, rest):
+    return {"type": "array", "prefixItems": items, "items": rest}
+
+
 def _nested(inner):
     properties = st.dictionaries(st.sampled_from("abc"), inner, max_size=3)
     return st.one_of(
-        st.builds(lambda items: {"type": "array", "items": items}, inner),
-        st.builds(lambda items, rest: {"type": "array", "prefixItems": items, "items": rest}, st.lists(inner, min_size=1, max_size=2), inner),
+        st.builds(array, inner),
+        st.builds(_tuple, st.lists(inner, min_size=1, max_size=2), inner),
         st.builds(lambda choices: {"anyOf": choices}, st.lists(inner, min_size=1, max_size=3)),
-        st.builds(
-            lambda props, need, more: {"type": "object", "properties": props, "required": [k for k in need if k in props], "additionalProperties": more},
-            properties, st.lists(st.sampled_from("abc"), unique=True), inner | st.booleans(),
-        ),
+        st.builds(_object, properties, st.lists(st.sampled_from("abc"), unique=True), inner | st.booleans()),
         st.builds(lambda schema, default: schema | {"default": default}, inner, values),
-    )  # fmt: skip
+    )
 
 
 schemas = st.recursive(

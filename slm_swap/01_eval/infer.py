@@ -1,7 +1,7 @@
 """Send one prompt to one model and print its reply.
 
-    python 01_eval/infer.py --track toolcall --model-kind slm --prompt-file prompt.txt
-    python 01_eval/infer.py --track structured --model-kind azure --dataset 02_dataset/structured/test.jsonl --row 3
+python 01_eval/infer.py --track toolcall --model-kind slm --prompt-file prompt.txt
+python 01_eval/infer.py --track structured --model-kind azure --dataset 02_dataset/structured/test.jsonl --row 3
 """
 
 import argparse

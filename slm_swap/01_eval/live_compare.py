@@ -13,13 +13,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
-from slm_swap.cli import Parser, client_options, load_rows, model_name, run, warn
+from slm_swap.cli import Parser, client_options, load_rows, run, run_metadata, warn
 from slm_swap.clients import MODEL_KINDS, Client, make_client
 from slm_swap.errors import UserError
-from slm_swap.evaluation import Row, Stopwatch, evaluate, make_report, references, summary
+from slm_swap.evaluation import Row, Stopwatch, evaluate, make_report, model_name, references, summary, trace_rows
+from slm_swap.langfuse_helpers import require_tracing, trace_run
 from slm_swap.reports import rows_path, write_json, write_jsonl
 from slm_swap.seeds import set_seed
-from slm_swap.settings import PACKAGE, display_path, load_settings
+from slm_swap.settings import PACKAGE, Settings, display_path, load_settings
 from slm_swap.tracks import TRACKS, Track
 
 
@@ -29,7 +30,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", nargs=2, required=True, choices=MODEL_KINDS, metavar="KIND", help="two of azure, slm, replay")
     parser.add_rows()
     parser.add_client()
-    parser.add_argument("--save", action="store_true", help="write both reports to 01_eval/reports/<track>_<kind>_<split>_live.json")
+    parser.add_argument("--save", action="store_true", help="write both reports, <track>_<kind>_<split>_live.json")
+    parser.add_argument("--out-dir", type=Path, default=PACKAGE / "01_eval/reports", help="where --save writes")
     parser.add_seed()
     args = parser.parse_args(argv)
     if args.models[0] == args.models[1]:
@@ -54,7 +56,7 @@ def table(track: Track, sides: list[Side], total: int):
 
     done = len(sides[0].rows)
     shown = Table(title=f"{track.title}: {done} of {total} rows")
-    names = [model_name(side.client) for side in sides]
+    names = [model_name(side.client.describe()) for side in sides]
     for heading in ("metric", *names, f"{names[0]} - {names[1]}"):
         shown.add_column(heading, justify="left" if heading == "metric" else "right")
     if done:
@@ -90,16 +92,32 @@ def compare(args: argparse.Namespace, sides: list[Side], examples: list, gold: l
 
 def save(args: argparse.Namespace, sides: list[Side], inputs: dict, name: str, clock: Stopwatch) -> None:
     for side, kind in zip(sides, args.models, strict=True):
-        out = PACKAGE / f"01_eval/reports/{args.track}_{kind}_{name}_live.json"
-        report = make_report(args.track, side.client, side.rows, side.seconds, clock.total, inputs, vars(args))
+        out = args.out_dir / f"{args.track}_{kind}_{name}_live.json"
+        report = make_report(
+            args.track,
+            side.client,
+            side.rows,
+            side.seconds,
+            clock.total,
+            inputs,
+            vars(args) | {"out_dir": display_path(args.out_dir)},
+        )
         write_jsonl(rows_path(out), (row.to_json(TRACKS[args.track]) for row in side.rows))
         write_json(out, report)
         print(f"report: {display_path(out)}")
 
 
+def trace_side(settings: Settings, args: argparse.Namespace, side: Side, kind: str) -> None:
+    """One model's part as a trace of its own, so that a live run stands beside those of eval.py."""
+    with trace_run(settings, f"live-{args.track}-{kind}", run_metadata(args), tags=["eval", "live", args.track, kind]) as trace:
+        trace_rows(trace, args.track, side.client, side.rows)
+        trace.scores(summary(TRACKS[args.track], side.rows)["metrics"])
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     clock, settings = Stopwatch(), load_settings()
+    require_tracing(settings)
     examples, inputs, name = load_rows(args, args.models)
     gold = references(TRACKS[args.track], examples)
     if "slm" in args.models:
@@ -112,12 +130,15 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         for side in sides:
             side.client.close()
+    done = len(sides[0].rows)
     if not finished:
-        warn(f"interrupted after {len(sides[0].rows)} of {len(examples)} rows: the numbers are of those alone")
+        warn(f"interrupted after {done} of {len(examples)} rows: the numbers are of those alone")
+    if not done:
+        raise UserError("no batch was answered by both models: nothing to show or save")
     if args.save:
-        if not sides[0].rows:
-            raise UserError("no batch was answered by both models: nothing to save")
         save(args, sides, inputs, name, clock)
+    for side, kind in zip(sides, args.models, strict=True):
+        trace_side(settings, args, side, kind)
     return 0 if finished else 130
 
 

@@ -1,7 +1,7 @@
 """Make the data of both tracks: train, val and test splits, and a report that accounts for every row read.
 
     python 02_dataset/prepare_data.py --source xlam --dataset-path 02_dataset/sample/xlam_sample.jsonl
-    python 02_dataset/prepare_data.py --source xlam --dataset-path 02_dataset/sample/xlam_sample.jsonl --unseen-tools --out-dir runs/unseen
+    python 02_dataset/prepare_data.py --source xlam --dataset-path 02_dataset/sample/xlam_sample.jsonl --unseen-tools
 
 Both tracks are built from the same source rows; a team's own {prompt, completion} rows (--source jsonl) are for one --track.
 Splits share no query, no near-duplicate (Jaccard of their words of 0.7 or more) and no source row. The Berkeley leaderboard

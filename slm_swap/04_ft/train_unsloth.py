@@ -1,7 +1,7 @@
 """Fine-tune the small model on one track with QLoRA: Unsloth on a GPU, TRL + PEFT elsewhere.
 
-    python 04_ft/train_unsloth.py --track toolcall --train 02_dataset/toolcall/train.jsonl --val 02_dataset/toolcall/val.jsonl --out 04_ft/adapter_toolcall
-    python 04_ft/train_unsloth.py --track structured --train 02_dataset/structured/train.jsonl --val 02_dataset/structured/val.jsonl --out 04_ft/adapter_structured --backend trl --precision fp32
+python 04_ft/train_unsloth.py --track toolcall --train 02_dataset/toolcall/train.jsonl --val 02_dataset/toolcall/val.jsonl --out 04_ft/adapter_toolcall
+python 04_ft/train_unsloth.py --track structured --train 02_dataset/structured/train.jsonl --val 02_dataset/structured/val.jsonl --out 04_ft/adapter_structured --backend trl --precision fp32
 """
 
 import argparse
@@ -15,7 +15,6 @@ from slm_swap.cli import Parser, positive, run, run_metadata, warn
 from slm_swap.examples import read_examples
 from slm_swap.langfuse_helpers import require_tracing, trace_run
 from slm_swap.reports import sha256_file
-from slm_swap.seeds import set_seed
 from slm_swap.settings import display_path, find_path, load_settings
 from slm_swap.slm_client import PRECISIONS, model_path
 from slm_swap.tracks import TRACKS
@@ -29,7 +28,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--val", required=True, metavar="FILE", help="rows to measure the loss on, never trained on")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the adapter's folder")
     parser.add_argument("--model", metavar="DIR", help="the base model (default: SLM_MODEL_PATH)")
-    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="auto: unsloth where there is a CUDA GPU, trl elsewhere")
+    parser.add_argument(
+        "--backend", choices=BACKENDS, default="auto", help="auto: unsloth where there is a CUDA GPU, trl elsewhere"
+    )
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N rows of --train")
     for field in fields(Hyperparameters):
         flag = f"--{field.name.replace('_', '-')}"
@@ -59,15 +60,22 @@ def main(argv: list[str] | None = None) -> int:
         name: {"path": display_path(path), "sha256": sha256_file(path), "rows": len(rows[name])} for name, path in paths.items()
     }
     parameters = Hyperparameters(**{field.name: getattr(args, field.name) for field in fields(Hyperparameters)})
-    set_seed(parameters.seed)
     backend = choose_backend(args.backend)
-    with trace_run(settings, f"train-{args.track}", run_metadata(args) | {"backend": backend}, tags=["train", args.track]) as trace:
+    with trace_run(
+        settings, f"train-{args.track}", run_metadata(args) | {"backend": backend}, tags=["train", args.track]
+    ) as trace:
         info = train(args.track, base, rows["train"], rows["val"], args.out, parameters, backend, inputs)
         trace.update(output=info, metadata={"hyperparameters": asdict(parameters)})
-        losses = {"train_loss": info["train_loss"], "eval_loss_before": info["eval_loss"]["before"], "eval_loss_after": info["eval_loss"]["after"]}
+        losses = {
+            "train_loss": info["train_loss"],
+            "eval_loss_before": info["eval_loss"]["before"],
+            "eval_loss_after": info["eval_loss"]["after"],
+        }
         trace.scores({name: value for name, value in losses.items() if value is not None})
     if info["rows"]["too_long"]:
-        warn(f"{info['rows']['too_long']} rows are longer than {parameters.max_length} tokens and were left out: raise --max-length")
+        warn(
+            f"{info['rows']['too_long']} rows are longer than {parameters.max_length} tokens and were left out: raise --max-length"
+        )
     print(f"{info['rows']['train']} rows, {info['steps']} steps in {info['seconds']['train']} s on {backend}")
     print(f"loss on the validation rows: {info['eval_loss']['before']:.4f} before, {info['eval_loss']['after']:.4f} after")
     print(f"adapter: {display_path(args.out)}")

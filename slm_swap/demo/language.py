@@ -1,8 +1,8 @@
 """The generated language of the demo: how values are asked for in English, and what a tool call should make of them.
 
 `make_sample_data.py` (the sample that ships) and `make_tiny_model.py` (the text that the tiny model is pretrained on) both draw
-from here. Values marked `convention` stand in the sample only: what a team's own tools want ("Germany" as "DE", "large" as
-"L") is just what a pretrained model cannot know and fine-tuning has to teach.
+from here. Concepts marked `convention` stand in the sample only: that a team's tools want "Germany" as "DE" where their
+schema just says "the country" is what a pretrained model cannot know and fine-tuning has to teach.
 """
 
 from collections.abc import Callable, Sequence
@@ -52,9 +52,7 @@ ITEMS = (
     "napkins nuts oats onions oranges paper pasta pears pencils peppers plates potatoes rice salt scissors soap spinach "
     "spoons staplers sugar tape tea tissues tofu tomatoes towels vinegar walnuts yogurt"
 ).split()
-MONTHS = (
-    "January February March April May June July August September October November December"
-).split()
+MONTHS = ("January February March April May June July August September October November December").split()
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 COUNTRIES = {
     "Austria": "AT", "Brazil": "BR", "Canada": "CA", "France": "FR", "Germany": "DE", "India": "IN", "Italy": "IT", "Japan": "JP",
@@ -89,7 +87,9 @@ class Speaker(Random):
         """One of the known words, or with probability `invented` a made-up one of 3 to 9 letters."""
         if self.random() >= self.invented:
             return self.choice(known)
-        pattern = self.choice(("cvc", "cvcv", "cvccv", "vcvc", "cvcvc", "ccvc", "cvccvc", "vccvc", "cvcvcv", "ccvcvc", "cvcvccv", "cvccvcvc"))
+        pattern = self.choice(
+            ("cvc", "cvcv", "cvccv", "vcvc", "cvcvc", "ccvc", "cvccvc", "vccvc", "cvcvcv", "ccvcvc", "cvcvccv", "cvccvcvc")
+        )
         made = "".join(self.choice("bcdfghjklmnpqrstvwxyz" if kind == "c" else "aeiouaeiouy") for kind in pattern)
         return made.title() if known[0][0].isupper() else made
 
@@ -268,7 +268,7 @@ CONCEPTS: dict[str, Concept] = {
     "minutes": Concept("int", "Length in minutes", _minutes, ("for {}", "lasting {}"), ("duration", "minutes", "length", "duration_minutes")),
     "spoken_minutes": Concept("int", "Length in minutes", _spoken_minutes, ("for {}", "lasting {}"), ("duration", "minutes", "length", "duration_minutes")),
     "percent": Concept("int", "Share in percent", _percent, ("at {}", "of {}"), ("percent", "rate", "percentage", "share")),
-    "fraction": Concept("float", "Share between 0 and 1", _fraction, ("at {}", "of {}"), ("rate",), convention=True),
+    "fraction": Concept("float", "Share between 0 and 1", _fraction, ("at {}", "of {}"), ("rate", "share", "fraction")),
     "person": Concept("str", "Full name of the person", _person, ("for {}", "with {}", "under the name {}"), ("name", "customer", "person", "full_name", "contact")),
     "email": Concept("str", "E-mail address", _email, ("to {}", "at {}", "reachable at {}"), ("email", "recipient", "address", "mail")),
     "phone": Concept("str", "Telephone number", _phone, ("at {}", "on {}", "by calling {}"), ("phone", "phone_number", "tel", "mobile")),
@@ -283,17 +283,37 @@ CONCEPTS: dict[str, Concept] = {
     "order": Concept("str", "Sort order: newest, oldest, cheapest or closest", _copied("newest", "oldest", "cheapest", "closest"), ("{} first", "sorted by {}", "with the {} on top"), ("sort", "order", "sort_by", "ordering")),
     "format": Concept("str", "File format: pdf, csv, json or xml", _copied("pdf", "csv", "json", "xml"), ("as {}", "in {} format", "saved as {}"), ("format", "file_type", "output", "export_format")),
     "color": Concept("str", "The color", _copied("red", "blue", "green", "black", "white", "gray", "brown", "pink"), ("in {}", "colored {}", "the {} one"), ("color", "colour", "shade", "paint")),
-    "country": Concept("str", "Country code", _from(COUNTRIES), ("in {}", "for {}", "within {}"), ("country",), convention=True),
-    "money": Concept("str", "Currency code", _from(CURRENCIES), ("in {}", "paid in {}"), ("currency",), convention=True),
-    "money_from": Concept("str", "Currency code to convert from", _from(CURRENCIES), ("from {}", "held in {}"), ("base",), convention=True),
-    "money_to": Concept("str", "Currency code to convert to", _from(CURRENCIES), ("to {}", "into {}"), ("target",), convention=True),
-    "language": Concept("str", "Language code", _from(LANGUAGES), ("in {}", "into {}"), ("language",), convention=True),
-    "units": Concept("str", "Unit system", _from(UNITS), ("in {}", "using {}"), ("units",), convention=True),
-    "size": Concept("str", "Size code", _from(SIZES), ("in size {}", "size {}", "in {}"), ("size",), convention=True),
-    "priority": Concept("int", "Priority, 1 is the most pressing", _from(PRIORITIES), ("with {} priority", "marked {}"), ("priority",), convention=True),
-    "cabin": Concept("str", "Cabin code", _from(CABINS), ("in {} class", "flying {}"), ("cabin",), convention=True),
-    "days": Concept("str", "Days that it repeats on", _from(DAYS), ("on {}", "every week on {}"), ("repeat",), convention=True),
 }  # fmt: skip
+
+
+def _coded(
+    key: str, noun: str, table: dict[str, Any], phrases: tuple[str, ...], names: tuple[str, ...] = ()
+) -> dict[str, Concept]:
+    """Three concepts of one table: said as it is, as a code where the description asks for one, and the convention: as a code
+    although the description does not say so."""
+    words = {word: word for word in table}
+    code = "int" if isinstance(next(iter(table.values())), int) else "str"
+    names = (key, *names)
+    return {
+        f"{key}_word": Concept("str", f"The {noun}", _from(words), phrases, names),
+        f"{key}_code": Concept(code, f"Code of the {noun}", _from(table), phrases, (*names, f"{key}_code")),
+        key: Concept(code, f"The {noun}", _from(table), phrases, names, convention=True),
+    }
+
+
+CONCEPTS |= {
+    **_coded("country", "country", COUNTRIES, ("in {}", "for {}", "within {}"), ("nation", "state")),
+    **_coded("currency", "currency", CURRENCIES, ("in {}", "paid in {}"), ("money", "unit")),
+    **_coded("base", "currency to convert from", CURRENCIES, ("from {}", "held in {}"), ("source_currency",)),
+    **_coded("target", "currency to convert to", CURRENCIES, ("to {}", "into {}"), ("target_currency",)),
+    **_coded("language", "language", LANGUAGES, ("in {}", "into {}"), ("lang", "spoken_language")),
+    **_coded("units", "units", UNITS, ("in {}", "using {}"), ("unit_system", "scale")),
+    **_coded("size", "size", SIZES, ("in size {}", "size {}", "in {}"), ("fit", "dimension")),
+    **_coded("priority", "priority", PRIORITIES, ("with {} priority", "marked {}"), ("urgency", "rank")),
+    **_coded("cabin", "cabin", CABINS, ("in {} class", "flying {}"), ("travel_class", "seat_class")),
+    **_coded("repeat", "days that it repeats on", DAYS, ("on {}", "every week on {}"), ("days", "weekdays")),
+}
+CODED = tuple(key for key in CONCEPTS if key.endswith(("_word", "_code")))
 
 OPENINGS = (
     "",

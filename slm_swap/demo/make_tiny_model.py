@@ -17,12 +17,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
 from slm_swap.cli import Parser, positive, run
-from slm_swap.demo.language import CONCEPTS, WORDS, Parameter, Speaker, Tool, draw_call
+from slm_swap.demo.language import CODED, CONCEPTS, WORDS, Parameter, Speaker, Tool, draw_call
 from slm_swap.examples import dump_json
 from slm_swap.prompts import build_messages, structured_prompt, structured_schema, toolcall_prompt
-from slm_swap.reports import code_version, hardware, package_versions, write_json
+from slm_swap.reports import code_version, hardware, package_versions, read_json, sha256_file, write_json
 from slm_swap.seeds import set_seed
 from slm_swap.settings import PACKAGE, display_path
+from slm_swap.slm_client import load_model, load_tokenizer
 from slm_swap.toolschema import xlam_tool
 
 VOCABULARY = 4096
@@ -39,7 +40,6 @@ VERBS = (
     "show sign sort start stop store submit suggest switch sync tag test track train transfer translate update upload "
     "verify view watch weigh write"
 ).split()
-MICRO_BATCH = 256  # the GPU waits for launches, not for padding
 INVENTED = 0.7  # share of names and words that exist only in their row: they have to be copied
 
 
@@ -56,8 +56,11 @@ def make_tool(rng: Speaker) -> Tool:
         )
     )
     general = [key for key, concept in CONCEPTS.items() if not concept.convention]
+    keys = rng.sample(general, rng.choice((1, 2, 2, 3, 3, 4)))
+    if rng.random() < 0.5:  # tables take more telling than what can be copied
+        keys[0] = rng.choice(CODED)
     parameters, taken = [], set()
-    for key in rng.sample(general, rng.choice((1, 2, 2, 3, 3, 4))):
+    for key in dict.fromkeys(keys):
         concept = CONCEPTS[key]
         word, known = rng.word(WORDS), rng.choice(concept.names)
         called = rng.choice((known, known, f"{known}_{word}", f"{word}_{known}", word))
@@ -89,7 +92,7 @@ def make_row(seed: int, number: int) -> tuple[str, str, str]:
     )
 
 
-def make_tokenizer(seed: int, rows: int = 20_000):
+def make_tokenizer(seed: int, rows: int):
     """A byte-level BPE trained on generated rows, with Phi-4-mini's chat format.
 
     Words, single digits and what stands between them are split first, so that a word has the same tokens in a request, in a
@@ -140,7 +143,7 @@ class Steps:
         return self.args.steps
 
     def __getitem__(self, number: int) -> list[tuple]:
-        first = number * self.args.rows_per_step
+        first = (self.args.first_step + number) * self.args.rows_per_step
         rows = [make_row(self.args.seed, first + index) for index in range(self.args.rows_per_step)]
         chats = [
             self.tokenizer.apply_chat_template(build_messages(track, prompt), tokenize=False, add_generation_prompt=True)
@@ -149,7 +152,7 @@ class Steps:
         asked = self.tokenizer(chats, add_special_tokens=False)["input_ids"]
         answers = self.tokenizer([completion + "<|end|>" for *_, completion in rows], add_special_tokens=False)["input_ids"]
         pairs = sorted(zip(asked, answers, strict=True), key=lambda pair: len(pair[0]) + len(pair[1]))
-        return [pad_right(pairs[at : at + MICRO_BATCH]) for at in range(0, len(pairs), MICRO_BATCH)]
+        return [pad_right(pairs[at : at + self.args.micro_batch]) for at in range(0, len(pairs), self.args.micro_batch)]
 
 
 def pad_right(pairs: list[tuple[list[int], list[int]]]) -> tuple:
@@ -225,8 +228,14 @@ def pretrain(model, tokenizer, args: argparse.Namespace) -> list[float]:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     parser.add_argument("--out", type=Path, default=PACKAGE / "models/phi-tiny", help="the checkpoint's folder")
+    parser.add_argument("--start-from", type=Path, metavar="DIR", help="go on from this checkpoint instead of from scratch")
     parser.add_argument("--steps", type=positive, default=3500, help="optimizer steps")
+    parser.add_argument(
+        "--first-step", type=int, default=0, help="number of the first step: with --start-from, rows not seen yet"
+    )
     parser.add_argument("--rows-per-step", type=positive, default=256, help="rows in one step")
+    parser.add_argument("--micro-batch", type=positive, default=256, help="rows at once: many on a GPU, 8 on a CPU")
+    parser.add_argument("--tokenizer-rows", type=positive, default=20_000, help="rows that the tokenizer learns from")
     parser.add_argument("--layers", type=positive, default=4, help="decoder layers")
     parser.add_argument("--learning-rate", type=float, default=1.5e-3, help="highest learning rate")
     parser.add_argument("--workers", type=int, default=8, help="processes that write rows")
@@ -243,23 +252,29 @@ def main(argv: list[str] | None = None) -> int:
     import torch
 
     set_seed(args.seed)
-    tokenizer = make_tokenizer(args.seed)
-    model = make_model(tokenizer, args.layers)
+    history = []
+    if args.start_from:
+        tokenizer, model = load_tokenizer(args.start_from), load_model(args.start_from, "fp32", device_map=None)
+        history = read_json(args.start_from / "training_info.json", "demo/make_tiny_model.py")["runs"]
+    else:
+        tokenizer = make_tokenizer(args.seed, args.tokenizer_rows)
+        model = make_model(tokenizer, args.layers)
     started = time.perf_counter()
     losses = pretrain(model, tokenizer, args)
     model.to("cpu", dtype=torch.bfloat16).eval()
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     told = {
-        "what": "a tiny model pretrained on generated text; for demonstration and tests only",
-        "args": {name: value for name, value in vars(args).items() if name != "out"},
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "args": {name: value for name, value in vars(args).items() if name not in ("out", "start_from")},
+        "start_from": sha256_file(args.start_from / "model.safetensors") if args.start_from else None,
         "loss": {str(step): round(losses[step - 1], 4) for step in sorted({1, args.steps // 4 or 1, args.steps // 2 or 1, args.steps})},
         "seconds": round(time.perf_counter() - started, 1),
         "code": code_version(), "packages": package_versions(), "hardware": hardware(),
     }  # fmt: skip
-    write_json(args.out / "training_info.json", told)
-    print(json.dumps(told["loss"]), f"{told['parameters'] / 1e6:.1f} M parameters: {display_path(args.out)}")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    what = "a tiny model pretrained on generated text; for demonstration and tests only"
+    write_json(args.out / "training_info.json", {"what": what, "parameters": parameters, "runs": [*history, told]})
+    print(json.dumps(told["loss"]), f"{parameters / 1e6:.1f} M parameters: {display_path(args.out)}")
     return 0
 
 

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Command 2: set up once, then run the tests (no GPU, no network).  ./run_tests.sh [pytest's flags]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+. ./setup_env.sh
+"$PYTHON" -m ruff check .
+# One thread a process and a process a core: torch's threads would wait for each other on a busy machine.
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+exec "$PYTHON" -m pytest -n "$(nproc)" "$@"

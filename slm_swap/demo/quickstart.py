@@ -1,0 +1,195 @@
+"""The whole pipeline on the embedded defaults: prepare, evaluate both models, compare, fine-tune, evaluate and compare again.
+
+    python demo/quickstart.py
+    python demo/quickstart.py --short
+
+Nothing here is a real model of anybody: the "hosted" side is a simulator that answers from the references with a share of
+mistakes, the local side a tiny model pretrained on generated text. The stages are the real ones; each command is shown.
+Everything is written under runs/quickstart/, so that a team's own data, adapters and reports stay as they are.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
+
+from slm_swap.cli import Parser, run
+from slm_swap.demo.azure_simulator import AzureSimulator, Faults
+from slm_swap.errors import UserError
+from slm_swap.examples import read_examples
+from slm_swap.settings import PACKAGE, ROOT, display_path, load_settings
+from slm_swap.tracks import TRACKS
+
+DELTA = 0.05
+HEARTBEAT = 30  # seconds between signs of life of a long stage
+PRICES = {  # example prices, not an offer of anybody's: set your own in .env
+    "AZURE_PRICE_INPUT_PER_1M": "2.50",
+    "AZURE_PRICE_CACHED_PER_1M": "1.25",
+    "AZURE_PRICE_OUTPUT_PER_1M": "10.00",
+    "LOCAL_PRICE_PER_HOUR": "0.10",
+}
+VERDICTS = {0: "SWAP", 10: "FINE_TUNE", 11: "NEED_MORE_DATA"}
+
+
+@dataclass
+class Demo:
+    """One run: where it writes, how much it does, and what it has done."""
+
+    out: Path
+    short: bool
+    environment: dict[str, str] = field(default_factory=dict)
+    started: float = field(default_factory=time.perf_counter)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def say(self, text: str) -> None:
+        with self.lock:
+            print(f"[{time.perf_counter() - self.started:4.0f} s] {text}", flush=True)
+
+    def stage(self, title: str, script: str, *flags: object, accept: tuple[int, ...] = (0,)) -> int:
+        """Run a stage script, its output into a log; gives its exit code.
+
+        Raises:
+            UserError: it ended with an exit code that is not in `accept`; the end of its log is shown.
+        """
+        command = [sys.executable, str(PACKAGE / script), *map(str, flags)]
+        log = self.out / "logs" / f"{title.replace(' ', '_')}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self.say(f"{title}: python {script} {' '.join(display_path(flag) if '/' in str(flag) else str(flag) for flag in flags)}")
+        with open(log, "w") as output:
+            process = subprocess.Popen(command, env=self.environment, stdout=output, stderr=subprocess.STDOUT, cwd=PACKAGE)
+            for beats in itertools.count(1):
+                try:
+                    code = process.wait(HEARTBEAT)
+                    break
+                except subprocess.TimeoutExpired:
+                    self.say(f"{title}: at work for {beats * HEARTBEAT} s")
+                except BaseException:
+                    process.terminate()
+                    raise
+        if code not in accept:
+            print("".join(log.read_text().splitlines(keepends=True)[-15:]), file=sys.stderr)
+            raise UserError(f"{title} failed with exit code {code}: the whole log is {display_path(log)}")
+        return code
+
+    def track(self, track: str) -> dict:
+        """Both evaluations, the gate, and where it says so fine-tuning and a second look; gives the reports' paths."""
+        data, exact = self.out / track, next(name for name in TRACKS[track].gate if "exact" in name)
+        paths = {
+            name: self.out / f"reports/{track}_{name}.json"
+            for name in ("azure", "before", "after", "decision_before", "decision_after")
+        }
+        limit = ("--limit", 24) if self.short else ()
+        local = ("--model-kind", "slm", "--precision", "fp32", "--batch-size", 32, "--max-new-tokens", 96, *limit)
+        rows = ("--track", track, "--dataset", data / "test.jsonl")
+
+        def evaluate(name: str, *flags: object) -> None:
+            self.stage(f"{track} evaluate {name}", "01_eval/eval.py", *rows, *flags, "--out", paths[name])
+            self.say(f"{track} {name}: {exact} {json.loads(paths[name].read_text())['metrics'][exact]:.3f}")
+
+        def compare(slm: str, out: str) -> str:
+            flags = ("--track", track, "--azure", paths["azure"], "--slm", paths[slm], "--delta", DELTA, "--out", paths[out])
+            verdict = VERDICTS[self.stage(f"{track} compare {slm}", "03_compare/compare.py", *flags, accept=tuple(VERDICTS))]
+            self.say(f"{track} verdict {slm} fine-tuning: {verdict}")
+            return verdict
+
+        evaluate("azure", "--model-kind", "azure", *limit)
+        evaluate("before", *local)
+        if compare("before", "decision_before") != "FINE_TUNE":
+            return {name: path for name, path in paths.items() if path.exists()}
+        adapter = self.out / f"adapter_{track}"
+        self.stage(
+            f"{track} fine-tune", "train_unsloth.py", "--track", track, "--train", data / "train.jsonl", "--val", data / "val.jsonl",
+            "--out", adapter, "--backend", "trl", "--precision", "fp32", "--batch-size", 8, "--gradient-accumulation", 1,
+            "--no-gradient-checkpointing", "--lora-dropout", 0, "--learning-rate", "5e-3", "--limit", 48 if self.short else 1000,
+        )  # fmt: skip
+        evaluate("after", *local, "--adapter", adapter)
+        compare("after", "decision_after")
+        return paths
+
+
+def table(results: dict[str, dict[str, Path]], rows: int):
+    """Track x model x metric, before and after, with verdicts and costs."""
+    from rich.table import Table
+
+    shown = Table(title=f"slm_swap quickstart: {rows} test rows a track, delta {DELTA:g}, costs at example prices")
+    headings = ("track", "metric", "azure simulator", "phi-tiny", "phi-tiny fine-tuned")
+    for heading in headings:
+        shown.add_column(heading, justify="left" if heading in ("track", "metric") else "right")
+    for track, paths in results.items():
+        reports = {name: json.loads(path.read_text()) for name, path in paths.items()}
+        models = [reports.get(name) for name in ("azure", "before", "after")]
+        for metric in TRACKS[track].gate:
+            shown.add_row(track, metric, *(f"{model['metrics'][metric]:.3f}" if model else "" for model in models))
+        verdicts = (reports.get(f"decision_{name}", {}).get("verdict", "") for name in ("before", "after"))
+        shown.add_row(track, "verdict against azure", "", *verdicts)
+        costs = [model["cost"]["per_1000_rows"] if model else None for model in models]
+        shown.add_row(track, "cost per 1,000 rows", *("" if cost is None else f"{cost:.4f}" for cost in costs))
+        shown.add_section()
+    return shown
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=ROOT / "runs/quickstart", help="where everything is written")
+    parser.add_argument("--short", action="store_true", help="a few rows only, to see that every stage runs")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    from rich.console import Console
+
+    settings = load_settings()
+    demo = Demo(args.out.resolve(), args.short)
+    traced = settings.langfuse_disabled or all(
+        (settings.langfuse_public_key, settings.langfuse_secret_key, settings.langfuse_base_url)
+    )
+    threads = str(max(1, (os.cpu_count() or 2) // len(TRACKS)))  # the tracks run side by side
+    demo.environment = {
+        **os.environ,
+        **PRICES,
+        "SLM_MODEL_PATH": "models/phi-tiny",
+        "OMP_NUM_THREADS": threads,
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if not traced:
+        demo.environment["LANGFUSE_DISABLED"] = "1"
+        demo.say("Langfuse is not set up (see .env.example): these runs are not traced")
+    sample = PACKAGE / "02_dataset/sample/xlam_sample.jsonl"
+    flags = ("--source", "xlam", "--dataset-path", sample, "--val-size", 50, "--test-size", 200, "--out-dir", demo.out)
+    demo.stage("prepare", "02_dataset/prepare_data.py", *flags)
+    references = [example for track in TRACKS for example in read_examples(demo.out / track / "test.jsonl")]
+    with AzureSimulator(references, mistake_rate=0.08, faults=Faults(rate_limit=0.01, content_filter=0.01)) as server:
+        demo.say(f"the simulator of a hosted deployment answers at {server.url}")
+        demo.environment |= {
+            "AZURE_ENDPOINT": server.url, "AZURE_DEPLOYMENT": server.deployment, "AZURE_API_KEY": server.key, "AZURE_API_VERSION": "2024-10-21",
+        }  # fmt: skip
+        with ThreadPoolExecutor(len(TRACKS)) as pool:
+            results = dict(zip(TRACKS, pool.map(demo.track, TRACKS), strict=True))
+    rows = json.loads(results["toolcall"]["azure"].read_text())["counts"]["rows"]
+    Console(width=110 if not sys.stdout.isatty() else None).print(table(results, rows))
+    print(
+        "azure simulator: answers from the references with 8% mistakes, 1% filtered; its tokens are estimates. phi-tiny: 4 M parameters,"
+    )
+    print(
+        "pretrained on generated text; its cost is this machine's time. Neither says anything about a real model; the stages are the real ones."
+    )
+    print("reports:")
+    for paths in results.values():
+        for path in paths.values():
+            print(f"  {display_path(path)}")
+    demo.say("done")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

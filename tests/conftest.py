@@ -1,0 +1,55 @@
+"""What several tests need: stage scripts (their folders start with a digit and cannot be imported), and rows in files."""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from slm_swap.cli import run
+from slm_swap.settings import PACKAGE
+
+
+def load_script(path: str) -> ModuleType:
+    """A stage script as a module, by its path below `slm_swap/`."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem + "_script", PACKAGE / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def eval_script() -> ModuleType:
+    return load_script("01_eval/eval.py")
+
+
+@pytest.fixture(scope="session")
+def compare_script() -> ModuleType:
+    return load_script("03_compare/compare.py")
+
+
+@pytest.fixture
+def write_rows(tmp_path):
+    """A function that writes rows (values, or lines as they stand) to a file below `tmp_path` and gives its path."""
+
+    def write(name: str, rows: list) -> Path:
+        path = tmp_path / name
+        lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+        path.write_bytes(b"".join(line + b"\n" for line in lines))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def run_script(monkeypatch, capsys):
+    """A function that runs a stage script's `main` as from the command line, untraced: (exit code, stdout, stderr)."""
+    monkeypatch.setenv("LANGFUSE_DISABLED", "1")
+
+    def run_it(script: ModuleType, *argv: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as left:
+            run(lambda: script.main([str(word) for word in argv]))
+        return left.value.code, *capsys.readouterr()
+
+    return run_it

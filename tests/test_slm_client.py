@@ -1,0 +1,187 @@
+"""The local model's client, on the embedded tiny model, in fp32 on a CPU."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from slm_swap.errors import UserError
+from slm_swap.prompts import build_messages, toolcall_prompt
+from slm_swap.settings import PACKAGE, ROOT, Settings
+from slm_swap.slm_client import SLMClient, adapter_path, encode_prompt, model_path
+
+SETTINGS = Settings(slm_model_path="models/phi-tiny")
+CITY = {"city": {"type": "string", "description": "The city."}}
+DATE = {"date": {"type": "string", "description": "The date as YYYY-MM-DD."}}
+TOOLS = [
+    {
+        "name": "check_weather",
+        "description": "Check a weather.",
+        "parameters": {"type": "object", "properties": CITY, "required": ["city"]},
+    },
+    {
+        "name": "open_calendar",
+        "description": "Open a calendar.",
+        "parameters": {"type": "object", "properties": DATE, "required": ["date"]},
+    },
+]
+REQUESTS = (
+    "Check the weather in Oslo",
+    "Open the calendar on 3 May 2026, please",
+    "Check weather for Lima",
+    "Hi, open my calendar for June 9, 2027",
+)
+
+
+def ask(request: str, tools: int = 2) -> list[dict]:
+    return build_messages("toolcall", toolcall_prompt(TOOLS[:tools], request))
+
+
+BATCH = [ask(request, 1 + index % 2) for index, request in enumerate(REQUESTS * 2)]
+
+
+@pytest.fixture(scope="module")
+def client() -> SLMClient:
+    return SLMClient(SETTINGS, precision="fp32", max_new_tokens=48)
+
+
+@pytest.fixture(scope="module")
+def alone(client) -> list:
+    """Each row's reply when it is asked by itself."""
+    return [client.generate([messages])[0] for messages in BATCH]
+
+
+def same(left, right) -> bool:
+    return [replace(reply, seconds=0) for reply in left] == [replace(reply, seconds=0) for reply in right]
+
+
+@pytest.mark.parametrize("size", [2, 3, 8])
+def test_replies_do_not_depend_on_the_batch_size(client, alone, size, monkeypatch):
+    monkeypatch.setattr(client, "batch_size", size)
+    lengths = {len(encode_prompt(client.tokenizer, messages)) for messages in BATCH}
+    assert len(lengths) > 2, "rows of one length would need no padding"
+    assert same(client.generate(BATCH), alone)
+
+
+def test_a_reply_holds_only_the_new_tokens(client, alone):
+    for messages, reply in zip(BATCH, alone, strict=True):
+        assert messages[-1]["content"] not in reply.text and "<|" not in reply.text
+        assert reply.input_tokens == len(encode_prompt(client.tokenizer, messages))
+        assert reply.finish_reason == "stop" and 0 < reply.output_tokens <= 48 and reply.seconds > 0
+    assert alone[0].text.startswith("<tool_call name=")
+
+
+def test_the_model_sees_phi_4_minis_chat_format(client):
+    shown = client.tokenizer.decode(encode_prompt(client.tokenizer, build_messages("toolcall", "Hello")))
+    assert shown.startswith("<|system|>You answer") and shown.endswith("<|end|><|user|>Hello<|end|><|assistant|>")
+
+
+def test_a_reply_that_reaches_the_limit_is_marked(client, monkeypatch):
+    monkeypatch.setattr(client, "max_new_tokens", 3)
+    (reply,) = client.generate([BATCH[0]])
+    assert (reply.finish_reason, reply.output_tokens) == ("length", 3)
+
+
+def test_a_prompt_longer_than_the_context_is_not_cut(client, alone, monkeypatch):
+    needed = len(encode_prompt(client.tokenizer, BATCH[0]))
+    long = ask("Check the weather in Oslo " + "and Rome " * 400)
+    monkeypatch.setattr(client, "context", needed + 200)
+    replies = client.generate([BATCH[0], long, BATCH[1]])
+    assert (replies[1].text, replies[1].finish_reason) == ("", "length")
+    assert f"the context {needed + 200}" in replies[1].error
+    assert same([replies[0], replies[2]], alone[:2])
+
+
+def test_a_row_with_little_room_does_not_shorten_its_neighbours(client, alone, monkeypatch):
+    lengths = [len(encode_prompt(client.tokenizer, messages)) for messages in BATCH]
+    longest = lengths.index(max(lengths))
+    monkeypatch.setattr(client, "context", max(lengths) + 4)
+    monkeypatch.setattr(client, "max_new_tokens", 48)
+    roomy = [index for index, length in enumerate(lengths) if max(lengths) + 4 - length >= alone[index].output_tokens]
+    replies = client.generate(BATCH)
+    assert replies[longest].finish_reason == "length" and replies[longest].output_tokens == 4
+    assert roomy and same([replies[index] for index in roomy], [alone[index] for index in roomy])
+
+
+def run_out_of_memory(client, monkeypatch, rows: int) -> list[int]:
+    """Let `generate` run out of memory for more than `rows` rows; gives the sizes that were tried."""
+    import torch
+
+    tried, generate = [], client.model.generate
+
+    def limited(**inputs):
+        tried.append(len(inputs["input_ids"]))
+        if tried[-1] > rows:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return generate(**inputs)
+
+    monkeypatch.setattr(client.model, "generate", limited)
+    return tried
+
+
+def test_a_batch_that_does_not_fit_is_halved(client, alone, monkeypatch):
+    tried = run_out_of_memory(client, monkeypatch, 2)
+    monkeypatch.setattr(client, "halved", 0)
+    assert same(client.generate(BATCH), alone)
+    assert tried == [8, 4, 2, 2, 4, 2, 2] and client.describe()["batches_halved"] == 3
+
+
+def test_a_single_row_that_does_not_fit_ends_the_run(client, monkeypatch):
+    run_out_of_memory(client, monkeypatch, 0)
+    with pytest.raises(UserError, match=r"tokens alone does not fit in memory: use --precision"):
+        client.generate(BATCH[:2])
+
+
+def test_other_errors_of_the_model_are_not_hidden(client, monkeypatch):
+    def broken(**inputs):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(client.model, "generate", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        client.generate(BATCH[:2])
+
+
+@pytest.mark.parametrize("given", ["models/phi-tiny", "slm_swap/models/phi-tiny", str(PACKAGE / "models/phi-tiny")])
+def test_the_checkpoint_is_found_from_both_folders(given, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert model_path(Settings(slm_model_path=given)).resolve() == (ROOT / "slm_swap/models/phi-tiny").resolve()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (Settings(), "SLM_MODEL_PATH is not set: get the model with `hf download"),
+        (Settings(slm_model_path="models/none"), "no checkpoint at models/none"),
+    ],
+)
+def test_a_missing_checkpoint_is_said(settings, message):
+    with pytest.raises(UserError, match=message):
+        model_path(settings)
+
+
+def test_a_missing_adapter_is_said(tmp_path):
+    with pytest.raises(UserError, match=r"no adapter at .*: make it with train_unsloth.py"):
+        adapter_path(tmp_path)
+
+
+@pytest.mark.parametrize("broken", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_broken_checkpoint_is_said(broken, tmp_path):
+    for path in (PACKAGE / "models/phi-tiny").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes()[: 100 if path.name == broken else None])
+    with pytest.raises(UserError, match="cannot load .* again"):
+        SLMClient(SETTINGS, model=tmp_path, precision="fp32")
+
+
+def test_eight_bit_runs_on_a_cpu():
+    client = SLMClient(SETTINGS, max_new_tokens=8)
+    told = client.describe()
+    (reply,) = client.generate([BATCH[0]])
+    assert told["precision"] == "int8" and client.model.config.quantization_config.load_in_8bit
+    assert reply.output_tokens == 8 or reply.finish_reason == "stop"
+    json.dumps(told)
+
+
+def test_the_cost_is_the_machines_price_for_the_time(client, monkeypatch):
+    assert client.cost(1, 0, 1, 1800) is None
+    monkeypatch.setattr(client, "settings", replace(SETTINGS, local_price_per_hour=3.0))
+    assert client.cost(1, 0, 1, 1800) == 1.5
