@@ -1,12 +1,12 @@
 """What the stage scripts share: flags that mean the same everywhere, and errors in one line."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from slm_swap.clients import Client
 from slm_swap.errors import UserError
 from slm_swap.examples import Example, read_examples
 from slm_swap.reports import code_version, sha256_file
@@ -23,7 +23,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}: see {self.prog} --help\n")
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}: see {self.prog} --help\n")
 
     def add_track(self) -> None:
         self.add_argument("--track", required=True, choices=TRACKS, help="the task")
@@ -33,8 +33,9 @@ class Parser(argparse.ArgumentParser):
 
     def add_rows(self) -> None:
         """Which rows: a split of the track, or any file."""
-        self.add_argument("--split", help="the rows of 02_dataset/<track>/<split>.jsonl (default: test)")
-        self.add_argument("--dataset", metavar="FILE", help="rows from this file instead of a split")
+        rows = self.add_mutually_exclusive_group()
+        rows.add_argument("--split", help="the rows of 02_dataset/<track>/<split>.jsonl (default: test)")
+        rows.add_argument("--dataset", metavar="FILE", help="rows from this file instead of a split")
         self.add_argument("--limit", type=positive, metavar="N", help="only the first N rows")
 
     def add_client(self, replay: bool = True) -> None:
@@ -52,7 +53,8 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefa
     """The docstring as it stands; defaults only where there is one to show."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None or action.default is False or action.required else super()._get_help_string(action)
+        bare = action.default is None or action.default is False or action.required
+        return action.help if bare else super()._get_help_string(action)
 
 
 def positive(text: str) -> int:
@@ -88,9 +90,11 @@ def load_rows(args: argparse.Namespace, kinds: Sequence[str]) -> tuple[list[Exam
         UserError: the file is missing, empty or has a bad line.
     """
     own = "replay" in kinds and args.replies and not args.dataset and not args.split
-    path = find_path(args.replies if own else args.dataset or PACKAGE / "02_dataset" / args.track / f"{args.split or 'test'}.jsonl")
+    split = PACKAGE / "02_dataset" / args.track / f"{args.split or 'test'}.jsonl"
+    path = find_path(args.replies if own else args.dataset or split)
     if not path.is_file():
-        raise UserError(f"no rows at {display_path(path)}: make them with 02_dataset/prepare_data.py or pass --dataset FILE")
+        advice = "check --replies" if own else "make them with 02_dataset/prepare_data.py or pass --dataset FILE"
+        raise UserError(f"no {'replies' if own else 'rows'} at {display_path(path)}: {advice}")
     if own:
         from slm_swap.replay_client import dataset_of_replies
 
@@ -103,18 +107,29 @@ def load_rows(args: argparse.Namespace, kinds: Sequence[str]) -> tuple[list[Exam
 def client_options(args: argparse.Namespace) -> dict[str, Any]:
     """The flags of `Parser.add_client` as options of `clients.make_client`."""
     names = ("replies", "precision", "adapter", "max_new_tokens", "batch_size", "trust_remote_code")
-    return {name: getattr(args, name) for name in names if hasattr(args, name)}
+    options = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    return options | ({"replies": find_path(args.replies)} if options.get("replies") else {})
+
+
+def check_out(*outs: Path, inputs: Sequence[str | Path | None] = ()) -> None:
+    """Notice before the work starts that its results cannot be written, or would overwrite what they are made from.
+
+    Raises:
+        UserError: a place is a folder, lies below a file or in a folder that may not be written, or is one of the inputs.
+    """
+    sources = {find_path(path).resolve() for path in inputs if path is not None}
+    for out in outs:
+        folder = next(parent for parent in out.absolute().parents if parent.exists())
+        if out.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise UserError(f"cannot write {display_path(out)}: choose another place with --out")
+        if out.resolve() in sources:
+            raise UserError(f"{display_path(out)} is read and would be overwritten: choose another place with --out")
 
 
 def run_metadata(args: argparse.Namespace) -> dict[str, Any]:
     """What a trace says of a run: its flags, and the code that it ran."""
-    return {name: str(value) for name, value in vars(args).items() if value is not None} | {"commit": code_version()["commit"] or ""}
-
-
-def model_name(client: Client) -> str:
-    """A model's short name for traces and tables."""
-    told = client.describe()
-    return str(told.get("deployment") or Path(told.get("path", client.kind)).name)
+    flags = {name: str(value) for name, value in vars(args).items() if value is not None}
+    return flags | {"commit": code_version()["commit"] or ""}
 
 
 def progress(title: str, total: int) -> Any:

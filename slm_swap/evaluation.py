@@ -1,9 +1,11 @@
 """The one loop over rows: ask, score, and say what came out."""
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from slm_swap.clients import Client, Reply
@@ -82,6 +84,31 @@ def evaluate(
     return rows
 
 
+def trace_rows(trace: Any, track_name: str, client: Client, rows: list[Row]) -> None:
+    """Each row as a generation of a run's trace (`langfuse_helpers.trace_run`), with usage, scores and what it cost.
+
+    A local row has no cost of its own: rows of a batch share the machine's time, and the report has the sum.
+    """
+    told = client.describe()
+    for row in rows:
+        reply = row.reply
+        used = (reply.input_tokens, reply.cached_tokens, reply.output_tokens, reply.seconds)
+        trace.generation(
+            name=row.example.id,
+            model=model_name(told),
+            messages=build_messages(track_name, row.example.prompt),
+            reply=reply,
+            scores=TRACKS[track_name].row_metrics(row.scored.strict),
+            error=row.scored.error,
+            cost=client.cost(*used) if client.kind == "azure" else None,
+        )
+
+
+def model_name(told: dict[str, Any]) -> str:
+    """A model's short name, from what its client tells of itself."""
+    return str(told.get("deployment") or Path(told["path"]).name)
+
+
 def summary(track: Track, rows: list[Row]) -> dict[str, Any]:
     """Metrics and counts of some rows: what a report and a running display show."""
     errors = Counter(row.scored.error for row in rows if row.scored.error)
@@ -100,7 +127,7 @@ def summary(track: Track, rows: list[Row]) -> dict[str, Any]:
 def percentile(values: list[float], share: float) -> float:
     """The smallest value that at least `share` of the values do not exceed (nearest rank)."""
     ordered = sorted(values)
-    return ordered[max(0, -(-len(ordered) * share // 1).__int__() - 1)]
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
 def make_report(
@@ -116,7 +143,7 @@ def make_report(
     tokens = {name: sum(getattr(row.reply, f"{name}_tokens") for row in rows) for name in ("input", "cached", "output")}
     cost = client.cost(tokens["input"], tokens["cached"], tokens["output"], generate_seconds)
     latencies = [row.reply.seconds for row in rows]
-    prompts = "\n".join(text_hash(str(build_messages(track_name, row.example.prompt))) for row in rows)
+    prompts = sorted(text_hash(str(build_messages(track_name, row.example.prompt))) for row in rows)
     return {
         "schema_version": SCHEMA_VERSION,
         "stage": "eval",
@@ -129,7 +156,7 @@ def make_report(
         "model": client.describe(),
         "inputs": inputs | {"rows": len(rows), "rows_sha256": rows_hash(row.example for row in rows)},
         # What was said to a model whose replies were recorded elsewhere is not known.
-        "prompt_sha256": None if client.kind == "replay" else text_hash(prompts),
+        "prompt_sha256": None if client.kind == "replay" else text_hash("\n".join(prompts)),
         **summary(TRACKS[track_name], rows),
         "tokens": tokens,
         "seconds": {

@@ -2,14 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from slm_swap.errors import UserError
 from slm_swap.settings import display_path
 
+MAX_DEPTH = 100  # what walks through JSON here recurs, and needs some four of Python's frames a level
 OPTIONAL_FIELDS = {"id": str, "tools": list, "schema": dict, "accept": dict, "group": str, "source": str}
 
 
@@ -55,23 +56,31 @@ def dump_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
+def nested_too_deeply(value: Any, text: str) -> bool:
+    """Whether more than MAX_DEPTH objects and lists stand inside each other; a look at `text`, its JSON, mostly suffices."""
+    if text.count("{") + text.count("[") <= MAX_DEPTH:
+        return False
+    depth, level = 0, [value]
+    while level := [node for node in level if isinstance(node, (dict, list))]:
+        level = [child for node in level for child in (node.values() if isinstance(node, dict) else node)]
+        depth += 1
+    return depth > MAX_DEPTH
+
+
 def parse_example(row: Any, where: str) -> Example:
     """One decoded line to an Example; without an `id` the hash of the row is its id.
 
     Raises:
-        UserError: not an object, `prompt` or `completion` missing or empty, or a field of the wrong type.
+        UserError: not an object, `prompt` or `completion` missing or empty, a field of the wrong type, nested too deeply or with
+            half of a surrogate pair in it.
     """
     if not isinstance(row, dict):
-        raise UserError(f"{where}: a row is a JSON object, this is {type(row).__name__}: write {{\"prompt\": ..., \"completion\": ...}}")
+        raise UserError(f'{where}: a row is a JSON object, not {type(row).__name__}: write {{"prompt": ..., "completion": ...}}')
     for name in ("prompt", "completion"):
         value = row.get(name)
         if not isinstance(value, str) or not value.strip():
             what = f"no `{name}`" if name not in row else f"`{name}` is not a text with something in it"
             raise UserError(f"{where}: {what}: every row needs `prompt` and `completion`, both strings")
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError:
-            raise UserError(f"{where}: `{name}` holds half of a surrogate pair: mend the escape in that line") from None
     known = {}
     for name, kind in OPTIONAL_FIELDS.items():
         value = row.get(name)
@@ -80,16 +89,42 @@ def parse_example(row: Any, where: str) -> Example:
         if value is not None and not isinstance(value, kind):
             raise UserError(f"{where}: `{name}` must be a {kind.__name__}, not {type(value).__name__}: mend or drop the field")
         known[name] = value
+    for name, options in (known["accept"] or {}).items():
+        if not isinstance(options, list):
+            raise UserError(f"{where}: `accept` has no list for {name!r}: write {{argument: [acceptable values]}}")
+    try:
+        text = json.dumps([row["prompt"], row["completion"], *known.values()], ensure_ascii=False)
+        text.encode("utf-8")
+        if nested_too_deeply(known, text):
+            raise RecursionError
+    except RecursionError:
+        raise UserError(f"{where}: nested deeper than {MAX_DEPTH} objects and lists: mend or drop the field") from None
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: half of a surrogate pair, which is no text: mend the escape in that line") from None
     if not known["id"]:
         known["id"] = text_hash(json.dumps(row, sort_keys=True))[:16]
     return Example(prompt=row["prompt"], completion=row["completion"], where=where, **known)
+
+
+def _number(digits: str) -> float:
+    number = float(digits)
+    if number in (float("inf"), float("-inf")):
+        raise ValueError(f"{digits[:40]} is larger than any number here")
+    return number
+
+
+def _constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(parse_float=_number, parse_constant=_constant)
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[str, Any]]:
     """Yield ("file:line", decoded value) for each line that is not blank.
 
     Raises:
-        UserError: the file is missing or unreadable, or a line is not UTF-8 or not JSON; the line is named.
+        UserError: the file is missing or unreadable, or a line is not UTF-8 or not JSON (NaN is not); the line is named.
     """
     shown = display_path(path)
     try:
@@ -98,7 +133,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, Any]]:
                 if not line.strip():
                     continue
                 try:
-                    yield f"{shown}:{number}", json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                    yield f"{shown}:{number}", _DECODER.decode(line.decode("utf-8-sig" if number == 1 else "utf-8"))
                 except (ValueError, RecursionError) as error:
                     reason = " ".join(str(error).split())
                     raise UserError(f"{shown}:{number}: not a line of JSON ({reason}): one JSON object a line") from None
@@ -112,17 +147,22 @@ def read_examples(path: str | Path, limit: int | None = None) -> list[Example]:
     Raises:
         UserError: as `read_jsonl` and `parse_example`; also where the file has no row or an id stands twice.
     """
+    return collect(read_jsonl(path), path, limit)
+
+
+def collect(lines: Iterable[tuple[str, Any]], path: str | Path, limit: int | None = None) -> list[Example]:
+    """Decoded lines with their "file:line" as Examples: see `read_examples`."""
     examples: list[Example] = []
     seen: dict[str, str] = {}
-    for where, row in read_jsonl(path):
+    for where, row in lines:
         example = parse_example(row, where)
-        if example.id in seen and isinstance(row, dict) and row.get("id") is not None:
+        if example.id in seen and row.get("id") not in (None, ""):
             raise UserError(f"{where}: id {example.id!r} stands at {seen[example.id]} already: ids must be unique")
         if example.id in seen:  # two equal rows without ids: both stay, told apart by their place
-            example = parse_example(row | {"id": f"{example.id}-{len(examples)}"}, where)
+            example = replace(example, id=f"{example.id}-{len(examples)}")
         seen[example.id] = where
         examples.append(example)
-        if limit is not None and len(examples) >= limit:
+        if len(examples) == limit:
             break
     if not examples:
         raise UserError(f"{display_path(path)} has no rows: write one JSON object a line")

@@ -1,12 +1,13 @@
 """Replies read from a file: recorded traffic, another team's run, or the rows file of an earlier evaluation."""
 
-from collections import defaultdict
+from collections import defaultdict, deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from slm_swap.clients import Reply
 from slm_swap.errors import UserError
-from slm_swap.examples import Example, parse_example, read_jsonl
+from slm_swap.examples import OPTIONAL_FIELDS, Example, collect, read_jsonl
 from slm_swap.prompts import Messages
 from slm_swap.reports import sha256_file
 from slm_swap.settings import display_path
@@ -17,11 +18,11 @@ FINISH_REASONS = ("stop", "length", "content_filter", "refusal", "error")
 class ReplayClient:
     """A client whose replies stand in a file: one JSON object a line with `prediction` (or `reply`) and `id` or `prompt`.
 
-    Lines may also hold `finish_reason`, `tokens` and `seconds`, as a rows file does. A row is found by its id where the line has
-    one, else by its prompt; equal prompts take their lines in order.
+    Lines may also hold `finish_reason`, `tokens` and `seconds`, as a rows file does. A line belongs to the row of its id, and
+    where no row has that id (or the line has none) to a row of its prompt; equal prompts take their lines in order.
 
     Raises:
-        UserError: a bad line, or rows without a reply; nothing is guessed.
+        UserError: a bad line, a second reply for an id, or rows without a reply.
     """
 
     kind = "replay"
@@ -29,28 +30,31 @@ class ReplayClient:
 
     def __init__(self, path: str | Path, examples: list[Example]):
         self.path = path
+        ids = {example.id for example in examples}
         by_id: dict[str, Reply] = {}
-        by_prompt: dict[str, list[Reply]] = defaultdict(list)
+        by_prompt: dict[str, deque[Reply]] = defaultdict(deque)
         for where, line in read_jsonl(path):
             reply = _read_reply(line, where)
-            if isinstance(line.get("id"), (str, int)):
-                if str(line["id"]) in by_id:
-                    raise UserError(f"{where}: a second reply for id {line['id']!r}: keep one")
-                by_id[str(line["id"])] = reply
-            elif isinstance(line.get("prompt"), str):
-                by_prompt[line["prompt"]].append(reply)
-            else:
+            name, prompt = line.get("id"), line.get("prompt")
+            name = str(name) if isinstance(name, (str, int)) and name != "" else None
+            if name is None and not isinstance(prompt, str):
                 raise UserError(f"{where}: neither `id` nor `prompt`: say which row the reply belongs to")
-        self._replies: dict[str, list[Reply]] = defaultdict(list)
+            if name in by_id:
+                raise UserError(f"{where}: a second reply for id {name!r}: keep one")
+            if name in ids:
+                by_id[name] = reply
+            elif isinstance(prompt, str):
+                by_prompt[prompt].append(reply)
+        self._sha256 = sha256_file(path)
+        self._replies: dict[str, deque[Reply]] = defaultdict(deque)
         missing = []
         for example in examples:
-            recorded = by_id.get(example.id) or next(iter(by_prompt.get(example.prompt, ())), None)
-            if recorded is None:
+            if example.id in by_id:
+                self._replies[example.prompt].append(by_id[example.id])
+            elif by_prompt[example.prompt]:
+                self._replies[example.prompt].append(by_prompt[example.prompt].popleft())
+            else:
                 missing.append(example)
-                continue
-            if example.id not in by_id:
-                by_prompt[example.prompt].pop(0)
-            self._replies[example.prompt].append(recorded)
         if missing:
             raise UserError(
                 f"{display_path(path)} has no reply for {len(missing)} of {len(examples)} rows (first: id {missing[0].id!r}): "
@@ -58,10 +62,11 @@ class ReplayClient:
             )
 
     def generate(self, batch: list[Messages]) -> list[Reply]:
-        return [self._replies[messages[-1]["content"]].pop(0) for messages in batch]
+        """The recorded replies of rows that are asked for in the order of `examples`, each once."""
+        return [self._replies[messages[-1]["content"]].popleft() for messages in batch]
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": self.kind, "path": display_path(self.path), "sha256": sha256_file(self.path)}
+        return {"kind": self.kind, "path": display_path(self.path), "sha256": self._sha256}
 
     def cost(self, input_tokens: int, cached_tokens: int, output_tokens: int, seconds: float) -> float | None:
         return None  # what the recorded run cost is not in the file
@@ -79,31 +84,36 @@ def _read_reply(line: Any, where: str) -> Reply:
     if finish_reason not in FINISH_REASONS:
         raise UserError(f"{where}: finish_reason {finish_reason!r} is none of {', '.join(FINISH_REASONS)}")
     tokens = line.get("tokens") if isinstance(line.get("tokens"), dict) else {}
-    counts = {f"{name}_tokens": value for name, value in tokens.items() if name in ("input", "output", "cached") and type(value) is int}
+    counts = {f"{name}_tokens": tokens[name] for name in ("input", "output", "cached") if type(tokens.get(name)) is int}
     seconds = line.get("seconds")
+    error = line.get("reply_error")
     return Reply(
-        text.encode("utf-8", "replace").decode(),
+        _writable(text),
         finish_reason,
         seconds=float(seconds) if isinstance(seconds, (int, float)) else 0.0,
-        error=line.get("reply_error") if isinstance(line.get("reply_error"), str) else None,
+        error=_writable(error) if isinstance(error, str) else None,
         **counts,
     )
+
+
+def _writable(text: str) -> str:
+    """The text with `?` for each half of a surrogate pair, which no file can hold."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def dataset_of_replies(path: str | Path, limit: int | None = None) -> list[Example]:
     """The rows that a file of replies itself holds, where every line has `prompt` and `reference`.
 
     Raises:
-        UserError: a line lacks one of them, or the file is empty.
+        UserError: a line lacks one of them, or as `examples.read_examples`.
     """
-    examples = []
+    return collect(_rows_of_replies(path), path, limit)
+
+
+def _rows_of_replies(path: str | Path) -> Iterator[tuple[str, dict]]:
     for where, line in read_jsonl(path):
-        if not isinstance(line, dict) or not isinstance(line.get("reference"), str) or not isinstance(line.get("prompt"), str):
-            raise UserError(f"{where}: no `prompt` and `reference`, so the file is not its own dataset: pass --dataset or --split")
-        fields = {name: line[name] for name in ("id", "prompt", "tools", "schema", "accept", "group", "source") if name in line}
-        examples.append(parse_example(fields | {"completion": line["reference"]}, where))
-        if len(examples) == limit:
-            break
-    if not examples:
-        raise UserError(f"{display_path(path)} has no replies: one JSON object a line")
-    return examples
+        given = [line.get(name) for name in ("prompt", "reference")] if isinstance(line, dict) else [None]
+        if not all(isinstance(text, str) and text.strip() for text in given):
+            raise UserError(f"{where}: no `prompt` or no `reference`, so the file is no dataset too: pass --dataset or --split")
+        fields = {name: line[name] for name in ("prompt", *OPTIONAL_FIELDS) if name in line}
+        yield where, fields | {"completion": line["reference"]}

@@ -2,11 +2,25 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from slm_swap.errors import UserError
 from slm_swap.examples import Example
-from slm_swap.metrics import InvalidReply, Match, Parsed, Parser, Reference, Scored, leaves, parse_structured, parse_toolcall, score
+from slm_swap.metrics import (
+    InvalidReply,
+    Match,
+    Parsed,
+    Parser,
+    Reference,
+    Scored,
+    leaves,
+    parse_structured,
+    parse_toolcall,
+    score,
+)
+
+MATCH_PARTS = ("valid", "name", "exact", "precision", "recall", "f1", "matched", "predicted", "expected")
 
 
 @dataclass(frozen=True)
@@ -28,7 +42,7 @@ class Track:
     @property
     def gate(self) -> tuple[str, ...]:
         """The report's keys that the small model must hold up on."""
-        return tuple(f"{name}_rate" for name in self.yes_no) + tuple(f"{self.fields}_{kind}" for kind in ("precision", "recall", "f1"))
+        return (*(f"{name}_rate" for name in self.yes_no), *(f"{self.fields}_{kind}" for kind in ("precision", "recall", "f1")))
 
     def row_metrics(self, match: Match) -> dict[str, float]:
         """One row's metrics by their names, each 0..1."""
@@ -46,11 +60,10 @@ class Track:
         matches = list(matches)
         if not matches:
             raise ValueError("no rows: a mean over nothing is not a number")
-        rows = [self.row_metrics(match) for match in matches]
-        means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
-        summary = {f"{name}_rate" if name in self.yes_no else name: value for name, value in means.items()}
-        totals = (sum(getattr(match, part) for match in matches) for part in ("matched", "predicted", "expected"))
-        pooled = Match(True, True, True, *totals)
+        totals = {part: sum(getattr(match, part) for match in matches) for part in MATCH_PARTS}
+        means = SimpleNamespace(**{part: total / len(matches) for part, total in totals.items()})
+        summary = {f"{name}_rate" if name in self.yes_no else name: value for name, value in self.row_metrics(means).items()}
+        pooled = Match(True, True, True, totals["matched"], totals["predicted"], totals["expected"])
         return summary | {f"{self.fields}_{kind}_micro": getattr(pooled, kind) for kind in ("precision", "recall", "f1")}
 
     def parse_reference(self, completion: str) -> Parsed:
@@ -70,8 +83,9 @@ class Track:
         try:
             parsed = self.parse_reference(example.completion)
         except InvalidReply as invalid:
+            where = example.where or example.id
             raise UserError(
-                f"{example.where or example.id}: the completion is not a {self.title} reply ({invalid.error}: {invalid}): mend that line"
+                f"{where}: the completion is not a {self.title} reply ({invalid.error}: {invalid}): mend that line"
             ) from None
         schema: dict[str, Any] | None = example.schema
         if parsed.name is not None:

@@ -37,7 +37,7 @@ def test_two_fields_are_enough(write_rows):
 
 def test_all_fields_come_back(write_rows):
     row = ROW | {
-        "id": "r1", "tools": [{"name": "f"}], "schema": {"type": "object"}, "accept": {"a": [1, ""]}, "group": "g", "source": "s",
+        "id": "r1", "tools": [{"name": "f"}], "schema": {"default": 0.5}, "accept": {"a": [1, ""]}, "group": "g", "source": "s",
         "unknown": 1,
     }  # fmt: skip
     [example] = read_examples(write_rows("rows.jsonl", [row]))
@@ -63,6 +63,7 @@ def test_lines(write_rows):
         (b'{"prompt": "p", "completion": "{}", "schema": {"default": NaN}}', "NaN is not JSON"),
         (b'{"prompt": "p", "completion": "{}", "schema": {"default": -Infinity}}', "-Infinity is not JSON"),
         (b'{"prompt": "p", "completion": "{}", "schema": {"default": 1e999}}', "1e999 is larger than any number"),
+        (b'{"prompt": "p", "completion": "{}", "schema": {"default": -1e999}}', "-1e999 is larger than any number"),
         (b"[" * 100_000, "not a line of JSON"),
         (b'["prompt", "completion"]', "a row is a JSON object, not list"),
         (b"null", "a row is a JSON object, not NoneType"),
@@ -135,7 +136,7 @@ def test_equal_rows_without_ids_are_told_apart_by_their_place(write_rows):
     path = write_rows("rows.jsonl", rows)
     ids = [example.id for example in read_examples(path)]
     assert len(set(ids)) == 4 and ids == [example.id for example in read_examples(path)]
-    assert ids[0] == read_examples(write_rows("other.jsonl", [ROW]))[0].id
+    assert ids[0] == read_examples(write_rows("other.jsonl", [dict(reversed(ROW.items()))]))[0].id
 
 
 def test_the_hash_of_a_row_is_of_what_is_scored():

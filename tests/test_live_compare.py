@@ -59,7 +59,7 @@ def test_ctrl_c_keeps_what_both_have_answered(files):
                 break
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
-        out, error = process.communicate(timeout=120)
+        _, error = process.communicate(timeout=120)
     assert process.returncode == 130, error
     assert "interrupted after" in error and "Traceback" not in error
     azure, replay = (json.loads((files / f"out/structured_{kind}_rows_live.json").read_text()) for kind in ("azure", "replay"))

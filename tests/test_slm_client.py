@@ -168,7 +168,7 @@ def test_a_missing_adapter_is_said(tmp_path):
 def test_a_broken_checkpoint_is_said(broken, tmp_path):
     for path in (PACKAGE / "models/phi-tiny").iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes()[: 100 if path.name == broken else None])
-    with pytest.raises(UserError, match="cannot load .* again"):
+    with pytest.raises(UserError, match=r"cannot load .* again"):
         SLMClient(SETTINGS, model=tmp_path, precision="fp32")
 
 

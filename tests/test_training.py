@@ -128,7 +128,7 @@ def test_an_adapter_of_another_base_is_refused(trained, tmp_path, tokenizer):
         tmp_path
     )
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="does not fit the model .*: train it again on this model"):
+    with pytest.raises(UserError, match=r"does not fit the model .*: train it again on this model"):
         SLMClient(Settings(), model=tmp_path, precision="fp32", adapter=trained[0])
 
 

@@ -2,6 +2,9 @@
 
     python 01_eval/eval.py --track toolcall --model-kind azure
     python 01_eval/eval.py --track toolcall --model-kind slm --adapter 04_ft/adapter_toolcall --out 01_eval/reports/after.json
+    python 01_eval/eval.py --track toolcall --model-kind replay --replies recorded.jsonl
+
+slm_swap/README.md says what the report's keys mean.
 """
 
 import argparse
@@ -10,11 +13,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
-from slm_swap.cli import Parser, client_options, load_rows, model_name, progress, run, run_metadata, warn
+from slm_swap.cli import Parser, check_out, client_options, load_rows, progress, run, run_metadata, warn
 from slm_swap.clients import MODEL_KINDS, make_client
-from slm_swap.evaluation import Row, Stopwatch, evaluate, make_report, references
+from slm_swap.evaluation import Row, Stopwatch, evaluate, make_report, references, trace_rows
 from slm_swap.langfuse_helpers import require_tracing, trace_run
-from slm_swap.prompts import build_messages
 from slm_swap.reports import rows_path, write_json, write_jsonl
 from slm_swap.seeds import set_seed
 from slm_swap.settings import PACKAGE, display_path, load_settings
@@ -31,7 +33,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_client()
     parser.add_argument("--out", type=Path, help="the report (default: 01_eval/reports/<track>_<model-kind>_<split>.json)")
     parser.add_seed()
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if (args.model_kind == "replay") != bool(args.replies):
+        parser.error("--model-kind replay and --replies FILE go together")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,29 +46,19 @@ def main(argv: list[str] | None = None) -> int:
     examples, inputs, name = load_rows(args, [args.model_kind])
     gold = references(track, examples)
     out = args.out or PACKAGE / f"01_eval/reports/{args.track}_{args.model_kind}_{name}.json"
+    check_out(out, rows_path(out), inputs=[inputs["path"], args.replies])
     if args.model_kind == "slm":
         set_seed(args.seed)
     metadata = run_metadata(args) | {"dataset": inputs["path"], "dataset_sha256": inputs["sha256"], "report": display_path(out)}
-    with trace_run(settings, f"eval-{args.track}-{args.model_kind}", metadata, tags=["eval", args.track, args.model_kind]) as trace:
+    title, tags = f"eval-{args.track}-{args.model_kind}", ["eval", args.track, args.model_kind]
+    with trace_run(settings, title, metadata, tags=tags) as trace:
         client = make_client(args.model_kind, settings, examples, seed=args.seed, **client_options(args))
         try:
             with progress(f"{args.track} {args.model_kind}", len(examples)) as bar:
 
                 def on_rows(rows: list[Row]) -> None:
                     bar.update(len(rows))
-                    for row in rows:
-                        reply = row.reply
-                        trace.generation(
-                            name=row.example.id,
-                            model=model_name(client),
-                            messages=build_messages(args.track, row.example.prompt),
-                            reply=reply,
-                            scores=track.row_metrics(row.scored.strict),
-                            error=row.scored.error,
-                            cost=client.cost(reply.input_tokens, reply.cached_tokens, reply.output_tokens, reply.seconds)
-                            if args.model_kind == "azure"
-                            else None,
-                        )
+                    trace_rows(trace, args.track, client, rows)
 
                 clock.lap()
                 size = HOSTED_ROWS_AT_ONCE if args.model_kind == "azure" else args.batch_size
@@ -89,7 +84,7 @@ def show(report: dict, out: Path) -> None:
     missed = ", ".join(f"{error} {count}" for error, count in counts["errors"].items() if count)
     print(f"{counts['rows']} rows in {report['seconds']['generate']} s; missed: {missed or 'none'}")
     if counts["failed_requests"]:
-        warn(f"{counts['failed_requests']} of {counts['rows']} requests failed and count as misses: see reply_error in the rows file")
+        warn(f"{counts['failed_requests']} of {counts['rows']} requests failed and count as misses: reply_error says why")
     print(f"report: {display_path(out)}")
 
 

@@ -1,6 +1,6 @@
 """Decide from two reports whether the small model can take the task over.
 
-    python 03_compare/compare.py --track toolcall --azure 01_eval/reports/toolcall_azure_test.json --slm 01_eval/reports/toolcall_slm_test.json
+    python 03_compare/compare.py --track toolcall --azure 01_eval/reports/azure.json --slm 01_eval/reports/slm.json
     python 03_compare/compare.py --track structured --azure A.json --slm S.json --delta 0.05 --out decision.json
 
 Prints FINE_TUNE=0|1 and VERDICT=..., writes the decision and exits 0 (SWAP), 10 (FINE_TUNE) or 11 (NEED_MORE_DATA).
@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
-from slm_swap.cli import Parser, run, run_metadata, share, warn
+from slm_swap.cli import Parser, check_out, run, run_metadata, share, warn
 from slm_swap.decision import EXIT_CODES, Decision, point_decision
 from slm_swap.errors import UserError
 from slm_swap.langfuse_helpers import require_tracing, trace_run
@@ -26,7 +26,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_track()
     parser.add_argument("--azure", required=True, metavar="REPORT", help="the hosted model's report")
     parser.add_argument("--slm", required=True, metavar="REPORT", help="the small model's report")
-    parser.add_argument("--delta", type=share, default=0.02, help="non-inferiority margin: how much worse is still good enough, 0..1")
+    parser.add_argument("--delta", type=share, default=0.02, help="non-inferiority margin: how much worse is good enough, 0..1")
     parser.add_argument("--out", type=Path, help="the decision (default: 03_compare/reports/<track>.json)")
     return parser.parse_args(argv)
 
@@ -74,6 +74,21 @@ def require_same(azure: dict, slm: dict) -> None:
         raise UserError("the reports are of different prompts: evaluate both models with the same version of the code")
 
 
+def require_sides(azure: dict, slm: dict) -> None:
+    """Refuse a local model's report in the hosted one's place: the difference, and so the verdict, would be the wrong way round.
+
+    Raises:
+        UserError: `--azure` is of a local model.
+    """
+    kinds = [report["model"].get("kind") if isinstance(report.get("model"), dict) else None for report in (azure, slm)]
+    if kinds[0] == "slm":
+        raise UserError("the --azure report is of a local model (model.kind is slm): give it as --slm, and the hosted one here")
+    if kinds[1] == "azure":
+        warn("the --slm report is of a hosted model (model.kind is azure)")
+    if azure == slm:
+        warn("--azure and --slm are the same report: a model is never worse than itself")
+
+
 def show(decision: Decision) -> None:
     """All differences, and the two lines that scripts read."""
     print(f"{'metric':24} {'azure':>8} {'slm':>8} {'azure - slm':>12}")
@@ -90,27 +105,30 @@ def main(argv: list[str] | None = None) -> int:
     require_tracing(settings)
     azure, slm = read_report(args.azure, args.track), read_report(args.slm, args.track)
     require_same(azure, slm)
+    require_sides(azure, slm)
+    out = args.out or PACKAGE / f"03_compare/reports/{args.track}.json"
+    check_out(out, inputs=[args.azure, args.slm])
     for name, report in (("azure", azure), ("slm", slm)):
         counts = report.get("counts") if isinstance(report.get("counts"), dict) else {}
         if counts.get("failed_requests"):
             warn(f"{counts['failed_requests']} requests of the {name} report failed and count as misses: evaluate it again")
     decision = point_decision(azure["metrics"], slm["metrics"], TRACKS[args.track].gate, args.delta)
-    out = args.out or PACKAGE / f"03_compare/reports/{args.track}.json"
-    reports = {"azure": args.azure, "slm": args.slm}
+    paths = {"azure": find_path(args.azure), "slm": find_path(args.slm)}
     told = {
         "schema_version": SCHEMA_VERSION,
         "stage": "compare",
         "created_at": now(),
         "track": args.track,
-        "rows": azure["inputs"]["rows"],
-        "reports": {name: {"path": display_path(find_path(path)), "sha256": sha256_file(find_path(path))} for name, path in reports.items()},
+        "rows": azure["inputs"].get("rows"),
+        "reports": {name: {"path": display_path(path), "sha256": sha256_file(path)} for name, path in paths.items()},
         "models": {"azure": azure.get("model"), "slm": slm.get("model")},
         "code": code_version(),
         **decision.to_json(),
     }
     with trace_run(settings, f"compare-{args.track}", run_metadata(args), tags=["compare", args.track]) as trace:
         trace.event("decision", told)
-        trace.scores({"verdict": decision.verdict} | {f"{name}_difference": v["difference"] for name, v in decision.metrics.items()})
+        differences = {f"{name}_difference": values["difference"] for name, values in decision.metrics.items()}
+        trace.scores({"verdict": decision.verdict} | differences)
         trace.update(output={"verdict": decision.verdict, "metrics": decision.metrics})
         write_json(out, told | {"trace": {"id": trace.id, "url": trace.url}})
     show(decision)
