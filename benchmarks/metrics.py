@@ -49,9 +49,9 @@ def make_examples(count: int, seed: int) -> dict[str, list[Example]]:
 def make_reply(rng: Random, track: str, completion: str) -> str:
     """A reply to a row with this gold, of a kind drawn by its weight."""
     kind = rng.choices(list(KINDS), KINDS.values())[0]
-    parsed = TRACKS[track].parse(completion)
-    arguments = parsed.value if parsed.name else parsed.value["arguments"]
-    name = parsed.name or parsed.value["tool_name"]
+    gold = json.loads(completion[completion.index("{") : completion.rindex("}") + 1])
+    arguments = gold if track == "toolcall" else gold["arguments"]
+    name = completion.split('"')[1] if track == "toolcall" else gold["tool_name"]
     key = rng.choice(list(arguments))
     if kind == "other_order":
         arguments = dict(reversed(arguments.items()))
@@ -65,9 +65,9 @@ def make_reply(rng: Random, track: str, completion: str) -> str:
         arguments = arguments | {"limit": 10}
     elif kind == "wrong_tool":
         name = "another_tool"
-    body = json.dumps(arguments if parsed.name else {"tool_name": name, "arguments": arguments}, default=float)
-    body = body if kind == "spaces" else dump_json(json.loads(body))
-    text = f'<tool_call name="{name}">{body}</tool_call>' if parsed.name else body
+    value = arguments if track == "toolcall" else {"tool_name": name, "arguments": arguments}
+    body = json.dumps(value) if kind == "spaces" else dump_json(value)
+    text = f'<tool_call name="{name}">{body}</tool_call>' if track == "toolcall" else body
     shapes = {
         "prose": f"Here is what you asked for.\n{text}", "fence": f"```json\n{text}\n```", "twice": f"{text}\n{text}",
         "quotes": text.replace('"', "'"), "cut": text[: len(text) * 2 // 3], "nothing": "I cannot help with that.",

@@ -64,24 +64,20 @@ def _constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
-def _integer(digits: str) -> int | Decimal:
-    return int(digits) if len(digits) < 4000 else Decimal(digits)  # Python refuses to read longer integers
-
-
-def _fraction(digits: str) -> Decimal:
-    """Keeps 0.1 and 12345678901234567890.5 as they are written; equals an int of the same value and hashes like it."""
+def _number(digits: str) -> Decimal:
+    """A number as it is written: 0.1, 12345678901234567890.5, and integers of more digits than Python's int() reads."""
     try:
         return Decimal(digits)
     except InvalidOperation:
         raise ValueError("an exponent that no number has") from None
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant, parse_float=_fraction, parse_int=_integer)
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant, parse_float=_number, parse_int=_number)
 _TOKENS = re.compile(r'"(?:[^"\\\n]|\\.)*"?|[{}]')  # strings, also those that do not end, and braces
 
 
 def parse_json(text: str) -> Any:
-    """One JSON value, white space around it allowed; numbers that are not integers are Decimal.
+    """One JSON value, white space around it allowed; numbers are Decimal.
 
     Raises:
         ValueError: not JSON, NaN or Infinity, a duplicate key, nested too deeply.
@@ -214,7 +210,7 @@ def _no_call(text: str, reason: object = "no JSON object in it is whole") -> Inv
     inside = _objects_in(text, opened.end()) if opened else []
     if inside and _CLOSE in text[inside[0][1] :]:
         return InvalidReply("extra_text", "there is other text or a second call beside the call")
-    if inside or _objects_in(text):
+    if _objects_in(text):
         return InvalidReply("wrong_shape", 'there is JSON, but not inside <tool_call name="..."> and </tool_call>')
     return _no_object(text, reason)
 

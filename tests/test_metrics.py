@@ -280,6 +280,8 @@ def test_errors_of_structured_texts(reply, error):
         ('<TOOL_CALL name="f">{"a":1}</TOOL_CALL>', "wrong_shape"),
         ('<tool_call name="f">{"a":1}', "wrong_shape"),
         ('{"a":1}<tool_call name="f"></tool_call>', "wrong_shape"),
+        ('<tool_call name="f">{"a":1}</tool_end>', "wrong_shape"),
+        ('<tool_call name="f">{"a":1}/tool_call>>', "wrong_shape"),  # as long as a closing tag
         (call("[1]"), "wrong_shape"),
         (call("1"), "wrong_shape"),
         (call("null"), "wrong_shape"),
@@ -293,6 +295,31 @@ def test_errors_of_toolcall_texts(reply, error):
         with pytest.raises(InvalidReply) as raised:
             parse_toolcall(reply)
         assert raised.value.error == error and "\n" not in str(raised.value)
+
+
+def test_the_errors_are_the_design_s():
+    assert ERRORS == (
+        "filtered", "refused", "truncated", "no_json", "bad_json", "extra_text", "wrong_shape", "wrong_tool", "missing_argument",
+        "extra_argument", "wrong_type", "wrong_value",
+    )  # fmt: skip
+    assert MATCHERS == ("strict", "schema", "lenient")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('{"a":NaN}', "NaN is not JSON"),
+        ('{"a":1,"a":2}', "an object with a duplicate key"),
+        ('{"a":1e99999999999999999999}', "an exponent that no number has"),
+        (f'{{"a":{"[" * 100}{"]" * 100}}}', "nested too deeply"),
+        ('{"a":', "Expecting value: line 1 column 6 (char 5)"),
+    ],
+)
+def test_the_reason_is_said(text, reason):
+    for parse, reply in ((parse_structured, text), (parse_toolcall, call(text))):
+        with pytest.raises(InvalidReply) as raised:
+            parse(reply)
+        assert (raised.value.error, str(raised.value)) == ("bad_json", reason)
 
 
 def test_a_closing_tag_inside_a_string_is_text():
