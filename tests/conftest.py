@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import signal
 from pathlib import Path
 from types import ModuleType
 
@@ -9,6 +10,9 @@ import pytest
 
 from slm_swap.cli import run
 from slm_swap.settings import PACKAGE
+
+# A job that a shell starts in the background ignores Ctrl-C, and so do its children: the tests that interrupt need it back.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def load_script(path: str) -> ModuleType:

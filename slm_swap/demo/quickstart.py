@@ -104,7 +104,9 @@ class Demo:
         evaluate("azure", "--model-kind", "azure", *limit)
         evaluate("before", *local)
         if compare("before", "decision_before") != "FINE_TUNE":
-            return {name: paths[name] for name in ("azure", "before", "decision_before")}  # "after" may lie there from another run
+            return {
+                name: paths[name] for name in ("azure", "before", "decision_before")
+            }  # "after" may lie there from another run
         adapter = self.out / f"adapter_{track}"
         self.stage(
             f"{track} fine-tune", "train_unsloth.py", "--track", track, "--train", data / "train.jsonl", "--val", data / "val.jsonl",
