@@ -46,9 +46,8 @@ class Track:
 
     def row_metrics(self, match: Match) -> dict[str, float]:
         """One row's metrics by their names, each 0..1."""
-        named = {self.valid: float(match.valid), self.exact: float(match.exact)}
-        if self.name:
-            named[self.name] = float(match.name)
+        yes_no = {self.valid: match.valid, self.name: match.name, self.exact: match.exact}
+        named = {name: float(yes_no[name]) for name in self.yes_no}
         return named | {f"{self.fields}_{kind}": getattr(match, kind) for kind in ("precision", "recall", "f1")}
 
     def summarize(self, matches: Iterable[Match]) -> dict[str, float]:

@@ -18,9 +18,9 @@ def test_the_names_are_the_design_s():
     assert list(TRACKS["structured"].row_metrics(HIT)) == [
         "json_valid", "exact_match", "field_precision", "field_recall", "field_f1",
     ]  # fmt: skip
-    assert set(TRACKS["toolcall"].row_metrics(HIT)) == {
+    assert list(TRACKS["toolcall"].row_metrics(HIT)) == [
         "valid_call", "name_match", "args_exact", "args_precision", "args_recall", "args_f1",
-    }  # fmt: skip
+    ]  # fmt: skip
     assert TRACKS["structured"].gate == ("json_valid_rate", "exact_match_rate", "field_precision", "field_recall", "field_f1")
     assert TRACKS["toolcall"].gate == (
         "valid_call_rate", "name_match_rate", "args_exact_rate", "args_precision", "args_recall", "args_f1",
