@@ -155,6 +155,23 @@ def leaves(value: Any) -> frozenset[Leaf]:
     return frozenset(found)
 
 
+def same(left: Any, right: Any) -> bool:
+    """Whether two values of `parse_json` are equal as JSON: as equal leaves say, but sooner. Their Python types are JSON's."""
+    if type(left) is not type(right):
+        return False
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(child, right[key]) for key, child in left.items())
+    if isinstance(left, list):
+        return len(left) == len(right) and all(map(same, left, right))
+    return left == right
+
+
+def size(value: Any) -> int:
+    """How many leaves a value has."""
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return sum(map(size, children)) or 1
+
+
 # -- Replies ---------------------------------------------------------------------------------------------------------------------
 
 _OPEN, _CLOSE = re.compile(r'<tool_call name="([^"<>]+)">'), "</tool_call>"
@@ -277,9 +294,12 @@ class Reference:
     """A row's gold, parsed once, with what the looser matchers need: worked out when the first miss asks for it."""
 
     parsed: Parsed
-    leaves: frozenset
     schema: dict | None = None
     accept: dict[str, list] | None = None
+
+    @cached_property
+    def leaves(self) -> frozenset[Leaf]:
+        return leaves(self.parsed.value)
 
     @cached_property
     def coerced(self) -> dict[str, Any]:
@@ -338,9 +358,11 @@ def score(parse: Parser, reference: Reference, text: str, finish_reason: str = "
         strict, error, parsed = _missed(reference), invalid.error, _leniently(parse, text)
         schema, lenient = strict, _loose_matches(parsed, reference)[1] if parsed else strict
     else:
+        if parsed.name == reference.parsed.name and same(parsed.value, reference.parsed.value):
+            count = size(parsed.value)
+            exact = Match(True, True, True, count, count, count)
+            return Scored(exact, exact, exact, None)  # equal by value is equal under the looser matchers too
         strict = _match(leaves(parsed.value), reference.leaves, parsed.name == reference.parsed.name)
-        if strict.exact:  # equal by value is equal under the looser matchers too
-            return Scored(strict, strict, strict, None)
         schema, lenient = _loose_matches(parsed, reference)
         error = _difference_error(parsed, reference.parsed)
     return Scored(strict, schema, lenient, "truncated" if finish_reason == "length" else error)
@@ -354,7 +376,7 @@ def _leniently(parse: Parser, text: str) -> Parsed | None:
 
 
 def _missed(reference: Reference) -> Match:
-    return Match(False, False, False, 0, 0, len(reference.leaves))
+    return Match(False, False, False, 0, 0, size(reference.parsed.value))
 
 
 def _match(predicted: frozenset[Leaf], expected: frozenset[Leaf], right_tool: bool = True) -> Match:
@@ -372,7 +394,7 @@ def _difference_error(parsed: Parsed, gold: Parsed) -> str:
 
 
 def _differs_at(parsed: Parsed, gold: Parsed, key: str) -> bool:
-    return key in parsed.value and leaves(parsed.value[key]) != leaves(gold.value[key])
+    return key in parsed.value and not same(parsed.value[key], gold.value[key])
 
 
 def _collect(want: Any, got: Any, found: set[str]) -> None:

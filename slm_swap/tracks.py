@@ -14,7 +14,6 @@ from slm_swap.metrics import (
     Parser,
     Reference,
     Scored,
-    leaves,
     parse_structured,
     parse_toolcall,
     score,
@@ -90,7 +89,7 @@ class Track:
         if parsed.name is not None:
             tools = [tool for tool in example.tools or [] if isinstance(tool, dict) and tool.get("name") == parsed.name]
             schema = tools[0].get("parameters") if tools else None
-        return Reference(parsed, leaves(parsed.value), schema, example.accept)
+        return Reference(parsed, schema, example.accept)
 
     def score(self, reference: Reference, text: str, finish_reason: str = "stop") -> Scored:
         """One reply against its reference: see `metrics.score`."""

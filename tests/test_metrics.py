@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slm_swap.examples import Example
-from slm_swap.metrics import ERRORS, MATCHERS, InvalidReply, leaves, parse_json, parse_structured, parse_toolcall
+from slm_swap.metrics import ERRORS, MATCHERS, InvalidReply, leaves, parse_json, parse_structured, parse_toolcall, same, size
 from slm_swap.tracks import TRACKS
 
 quick = settings(max_examples=150, deadline=None)
@@ -474,9 +474,9 @@ def test_a_built_structured_row():
     }
     gold = '{"tool_name":"f","arguments":{"city":"B"}}'
     assert exact(structured(gold, '{"tool_name":"f","arguments":{"city":"B","days":"3"}}', schema=schema)) == (False, True, True)
-    accept = {"city": ["B", "Berlin"], "days": [7, ""]}
+    accept = {"city": ["B", "Berlin"], "days": ["7", ""]}  # "7" is converted as a reply's is
     for reply, expected in (
-        ('{"city":"Berlin","days":"7"}', (False, True, True)),
+        ('{"city":"Berlin","days":7}', (False, True, True)),
         ('{"city":"berlin"}', (False, False, True)),
         ('{"city":"Bonn"}', (False, False, False)),
     ):
@@ -513,6 +513,8 @@ def test_only_the_schema_of_the_called_tool_counts():
         ({"city": ["B"], "code": [7]}, '{"city":"B","code":"7"}', (False, True, True)),  # converted as the reply is
         ({"city": ["B"], "any": [[1, 2]]}, '{"city":"B","any":[1,2]}', (False, True, True)),
         ({"city": ["B"], "any": [[1, 2]]}, '{"city":"B","any":1}', (False, False, False)),
+        ({"city": ["B"], "any": [[1, 2]]}, '{"city":"B","any":[1]}', (False, False, False)),
+        ({"city": ["B"], "any": ["xy"]}, '{"city":"B","any":["x","y"]}', (False, False, False)),
         ({"city": ["B"], "any": [True]}, '{"city":"B","any":1}', (False, False, False)),
     ],
 )
@@ -550,7 +552,8 @@ def test_a_nested_dict_of_plain_values_accepts_them_alone():
 
 
 def test_a_toolcall_whose_arguments_look_like_a_structured_row():
-    gold, accept = '{"tool_name":"x","arguments":{"a":1}}', {"tool_name": ["x", "y"]}
+    gold, accept = '{"tool_name":"x","arguments":{"a":1}}', {"tool_name": ["x", "y"], "a": [2]}
+    assert not toolcall(gold, call('{"tool_name":"x","arguments":{"a":2}}'), accept=accept).schema.exact
     assert toolcall(gold, call('{"tool_name":"y","arguments":{"a":1}}'), accept=accept).schema.exact
 
 
@@ -622,14 +625,14 @@ replies = (
 accepts = st.none() | st.dictionaries(keys, st.lists(values, max_size=3), max_size=3)
 
 
-def same(left, right):
-    """Equality of JSON values, written down a second time."""
+def equal(left, right):
+    """Equality of JSON values as the standard library reads them, written down a second time."""
     if isinstance(left, bool) or isinstance(right, bool):
         return left is right
     if isinstance(left, dict) and isinstance(right, dict):
-        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
+        return left.keys() == right.keys() and all(equal(left[key], right[key]) for key in left)
     if isinstance(left, list) and isinstance(right, list):
-        return len(left) == len(right) and all(map(same, left, right))
+        return len(left) == len(right) and all(map(equal, left, right))
     numbers = (int, float)
     return left == right and (type(left) is type(right) or (isinstance(left, numbers) and isinstance(right, numbers)))
 
@@ -644,9 +647,17 @@ def shuffled(value, rng):
 @quick
 @given(values, values)
 def test_leaves_are_equal_exactly_where_the_values_are(left, right):
-    equal = leaves(parse_json(json.dumps(left))) == leaves(parse_json(json.dumps(right)))
-    assert equal == same(left, right)
-    assert leaves(parse_json(json.dumps(left))) == leaves(left)
+    read = parse_json(json.dumps(left)), parse_json(json.dumps(right))
+    assert same(*read) == (leaves(read[0]) == leaves(read[1])) == equal(left, right)
+    assert same(read[0], parse_json(json.dumps(left))) and leaves(read[0]) == leaves(left)
+    assert size(read[0]) == len(leaves(left))
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("{}", 1), ("[]", 1), ("0", 1), ("null", 1), ("[[],{}]", 2), ('{"a":{"b":[1,2]},"c":0}', 3)]
+)
+def test_size(text, count):
+    assert size(parse_json(text)) == len(leaves(parse_json(text))) == count
 
 
 @quick
