@@ -43,6 +43,16 @@ class Track:
         """The report's keys that the small model must hold up on."""
         return (*(f"{name}_rate" for name in self.yes_no), *(f"{self.fields}_{kind}" for kind in ("precision", "recall", "f1")))
 
+    @property
+    def row_names(self) -> dict[str, str]:
+        """The gate's metrics, each with its name on a row."""
+        return {name: name.removesuffix("_rate") for name in self.gate}
+
+    @property
+    def exact_gate(self) -> str:
+        """The gate's metric that says whether a row is right."""
+        return f"{self.exact}_rate"
+
     def row_metrics(self, match: Match) -> dict[str, float]:
         """One row's metrics by their names, each 0..1."""
         yes_no = {self.valid: match.valid, self.name: match.name, self.exact: match.exact}

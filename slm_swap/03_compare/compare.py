@@ -1,23 +1,27 @@
-"""Decide from two reports whether the small model can take the task over.
+"""Decide from two reports whether the small model can take the task over, and show why.
 
-    python 03_compare/compare.py --track toolcall --azure 01_eval/reports/azure.json --slm 01_eval/reports/slm.json
-    python 03_compare/compare.py --track structured --azure A.json --slm S.json --delta 0.05 --out decision.json
+    python 03_compare/compare.py --track toolcall --azure 01_eval/reports/azure.json --slm 01_eval/reports/slm.json --table
+    python 03_compare/compare.py --track structured --azure A.json --slm S.json --before OLD.json --delta 0.05 --markdown pr.md
 
 Prints FINE_TUNE=0|1 and VERDICT=..., writes the decision and exits 0 (SWAP), 10 (FINE_TUNE) or 11 (NEED_MORE_DATA).
+03_compare/render_report.py makes a page to read of the decision; slm_swap/README.md says what its keys mean.
 """
 
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
 from slm_swap.cli import Parser, check_out, run, run_metadata, share, warn
-from slm_swap.decision import EXIT_CODES, Decision, point_decision
+from slm_swap.comparison import CLUSTERS, Evaluation, examine, read_evaluation, require_same
+from slm_swap.decision import EXIT_CODES, RULES, point_decision
 from slm_swap.errors import UserError
-from slm_swap.langfuse_helpers import require_tracing, trace_run
-from slm_swap.reports import SCHEMA_VERSION, code_version, now, read_json, sha256_file, write_json
-from slm_swap.settings import PACKAGE, display_path, find_path, load_settings
+from slm_swap.langfuse_helpers import RunTrace, require_tracing, trace_run
+from slm_swap.pricing import load_prices
+from slm_swap.reports import SCHEMA_VERSION, code_version, now, write_atomically, write_json
+from slm_swap.settings import PACKAGE, display_path, load_settings
 from slm_swap.tracks import TRACKS
 
 
@@ -26,114 +30,104 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_track()
     parser.add_argument("--azure", required=True, metavar="REPORT", help="the hosted model's report")
     parser.add_argument("--slm", required=True, metavar="REPORT", help="the small model's report")
+    parser.add_argument("--before", metavar="REPORT", help="the small model's report before fine-tuning: what was gained")
     parser.add_argument("--delta", type=share, default=0.02, help="non-inferiority margin: how much worse is good enough, 0..1")
+    parser.add_argument("--alpha", type=share, default=0.05, help="how often a verdict may be wrong at the margin")
+    parser.add_argument("--rule", choices=RULES, default="paired", help="paired: tests on the rows; point: the means alone")
+    parser.add_argument("--sequential", action="store_true", help="a paired rule that also holds where the rows were looked at while they came")
+    parser.add_argument("--cluster", choices=CLUSTERS, default="group", help="rows that belong together: same group, same tool, or none")
+    parser.add_argument("--table", action="store_true", help="print the evidence too")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write verdict and evidence as Markdown, for a pull request")
     parser.add_argument("--out", type=Path, help="the decision (default: 03_compare/reports/<track>.json)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.delta >= 1 or not 0 < args.alpha < 0.5:
+        parser.error("--delta must be below 1, and --alpha above 0 and below 0.5")
+    if args.rule == "point" and args.sequential:
+        parser.error("--sequential is a paired rule: leave --rule out")
+    return args
 
 
-def read_report(path: str, track: str) -> dict:
-    """A report of `eval.py` with every gate metric.
-
-    Raises:
-        UserError: not such a report, or of another track.
-    """
-    found = find_path(path)
-    report = read_json(found, "01_eval/eval.py")
-    shown = display_path(found)
-    if report.get("stage") not in (None, "eval") or not isinstance(report.get("metrics"), dict):
-        raise UserError(f"{shown} is not a report of 01_eval/eval.py: make one with it")
-    if report.get("track") != track:
-        raise UserError(f"{shown} is of track {report.get('track')}, not {track}: give reports of the same track as --track")
-    missing = [
-        name for name in TRACKS[track].gate
-        if not isinstance(value := report["metrics"].get(name), (int, float)) or isinstance(value, bool) or not 0 <= value <= 1
-    ]  # fmt: skip
-    if missing:
-        raise UserError(f"{shown} has no usable {', '.join(missing)} among its metrics: make it again with 01_eval/eval.py")
-    return report
-
-
-def require_same(azure: dict, slm: dict) -> None:
-    """Refuse reports that do not answer the same question.
+def read_sides(args: argparse.Namespace) -> tuple[dict[str, Evaluation], list[str]]:
+    """The evaluations, of one and the same question, and what to be warned of.
 
     Raises:
-        UserError: other rows or other prompts.
+        UserError: they do not fit together.
     """
-    inputs = [report.get("inputs") if isinstance(report.get("inputs"), dict) else {} for report in (azure, slm)]
-    # The rows' own hash where both have it: two files of recorded replies hold the same rows and differ all the same.
-    key = "rows_sha256" if all(given.get("rows_sha256") for given in inputs) else "sha256"
-    if any(not given.get(key) for given in inputs):
-        raise UserError("a report does not say which data it is of (inputs.sha256): make it again with 01_eval/eval.py")
-    if inputs[0][key] != inputs[1][key] or inputs[0].get("rows") != inputs[1].get("rows"):
-        told = " and ".join(f"{given.get('path')} ({given.get('rows')} rows)" for given in inputs)
-        raise UserError(f"the reports are of different data, {told}: evaluate both models on the same rows")
-    prompts = [report.get("prompt_sha256") for report in (azure, slm)]
-    if None in prompts:
-        warn("what a replayed model was asked is not recorded: whether both got the same prompts is not known")
-    elif prompts[0] != prompts[1]:
-        raise UserError("the reports are of different prompts: evaluate both models with the same version of the code")
-
-
-def require_sides(azure: dict, slm: dict) -> None:
-    """Refuse a local model's report in the hosted one's place: the difference, and so the verdict, would be the wrong way round.
-
-    Raises:
-        UserError: `--azure` is of a local model.
-    """
-    kinds = [report["model"].get("kind") if isinstance(report.get("model"), dict) else None for report in (azure, slm)]
-    if kinds[0] == "slm":
+    track, with_rows = TRACKS[args.track], args.rule != "point"
+    paths = {name: path for name in ("azure", "slm", "before") if (path := getattr(args, name))}
+    sides = {name: read_evaluation(path, track, with_rows) for name, path in paths.items()}
+    warnings = []
+    for name, side in list(sides.items())[1:]:
+        warnings += [text for text in require_same(sides["azure"], side) if text not in warnings]
+    kinds = {name: given.get("kind") if isinstance(given := side.report.get("model"), dict) else None for name, side in sides.items()}
+    if kinds["azure"] == "slm":  # the difference, and so the verdict, would be the wrong way round
         raise UserError("the --azure report is of a local model (model.kind is slm): give it as --slm, and the hosted one here")
-    if kinds[1] == "azure":
-        warn("the --slm report is of a hosted model (model.kind is azure)")
-    if azure == slm:
-        warn("--azure and --slm are the same report: a model is never worse than itself")
+    if kinds["slm"] == "azure":
+        warnings.append("the --slm report is of a hosted model (model.kind is azure)")
+    if sides["azure"].report == sides["slm"].report:
+        warnings.append("--azure and --slm are the same report: a model is never worse than itself")
+    for name, side in sides.items():
+        counts = side.report.get("counts") if isinstance(side.report.get("counts"), dict) else {}
+        if counts.get("failed_requests"):
+            warnings.append(f"{counts['failed_requests']} requests of the {name} report failed and count as misses: evaluate it again")
+        if side.report.get("stopped_early") and not args.sequential:
+            raise UserError(
+                f"{display_path(side.path)} was stopped as soon as its verdict was certain (live_compare.py --stop-early): "
+                "only --sequential holds for such rows"
+            )
+    return sides, warnings
 
 
-def show(decision: Decision) -> None:
-    """All differences, and the two lines that scripts read."""
-    print(f"{'metric':24} {'azure':>8} {'slm':>8} {'azure - slm':>12}")
-    for name, values in decision.metrics.items():
-        mark = f"  worse by more than {decision.delta:g}" if name in decision.failing else ""
-        print(f"{name:24} {values['azure']:8.4f} {values['slm']:8.4f} {values['difference']:+12.4f}{mark}")
-    print(f"FINE_TUNE={int(decision.fine_tune)}")
-    print(f"VERDICT={decision.verdict}")
+def log(trace: RunTrace, told: dict[str, Any]) -> None:
+    """The decision as an event, its verdict and differences as scores."""
+    brief = {name: value for name, value in told.items() if name not in ("groups", "gold_audit")}
+    trace.event("decision", brief)
+    trace.scores({"verdict": told["verdict"]} | {f"{name}_difference": values["difference"] for name, values in told["metrics"].items()})
+    trace.update(output={"verdict": told["verdict"], "metrics": told["metrics"]})
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     settings = load_settings()
     require_tracing(settings)
-    azure, slm = read_report(args.azure, args.track), read_report(args.slm, args.track)
-    require_same(azure, slm)
-    require_sides(azure, slm)
+    sides, warnings = read_sides(args)
     out = args.out or PACKAGE / f"03_compare/reports/{args.track}.json"
-    check_out(out, inputs=[args.azure, args.slm])
-    for name, report in (("azure", azure), ("slm", slm)):
-        counts = report.get("counts") if isinstance(report.get("counts"), dict) else {}
-        if counts.get("failed_requests"):
-            warn(f"{counts['failed_requests']} requests of the {name} report failed and count as misses: evaluate it again")
-    decision = point_decision(azure["metrics"], slm["metrics"], TRACKS[args.track].gate, args.delta)
-    paths = {"azure": find_path(args.azure), "slm": find_path(args.slm)}
+    check_out(out, *([args.markdown] if args.markdown else []), inputs=[args.azure, args.slm, args.before])
+    if args.rule == "point":
+        means = [sides[name].report["metrics"] for name in ("azure", "slm")]
+        found = point_decision(*means, TRACKS[args.track].gate, args.delta).to_json()
+    else:
+        rule = "sequential" if args.sequential else "paired"
+        found = examine(TRACKS[args.track], sides, rule, args.delta, args.alpha, args.cluster, load_prices(settings.prices_file))
     told = {
         "schema_version": SCHEMA_VERSION,
         "stage": "compare",
         "created_at": now(),
-        "track": args.track,
-        "rows": azure["inputs"].get("rows"),
-        "reports": {name: {"path": display_path(path), "sha256": sha256_file(path)} for name, path in paths.items()},
-        "models": {"azure": azure.get("model"), "slm": slm.get("model")},
         "code": code_version(),
-        **decision.to_json(),
+        "track": args.track,
+        "rows": sides["azure"].report["inputs"]["rows"],
+        "inputs": sides["azure"].report["inputs"],
+        "reports": {name: side.files() for name, side in sides.items()},
+        "models": {name: side.report.get("model") for name, side in sides.items()},
+        "labels": {name: side.label for name, side in sides.items()},
+        **found,
+        "warnings": warnings + found.get("warnings", []),
     }
+    for text in told["warnings"]:
+        warn(text)
     with trace_run(settings, f"compare-{args.track}", run_metadata(args), tags=["compare", args.track]) as trace:
-        trace.event("decision", told)
-        differences = {f"{name}_difference": values["difference"] for name, values in decision.metrics.items()}
-        trace.scores({"verdict": decision.verdict} | differences)
-        trace.update(output={"verdict": decision.verdict, "metrics": decision.metrics})
+        log(trace, told)
         write_json(out, told | {"trace": {"id": trace.id, "url": trace.url}})
-    show(decision)
+    from slm_swap.text_report import brief, markdown, table
+
+    (table if args.table else brief)(told)
+    if args.markdown:
+        write_atomically(args.markdown, lambda stream: stream.write(markdown(told)))
+        print(f"markdown: {display_path(args.markdown)}")
     print(f"decision: {display_path(out)}")
-    return EXIT_CODES[decision.verdict]
+    print(f"FINE_TUNE={int(told['fine_tune'])}")
+    print(f"VERDICT={told['verdict']}")
+    return EXIT_CODES[told["verdict"]]
 
 
 if __name__ == "__main__":

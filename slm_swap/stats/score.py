@@ -1,0 +1,197 @@
+"""Score tests and intervals for the mean of bounded values: yes-no answers, fractions, their paired differences, and clusters of them.
+
+One method for all of them: the mean is tested against a value m by its distance from m, over the standard error that holds if m
+is true. The variance under m is that of the nonparametric maximum-likelihood distribution with mean m on the values that were
+seen and the two ends of the scale (Owen, Empirical Likelihood, 2001, ch. 2; the ends keep it honest where few values differ).
+
+- yes-no values, 0 or 1: this is Wilson's interval (JASA 22, 1927);
+- differences of paired yes-no values, -1, 0 or 1: it is Tango's (Statistics in Medicine 17:891-908, 1998), whose restricted
+  maximum-likelihood estimate this generalizes;
+- fractions, and clusters: the same with Student's t in place of the normal distribution and the larger of the variance under m and
+  the sample's own, which keeps the error below alpha in small samples (measured: benchmarks/decision_error_rates.py).
+
+Clusters are the units: y_g = sum over the cluster's rows of (value - m), so that rows which go together count once. The mean is
+still over rows.
+"""
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Values between `low` and `high` as clusters: `totals` and `sizes` (rows), both of shape (clusters,).
+
+    `exact` says that Wilson's and Tango's own forms hold: values on the ends and in the middle of the scale only, each row a cluster.
+    """
+
+    totals: np.ndarray
+    sizes: np.ndarray
+    low: float
+    high: float
+    exact: bool
+
+    @property
+    def rows(self) -> int:
+        return int(self.sizes.sum())
+
+    @property
+    def clusters(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def effective(self) -> float:
+        """How many clusters of equal size would say as much: (sum of sizes)^2 / sum of squared sizes (Kish, 1965)."""
+        return float(self.sizes.sum() ** 2 / (self.sizes**2).sum())
+
+    @cached_property
+    def mean(self) -> float:
+        return float(self.totals.sum() / self.sizes.sum())
+
+    @cached_property
+    def counted(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(totals, sizes, how many): clusters that are alike, once."""
+        units, counts = np.unique(np.stack([self.totals, self.sizes]), axis=1, return_counts=True)
+        return units[0], units[1], counts
+
+
+def make_sample(
+    values: Sequence[float], labels: Sequence[Hashable] | None = None, yes_no: bool = False, paired: bool = True
+) -> Sample:
+    """Values, one a row, with the label of each row's cluster (None: every row is its own).
+
+    `paired`: differences, -1..1; else 0..1. `yes_no`: nothing but 0 and 1 was measured.
+
+    Raises:
+        ValueError: no values, values outside the scale, or as many labels as not.
+    """
+    given, low = np.asarray(values, dtype=float), -1.0 if paired else 0.0
+    if not len(given) or not (np.isfinite(given).all() and given.min() >= low and given.max() <= 1):
+        raise ValueError(f"the values must be one or more numbers from {low:g} to 1")
+    if labels is None:
+        return Sample(given, np.ones(len(given)), low, 1.0, exact=yes_no)
+    if len(labels) != len(given):
+        raise ValueError(f"{len(given)} values and {len(labels)} labels")
+    numbers: dict[Hashable, int] = {}
+    index = np.array([numbers.setdefault(label, len(numbers)) for label in labels])
+    sizes = np.bincount(index).astype(float)
+    return Sample(np.bincount(index, given), sizes, low, 1.0, exact=yes_no and len(sizes) == len(given))
+
+
+def tilted_variance(y: np.ndarray, counts: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Variance under the maximum-likelihood distribution of mean 0 on the values y and the two ends low < 0 < high.
+
+    `y` has shape (units,), `counts` (..., units): how often each value was seen, of one sample or of many at once. By Lagrange the
+    weight of a value is its share / (1 + multiplier * y). Where no multiplier gives mean 0, what is missing lies on one end.
+    """
+    share = counts / counts.sum(-1, keepdims=True)
+    inside = 1 - 1e-12  # a value on the very end would divide by zero
+    least = np.full(share.shape[:-1], -inside / high)
+    most = np.full(share.shape[:-1], -inside / low)
+    for _ in range(64):  # the mean falls as the multiplier rises: bisection to the last bit
+        middle = (least + most) / 2
+        above = (share * y / (1 + middle[..., None] * y)).sum(-1) > 0
+        least, most = np.where(above, middle, least), np.where(above, most, middle)
+    weights = share / (1 + middle[..., None] * y)
+    mean = (weights * y).sum(-1)  # 0 but where the bisection ended on a bound
+    return (weights * y * y).sum(-1) - mean * np.where(mean < 0, high, low)
+
+
+def statistics(y: np.ndarray, counts: np.ndarray, low: float, high: float, exact: bool) -> np.ndarray:
+    """The signed scores of one sample or of many, shapes as `tilted_variance`: below 0 where the mean of y is."""
+    units = counts.sum(-1)
+    mean = (counts * y).sum(-1) / units
+    variance = tilted_variance(y, counts, low, high)
+    if not exact:
+        spread = (counts * (y - mean[..., None]) ** 2).sum(-1)
+        variance = np.maximum(variance * units, spread) / np.maximum(units - 1, 1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(np.abs(mean) < 1e-15, 0.0, mean / np.sqrt(variance / units))
+
+
+def _deviations(sample: Sample, m: float) -> tuple[np.ndarray, np.ndarray, float, float]:
+    """What `statistics` takes: each unit's sum of (value - m), how often, and its ends in a cluster as large as the largest."""
+    totals, sizes, counts = sample.counted
+    return totals - m * sizes, counts, (sample.low - m) * sizes.max(), (sample.high - m) * sizes.max()
+
+
+def statistic(sample: Sample, m: float) -> float:
+    """The signed score of the mean against m, which is inside the scale. Standard normal, or Student's t, if m is true."""
+    return float(statistics(*_deviations(sample, m), sample.exact))
+
+
+def degrees(sample: Sample) -> float:
+    """Degrees of freedom of `statistic`: infinite where it is normal, else effective clusters less one."""
+    return math.inf if sample.exact else max(sample.effective - 1, 1.0)
+
+
+def quantile(sample: Sample, alpha: float) -> float:
+    """What the statistic exceeds with probability `alpha` under the null hypothesis, for alpha < 0.5."""
+    from scipy.special import ndtri, stdtrit
+
+    df = degrees(sample)
+    return float(-ndtri(alpha) if math.isinf(df) else -stdtrit(df, alpha))
+
+
+def p_below(sample: Sample, m: float) -> float:
+    """One-sided p-value of "the mean is m or more": small where the mean is shown to lie below m."""
+    from scipy.special import ndtr, stdtr
+
+    if not sample.low < m < sample.high:
+        return 0.0 if sample.mean < m else 1.0
+    df, value = degrees(sample), statistic(sample, m)
+    return float(ndtr(value) if math.isinf(df) else stdtr(df, value))
+
+
+def p_above(sample: Sample, m: float) -> float:
+    """One-sided p-value of "the mean is m or less": small where the mean is shown to lie above m."""
+    return p_below(mirrored(sample), -m)
+
+
+def mirrored(sample: Sample) -> Sample:
+    """The same values with the opposite sign: of paired differences, the models exchanged."""
+    return Sample(-sample.totals, sample.sizes, -sample.high, -sample.low, sample.exact)
+
+
+def interval(sample: Sample, alpha: float) -> tuple[float, float]:
+    """Two-sided interval of level 1 - 2 alpha: every m that neither one-sided test rejects at `alpha`."""
+    return -_upper(mirrored(sample), alpha), _upper(sample, alpha)
+
+
+def _upper(sample: Sample, alpha: float) -> float:
+    from scipy.optimize import brentq
+
+    limit, top = quantile(sample, alpha), sample.high - 1e-9
+
+    def above(m: float) -> float:
+        return max(statistic(sample, m), -1e6) + limit
+
+    start = max(sample.mean, sample.low + 1e-9)
+    if start >= top or above(top) >= 0:
+        return sample.high
+    return float(brentq(above, start, top, xtol=1e-13, rtol=1e-13))
+
+
+def units_needed(sample: Sample, m: float, alpha: float, power: float, even: bool = False) -> float:
+    """How many units would show with probability `power` that the mean lies below m, if the truth is as the sample looks.
+
+    `even`: if it is so with the mean at 0, the values turned over evenly (as many rows better as worse). The usual formula for two
+    points, with the variance under m and the sample's own: ((z_alpha sigma_0 + z_power sigma_1) / (m - mean))^2. Infinite where the
+    mean is not below m.
+    """
+    from scipy.special import ndtri
+
+    if even:
+        both = np.concatenate([sample.totals, -sample.totals]), np.tile(sample.sizes, 2)
+        sample = Sample(*both, sample.low, sample.high, sample.exact)
+    if sample.mean >= m:
+        return math.inf
+    totals, sizes, counts = sample.counted
+    spread = float((counts * (totals - sample.mean * sizes) ** 2).sum() / counts.sum())
+    under = float(tilted_variance(*_deviations(sample, m)))
+    needed = -ndtri(alpha) * math.sqrt(under if sample.exact else max(under, spread)) + ndtri(power) * math.sqrt(spread)
+    return float((needed / ((m - sample.mean) * sample.rows / sample.clusters)) ** 2)
