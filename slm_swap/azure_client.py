@@ -16,6 +16,7 @@ from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 from slm_swap.clients import Reply
 from slm_swap.errors import UserError
+from slm_swap.pricing import load_prices, to_float
 from slm_swap.prompts import Messages
 from slm_swap.settings import Settings
 
@@ -147,8 +148,8 @@ class AzureClient:
     first). A row that fails for good is a Reply with its error; a fault of the set-up ends the run.
 
     Raises:
-        UserError: variables are missing or contradict each other; in `generate`: the key, deployment or API version is refused,
-            or the host cannot be reached and has not answered before.
+        UserError: variables are missing or contradict each other, or the prices cannot be read; in `generate`: the key,
+            deployment or API version is refused, or the host cannot be reached and has not answered before.
     """
 
     kind = "azure"
@@ -172,7 +173,7 @@ class AzureClient:
         self._token = None if key else entra_token()
         missing = () if key or self._token else ("AZURE_API_KEY (or pip install azure-identity)",)
         self.endpoint = parse_endpoint(settings.azure_endpoint, settings.azure_deployment, settings.azure_api_version, missing)
-        self.settings = settings
+        self.settings, self.prices = settings, load_prices(settings.prices_file)
         self._parameters = {"temperature": temperature, "seed": seed, "max_completion_tokens": max_new_tokens}
         self._dropped: list[str] = []
         self._served: dict[str, set[str]] = {"model": set(), "system_fingerprint": set()}
@@ -374,14 +375,9 @@ class AzureClient:
         }
 
     def cost(self, input_tokens: int, cached_tokens: int, output_tokens: int, seconds: float) -> float | None:
-        """By the prices per 1M tokens in the settings; cached tokens cost as much as others where they have no price."""
-        prices = self.settings
-        if prices.azure_price_input_per_1m is None or prices.azure_price_output_per_1m is None:
-            return None
-        cached = prices.azure_price_cached_per_1m
-        cached = prices.azure_price_input_per_1m if cached is None else cached
-        fresh = (input_tokens - cached_tokens) * prices.azure_price_input_per_1m
-        return (fresh + cached_tokens * cached + output_tokens * prices.azure_price_output_per_1m) / 1e6
+        """By the deployment's prices per million tokens."""
+        prices = self.prices.deployment(self.endpoint.deployment)
+        return to_float(prices.cost(input_tokens, cached_tokens, output_tokens))
 
     def close(self) -> None:
         """End the connections and the thread; may be called twice."""

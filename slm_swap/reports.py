@@ -115,7 +115,8 @@ def code_version() -> dict[str, Any]:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", str(PACKAGE))
+    code = (str(PACKAGE), f":(exclude){PACKAGE / 'prices.toml'}")  # prices filled in are no change of the code
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", *code)
     return {"commit": git("rev-parse", "HEAD"), "dirty": None if changed is None else bool(changed)}
 
 

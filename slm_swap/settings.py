@@ -15,17 +15,14 @@ ROOT = PACKAGE.parent
 
 @dataclass(frozen=True)
 class Settings:
-    """What the environment says. Secrets are kept out of `repr`; prices are in any one currency, None where unknown."""
+    """What the environment says. Secrets are kept out of `repr`."""
 
     slm_model_path: str | None = None
     azure_endpoint: str | None = None
     azure_deployment: str | None = None
     azure_api_key: str | None = field(default=None, repr=False)
     azure_api_version: str | None = None
-    azure_price_input_per_1m: float | None = None
-    azure_price_cached_per_1m: float | None = None
-    azure_price_output_per_1m: float | None = None
-    local_price_per_hour: float | None = None
+    prices_file: str | None = None
     langfuse_public_key: str | None = None
     langfuse_secret_key: str | None = field(default=None, repr=False)
     langfuse_base_url: str | None = None
@@ -41,7 +38,7 @@ def load_settings() -> Settings:
     """Read the environment and `.env` once.
 
     Raises:
-        UserError: a price is not a number, or LANGFUSE_DISABLED is neither yes nor no.
+        UserError: LANGFUSE_DISABLED is neither yes nor no.
     """
     from dotenv import dotenv_values
 
@@ -49,16 +46,6 @@ def load_settings() -> Settings:
 
     def text(*names: str) -> str | None:
         return next((values[name].strip() for name in names if (values.get(name) or "").strip()), None)
-
-    def price(name: str) -> float | None:
-        value = text(name)
-        try:
-            number = None if value is None else float(value)
-        except ValueError:
-            number = -1.0
-        if number is not None and not 0 <= number < float("inf"):
-            raise UserError(f"{name}={value!r} is not a price: set it to a number such as 2.50, or leave it out")
-        return number
 
     disabled = (text("LANGFUSE_DISABLED") or "0").lower()
     if disabled not in {"0", "1", "true", "false", "yes", "no"}:
@@ -69,10 +56,7 @@ def load_settings() -> Settings:
         azure_deployment=text("AZURE_DEPLOYMENT"),
         azure_api_key=text("AZURE_API_KEY"),
         azure_api_version=text("AZURE_API_VERSION"),
-        azure_price_input_per_1m=price("AZURE_PRICE_INPUT_PER_1M"),
-        azure_price_cached_per_1m=price("AZURE_PRICE_CACHED_PER_1M"),
-        azure_price_output_per_1m=price("AZURE_PRICE_OUTPUT_PER_1M"),
-        local_price_per_hour=price("LOCAL_PRICE_PER_HOUR"),
+        prices_file=text("PRICES_FILE"),
         langfuse_public_key=text("LANGFUSE_PUBLIC_KEY"),
         langfuse_secret_key=text("LANGFUSE_SECRET_KEY"),
         langfuse_base_url=text("LANGFUSE_BASE_URL", "LANGFUSE_HOST"),

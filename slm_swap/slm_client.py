@@ -1,6 +1,7 @@
 """The local small model, on transformers."""
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from slm_swap.clients import Reply
 from slm_swap.errors import UserError
 from slm_swap.examples import text_hash
+from slm_swap.pricing import load_prices, to_float
 from slm_swap.prompts import Messages
 from slm_swap.settings import Settings, display_path, find_path
 
@@ -44,6 +46,15 @@ def adapter_path(given: str | Path | None) -> Path | None:
             f"no adapter at {display_path(path)} (no adapter_config.json): make it with train_unsloth.py or drop --adapter"
         )
     return path
+
+
+def training_seconds(adapter: Path) -> float | None:
+    """How long the making of an adapter took, by its `training_info.json`; None where that does not say."""
+    try:
+        seconds = json.loads((adapter / "training_info.json").read_text(encoding="utf-8"))["seconds"]["total"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return seconds if isinstance(seconds, (int, float)) and 0 <= seconds < math.inf else None
 
 
 def quantization(precision: str) -> Any:
@@ -126,7 +137,7 @@ class SLMClient:
         adapter: folder of a PEFT adapter.
 
     Raises:
-        UserError: no checkpoint or adapter, or one that does not fit the other.
+        UserError: no checkpoint or adapter, one that does not fit the other, or prices that cannot be read.
     """
 
     kind = "slm"
@@ -141,8 +152,10 @@ class SLMClient:
         batch_size: int = 8,
         trust_remote_code: bool = False,
     ):
-        self.settings, self.precision, self.max_new_tokens, self.batch_size = settings, precision, max_new_tokens, batch_size
+        self.precision, self.max_new_tokens, self.batch_size = precision, max_new_tokens, batch_size
+        self.prices = load_prices(settings.prices_file)
         self.path, self.adapter = model_path(settings, model), adapter_path(adapter)
+        self.training_seconds = training_seconds(self.adapter) if self.adapter else None
         started = time.perf_counter()
         self.tokenizer = load_tokenizer(self.path, trust_remote_code)
         self.model = load_model(self.path, precision, trust_remote_code=trust_remote_code)
@@ -226,6 +239,7 @@ class SLMClient:
             "precision": self.precision,
             "engine": "transformers",
             "adapter": display_path(self.adapter) if self.adapter else None,
+            "training_seconds": self.training_seconds,
             "device": str(self.model.device),
             "parameters": parameters,
             "batches_halved": self.halved,
@@ -233,8 +247,7 @@ class SLMClient:
 
     def cost(self, input_tokens: int, cached_tokens: int, output_tokens: int, seconds: float) -> float | None:
         """The machine's price an hour times the seconds that it worked."""
-        price = self.settings.local_price_per_hour
-        return None if price is None else price * seconds / 3600
+        return to_float(self.prices.local.cost(seconds))
 
     def close(self) -> None: ...
 

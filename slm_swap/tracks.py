@@ -59,6 +59,10 @@ class Track:
         named = {name: float(yes_no[name]) for name in self.yes_no}
         return named | {f"{self.fields}_{kind}": getattr(match, kind) for kind in ("precision", "recall", "f1")}
 
+    def gate_values(self, match: Match) -> dict[str, float]:
+        """One row's metrics by the names of `gate`."""
+        return dict(zip(self.gate, self.row_metrics(match).values(), strict=True))
+
     def summarize(self, matches: Iterable[Match]) -> dict[str, float]:
         """The report's metrics: means over all rows, and precision, recall and F1 pooled over their leaves (`*_micro`).
 
@@ -70,9 +74,8 @@ class Track:
             raise ValueError("no rows: a mean over nothing is not a number")
         totals = {part: sum(getattr(match, part) for match in matches) for part in MATCH_PARTS}
         means = SimpleNamespace(**{part: total / len(matches) for part, total in totals.items()})
-        summary = {f"{name}_rate" if name in self.yes_no else name: value for name, value in self.row_metrics(means).items()}
         pooled = Match(True, True, True, totals["matched"], totals["predicted"], totals["expected"])
-        return summary | {f"{self.fields}_{kind}_micro": getattr(pooled, kind) for kind in ("precision", "recall", "f1")}
+        return self.gate_values(means) | {f"{self.fields}_{kind}_micro": getattr(pooled, kind) for kind in ("precision", "recall", "f1")}
 
     def parse_reference(self, completion: str) -> Parsed:
         """A gold completion.

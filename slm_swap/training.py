@@ -1,6 +1,5 @@
 """QLoRA fine-tuning: rows to token ids, the trainer of either back end, and an adapter that says how it was made."""
 
-import json
 import shutil
 import sys
 import tempfile
@@ -261,11 +260,3 @@ def _save(model: Any, tokenizer: Any, out: Path, info: dict, losses: list[dict],
     except BaseException:
         shutil.rmtree(staged, ignore_errors=True)
         raise
-
-
-def trained_on(adapter: Path) -> dict[str, Any]:
-    """What `training_info.json` of an adapter says, {} where there is none."""
-    try:
-        return json.loads((adapter / "training_info.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}

@@ -644,15 +644,16 @@ def test_ctrl_c_cancels_and_the_client_goes_on():
         assert server.counts == {"slow": 1, "answered": 1}
 
 
-def test_cost_by_the_prices():
-    prices = {"azure_price_input_per_1m": 2.0, "azure_price_output_per_1m": 10.0}
-    for cached, expected in ((0.5, 0.018), (None, 0.027), (0.0, 0.015)):
-        with connected(None, settings=settings_for(R, **prices, azure_price_cached_per_1m=cached)) as client:
-            # 10,000 in of which 6,000 cached, 700 out: 0.008 + 6,000 x cached + 0.007
-            assert client.cost(10_000, 6_000, 700, 99.0) == pytest.approx(expected)
-    for name in prices:
-        with connected(None, settings=settings_for(R, **prices | {name: None})) as client:
-            assert client.cost(10_000, 0, 700, 99.0) is None
+def test_cost_by_the_prices(tmp_path):
+    table = tmp_path / "prices.toml"
+    table.write_text("[hosted.Simulator]\ninput = 2.0\ncached = 0.5\noutput = 10.0\n")
+    # 10,000 in of which 6,000 cached, 700 out: 0.008 + 0.003 + 0.007
+    for deployment, cost in (("simulator", 0.018), ("another", None)):
+        with connected(None, settings=settings_for(R, azure_deployment=deployment, prices_file=str(table))) as client:
+            assert client.cost(10_000, 6_000, 700, 99.0) == cost
+    table.write_text("[hosted.simulator]\ninput = 'free'\n")
+    with pytest.raises(UserError, match="input"):
+        AzureClient(settings_for(R, prices_file=str(table)))
 
 
 def test_nothing_heavy_is_loaded_before_a_client_is_made():

@@ -122,6 +122,7 @@ def repository(tmp_path, monkeypatch):
     root = tmp_path / "repository"
     (root / "slm_swap").mkdir(parents=True)
     (root / "slm_swap/code.py").write_text("a = 1\n")
+    (root / "slm_swap/prices.toml").write_text("# no prices\n")
     monkeypatch.setattr(reports, "ROOT", root)
     monkeypatch.setattr(reports, "PACKAGE", root / "slm_swap")
 
@@ -139,6 +140,7 @@ def test_code_version(repository):
     clean = code_version()
     assert len(clean["commit"]) == 40 and clean["dirty"] is False
     (repository / "notes.txt").write_text("beside the code\n")
+    (repository / "slm_swap/prices.toml").write_text("[local]\nhour = 2.2\n")
     assert code_version() == clean
     (repository / "slm_swap/code.py").write_text("a = 2\n")
     assert code_version() == clean | {"dirty": True}

@@ -19,9 +19,7 @@ HEAVY = ("torch", "transformers", "peft", "trl", "unsloth", "vllm", "openai", "l
 
 
 def run(script: str, *flags: str, cwd=ROOT, **environment: str) -> subprocess.CompletedProcess:
-    known = {
-        name: value for name, value in os.environ.items() if not name.startswith(("AZURE_", "LANGFUSE_", "SLM_", "LOCAL_PRICE"))
-    }
+    known = {name: value for name, value in os.environ.items() if not name.startswith(("AZURE_", "LANGFUSE_", "SLM_", "PRICES_"))}
     command = [sys.executable, "-X", "importtime", str(PACKAGE / script), *flags]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=known | environment, timeout=120)
 
@@ -102,6 +100,6 @@ def test_every_variable_is_in_the_example_file():
     names = {
         value
         for value in read
-        if isinstance(value, str) and value.startswith(("SLM_", "AZURE_", "LANGFUSE_", "LOCAL_")) and value.isupper()
+        if isinstance(value, str) and value.startswith(("SLM_", "AZURE_", "LANGFUSE_", "PRICES_")) and value.isupper()
     }
     assert {name for name in names if " " not in name and "=" not in name} - {"LANGFUSE_HOST"} == documented

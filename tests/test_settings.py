@@ -18,19 +18,14 @@ VARIABLES = {
     "LANGFUSE_PUBLIC_KEY": "langfuse_public_key",
     "LANGFUSE_SECRET_KEY": "langfuse_secret_key",
     "LANGFUSE_BASE_URL": "langfuse_base_url",
-}
-PRICES = {
-    "AZURE_PRICE_INPUT_PER_1M": "azure_price_input_per_1m",
-    "AZURE_PRICE_CACHED_PER_1M": "azure_price_cached_per_1m",
-    "AZURE_PRICE_OUTPUT_PER_1M": "azure_price_output_per_1m",
-    "LOCAL_PRICE_PER_HOUR": "local_price_per_hour",
+    "PRICES_FILE": "prices_file",
 }
 
 
 @pytest.fixture(autouse=True)
 def checkout(monkeypatch, tmp_path):
     """A checkout of its own with nothing set."""
-    for name in (*VARIABLES, *PRICES, "LANGFUSE_DISABLED", "LANGFUSE_HOST"):
+    for name in (*VARIABLES, "LANGFUSE_DISABLED", "LANGFUSE_HOST"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(module, "ROOT", tmp_path)
     return tmp_path
@@ -43,14 +38,10 @@ def test_nothing_set():
 def test_every_variable_has_its_field(monkeypatch):
     for name in VARIABLES:
         monkeypatch.setenv(name, f" the {name} ")
-    for number, name in enumerate(PRICES):
-        monkeypatch.setenv(name, f"{number}.5")
     monkeypatch.setenv("LANGFUSE_DISABLED", "1")
     found = dataclasses.asdict(load_settings())
     assert found.pop("langfuse_disabled") is True
-    assert found == {field: f"the {name}" for name, field in VARIABLES.items()} | {
-        field: number + 0.5 for number, field in enumerate(PRICES.values())
-    }
+    assert found == {field: f"the {name}" for name, field in VARIABLES.items()}
 
 
 def test_the_file_is_read_and_the_environment_wins(checkout, monkeypatch):
@@ -64,7 +55,7 @@ def test_the_file_is_read_and_the_environment_wins(checkout, monkeypatch):
 
 @pytest.mark.parametrize("value", ["", "  "])
 def test_an_empty_value_counts_as_not_set(monkeypatch, value):
-    for name in (*VARIABLES, *PRICES, "LANGFUSE_DISABLED"):
+    for name in (*VARIABLES, "LANGFUSE_DISABLED"):
         monkeypatch.setenv(name, value)
     assert load_settings() == Settings()
 
@@ -74,19 +65,6 @@ def test_the_older_name_of_the_address(monkeypatch):
     assert load_settings().langfuse_base_url == "https://old"
     monkeypatch.setenv("LANGFUSE_BASE_URL", "https://new")
     assert load_settings().langfuse_base_url == "https://new"
-
-
-@pytest.mark.parametrize("name", PRICES)
-@pytest.mark.parametrize("value", ["cheap", "-1", "nan", "inf", "2,50"])
-def test_a_price_is_a_number(monkeypatch, name, value):
-    monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=f"^{name}='{value}' is not a price"):
-        load_settings()
-
-
-def test_a_price_may_be_nothing(monkeypatch):
-    monkeypatch.setenv("LOCAL_PRICE_PER_HOUR", "0")
-    assert load_settings().local_price_per_hour == 0.0
 
 
 @pytest.mark.parametrize(

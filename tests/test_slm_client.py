@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 
 from slm_swap.errors import UserError
+from slm_swap.pricing import LocalPrices, Prices
 from slm_swap.prompts import build_messages, toolcall_prompt
 from slm_swap.settings import PACKAGE, ROOT, Settings
-from slm_swap.slm_client import SLMClient, adapter_path, encode_prompt, model_path
+from slm_swap.slm_client import SLMClient, adapter_path, encode_prompt, model_path, training_seconds
 
 SETTINGS = Settings(slm_model_path="models/phi-tiny")
 CITY = {"city": {"type": "string", "description": "The city."}}
@@ -182,6 +183,35 @@ def test_eight_bit_runs_on_a_cpu():
 
 
 def test_the_cost_is_the_machines_price_for_the_time(client, monkeypatch):
-    assert client.cost(1, 0, 1, 1800) is None
-    monkeypatch.setattr(client, "settings", replace(SETTINGS, local_price_per_hour=3.0))
-    assert client.cost(1, 0, 1, 1800) == 1.5
+    for hour, cost in ((3.0, 1.5), (0, 0.0), (None, None)):
+        monkeypatch.setattr(client, "prices", Prices("prices.toml", local=LocalPrices(hour=hour)))
+        assert client.cost(1, 0, 1, 1800) == cost
+
+
+def test_prices_that_cannot_be_read_stop_it_before_the_model_is_loaded(monkeypatch):
+    monkeypatch.setattr("slm_swap.slm_client.load_model", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(UserError, match=r"cannot read the prices in none\.toml"):
+        SLMClient(replace(SETTINGS, prices_file="none.toml"), precision="fp32")
+
+
+def test_the_base_model_was_not_trained_by_us(client):
+    assert client.describe()["adapter"] is client.describe()["training_seconds"] is None
+
+
+@pytest.mark.parametrize(
+    ("info", "seconds"),
+    [
+        ('{"seconds": {"train": 5.5, "total": 61.25}}', 61.25),
+        ('{"seconds": {"train": 5.5}}', None),
+        ('{"seconds": {"total": "long"}}', None),
+        ('{"seconds": {"total": NaN}}', None),
+        ('{"seconds": 60}', None),
+        ("[]", None),
+        ("not JSON", None),
+        (None, None),
+    ],
+)
+def test_how_long_an_adapter_was_trained(info, seconds, tmp_path):
+    if info is not None:
+        (tmp_path / "training_info.json").write_text(info)
+    assert training_seconds(tmp_path) == seconds

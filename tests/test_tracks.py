@@ -35,6 +35,13 @@ def test_row_metrics():
     assert all(type(value) is float for value in TRACKS["structured"].row_metrics(HIT).values())
 
 
+def test_gate_values_have_the_report_s_names():
+    assert TRACKS["toolcall"].gate_values(HALF) == {
+        "valid_call_rate": 1, "name_match_rate": 1, "args_exact_rate": 0, "args_precision": 1 / 2, "args_recall": 1 / 4, "args_f1": 1 / 3,
+    }  # fmt: skip
+    assert tuple(TRACKS["structured"].gate_values(HIT)) == TRACKS["structured"].gate
+
+
 def test_means_and_pooled_by_hand():
     found = TRACKS["toolcall"].summarize([HIT, HALF, WRONG_TOOL, INVALID])
     assert found == pytest.approx(

@@ -85,10 +85,9 @@ def test_training_lowers_the_loss_and_tells_how_it_was_done(trained):
 def test_the_adapter_changes_what_the_client_says(trained):
     messages = [build_messages("structured", row.prompt) for row in ROWS]
     settings = Settings(slm_model_path=str(BASE))
-    replies = [
-        [reply.text for reply in SLMClient(settings, precision="fp32", adapter=adapter, max_new_tokens=48).generate(messages)]
-        for adapter in (None, trained[0])
-    ]
+    clients = [SLMClient(settings, precision="fp32", adapter=adapter, max_new_tokens=48) for adapter in (None, trained[0])]
+    assert clients[1].describe()["training_seconds"] == trained[1]["seconds"]["total"] > 0
+    replies = [[reply.text for reply in client.generate(messages)] for client in clients]
     right = [sum(text == row.completion for text, row in zip(texts, ROWS, strict=True)) for texts in replies]
     assert right[1] > right[0], replies
 

@@ -31,12 +31,6 @@ from slm_swap.tracks import TRACKS
 
 DELTA = 0.05
 HEARTBEAT = 30  # seconds between signs of life of a long stage
-PRICES = {  # example prices, not an offer of anybody's: set your own in .env
-    "AZURE_PRICE_INPUT_PER_1M": "2.50",
-    "AZURE_PRICE_CACHED_PER_1M": "1.25",
-    "AZURE_PRICE_OUTPUT_PER_1M": "10.00",
-    "LOCAL_PRICE_PER_HOUR": "0.10",
-}
 VERDICTS = {0: "SWAP", 10: "FINE_TUNE", 11: "NEED_MORE_DATA"}
 
 
@@ -158,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
     threads = str(max(1, (os.cpu_count() or 2) // len(TRACKS)))  # the tracks run side by side
     demo.environment = {
         **os.environ,
-        **PRICES,
+        "PRICES_FILE": str(PACKAGE / "demo/prices.toml"),
         "SLM_MODEL_PATH": "models/phi-tiny",
         "OMP_NUM_THREADS": threads,
         "TOKENIZERS_PARALLELISM": "false",
