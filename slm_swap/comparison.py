@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slm_swap.decision import FINE_TUNE, MIN_CLUSTERS, SWAP, Decision, Values
+from slm_swap.decision import FINE_TUNE, MIN_CLUSTERS, SWAP, Decision, Values, paired_decision, sequential_decision
 from slm_swap.errors import UserError
 from slm_swap.examples import read_jsonl
 from slm_swap.metrics import ERRORS, MATCHERS, InvalidReply, same
+from slm_swap.pricing import Prices, compare_costs, row_cost
 from slm_swap.reports import read_json, rows_path, sha256_file
 from slm_swap.settings import display_path, find_path
-from slm_swap.tracks import TRACKS, Track
+from slm_swap.tracks import Track
 
 MADE_BY = "01_eval/eval.py"
 CLUSTERS = ("group", "tool", "row")
@@ -37,6 +38,7 @@ REMEDIES = (  # the cheapest first: what, which errors it would close, and the m
     ("the content filter's settings, or those rows to the other model", ("filtered", "refused"), None),
     ("fine-tuning", ("wrong_value",), "schema"),
 )
+FINE_TUNING = REMEDIES[-1][0]
 
 
 # -- Reading ---------------------------------------------------------------------------------------------------------------------
@@ -324,6 +326,76 @@ def gains(
     }
 
 
+# -- All of it -------------------------------------------------------------------------------------------------------------------
+
+
+def examine(
+    track: Track, sides: dict[str, Evaluation], rule: str, delta: float, alpha: float, cluster: str, prices: Prices
+) -> dict[str, Any]:
+    """The decision on two evaluations (`azure`, `slm`; perhaps `before`) with all of its evidence, as the decision file holds it.
+
+    `rule` is paired or sequential, `cluster` one of CLUSTERS; slm_swap/README.md describes every key.
+    """
+    azure, slm = sides["azure"], sides["slm"]
+    rows = {name: aligned(side.rows, azure.rows) for name, side in sides.items()}
+    labels = cluster_labels(azure.rows, track, cluster)
+    yes_no = [name for name, key in track.row_names.items() if key in track.yes_no]
+    stopped = azure.report.get("stopped_early") or slm.report.get("stopped_early")
+
+    def decide(matcher: str = "strict", some: Sequence[int] | None = None) -> Decision:
+        some = range(len(azure.rows)) if some is None else some
+        values = [values_of([rows[name][i] for i in some], track, matcher) for name in ("azure", "slm")]
+        own = labels and [labels[i] for i in some]
+        if rule == "paired":
+            return paired_decision(*values, yes_no, delta, alpha, own)
+        return sequential_decision(*values, yes_no, delta, alpha, own, in_order=bool(stopped), largest=(stopped or {}).get("largest"))
+
+    by_matcher = {matcher: decide(matcher) for matcher in MATCHERS}
+    decision, verdicts = by_matcher["strict"], {matcher: found.verdict for matcher, found in by_matcher.items()}
+    flips = len(set(verdicts.values())) > 1
+    warnings = []
+    if flips:
+        told = ", ".join(f"{matcher} {verdict}" for matcher, verdict in verdicts.items())
+        warnings.append(f"the verdict depends on how replies are compared with references ({told}): look at the rows before you decide")
+    if decision.need:
+        decision.need.update(
+            {f"{name}_cost": _cost_of(decision.need["rows"], row_cost(sides[name].report, prices)) for name in ("azure", "slm")}
+        )
+    model = slm.report.get("model") if isinstance(slm.report.get("model"), dict) else {}
+    costs = compare_costs(azure.report, slm.report, prices, model.get("training_seconds"))
+    found, split = decision.to_json(), gap(rows["azure"], rows["slm"], track)
+    return found | {
+        "sentence": sentence(decision, len(azure.rows), split["remedies"]),
+        "clusters": {"by": cluster if labels else "row"} | found["clusters"],
+        "matchers": {matcher: {"verdict": own.verdict, "metrics": own.metrics} for matcher, own in by_matcher.items()},
+        "flips": flips,
+        "gap": split,
+        "groups": by_group(rows["azure"], rows["slm"], track, labels, alpha),
+        "gold_audit": gold_audit(rows["azure"], rows["slm"], track, lambda some: decide(some=some)),
+        "before": gains(rows["before"], rows["slm"], track, alpha, labels) if "before" in rows else None,
+        "cost": costs,
+        "sequential": _saved(decision, stopped, len(azure.rows), row_cost(azure.report, prices)) if rule == "sequential" else None,
+        "warnings": warnings,
+    }
+
+
+def _cost_of(rows: int | None, each: float | None) -> float | None:
+    return None if rows is None or each is None else rows * each
+
+
+def _saved(decision: Decision, stopped: dict | None, rows: int, each: float | None) -> dict[str, Any]:
+    """What stopping early saved, and after how many rows each metric (`certain_at`) and the verdict were certain."""
+    available = stopped["rows_available"] if stopped else rows
+    return {
+        "stopped_after_rows": rows if stopped else None,
+        "rows_available": available,
+        "calls_saved": available - rows,
+        "azure_cost_saved": _cost_of(available - rows, each),
+        "certain_after_rows": decision.certain_after,
+        "certain_at": {name: values["certain_at"] for name, values in decision.metrics.items()},
+    }
+
+
 # -- In words --------------------------------------------------------------------------------------------------------------------
 
 
@@ -332,8 +404,8 @@ def points(value: float) -> str:
     return f"{100 * value:.1f}".replace("-0.0", "0.0")
 
 
-def sentence(decision: Decision, rows: int) -> str:
-    """The verdict for a person who decides: what was found, how sure it is, and what comes next."""
+def sentence(decision: Decision, rows: int, remedies: Sequence[dict] = ()) -> str:
+    """The verdict for a person who decides: what was found, how sure it is, and what comes next (of `gap`'s remedies)."""
     margin = f"the margin of {points(decision.delta)} points"
     worst = max(decision.metrics, key=lambda name: decision.metrics[name]["difference"])
     if decision.alpha is None:
@@ -349,9 +421,12 @@ def sentence(decision: Decision, rows: int) -> str:
         name = decision.failing[0]
         low, high = decision.metrics[name]["interval"]
         gap = points(decision.metrics[name]["difference"])
+        cheaper = [own for own in remedies if own["remedy"] != FINE_TUNING]
+        best = max(cheaper, key=lambda own: own["gain_at_most"], default=None)
+        first = f"First try what is cheaper: {best['remedy']} (at most {points(best['gain_at_most'])} points). Then fine" if best else "Fine"
         return (
             f"The small model is worse by more than {margin}: {name} is {gap} points lower "
-            f"({points(low)} to {points(high)}) on {rows} rows. Fine-tune it, then measure again."
+            f"({points(low)} to {points(high)}) on {rows} rows. {first}-tune it, and measure again."
         )
     if decision.clusters["effective"] < MIN_CLUSTERS:
         return (
@@ -361,7 +436,7 @@ def sentence(decision: Decision, rows: int) -> str:
     need = decision.need
     name = need["metric"]
     low, high = decision.metrics[name]["interval"]
-    found = f"{rows} rows do not settle it: {name} is between {points(low)} and {points(high)} points lower, and {margin} lies between."
+    found = f"{rows} rows do not settle it: azure is {points(low)} to {points(high)} points ahead in {name}, {margin} is too near."
     if need["rows"] is None:
-        return f"{found} The difference is so close to the margin that no number of rows would: choose another margin, or fine-tune."
+        return f"{found} No number of rows would: choose another margin, or fine-tune."
     return f"{found} About {need['rows']:,} further rows would settle it (towards {need['towards']}, with 80% power)."

@@ -34,6 +34,7 @@ class Decision:
     `interval`, `p_value` (non-inferior), `p_worse`, `p_worse_holm`, `azure_interval`, `slm_interval` and `discordant`.
 
     `clusters` says how many independent units there were, `need` what would settle the verdict; both None under the point rule.
+    `certain_after`: under the sequential rule, the rows after which the verdict was certain, None where it is not.
     """
 
     verdict: str
@@ -43,6 +44,7 @@ class Decision:
     alpha: float | None = None
     clusters: dict[str, float] | None = None
     need: dict[str, Any] | None = None
+    certain_after: int | None = None
 
     @property
     def fine_tune(self) -> bool:
@@ -115,6 +117,50 @@ def paired_decision(
     counted = {"count": first.clusters, "effective": first.effective}
     need = rows_needed(samples, delta, alpha) if verdict == NEED_MORE_DATA else None
     return Decision(verdict, "paired", delta, metrics, alpha, counted, need)
+
+
+def sequential_decision(
+    azure: Values,
+    slm: Values,
+    yes_no: Collection[str],
+    delta: float,
+    alpha: float = 0.05,
+    clusters: Sequence[Hashable] | None = None,
+    in_order: bool = False,
+    largest: int | None = None,
+) -> Decision:
+    """The rule of `stats.betting.sequential_verdict`, which holds at every moment of a run; arguments as `paired_decision`.
+
+    `in_order`: the rows came in random order, the rows of a cluster together, and stay so; otherwise they are put into one. `largest`:
+    the rows of the largest cluster that the run could meet, where it was stopped before it had met all.
+
+    Raises:
+        ValueError: as `paired_decision`.
+    """
+    import numpy as np
+
+    from slm_swap.stats.betting import random_clusters, sequential_verdict
+
+    samples = differences(azure, slm, yes_no, clusters)
+    rows = len(next(iter(azure.values())))
+    order = random_clusters(clusters or [None] * rows, seed=0)
+    if in_order:
+        order.sort()
+    flat = [index for members in order for index in members]
+    sizes = [len(members) for members in order]
+    given = {name: np.subtract(azure[name], slm[name])[flat] for name in azure}
+    found = sequential_verdict(given, sizes, delta=delta, alpha=alpha, largest=largest or max(sizes))
+    metrics = {}
+    for name, evidence in found.metrics.items():
+        shown = [at for at in (evidence.below_at, evidence.above_at) if at is not None]
+        metrics[name] = _evidence(azure[name], slm[name], samples[name], name in yes_no, alpha, clusters) | {
+            "interval": list(evidence.interval), "p_value": evidence.p_value, "p_worse": evidence.p_worse,
+            "p_worse_holm": evidence.p_worse_holm, "certain_at": min(shown, default=None),
+        }  # fmt: skip
+    first = next(iter(samples.values()))
+    counted = {"count": first.clusters, "effective": first.effective}
+    need = rows_needed(samples, delta, alpha) if found.verdict == NEED_MORE_DATA else None
+    return Decision(found.verdict, "sequential", delta, metrics, alpha, counted, need, found.rows)
 
 
 def differences(azure: Values, slm: Values, yes_no: Collection[str], clusters: Sequence[Hashable] | None = None) -> dict[str, Any]:

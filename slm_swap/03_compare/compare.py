@@ -57,7 +57,7 @@ def read_sides(args: argparse.Namespace) -> tuple[dict[str, Evaluation], list[st
     paths = {name: path for name in ("azure", "slm", "before") if (path := getattr(args, name))}
     sides = {name: read_evaluation(path, track, with_rows) for name, path in paths.items()}
     warnings = []
-    for name, side in list(sides.items())[1:]:
+    for side in list(sides.values())[1:]:
         warnings += [text for text in require_same(sides["azure"], side) if text not in warnings]
     kinds = {name: given.get("kind") if isinstance(given := side.report.get("model"), dict) else None for name, side in sides.items()}
     if kinds["azure"] == "slm":  # the difference, and so the verdict, would be the wrong way round
@@ -124,9 +124,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.markdown:
         write_atomically(args.markdown, lambda stream: stream.write(markdown(told)))
         print(f"markdown: {display_path(args.markdown)}")
-    print(f"decision: {display_path(out)}")
     print(f"FINE_TUNE={int(told['fine_tune'])}")
     print(f"VERDICT={told['verdict']}")
+    print(f"decision: {display_path(out)}")
     return EXIT_CODES[told["verdict"]]
 
 
