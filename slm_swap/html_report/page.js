@@ -1,0 +1,134 @@
+"use strict";
+// The table of rows. Texts come from models and data sets: they are only ever set as text, never as HTML.
+(() => {
+  const PAGE = 50;
+  const RIGHT = { both: "Both right", azure: "Only the hosted model right", slm: "Only the small model right", neither: "Neither right" };
+  const MARKS = { reference: "Reference may be wrong", broken: "Right before fine-tuning, wrong now", mended: "Wrong before fine-tuning, right now" };
+  const rows = JSON.parse(document.getElementById("data").textContent);
+  const browser = document.getElementById("browser");
+  const [right, error, group, mark, text] = ["right", "error", "group", "mark", "text"].map((name) => document.getElementById(`filter-${name}`));
+  const [body, count, previous, next] = ["body", "count", "previous", "next"].map((name) => document.getElementById(name));
+  const number = new Intl.NumberFormat("en");
+  let found = rows;
+  let first = 0;
+
+  const whoWasRight = (row) => (row.azure.right ? (row.slm.right ? "both" : "azure") : row.slm.right ? "slm" : "neither");
+  const errorsOf = (row) => [...new Set([row.azure.error, row.slm.error])].filter((name) => name !== null);
+  const plain = (name) => name.replaceAll("_", " ");
+
+  function element(name, properties = {}, ...children) {
+    const made = Object.assign(document.createElement(name), properties);
+    made.append(...children);
+    return made;
+  }
+
+  // A select with how many rows each of its values has, values that no row has left out.
+  function fill(select, valuesOf, names, all) {
+    const counts = new Map(Object.keys(names).map((name) => [name, 0]));
+    for (const row of rows) for (const value of valuesOf(row)) counts.set(value, (counts.get(value) ?? 0) + 1);
+    select.append(element("option", { value: "", textContent: all }));
+    for (const [value, rowsOfIt] of counts)
+      if (rowsOfIt) select.append(element("option", { value: `=${value}`, textContent: `${names[value] ?? value} (${number.format(rowsOfIt)})` }));
+    return counts.size > 0 && select.length > 1;
+  }
+
+  // Both texts can be put together from a difference: parts in both, only in the reference, only in the reply, and so on.
+  const side = (diff, left_out) => diff.filter((_, at) => at % 3 !== left_out).join("");
+  const textOf = (row) => (row.searched ??= [row.id, row.group, row.prompt ?? "", side(row.azure.diff, 2), side(row.azure.diff, 1), side(row.slm.diff, 1)].join("\n").toLowerCase());
+
+  function search() {
+    const wanted = text.value.toLowerCase();
+    found = rows.filter(
+      (row) =>
+        (!right.value || right.value === `=${whoWasRight(row)}`) &&
+        (!error.value || errorsOf(row).some((name) => error.value === `=${name}`)) &&
+        (!group.value || group.value === `=${row.group}`) &&
+        (!mark.value || row.marks.some((name) => mark.value === `=${name}`)) &&
+        (!wanted || textOf(row).includes(wanted)),
+    );
+    first = 0;
+    show();
+  }
+
+  function show() {
+    const shown = found.slice(first, first + PAGE);
+    body.replaceChildren(...shown.map(rowElement));
+    const range = shown.length ? `Rows ${number.format(first + 1)} to ${number.format(first + shown.length)} of ${number.format(found.length)}` : "No row fits these filters";
+    count.textContent = found.length < rows.length ? `${range} (${number.format(rows.length)} in all).` : `${range}.`;
+    previous.disabled = first === 0;
+    next.disabled = first + PAGE >= found.length;
+  }
+
+  function rowElement(row, at) {
+    const button = element("button", { type: "button" }, "Show", element("span", { className: "hidden", textContent: ` row ${row.id}` }));
+    button.setAttribute("aria-expanded", "false");
+    const line = element(
+      "tr", {},
+      element("th", { scope: "row" }, element("bdi", { className: "id", textContent: row.id }), element("bdi", { className: "group", textContent: row.group })),
+      outcome(row.azure), outcome(row.slm), element("td", {}, button),
+    );
+    button.addEventListener("click", () => {
+      const open = button.getAttribute("aria-expanded") === "false";
+      button.setAttribute("aria-expanded", String(open));
+      button.firstChild.data = open ? "Hide" : "Show";
+      line.classList.toggle("open", open);
+      if (open) {
+        const detail = details(row, `detail-${at}`);
+        button.setAttribute("aria-controls", detail.id);
+        line.after(detail);
+      } else {
+        line.nextSibling.remove();
+        button.removeAttribute("aria-controls");
+      }
+    });
+    return line;
+  }
+
+  function outcome(side) {
+    return element("td", { className: side.right ? "right" : "wrong", textContent: side.right ? "✓ right" : `✗ ${plain(side.error ?? "not exact")}` });
+  }
+
+  function details(row, id) {
+    const cell = element("td", { colSpan: 4 });
+    const part = (title, ...content) => cell.append(element("h3", { textContent: title }), ...content);
+    if (row.prompt !== undefined) part("Prompt", element("pre", { textContent: row.prompt }));
+    else part("Prompt", element("p", { className: "note", textContent: browser.dataset.prompts === "yes" ? "Not in the dataset." : "Not stored: the dataset is not where it was, or has changed." }));
+    part("Reference", element("pre", { textContent: side(row.azure.diff, 2) }));
+    for (const [name, title] of [["azure", "Hosted"], ["slm", "Small"]]) {
+      const content = [element("pre", {}, ...marked(row[name].diff))];
+      if (row[name].ended) content.unshift(element("p", { className: "note", textContent: `Ended by: ${row[name].ended}` }));
+      if (!side(row[name].diff, 1)) content.unshift(element("p", { className: "note", textContent: "The reply is empty." }));
+      part(`${title}: ${browser.dataset[name]}${row[name].right ? "" : `, ${plain(row[name].error ?? "not exact")}`}`, ...content);
+    }
+    return element("tr", { className: "detail", id }, cell);
+  }
+
+  function marked(diff) {
+    return diff.map((part, at) => (at % 3 && part ? element(at % 3 === 1 ? "del" : "ins", { textContent: part }) : part));
+  }
+
+  fill(right, (row) => [whoWasRight(row)], RIGHT, "Any");
+  fill(error, errorsOf, {}, "Any");
+  fill(group, (row) => [row.group], { "": "(none)" }, "Any");
+  if (!fill(mark, (row) => row.marks, MARKS, "Any")) document.getElementById("marks").hidden = true;
+  for (const option of error.options) option.textContent = plain(option.textContent);
+  for (const select of [right, error, group, mark]) select.addEventListener("change", search);
+  let waiting;
+  text.addEventListener("input", () => {
+    clearTimeout(waiting);
+    waiting = setTimeout(search, 150);
+  });
+  document.getElementById("clear").addEventListener("click", () => {
+    for (const filter of [right, error, group, mark, text]) filter.value = "";
+    search();
+  });
+  previous.addEventListener("click", () => turn(-PAGE));
+  next.addEventListener("click", () => turn(PAGE));
+  function turn(by) {
+    first += by;
+    show();
+    document.getElementById("table").scrollIntoView();
+  }
+  browser.hidden = false;
+  show();
+})();

@@ -1,0 +1,285 @@
+"""The report's plots: each function draws one figure; `svgs` gives it for wide and narrow screens, in light and dark, as SVG.
+
+Numbers come as the decision has them, 0..1; the plots show points. Sizes are CSS pixels. The same input gives the same bytes.
+"""
+
+import io
+from base64 import b64encode
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from slm_swap.html_report.text import one_line
+from slm_swap.html_report.words import range_of, short, signed
+
+
+class Theme(NamedTuple):
+    """Colours that keep a contrast of 4.5 (text) and 3 (marks) on the page's background, told apart by colour-blind readers too."""
+
+    paper: str
+    text: str
+    muted: str
+    grid: str
+    azure: str
+    slm: str
+    fine: str
+
+
+THEMES = {
+    "light": Theme("#ffffff", "#1c1d1f", "#5a5e64", "#dcdee1", "#0a62a8", "#b34700", "#e8eef0"),
+    "dark": Theme("#15171a", "#e7e8ea", "#a6abb3", "#373b42", "#74b9f5", "#f2a65a", "#20282c"),
+}
+WIDTHS = {"wide": 720, "narrow": 340}
+FONT = 13.0
+LEGEND, AXIS, LINE = 30, 44, 46  # heights: above the plot, below it, of one labelled line
+SETTINGS = {
+    "svg.fonttype": "none",  # text stays text: small, and in the reader's own font
+    "svg.hashsalt": "slm_swap",
+    "font.size": FONT,
+    "axes.linewidth": 1,
+    "axes.spines.left": False,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.unicode_minus": True,
+    "text.parse_math": False,  # a `$` in a label is a dollar
+}
+MEASURED_FONT, SHOWN_FONT = "'DejaVu Sans'", "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
+
+
+class Picture(NamedTuple):
+    """One figure for one theme and width: a data: address and its size."""
+
+    address: str
+    width: int
+    height: int
+
+
+Draw = Callable[["Canvas"], None]
+
+
+def svgs(draw: Draw) -> dict[str, Picture]:
+    """A figure as `wide_light`, `wide_dark`, `narrow_light` and `narrow_dark`."""
+    return {f"{width}_{theme}": Canvas(WIDTHS[width], THEMES[theme]).picture(draw) for width in WIDTHS for theme in THEMES}
+
+
+class Canvas:
+    """One figure of a given width; its height follows from what is drawn."""
+
+    def __init__(self, width: int, theme: Theme):
+        self.width, self.theme = width, theme
+        self.narrow = width < 500
+
+    def picture(self, draw: Draw) -> Picture:
+        import matplotlib
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
+        from matplotlib.figure import Figure
+
+        with matplotlib.rc_context():
+            matplotlib.rcdefaults()  # not the reader's own settings: the same bytes everywhere
+            matplotlib.rcParams.update(SETTINGS)
+            self.figure = Figure(dpi=72)  # one point is one pixel
+            FigureCanvasSVG(self.figure)
+            self.figure.patch.set_alpha(0)
+            draw(self)
+            stream = io.StringIO()
+            self.figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
+        svg = stream.getvalue().replace(MEASURED_FONT, SHOWN_FONT)
+        address = "data:image/svg+xml;base64," + b64encode(svg.encode()).decode()
+        return Picture(address, self.width, round(self.figure.get_figheight() * 72))
+
+    def axes(self, height: float, left: float = 8, right: float = 8, legend: bool = True):
+        """The figure's only axes, `height` high, with room around them."""
+        top = LEGEND if legend else 8
+        total = height + top + AXIS
+        self.figure.set_size_inches(self.width / 72, total / 72)
+        box = (left / self.width, AXIS / total, 1 - (left + right) / self.width, height / total)
+        axes = self.figure.add_axes(box, facecolor="none")
+        axes.tick_params(colors=self.theme.muted, length=0, pad=7)
+        axes.spines["bottom"].set_color(self.theme.grid)
+        axes.grid(True, axis="x", color=self.theme.grid, linewidth=1)
+        axes.set_axisbelow(True)
+        return axes
+
+    def x_label(self, axes, text: str) -> None:
+        axes.set_xlabel(text, color=self.theme.muted, labelpad=6)
+
+    def legend(self, axes, handles: Sequence[Any]) -> None:
+        found = axes.legend(
+            handles=handles, loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=len(handles), frameon=False, borderpad=0.2,
+            handletextpad=0.5, columnspacing=1.4, handlelength=1.6, fontsize=FONT,
+        )  # fmt: skip
+        for text in found.get_texts():
+            text.set_color(self.theme.text)
+
+    def label(self, text: str) -> str:
+        """A name as it fits a line of half the width, or a good part of it on a phone."""
+        return one_line(text, 26 if self.narrow else 60)
+
+    def lines(self, axes, names: Sequence[str], values: Sequence[str]) -> None:
+        """One line for each name, from the top: the name to the left, its numbers to the right, and room for marks below them."""
+        axes.set_ylim(len(names) - 0.4, -0.75)
+        axes.set_yticks([])
+        across = axes.get_yaxis_transform()
+        for at, (name, value) in enumerate(zip(names, values, strict=True)):
+            axes.text(0, at - 0.34, self.label(name), transform=across, color=self.theme.text, va="center")
+            axes.text(1, at - 0.34, value, transform=across, color=self.theme.muted, va="center", ha="right")
+
+
+# -- Plots -----------------------------------------------------------------------------------------------------------------------
+
+
+def both_models(names: Sequence[str], metrics: Sequence[dict[str, Any]], labels: Sequence[str]) -> Draw:
+    """Each metric of both models, in per cent, with its interval where there is one."""
+
+    def draw(canvas: Canvas) -> None:
+        theme = canvas.theme
+        axes = canvas.axes(len(names) * LINE)
+        canvas.lines(axes, names, [f"{100 * metric['azure']:.1f} and {100 * metric['slm']:.1f}" for metric in metrics])
+        ends = []
+        for at, metric in enumerate(metrics):
+            for side, color, marker, place in (("azure", theme.azure, "o", at), ("slm", theme.slm, "s", at + 0.24)):
+                low, high = (100 * end for end in metric[f"{side}_interval"] or [metric[side]] * 2)
+                ends += [low, high]
+                span(axes, low, high, place, color)
+                axes.plot([100 * metric[side]], [place], color=color, marker=marker, markersize=7)
+        axes.set_xlim(*room(min(ends), max(ends), 0, 100))
+        canvas.x_label(axes, "points out of 100")
+        canvas.legend(axes, [mark(theme.azure, "o", canvas.label(labels[0])), mark(theme.slm, "s", canvas.label(labels[1]))])
+
+    return draw
+
+
+def behind(
+    names: Sequence[str], differences: Sequence[float], intervals: Sequence[list[float] | None], delta: float | None, x_label: str
+) -> Draw:
+    """How far the small model is behind on each line, in points, with intervals; with `delta`, the margin that is good enough."""
+
+    def draw(canvas: Canvas) -> None:
+        theme = canvas.theme
+        axes = canvas.axes(len(names) * (LINE - 8), legend=delta is not None)
+        canvas.lines(axes, names, [range_of(*pair) for pair in zip(differences, intervals, strict=True)])
+        ends = [0.0, 100 * (delta or 0)]
+        for at, (difference, interval) in enumerate(zip(differences, intervals, strict=True)):
+            low, high = (100 * end for end in interval or [difference] * 2)
+            ends += [low, high]
+            span(axes, low, high, at + 0.08, theme.slm)
+            axes.plot([100 * difference], [at + 0.08], color=theme.slm, marker="s", markersize=7)
+        limits = room(min(ends), max(ends), -100, 100)
+        axes.axvline(0, color=theme.muted, linewidth=1)
+        if delta is not None:
+            margin = axes.axvline(100 * delta, color=theme.text, linewidth=1.5, linestyle=(0, (4, 3)))
+            margin.set_label(f"margin: {100 * delta:g} points")
+            shade = axes.axvspan(limits[0], 100 * delta, color=theme.fine, zorder=0, linewidth=0, label="good enough")
+            canvas.legend(axes, [margin, shade])
+        axes.set_xlim(*limits)
+        canvas.x_label(axes, x_label)
+
+    return draw
+
+
+def error_bars(names: Sequence[str], errors: Sequence[dict[str, Any]]) -> Draw:
+    """How much each kind of error adds to the gap, in points."""
+
+    def draw(canvas: Canvas) -> None:
+        theme = canvas.theme
+        axes = canvas.axes(len(names) * (LINE - 6), legend=False)
+        canvas.lines(axes, names, [signed(error["difference"]) for error in errors])
+        values = [100 * error["difference"] for error in errors]
+        for at, value in enumerate(values):  # filled where the small model is worse, hollow where it is better
+            color = theme.slm if value > 0 else theme.azure
+            axes.barh(at + 0.06, value, height=0.3, facecolor=color if value > 0 else "none", edgecolor=color, linewidth=1.5)
+        axes.axvline(0, color=theme.muted, linewidth=1)
+        axes.set_xlim(*room(min(0, *values), max(0, *values), -100, 100))
+        canvas.x_label(axes, "points of the gap")
+
+    return draw
+
+
+def before_after(names: Sequence[str], metrics: Sequence[dict[str, Any]], azure: Sequence[float | None], labels: Sequence[str]) -> Draw:
+    """Each metric before and after fine-tuning, and where the hosted model stands."""
+
+    def draw(canvas: Canvas) -> None:
+        theme = canvas.theme
+        axes = canvas.axes(len(names) * (LINE - 6))
+        canvas.lines(axes, names, [f"{100 * m['before']:.1f} → {100 * m['slm']:.1f}" for m in metrics])
+        ends = []
+        for at, (metric, target) in enumerate(zip(metrics, azure, strict=True)):
+            values = [100 * metric["before"], 100 * metric["slm"]]
+            ends += values
+            axes.plot(values, [at + 0.08] * 2, color=theme.slm, linewidth=2)
+            axes.plot(values[:1], [at + 0.08], color=theme.slm, marker="s", markersize=8, markerfacecolor=theme.paper, markeredgewidth=2)
+            axes.plot(values[1:], [at + 0.08], color=theme.slm, marker="s", markersize=8)
+            if target is not None:
+                ends.append(100 * target)
+                axes.plot([100 * target], [at + 0.08], color=theme.azure, marker="|", markersize=16, markeredgewidth=2.5)
+        axes.set_xlim(*room(min(ends), max(ends), 0, 100))
+        canvas.x_label(axes, "points out of 100")
+        canvas.legend(axes, [mark(theme.slm, "s", "before", theme.paper), mark(theme.slm, "s", "after"), mark(theme.azure, "|", canvas.label(labels[0]))])
+
+    return draw
+
+
+def cost_lines(
+    x_most: float,
+    azure: float,
+    slm: tuple[float, float],
+    meets: float | None,
+    capacity: float | None,
+    labels: Sequence[str],
+    axis_labels: tuple[str, str],
+) -> Draw:
+    """What both models cost in all for so many tasks: the hosted one `azure` a task, the small one `slm`, fixed and a task."""
+
+    def draw(canvas: Canvas) -> None:
+        from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+        theme = canvas.theme
+        axes = canvas.axes(240, left=58, right=20)
+        axes.grid(True, color=theme.grid, linewidth=1)
+        xs = [0.0, x_most]
+        axes.plot(xs, [azure * x for x in xs], color=theme.azure, linewidth=2.5)
+        axes.plot(xs, [slm[0] + slm[1] * x for x in xs], color=theme.slm, linewidth=2.5, linestyle=(0, (6, 2)))
+        axes.set_xlim(0, x_most)
+        axes.set_ylim(0, 1.08 * max(azure * x_most, slm[0] + slm[1] * x_most) or 1)
+        if meets is not None and meets <= x_most:
+            axes.plot([meets], [azure * meets], color=theme.text, marker="o", markersize=9, markerfacecolor=theme.paper, markeredgewidth=2)
+        if capacity is not None and capacity < x_most:
+            axes.axvline(capacity, color=theme.muted, linewidth=1.5, linestyle=(0, (1, 2)))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(4 if canvas.narrow else 6))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+        axes.set_ylabel(axis_labels[1], color=theme.muted)
+        canvas.x_label(axes, axis_labels[0])
+        handles = [line(theme.azure, "-", canvas.label(labels[0])), line(theme.slm, (0, (6, 2)), canvas.label(labels[1]))]
+        canvas.legend(axes, handles)
+
+    return draw
+
+
+# -- Parts of plots ----------------------------------------------------------------------------------------------------------------
+
+
+def span(axes, low: float, high: float, at: float, color: str) -> None:
+    """An interval with ends."""
+    axes.plot([low, high], [at, at], color=color, linewidth=2, solid_capstyle="butt")
+    axes.plot([low, high], [at, at], color=color, linestyle="none", marker="|", markersize=7, markeredgewidth=2)
+
+
+def room(low: float, high: float, least: float, most: float) -> tuple[float, float]:
+    """Limits of an axis: some margin on both sides, hardly beyond what is possible."""
+    margin = max(1.0, 0.06 * (high - low))
+    return max(low - margin, least - 1.5), min(high + margin, most + 1.5)
+
+
+def mark(color: str, marker: str, label: str, face: str | None = None):
+    """A mark of the legend."""
+    from matplotlib.lines import Line2D
+
+    size = {"markersize": 8, "markerfacecolor": face or color, "markeredgewidth": 2}
+    return Line2D([], [], color=color, marker=marker, linestyle="none", label=label, **size)
+
+
+def line(color: str, style: Any, label: str):
+    """A line of the legend."""
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], color=color, linewidth=2.5, linestyle=style, label=label)
