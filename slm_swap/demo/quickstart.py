@@ -81,6 +81,7 @@ class Demo:
             name: self.out / f"reports/{track}_{name}.json"
             for name in ("azure", "before", "after", "decision_before", "decision_after")
         }
+        paths["page"] = self.out / f"reports/{track}.html"
         limit = ("--limit", 24) if self.short else ()
         local = ("--model-kind", "slm", "--precision", "fp32", "--batch-size", 32, "--max-new-tokens", 96, *limit)
         rows = ("--track", track, "--dataset", data / "test.jsonl")
@@ -89,18 +90,17 @@ class Demo:
             self.stage(f"{track} evaluate {name}", "01_eval/eval.py", *rows, *flags, "--out", paths[name])
             self.say(f"{track} {name}: {exact} {json.loads(paths[name].read_text())['metrics'][exact]:.3f}")
 
-        def compare(slm: str, out: str) -> str:
-            flags = ("--track", track, "--azure", paths["azure"], "--slm", paths[slm], "--delta", DELTA, "--out", paths[out])
+        def compare(slm: str, out: str, *flags: object) -> str:
+            flags = ("--track", track, "--azure", paths["azure"], "--slm", paths[slm], "--delta", DELTA, "--out", paths[out], *flags)
             verdict = VERDICTS[self.stage(f"{track} compare {slm}", "03_compare/compare.py", *flags, accept=tuple(VERDICTS))]
             self.say(f"{track} verdict {slm} fine-tuning: {verdict}")
+            self.stage(f"{track} render {slm}", "03_compare/render_report.py", "--decision", paths[out], "--out", paths["page"])
             return verdict
 
         evaluate("azure", "--model-kind", "azure", *limit)
         evaluate("before", *local)
-        if compare("before", "decision_before") != "FINE_TUNE":
-            return {
-                name: paths[name] for name in ("azure", "before", "decision_before")
-            }  # "after" may lie there from another run
+        if compare("before", "decision_before") == "SWAP":
+            return {name: paths[name] for name in ("azure", "before", "decision_before", "page")}  # "after" may be another run's
         adapter = self.out / f"adapter_{track}"
         self.stage(
             f"{track} fine-tune", "train_unsloth.py", "--track", track, "--train", data / "train.jsonl", "--val", data / "val.jsonl",
@@ -108,7 +108,7 @@ class Demo:
             "--no-gradient-checkpointing", "--lora-dropout", 0, "--learning-rate", "5e-3", "--limit", 48 if self.short else 800,
         )  # fmt: skip
         evaluate("after", *local, "--adapter", adapter)
-        compare("after", "decision_after")
+        compare("after", "decision_after", "--before", paths["before"])
         return paths
 
 
@@ -121,7 +121,7 @@ def table(results: dict[str, dict[str, Path]], rows: int):
     for heading in headings:
         shown.add_column(heading, justify="left" if heading in ("track", "metric") else "right")
     for track, paths in results.items():
-        reports = {name: json.loads(path.read_text()) for name, path in paths.items()}
+        reports = {name: json.loads(path.read_text()) for name, path in paths.items() if path.suffix == ".json"}
         models = [reports.get(name) for name in ("azure", "before", "after")]
         for metric in TRACKS[track].gate:
             shown.add_row(track, metric, *(f"{model['metrics'][metric]:.3f}" if model else "" for model in models))

@@ -114,9 +114,14 @@ def statistics(y: np.ndarray, counts: np.ndarray, low: float, high: float, exact
 
 
 def _deviations(sample: Sample, m: float) -> tuple[np.ndarray, np.ndarray, float, float]:
-    """What `statistics` takes: each unit's sum of (value - m), how often, and its ends in a cluster as large as the largest."""
+    """What `statistics` takes: each unit's sum of (value - m), how often, and the ends of the scale for it.
+
+    An end is a cluster of nothing but the scale's end, as large as the cluster of a row drawn at random: mean size would let
+    rare large clusters pass too often, the largest size hardly anything (benchmarks/decision_error_rates.py has unequal clusters).
+    """
     totals, sizes, counts = sample.counted
-    return totals - m * sizes, counts, (sample.low - m) * sizes.max(), (sample.high - m) * sizes.max()
+    y, typical = totals - m * sizes, (counts * sizes**2).sum() / (counts * sizes).sum()
+    return y, counts, min((sample.low - m) * typical, y.min()), max((sample.high - m) * typical, y.max())
 
 
 def statistic(sample: Sample, m: float) -> float:
