@@ -71,7 +71,7 @@ def load_prices(path: str | Path | None = None) -> Prices:
     Raises:
         UserError: the file is missing, is not TOML, or has a key or a value that is not as slm_swap/prices.toml explains.
     """
-    found = find_path(path) if path else PACKAGE / "prices.toml"
+    found = PACKAGE / "prices.toml" if path is None else find_path(path)
     shown = display_path(found)
     try:
         table = tomllib.loads(found.read_text(encoding="utf-8"))
@@ -135,7 +135,7 @@ def row_cost(report: dict, prices: Prices) -> float | None:
 
 
 class _Measured:
-    """What a report measured, a row that was answered; None where it did not.
+    """What a report measured of its model for each row that was answered; None where it did not.
 
     Recorded replies carry no measurement of ours, and a server that counts no tokens is not free.
     """
@@ -245,7 +245,7 @@ def _on_demand(hosted: Fraction | None, local: Fraction | None, training: Fracti
     tasks, why = None, NOT_KNOWN
     if hosted is not None and local is not None:
         if local >= hosted:
-            why = "a task of the small model costs no less than a hosted one: training is never paid back"
+            why = "a task of the small model costs no less than a hosted one: no volume makes it the cheaper one"
         elif training is not None:
             tasks, why = math.ceil(training / (hosted - local)), None
     return {"break_even_tasks": tasks, "why": why}
