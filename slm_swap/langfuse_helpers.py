@@ -1,27 +1,42 @@
 """Langfuse: every run is one trace, every row a generation under it with its usage and scores.
 
-An outage never fails a run and holds its end up by at most `FLUSH_SECONDS`; what did not arrive is said in one line on stderr.
+A trace goes into a file beside the run's report and from there to Langfuse (`langfuse_outbox`): an outage never fails a run and
+holds its end up by at most `CLOSE_SECONDS`; what did not arrive stays in the file, and one line on stderr says so.
 """
 
+import hashlib
 import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from slm_swap.errors import UserError
-from slm_swap.langfuse_delivery import UNTRACED, Link, connect, within
-from slm_swap.settings import Settings
+from slm_swap.langfuse_outbox import SUFFIX, Outbox
+from slm_swap.langfuse_wire import UNTRACED, NoLangfuse, Server
+from slm_swap.settings import Settings, display_path
 
 if TYPE_CHECKING:
     from slm_swap.clients import Reply
     from slm_swap.prompts import Messages
 
-FLUSH_SECONDS = 10
-PROPAGATED_LENGTH = 200  # the SDK carries no longer text on every span
+CLOSE_SECONDS = 10
+ROOT_SPAN = "run"
+
+
+@dataclass(frozen=True)
+class Tracing:
+    """How a run is traced: `optional` goes on without Langfuse, `content` sends prompts and replies, `session` groups runs."""
+
+    optional: bool = False
+    content: bool = True
+    session: str | None = None
 
 
 def require_tracing(settings: Settings) -> bool:
@@ -54,19 +69,25 @@ def require_tracing(settings: Settings) -> bool:
 def trace_run(
     settings: Settings,
     name: str,
+    beside: Path,
     metadata: dict[str, Any] | None = None,
     tags: list[str] | None = None,
-    session_id: str | None = None,
+    seed: str | None = None,
+    tracing: Tracing = Tracing(),
 ) -> Iterator["RunTrace | NoTrace"]:
-    """One trace around a run. An exception inside marks it ERROR and goes on its way after the trace is delivered.
+    """One trace around a run, kept on its way in a file beside `beside`, the run's report.
+
+    `seed` makes the trace's id: a run that was interrupted and goes on under the same seed goes on with its trace. An exception
+    inside marks it ERROR and goes on its way after the trace is delivered.
 
     Raises:
-        UserError: as `require_tracing`; also, before the body runs, where the server gives no answer or rejects the keys.
+        UserError: as `require_tracing`; also, before the body runs, where the server gives no answer or rejects the keys (not if
+            tracing is optional), or the file is another run's.
     """
     if not require_tracing(settings):
         yield NoTrace()
         return
-    trace = RunTrace(connect(settings), name, metadata or {}, tags or [], session_id)
+    trace = RunTrace(settings, name, beside, metadata or {}, tags or [], seed or str(uuid.uuid4()), tracing)
     try:
         yield trace
     except BaseException as error:
@@ -84,31 +105,40 @@ class NoTrace:
 
     def generation(self, *_: Any, **__: Any) -> None: ...
 
-    scores = event = update = generation
+    scores = event = span = update = generation
 
 
 class RunTrace:
     """The trace of one run. Calls may come from any thread and never fail for Langfuse's sake."""
 
-    def __init__(self, link: Link, name: str, metadata: dict, tags: list[str], session_id: str | None):
-        from langfuse import LangfuseChain, propagate_attributes
-        from opentelemetry import context, trace
-
-        self._link = link
-        self._before = [channel.count() for channel in (link.spans, link.scores)]
-        name, metadata = link.clean(name), link.clean(metadata)
-        plain = {key: value for key, value in metadata.items() if isinstance(value, bool | int | float | str)}
-        short = {key: value for key, value in plain.items() if len(json.dumps(value, ensure_ascii=False)) <= PROPAGATED_LENGTH}
-        with propagate_attributes(
-            trace_name=name, session_id=link.clean(session_id), tags=link.clean(tags) or None, metadata=short or None
-        ):
-            carried = context.get_current()
-        link.spans.admit()
-        span = link.tracer.start_span(name, carried)
-        self._root = LangfuseChain(otel_span=span, langfuse_client=link.client, metadata=metadata)
-        self._context = trace.set_span_in_context(span, carried)
-        self.id: str = self._root.trace_id
-        self.url = f"{link.base_url}/project/{link.project}/traces/{self.id}"
+    def __init__(
+        self, settings: Settings, name: str, beside: Path, metadata: dict[str, Any], tags: list[str], seed: str, tracing: Tracing
+    ):
+        self._secrets = sorted(settings.secrets, key=len, reverse=True)
+        self._content = tracing.content
+        server, project = Server(settings), None
+        try:
+            project = server.project()
+        except NoLangfuse as trouble:
+            if not tracing.optional:
+                raise
+            print(f"warning: {trouble}", file=sys.stderr)
+        self._host = server.host
+        self.id: str = hashlib.sha256(seed.encode()).digest()[:16].hex()  # as the SDK's create_trace_id
+        self.url = f"{server.base_url}/project/{project}/traces/{self.id}" if project else None
+        name, metadata = self._clean(name), self._clean(metadata)
+        shared = {
+            "langfuse.trace.name": name,
+            "langfuse.trace.tags": [str(tag) for tag in self._clean(tags)],
+            **({"session.id": self._clean(tracing.session)} if tracing.session else {}),
+            **{f"langfuse.trace.metadata.{key}": _text(value) for key, value in metadata.items()},
+        }
+        header = {"trace": self.id, "base_url": server.base_url, "attributes": shared}
+        self._outbox = Outbox(outbox_path(beside), header, server if project else None)
+        self._root = _span_id(self.id, ROOT_SPAN)
+        self._start = time.time_ns()
+        self._root_facts: dict[str, Any] = {"type": "chain", "metadata": dict(metadata)}
+        self._name = name
 
     def generation(
         self,
@@ -116,87 +146,154 @@ class RunTrace:
         model: str,
         messages: "Messages",
         reply: "Reply",
-        scores: dict[str, float] | None = None,
+        scores: dict[str, float | str] | None = None,
         error: str | None = None,
         cost: float | None = None,
         metadata: dict[str, Any] | None = None,
-    ) -> None:
-        """One row. A failed request (`reply.error`) is level ERROR, a reply that misses (`error`) level WARNING. Without `cost`
-        Langfuse may show a price of its own for a model that it knows by name."""
-        from langfuse import LangfuseGeneration
+        parent: str | None = None,
+        attributes: dict[str, str] | None = None,
+        ended: int | None = None,
+    ) -> str:
+        """One row, and the id of its span, which `name` decides within the trace; gone over where the trace has it already.
 
-        link, scores = self._link, _finite(scores or {})
-        if not link.spans.admit():
-            link.scores.refuse(len(scores))
-            return
-        end = time.time_ns()
-        start = end - int(reply.seconds * 1e9)
-        facts = {"finish_reason": reply.finish_reason, "seconds": reply.seconds, "error": error, **(metadata or {})}
-        row = LangfuseGeneration(
-            otel_span=link.tracer.start_span(link.clean(name), self._context, start_time=start),
-            langfuse_client=link.client,
-            model=link.clean(model),
-            input=link.clean(messages),
-            output=link.clean(reply.text),
-            metadata=link.clean(facts),
-            level="ERROR" if reply.error else "WARNING" if error else "DEFAULT",
-            status_message=link.clean(reply.error or error),
-            usage_details={  # the keys must not overlap, and the server adds them up
-                "input": int(reply.input_tokens) - int(reply.cached_tokens),
-                "input_cached_tokens": int(reply.cached_tokens),
-                "output": int(reply.output_tokens),
-            },
-            cost_details=None if cost is None else {"total": cost},
-        )
-        row.end(end_time=end)
-        self._score(row.score, scores)
+        A failed request (`reply.error`) is level ERROR, a reply that misses (`error`) level WARNING. Without `cost` Langfuse may show
+        a price of its own for a model that it knows by name. `attributes` are OpenTelemetry's own, such as an experiment's.
+        """
+        identity = _span_id(self.id, f"row:{name}")
+        if identity in self._outbox.known:
+            return identity
+        end = ended or time.time_ns()
+        told = {"finish_reason": reply.finish_reason, "seconds": reply.seconds, "error": error, **(metadata or {})}
+
+        def records() -> list[dict[str, Any]]:
+            facts = {
+                "type": "generation",
+                "input": messages if self._content else _digest(messages),
+                "output": reply.text if self._content else _digest(reply.text),
+                "model.name": model,
+                "metadata": told,
+                "level": "ERROR" if reply.error else "WARNING" if error else "DEFAULT",
+                "status_message": reply.error or error,
+                "usage_details": {  # the keys must not overlap, and the server adds them up
+                    "input": int(reply.input_tokens) - int(reply.cached_tokens),
+                    "input_cached_tokens": int(reply.cached_tokens),
+                    "output": int(reply.output_tokens),
+                },
+                "cost_details": None if cost is None else {"total": cost},
+            }
+            start = end - int(reply.seconds * 1e9)
+            span = self._span(identity, parent or self._root, name, start, end, facts, attributes)
+            return [span, *self._scores(identity, scores or {})]
+
+        self._outbox.add(records)
+        return identity
+
+    def span(
+        self, name: str, start: int, end: int, metadata: dict[str, Any] | None = None, parent: str | None = None, level: str = "DEFAULT"
+    ) -> str:
+        """A stretch of the run (a batch, a retry) in nanoseconds since 1970, and its id: equal spans are one."""
+        identity = _span_id(self.id, f"span:{name}:{start}")
+        facts = {"type": "span", "metadata": metadata or {}, "level": level}
+        self._outbox.add(lambda: [self._span(identity, parent or self._root, name, start, end, facts)])
+        return identity
 
     def scores(self, values: dict[str, float | str]) -> None:
         """Scores of the whole run: numbers are numeric, texts categorical."""
-        self._score(self._root.score_trace, _finite(values))
+        given = dict(values)
+        self._outbox.add(lambda: self._scores(None, given))
 
     def event(self, name: str, metadata: dict[str, Any] | None = None) -> None:
         """A point in time under the run: a decision, a point of the loss curve."""
-        from langfuse import LangfuseEvent
-
-        link = self._link
-        if link.spans.admit():
-            span = link.tracer.start_span(link.clean(name), self._context)
-            LangfuseEvent(otel_span=span, langfuse_client=link.client, metadata=link.clean(metadata)).end()
+        now = time.time_ns()
+        identity, facts = _span_id(self.id, f"event:{name}:{now}"), {"type": "event", "metadata": metadata or {}}
+        self._outbox.add(lambda: [self._span(identity, self._root, name, now, now, facts)])
 
     def update(self, output: Any = None, metadata: dict[str, Any] | None = None) -> None:
         """The outcome of the run (its metrics), and facts known only later (paths)."""
-        self._root.update(output=self._link.clean(output), metadata=self._link.clean(metadata))
+        self._root_facts |= {} if output is None else {"output": output}
+        self._root_facts["metadata"] |= metadata or {}
 
     def fail(self, message: str) -> None:
         """Mark the run as failed."""
-        self._root.update(level="ERROR", status_message=self._link.clean(message))
+        self._root_facts |= {"level": "ERROR", "status_message": message}
 
     def close(self) -> None:
-        """End the trace and wait, at most FLUSH_SECONDS, until it has arrived; say on stderr what has not."""
-        self._root.end()
-        link, missing = self._link, []
-        try:
-            within(FLUSH_SECONDS, link.client.flush)
-        except Exception as error:
-            missing.append(link.clean(error))
-        for what, channel, before in zip(("spans", "scores"), (link.spans, link.scores), self._before, strict=True):
-            sent, lost = (now - then for now, then in zip(channel.count(), before, strict=True))
-            if lost > 0:
-                missing.append(f"{lost:,} of {sent:,} {what}" + (f" ({channel.reason})" if channel.reason else ""))
+        """End the trace and wait, at most CLOSE_SECONDS, until it has arrived; say on stderr what has not."""
+        end = time.time_ns()
+        self._outbox.add(lambda: [self._span(self._root, "", self._name, self._start, end, self._root_facts)])
+        missing = {kind: count for kind, count in self._outbox.close(CLOSE_SECONDS).items() if count}
+        if self._outbox.turned_down:
+            print(f"warning: Langfuse at {self._host} turned {self._outbox.turned_down:,} scores down as not valid", file=sys.stderr)
         if missing:
-            line = f"warning: Langfuse at {link.host} may lack part of trace {self.id}: {', '.join(missing)}; the run is not affected"
-            print(line, file=sys.stderr)
+            told = " and ".join(f"{count:,} {kind}" for kind, count in missing.items())
+            why = f" ({self._outbox.reason})" if self._outbox.reason else ""
+            print(
+                f"warning: {told} have not reached Langfuse at {self._host}{why}: they are kept in "
+                f"{display_path(self._outbox.path)}; send them by python 01_eval/resend_traces.py",
+                file=sys.stderr,
+            )
 
-    def _score(self, send: Callable[..., None], values: dict[str, float | str]) -> None:
-        if values and self._link.scores.admit(len(values)):
-            for name, value in values.items():
-                kind = "CATEGORICAL" if isinstance(value, str) else "NUMERIC"
-                send(name=self._link.clean(name), value=self._link.clean(value), data_type=kind)
+    def _span(
+        self,
+        identity: str,
+        parent: str,
+        name: str,
+        start: int,
+        end: int,
+        facts: dict[str, Any],
+        attributes: dict[str, str] | None = None,
+    ) -> dict[str, Any]:
+        """A record of a span, as the outbox keeps it."""
+        told = {key: self._clean(value) for key, value in facts.items() if value is not None}
+        metadata = told.pop("metadata", {})
+        span = {
+            "id": identity, "parent": parent, "name": self._clean(name), "start": start, "end": end,
+            "attributes": {
+                **{f"langfuse.observation.{key}": _text(value) for key, value in told.items()},
+                **{f"langfuse.observation.metadata.{key}": json.dumps(value, ensure_ascii=False) for key, value in metadata.items()},
+                **(self._clean(attributes) if attributes else {}),
+            },
+        }  # fmt: skip
+        return {"span": span}
+
+    def _scores(self, of: str | None, values: dict[str, float | str]) -> list[dict[str, Any]]:
+        """A record of an observation's scores, or of the trace's; without None, NaN and infinity, which Langfuse rejects."""
+        good = {
+            self._clean(name): self._clean(value)
+            for name, value in values.items()
+            if isinstance(value, str) or (value is not None and math.isfinite(value))
+        }
+        return [{"scores": good, "of": of, "at": time.time_ns()}] if good else []
+
+    def _clean(self, value: Any) -> Any:
+        """The value as JSON types, without secrets and without half surrogate pairs (one would cost its whole batch)."""
+        if value is None or isinstance(value, bool | int | float):
+            return value
+        if isinstance(value, dict):
+            return {self._clean(str(key)): self._clean(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._clean(item) for item in value]
+        text = str(value)
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _finite(values: dict[str, float | str]) -> dict[str, float | str]:
-    """Without None, NaN and infinity, which the server rejects with their batch."""
-    return {
-        name: value for name, value in values.items() if isinstance(value, str) or (value is not None and math.isfinite(value))
-    }
+def outbox_path(report: Path) -> Path:
+    """Where what a run's trace still has to deliver lies: beside its report."""
+    return report.with_name(report.name.removesuffix(".json") + SUFFIX)
+
+
+def _span_id(trace: str, name: str) -> str:
+    return hashlib.sha256(f"{trace}:{name}".encode("utf-8", "replace")).digest()[:8].hex()
+
+
+def _text(value: Any) -> str:
+    """As Langfuse wants an attribute: a text as it is, anything else as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _digest(value: Any) -> dict[str, Any]:
+    """What stands for a text that is not sent: its length and sha256."""
+    text = _text(value)
+    return {"sha256": hashlib.sha256(text.encode("utf-8", "replace")).hexdigest(), "characters": len(text)}

@@ -1,4 +1,4 @@
-"""Traces as they arrive at a recording server over a real socket; the same tests run with SDK 4.18 and 5."""
+"""Traces as they arrive at a recording server over a real socket, and what stays on disk where they do not."""
 
 import json
 import os
@@ -13,10 +13,10 @@ import langfuse
 import pytest
 from langfuse_server import LangfuseServer, scores_of, spans_of
 
-from slm_swap import langfuse_delivery
+from slm_swap import langfuse_helpers, langfuse_outbox, langfuse_wire
 from slm_swap.clients import Reply
 from slm_swap.errors import UserError
-from slm_swap.langfuse_helpers import require_tracing, trace_run
+from slm_swap.langfuse_helpers import Tracing, outbox_path, require_tracing, trace_run
 from slm_swap.settings import ROOT, Settings
 
 MESSAGES = [{"role": "system", "content": "Call a tool."}, {"role": "user", "content": "Grüße nach 東京"}]
@@ -25,7 +25,6 @@ REPLY = Reply('<tool_call name="f">{"n":1}</tool_call>', "stop", 60, 20, 15, 0.2
 
 @pytest.fixture
 def server():
-    """The SDK keeps one client a public key for the life of the process, so every test has a key of its own."""
     with LangfuseServer(f"pk-lf-{uuid.uuid4()}") as recorder:
         yield recorder
 
@@ -33,9 +32,29 @@ def server():
 @pytest.fixture
 def impatient(monkeypatch):
     """Outages in seconds instead of tens of seconds; nothing else changes."""
-    monkeypatch.setattr(langfuse_delivery, "EXPORT_SECONDS", 1)
-    monkeypatch.setattr(langfuse_delivery, "RETRY_PAUSES", (0.05,))
-    monkeypatch.setattr(langfuse_delivery, "CHECK_SECONDS", 1)
+    monkeypatch.setattr(langfuse_wire, "REQUEST_SECONDS", 1)
+    monkeypatch.setattr(langfuse_wire, "CHECK_SECONDS", 1)
+    monkeypatch.setattr(langfuse_helpers, "CLOSE_SECONDS", 2)
+    monkeypatch.setattr(langfuse_outbox, "PAUSES", (0.05,))
+
+
+@pytest.fixture
+def traced(tmp_path):
+    """`trace_run` for a report in the test's own folder."""
+
+    def run(settings, name="run", metadata=None, tags=None, report="report.json", seed=None, **tracing):
+        return trace_run(settings, name, tmp_path / report, metadata, tags, seed, Tracing(**tracing))
+
+    return run
+
+
+def kept(folder, report="report.json"):
+    """(span names, scores) that lie on disk, undelivered or not; None where no file is left."""
+    path = outbox_path(folder / report)
+    if not path.exists():
+        return None
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    return [r["span"]["name"] for r in records if "span" in r], [name for r in records for name in r.get("scores", ())]
 
 
 def settings_for(server, **changes):
@@ -57,7 +76,7 @@ def wait_until(condition):
 
 
 def plain(value):
-    """A metadata value: JSON in SDK 5, as it was in SDK 4.18."""
+    """A metadata value: JSON, or a text as it is."""
     try:
         return json.loads(str(value))
     except ValueError:
@@ -73,9 +92,9 @@ def by_name(server):
 # --- what arrives
 
 
-def test_a_run_is_one_trace_with_its_rows_scores_and_event(server):
+def test_a_run_is_one_trace_with_its_rows_scores_and_event(server, traced):
     metadata = {"dataset": "test.jsonl", "limit": 5, "args": {"seed": 42}, "note": "n" * 300}
-    with trace_run(settings_for(server), "eval-toolcall-slm", metadata, ["toolcall", "slm"], "pipeline-7") as trace:
+    with traced(settings_for(server), "eval-toolcall-slm", metadata, ["toolcall", "slm"], session="pipeline-7") as trace:
         trace.generation(
             "right",
             "phi-4-mini",
@@ -116,8 +135,8 @@ def test_a_run_is_one_trace_with_its_rows_scores_and_event(server):
     assert trace.url == f"{server.url}/project/project-1/traces/{trace.id}"
 
 
-def test_a_row_carries_messages_reply_usage_cost_level_and_duration(server):
-    with trace_run(settings_for(server), "run") as trace:
+def test_a_row_carries_messages_reply_usage_cost_level_and_duration(server, traced):
+    with traced(settings_for(server)) as trace:
         trace.generation("right", "phi-4-mini", MESSAGES, REPLY, cost=0.003, metadata={"matcher": "strict"})
         trace.generation("miss", "phi-4-mini", MESSAGES, REPLY, error="wrong_value")
         trace.generation("failed", "phi-4-mini", MESSAGES, Reply("", "error", error="HTTP 429 five times"))
@@ -141,8 +160,8 @@ def test_a_row_carries_messages_reply_usage_cost_level_and_duration(server):
     assert failed.attributes["langfuse.observation.status_message"] == "HTTP 429 five times"
 
 
-def test_scores_belong_to_their_row_or_to_the_trace(server):
-    with trace_run(settings_for(server), "run") as trace:
+def test_scores_belong_to_their_row_or_to_the_trace(server, traced):
+    with traced(settings_for(server)) as trace:
         send_rows(trace, 1, scores={"args_exact": 1.0, "args_f1": 0.5, "broken": float("nan"), "unknown": None})
         trace.scores({"args_exact_rate": 0.5, "verdict": "SWAP", "endless": float("inf")})
     row = by_name(server)["row-0"].id
@@ -156,9 +175,9 @@ def test_scores_belong_to_their_row_or_to_the_trace(server):
     assert len(server.scores) == 4
 
 
-def test_five_thousand_rows_arrive_each_once_though_the_server_is_slow(server, capfd):
+def test_five_thousand_rows_arrive_each_once_though_the_server_is_slow(server, capfd, traced):
     server.delay = 0.3  # slower than the rows come, so that they must wait: the SDK's queue would drop the oldest
-    with trace_run(settings_for(server), "run") as trace:
+    with traced(settings_for(server)) as trace:
         send_rows(trace, 5000)
     rows = {span.id: span.name for span in server.spans if span.kind == "generation"}
     assert len(server.spans) == 5001
@@ -168,8 +187,8 @@ def test_five_thousand_rows_arrive_each_once_though_the_server_is_slow(server, c
     assert capfd.readouterr().err == ""
 
 
-def test_rows_from_other_threads_are_rows_of_the_trace(server):
-    with trace_run(settings_for(server), "run", tags=["t"]) as trace:
+def test_rows_from_other_threads_are_rows_of_the_trace(server, traced):
+    with traced(settings_for(server), tags=["t"]) as trace:
         threads = [threading.Thread(target=send_rows, args=(trace, 25, 25 * number)) for number in range(4)]
         for thread in threads:
             thread.start()
@@ -181,11 +200,11 @@ def test_rows_from_other_threads_are_rows_of_the_trace(server):
     assert {(span.trace, span.parent, *span.attributes["langfuse.trace.tags"]) for span in rows} == {(trace.id, root.id, "t")}
 
 
-def test_two_runs_in_one_process_are_two_traces(server):
+def test_two_runs_in_one_process_are_two_traces(server, traced):
     settings = settings_for(server)
-    with trace_run(settings, "first") as first:
+    with traced(settings, "first") as first:
         send_rows(first, 3)
-    with trace_run(settings, "second", tags=["again"]) as second:
+    with traced(settings, "second", tags=["again"]) as second:
         send_rows(second, 4)
     assert first.id != second.id
     traces = [(span.trace, span.attributes["langfuse.trace.name"]) for span in server.spans]
@@ -193,23 +212,16 @@ def test_two_runs_in_one_process_are_two_traces(server):
     assert [score["traceId"] for score in server.scores].count(second.id) == 4
 
 
-def test_two_traces_open_at_once_keep_apart(server):
+def test_two_traces_open_at_once_keep_apart(server, traced):
     settings = settings_for(server)
-    with trace_run(settings, "azure") as azure, trace_run(settings, "slm") as slm:
+    with traced(settings, "azure", report="a.json") as azure, traced(settings, "slm", report="b.json") as slm:
         send_rows(azure, 2)
         send_rows(slm, 3, first=2)
     assert sorted(span.trace for span in server.spans) == sorted([azure.id] * 3 + [slm.id] * 4)
 
 
-def test_the_public_key_of_a_running_connection_with_another_url_is_refused(server):
-    with trace_run(settings_for(server), "run"):
-        pass
-    with LangfuseServer(server.keys.split(":")[0]) as other, pytest.raises(UserError, match="same public key"):
-        trace_run(settings_for(other), "run").__enter__()
-
-
-def test_half_a_surrogate_pair_costs_no_row(server, capfd):
-    with trace_run(settings_for(server), "run") as trace:
+def test_half_a_surrogate_pair_costs_no_row(server, capfd, traced):
+    with traced(settings_for(server)) as trace:
         send_rows(trace, 5)
         trace.generation("half", "phi-4-mini", MESSAGES, Reply("a\ud83db"), metadata={"b\ud83d": "c\ud83d"})
     spans = by_name(server)
@@ -218,25 +230,25 @@ def test_half_a_surrogate_pair_costs_no_row(server, capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_batches_too_large_for_the_server_are_halved(server, capfd):
+def test_batches_too_large_for_the_server_are_halved(server, capfd, tmp_path, traced):
     server.largest = 6_000
     noise = [{"role": "user", "content": "".join(uuid.uuid4().hex for _ in range(20))} for _ in range(100)]
-    with trace_run(settings_for(server), "run") as trace:
+    with traced(settings_for(server)) as trace:
         for number, message in enumerate(noise):
             trace.generation(f"row-{number}", "phi-4-mini", [message], REPLY)
         giant = "".join(uuid.uuid4().hex for _ in range(600))
         trace.generation("giant", "phi-4-mini", [{"role": "user", "content": giant}], REPLY)
     assert {span.name for span in server.spans} == {"run", *(f"row-{number}" for number in range(100))}
     assert len(server.spans) == 101
-    assert "1 of 102 spans (HTTP 413)" in capfd.readouterr().err
+    assert "1 spans have not reached" in capfd.readouterr().err and "giant" in kept(tmp_path)[0]
 
 
 # --- failing runs and secrets
 
 
 @pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt])
-def test_a_failing_run_is_marked_delivered_and_goes_on_failing(server, kind):
-    with pytest.raises(kind, match="broke"), trace_run(settings_for(server), "run") as trace:
+def test_a_failing_run_is_marked_delivered_and_goes_on_failing(server, kind, traced):
+    with pytest.raises(kind, match="broke"), traced(settings_for(server)) as trace:
         send_rows(trace, 2)
         raise kind("it broke with sk-lf-right inside")
     root = by_name(server)["run"]
@@ -245,12 +257,12 @@ def test_a_failing_run_is_marked_delivered_and_goes_on_failing(server, kind):
     assert root.attributes["langfuse.observation.status_message"] == f"{kind.__name__}: it broke with *** inside"
 
 
-def test_secrets_are_in_no_body(server):
+def test_secrets_are_in_no_body(server, traced):
     secret = 'az"ü\\key'
     says = f"say {secret} and sk-lf-right"
     settings = settings_for(server, azure_api_key=secret)
     deep = {says: [says, (says, {"path": Path(says)}), ValueError(says)]}
-    with pytest.raises(RuntimeError), trace_run(settings, says, {"note": says, **deep}, [says], says) as trace:
+    with pytest.raises(RuntimeError), traced(settings, says, {"note": says, **deep}, [says], session=says) as trace:
         trace.generation(
             says, says, [{"role": says, "content": says}], Reply(says, says, error=says), {says: 1.0}, says, 1.0, deep
         )
@@ -275,10 +287,10 @@ def test_secrets_are_in_no_body(server):
 # --- switched off, not set up, not there
 
 
-def test_disabled_needs_nothing_and_sends_nothing(server):
+def test_disabled_needs_nothing_and_sends_nothing(server, traced):
     settings = settings_for(server, langfuse_disabled=True, langfuse_secret_key=None)
     assert require_tracing(settings) is False
-    with trace_run(settings, "run") as trace:
+    with traced(settings) as trace:
         send_rows(trace, 3)
         trace.scores({"rate": 1.0})
         trace.event("decision", {"verdict": "SWAP"})
@@ -307,7 +319,7 @@ def test_a_base_url_that_is_no_address_is_said_at_once(server, url):
 
 
 def start(settings):
-    with pytest.raises(UserError) as caught, trace_run(settings, "run"):
+    with pytest.raises(UserError) as caught, trace_run(settings, "run", Path("/nowhere/report.json")):
         pytest.fail("the run began")
     message = str(caught.value)
     assert "sk-lf-" not in message and "pk-lf-" not in message and "\n" not in message and "LANGFUSE_DISABLED=1" in message
@@ -341,24 +353,22 @@ def test_a_server_that_is_not_langfuse_stops_the_run_before_it_begins(server):
     assert "does not answer like Langfuse (HTTP 404)" in message and "user" not in message
 
 
-def test_neither_a_password_in_the_url_nor_a_netrc_replaces_the_keys(server, monkeypatch, tmp_path):
+def test_neither_a_password_in_the_url_nor_a_netrc_replaces_the_keys(server, monkeypatch, tmp_path, traced):
     netrc = tmp_path / "netrc"
     netrc.write_text("machine 127.0.0.1 login someone password else")
     netrc.chmod(0o600)
     monkeypatch.setenv("NETRC", str(netrc))
-    with trace_run(
-        settings_for(server, langfuse_base_url=server.url.replace("http://", "http://user:password@")), "run"
-    ) as trace:
+    with traced(settings_for(server, langfuse_base_url=server.url.replace("http://", "http://user:password@"))) as trace:
         send_rows(trace, 2)
     assert len(server.spans) == 3 and len(server.scores) == 2
     assert trace.url.startswith(server.url)
 
 
-def test_a_start_that_failed_does_not_spoil_the_next(server):
+def test_a_start_that_failed_does_not_spoil_the_next(server, traced):
     server.refuse()
     start(settings_for(server))
     server.accept()
-    with trace_run(settings_for(server), "run") as trace:
+    with traced(settings_for(server)) as trace:
         send_rows(trace, 2)
     assert len(server.spans) == 3
 
@@ -376,8 +386,8 @@ def outage(server, trouble):
 
 
 @pytest.mark.parametrize("trouble", ["refusing", "hanging", 500, 503, 429, 401])
-def test_an_outage_fails_no_run_and_is_said_in_one_line_with_exact_counts(server, impatient, capfd, trouble):
-    with trace_run(settings_for(server), "run") as trace:
+def test_an_outage_fails_no_run_and_is_said_in_one_line_with_exact_counts(server, impatient, capfd, tmp_path, trouble, traced):
+    with traced(settings_for(server)) as trace:
         send_rows(trace, 5)
         wait_until(lambda: len(server.spans) == 5 and len(server.scores) == 5)
         outage(server, trouble)
@@ -386,99 +396,59 @@ def test_an_outage_fails_no_run_and_is_said_in_one_line_with_exact_counts(server
     lines = capfd.readouterr().err.splitlines()
     reason = f"HTTP {trouble}" if isinstance(trouble, int) else "no answer"
     assert len(lines) == 1
-    assert f"8 of 13 spans ({reason}), 7 of 12 scores ({reason})" in lines[0]
-    assert trace.id in lines[0] and server.url.removeprefix("http://") in lines[0] and "sk-lf" not in lines[0]
+    assert "8 spans and 7 scores have not reached Langfuse" in lines[0] and f"({reason}" in lines[0]
+    assert server.url.removeprefix("http://") in lines[0] and "sk-lf" not in lines[0] and "resend_traces.py" in lines[0]
+    names, scores = kept(tmp_path)
+    assert len(names) == 13 and len(scores) == 12
 
 
-def test_scores_in_a_form_too_new_for_the_server_say_what_to_do(server, impatient, capfd):
-    with trace_run(settings_for(server), "run") as trace:
-        server.status = 400
+def test_an_older_server_gets_scores_in_its_own_form(server, traced, capfd):
+    server.generation = 4
+    with traced(settings_for(server)) as trace:
         send_rows(trace, 3)
-    assert ("langfuse<5" in capfd.readouterr().err) == (not langfuse.__version__.startswith("4."))
-
-
-def test_a_fast_run_without_a_server_ends_and_counts_every_row(server, impatient, capfd, monkeypatch):
-    monkeypatch.setattr(langfuse_delivery, "SPANS_UNDER_WAY", 300)
-    with trace_run(settings_for(server), "run") as trace:
-        outage(server, 503)
-        send_rows(trace, 600)
-    assert server.spans == [] and server.scores == []
-    assert "601 of 601 spans (HTTP 503), 600 of 600 scores" in capfd.readouterr().err
-
-
-def test_what_comes_after_an_outage_arrives(server, impatient, capfd):
-    with trace_run(settings_for(server), "run") as trace:
-        server.status = 500
-        send_rows(trace, 3)
-        wait_until(lambda: len(spans_of(server.bodies)) == 3 and len(scores_of(server.bodies)) == 6)  # scores are tried twice
-        server.status = None
-        send_rows(trace, 6, first=3)
-    assert {span.name for span in server.spans} == {"run", *(f"row-{number}" for number in range(3, 9))}
-    assert len(server.scores) == 6
-    assert "3 of 10 spans (HTTP 500), 3 of 9 scores (HTTP 500)" in capfd.readouterr().err
-
-
-def test_a_full_channel_waits_for_room_while_the_server_answers():
-    channel = langfuse_delivery.Channel(limit=10)
-    assert channel.admit(8)
-    admitted = []
-    waiting = threading.Thread(target=lambda: admitted.append(channel.admit(3)))
-    waiting.start()
-    waiting.join(0.2)
-    assert admitted == [] and waiting.is_alive()
-    channel.settle(8, 0, 200)
-    waiting.join()
-    assert admitted == [True] and channel.count() == (11, 3)
-
-
-def test_a_full_channel_drops_and_counts_while_the_server_does_not_answer():
-    channel = langfuse_delivery.Channel(limit=10)
-    assert channel.admit(10)
-    channel.settle(2, 2, None)
-    assert [channel.admit(3), channel.admit(2)] == [False, True]
-    assert channel.count() == (15, 15)
-
-
-def test_a_server_that_rejects_with_an_answer_is_still_waited_for():
-    channel = langfuse_delivery.Channel(limit=10)
-    assert channel.admit(10)
-    channel.settle(4, 4, 400)
-    waiting = threading.Thread(target=lambda: channel.admit(7))
-    waiting.start()
-    waiting.join(0.2)
-    assert waiting.is_alive()
-    channel.settle(6, 6, 400)
-    waiting.join()
-    assert channel.count() == (17, 17)
-
-
-def test_a_short_outage_loses_nothing(server, capfd):
-    with trace_run(settings_for(server), "run") as trace:
-        server.status = 503
-        send_rows(trace, 3)
-        wait_until(lambda: len(spans_of(server.bodies)) >= 3 and len(scores_of(server.bodies)) >= 3)
-        server.status = None
-    assert len(server.spans) == 4 and len(server.scores) == 3
+    assert len(server.scores) == 3 and {path for path, _ in server.bodies} >= {"/api/public/scores", "/api/public/ingestion"}
     assert capfd.readouterr().err == ""
 
 
-def test_a_score_that_the_server_turns_down_is_counted_and_costs_no_other(server, capfd):
+def test_a_fast_run_without_a_server_ends_and_keeps_every_row(server, traced, impatient, capfd, tmp_path):
+    with traced(settings_for(server)) as trace:
+        outage(server, 503)
+        send_rows(trace, 600)
+    assert server.spans == [] and server.scores == []
+    assert "601 spans and 600 scores have not reached" in capfd.readouterr().err
+    names, scores = kept(tmp_path)
+    assert names == [*(f"row-{number}" for number in range(600)), "run"] and len(scores) == 600
+
+
+def test_what_an_outage_held_up_arrives_after_it(server, traced, impatient, capfd, tmp_path):
+    with traced(settings_for(server)) as trace:
+        server.status = 500
+        send_rows(trace, 3)
+        wait_until(lambda: spans_of(server.bodies) and scores_of(server.bodies))
+        server.status = None
+        send_rows(trace, 6, first=3)
+    assert sorted(span.name for span in server.spans) == ["row-" + str(number) for number in range(9)] + ["run"]
+    assert len(server.scores) == 9 and capfd.readouterr().err == "" and kept(tmp_path) is None
+
+
+def test_a_score_that_the_server_turns_down_is_counted_and_costs_no_other(server, capfd, traced):
     server.rejected_score = "odd"
-    with trace_run(settings_for(server), "run") as trace:
+    with traced(settings_for(server)) as trace:
         send_rows(trace, 3, scores={"args_exact": 1.0, "odd": 2.0})
     assert [score["name"] for score in server.scores] == ["args_exact"] * 3
-    assert "3 of 6 scores" in capfd.readouterr().err
+    assert "turned 3 scores down" in capfd.readouterr().err
 
 
 SCRIPT = """
 import sys
+from pathlib import Path
 from slm_swap import langfuse_helpers
 from slm_swap.clients import Reply
 from slm_swap.settings import Settings
-langfuse_helpers.FLUSH_SECONDS = 1
-public_key, secret_key, url = sys.argv[1:]
+langfuse_helpers.CLOSE_SECONDS = 1
+public_key, secret_key, url, report = sys.argv[1:]
 settings = Settings(langfuse_public_key=public_key, langfuse_secret_key=secret_key, langfuse_base_url=url)
-with langfuse_helpers.trace_run(settings, "run") as trace:
+with langfuse_helpers.trace_run(settings, "run", Path(report)) as trace:
     print("begun", flush=True)
     sys.stdin.readline()
     for number in range(1500):
@@ -488,8 +458,8 @@ print("report written", flush=True)
 
 
 @pytest.mark.parametrize("trouble", ["hanging", "refusing"])
-def test_a_process_ends_though_the_server_is_gone(server, trouble):
-    command = [sys.executable, "-c", SCRIPT, *server.keys.split(":"), server.url]
+def test_a_process_ends_though_the_server_is_gone(server, tmp_path, trouble):
+    command = [sys.executable, "-c", SCRIPT, *server.keys.split(":"), server.url, str(tmp_path / "report.json")]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=dict(os.environ)
     )
@@ -501,10 +471,16 @@ def test_a_process_ends_though_the_server_is_gone(server, trouble):
         process.kill()
     assert (process.returncode, output) == (0, "report written\n")
     assert len(errors.splitlines()) == 1
-    assert "1,501 of 1,501 spans" in errors and "1,500 of 1,500 scores" in errors
+    assert "1,501 spans and 1,500 scores" in errors and len(kept(tmp_path)[0]) == 1501
 
 
 def test_nothing_heavy_is_imported_before_a_run():
     code = "import sys, slm_swap.langfuse_helpers; print(sorted({'langfuse', 'opentelemetry', 'httpx', 'requests'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_the_trace_id_is_the_sdks_for_the_same_seed(server, traced):
+    with traced(settings_for(server), seed="run-7") as trace:
+        pass
+    assert trace.id == langfuse.Langfuse.create_trace_id(seed="run-7")
