@@ -1,5 +1,6 @@
 """Two models side by side over the same rows, batch by batch, until all rows are answered or the verdict is certain."""
 
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -154,4 +155,7 @@ def watch(
                     break
     except KeyboardInterrupt:
         return False
+    finally:
+        if not sys.stdout.isatty():
+            print()  # where there is no terminal, rich leaves the last line open
     return True

@@ -72,7 +72,7 @@ def test_both_models_and_their_difference_are_shown_and_saved(files):
     with AzureSimulator(read_examples(files / "rows.jsonl")) as server:
         out, error = (process := start(files, server, "--save")).communicate(timeout=120)
     assert process.returncode == 0, error
-    assert "12 of 12 rows" in out and "exact_match_rate" in out and "+0.167" in out
+    assert "\nreport: " in out and "12 of 12 rows" in out and "exact_match_rate" in out and "+0.167" in out
     azure, replay = reports(files)
     assert azure["metrics"]["exact_match_rate"] == 1 and replay["metrics"]["exact_match_rate"] == 10 / 12
     assert azure["inputs"]["rows_sha256"] == replay["inputs"]["rows_sha256"]
@@ -123,7 +123,7 @@ def test_equal_models_are_a_swap_before_all_rows_are_asked_for(files):
     told = {"rows_available": 240, "rows": calls, "largest_cluster": 1, "delta": 0.05, "alpha": 0.05, "verdict": "SWAP"}
     assert azure["stopped_early"] == replay["stopped_early"] == told and azure["counts"]["rows"] == calls
     saved, cost = 240 - calls, azure["cost"]["total"]
-    assert f"SWAP after {calls} of 240 rows: {saved} hosted calls saved ({saved / 240:.0%}), about {cost / calls * saved:.4g} at" in out
+    assert f"\nSWAP after {calls} of 240 rows: {saved} hosted calls saved ({saved / 240:.0%}), about {cost / calls * saved:.4g} at" in out
     ids = saved_ids(files)
     assert len(set(ids)) == calls and ids != sorted(ids, key=int) and max(map(int, ids)) > 120  # of all the file, in random order
 

@@ -16,7 +16,7 @@ totals (..., clusters) are the sums of D over each cluster's rows, sizes (cluste
 
 import math
 from bisect import bisect_left
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from random import Random
@@ -31,11 +31,11 @@ STEPS_PER_UNIT = 10_000  # an interval's ends are multiples of 0.0001
 MIN_CLUSTERS = 10  # no SWAP on fewer
 
 
-def random_clusters(groups: Sequence[Hashable | None], seed: int) -> list[list[int]]:
+def random_clusters(groups: Sequence[str | None], seed: int) -> list[list[int]]:
     """The rows' indices, cluster by cluster in random order; a row without a group is a cluster of its own."""
-    members: dict[object, list[int]] = {}
+    members: dict[str | int, list[int]] = {}
     for index, group in enumerate(groups):
-        members.setdefault((group,) if group is not None else index, []).append(index)
+        members.setdefault(index if group is None else group, []).append(index)
     clusters = list(members.values())
     Random(seed).shuffle(clusters)
     return clusters
