@@ -71,10 +71,18 @@ class EarlyStop:
         """What is certain; a request that failed says nothing of a model, so that nothing is certain then."""
         return self.found.verdict if self.found and not self.failed else NEED_MORE_DATA
 
-    def look(self, azure: Side, slm: Side) -> bool:
-        """Look at what both have answered so far; True once the verdict is certain."""
+    @property
+    def rows_if_equal(self) -> int | None:
+        """The rows after which two models that never differ would be a SWAP; None where all rows are too few."""
+        return self._decide({"difference": [0.0] * len(self.examples)}, self.sizes).rows
+
+    def _decide(self, differences: dict[str, list[float]], sizes: list[int]) -> "SequentialVerdict":
         from slm_swap.stats.betting import sequential_verdict
 
+        return sequential_verdict(differences, sizes, delta=self.delta, alpha=self.alpha, largest=max(self.sizes))
+
+    def look(self, azure: Side, slm: Side) -> bool:
+        """Look at what both have answered so far; True once the verdict is certain."""
         self.failed = azure.failed_requests + slm.failed_requests
         complete = rows = 0
         while complete < len(self.sizes) and rows + self.sizes[complete] <= len(azure.rows):
@@ -83,9 +91,7 @@ class EarlyStop:
         if complete:
             left, right = ([self.track.gate_values(row.scored.strict) for row in side.rows[:rows]] for side in (azure, slm))
             differences = {name: [a[name] - b[name] for a, b in zip(left, right, strict=True)] for name in self.track.gate}
-            self.found = sequential_verdict(
-                differences, self.sizes[:complete], delta=self.delta, alpha=self.alpha, largest=max(self.sizes)
-            )
+            self.found = self._decide(differences, self.sizes[:complete])
         return self.verdict != NEED_MORE_DATA
 
     def line(self) -> str:

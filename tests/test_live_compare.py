@@ -57,14 +57,17 @@ def saved_ids(files) -> list[str]:
     return azure
 
 
-def stop_early(files, *flags: str, rows: list[Example], replies: list[dict], **environment: str) -> tuple[str, int]:
-    """A run with --stop-early --save over other rows and replies: its output, and how many rows the simulator was asked for."""
+def stop_early(files, *flags: str, rows: list[Example], replies: list[dict], warns=False, **environment: str) -> tuple[str, int]:
+    """A run with --stop-early --save over other rows and replies: its output, and how many rows the simulator was asked for.
+
+    `warns`: whether it says that the rows are too few for a swap."""
     (files / "rows.jsonl").write_text("".join(json.dumps(row.to_json()) + "\n" for row in rows))
     (files / "replies.jsonl").write_text("".join(json.dumps(reply) + "\n" for reply in replies))
     with AzureSimulator(rows) as server:
         process = start(files, server, "--stop-early", "--save", *flags, **environment)
         out, error = process.communicate(timeout=240)
         assert process.returncode == 0, error
+        assert ("warning: too few rows for a SWAP" in error) == warns
         return out, server.counts.total()
 
 
@@ -76,7 +79,7 @@ def test_both_models_and_their_difference_are_shown_and_saved(files):
     azure, replay = reports(files)
     assert azure["metrics"]["exact_match_rate"] == 1 and replay["metrics"]["exact_match_rate"] == 10 / 12
     assert azure["inputs"]["rows_sha256"] == replay["inputs"]["rows_sha256"]
-    assert azure["stopped_early"] is replay["stopped_early"] is None and "verdict" not in out
+    assert azure["stopped_early"] is replay["stopped_early"] is None and "NEED_MORE_DATA" not in out
     assert saved_ids(files) == [row.id for row in ROWS]
 
 
@@ -150,7 +153,7 @@ def test_the_hosted_model_may_be_named_second(files):
 
 
 def test_what_is_not_certain_goes_to_the_end(files):
-    out, calls = stop_early(files, rows=ROWS, replies=RIGHT[:12])
+    out, calls = stop_early(files, rows=ROWS, replies=RIGHT[:12], warns=True)
     assert calls == 12 and "NEED_MORE_DATA after 12 of 12 rows: 0 hosted calls saved (0%)" in out
     assert reports(files)[0]["stopped_early"] == {
         "rows_available": 12, "rows": 12, "largest_cluster": 1, "delta": 0.02, "alpha": 0.05, "verdict": "NEED_MORE_DATA",
@@ -167,10 +170,18 @@ def test_a_group_is_one_bet_and_stays_together(files):
     assert sum(before != after for before, after in pairwise(tools)) == len(set(tools)) - 1 and tools != sorted(tools)
 
 
+def test_one_large_group_makes_every_bet_small(files):
+    """It could hold any share of the misses: rows that are enough without it are too few with it, before it has come too."""
+    uneven = [replace(row, group="large" if number < 12 else None) for number, row in enumerate(MANY)]
+    out, calls = stop_early(files, "--delta", "0.05", "--batch-size", "20", "--seed", "1", rows=uneven, replies=RIGHT, warns=True)
+    assert calls == 240 and "NEED_MORE_DATA after 240 of 240 rows" in out
+    assert saved_ids(files).index("0") > rows_needed(0.05)  # by this seed the large group comes late
+
+
 def test_nothing_is_certain_while_requests_failed(files):
     """The rows that were not answered look like those of a bad model, which is found out after some eight."""
     failed = [{"id": row.id, "prediction": "", "finish_reason": "error"} for row in MANY[:29]]
-    out, calls = stop_early(files, rows=MANY[:30], replies=[*failed, RIGHT[29]])
+    out, calls = stop_early(files, rows=MANY[:30], replies=[*failed, RIGHT[29]], warns=True)
     assert calls == 30 and "29 requests failed" in out and reports(files)[0]["stopped_early"]["verdict"] == "NEED_MORE_DATA"
 
 

@@ -73,6 +73,11 @@ def main(argv: list[str] | None = None) -> int:
     early = EarlyStop(track, examples, args.delta, args.alpha, args.seed) if args.stop_early else None
     examples = early.examples if early else examples
     gold = references(track, examples)
+    if early and early.rows_if_equal is None:
+        warn(
+            f"too few rows for a SWAP at --delta {args.delta:g}, unless the small model is the better one: a group of rows is one bet, "
+            f"and there are {len(early.sizes)}, the largest of {max(early.sizes)} rows"
+        )
     if "slm" in args.models:
         set_seed(args.seed)
     sides: list[Side] = []
