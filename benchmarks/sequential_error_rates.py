@@ -3,10 +3,10 @@
     python benchmarks/sequential_error_rates.py
     python benchmarks/sequential_error_rates.py --trials 500 --out runs/sequential_error_rates.json
 
-Simulated runs of 2,000 rows: `discordance` is the share on which one model is right and the other wrong, `gap` the true mean difference (azure -
-slm). Clusters of 10 rows have a correlation of 0.3 between their rows (Dirichlet-multinomial). A verdict is wrong where it is SWAP
-at a gap of at least the margin, or FINE_TUNE at a gap of at most the margin. `fixed_rows` is what a paired test that looks once
-needs for a power of 80% (normal approximation, times the design effect). With several metrics `gap` has one for each.
+Simulated runs of 2,000 rows: `discordance` is the share of rows on which one model is right and the other wrong, `gap` the true mean
+difference (azure - slm). Clusters of 10 rows have a correlation of 0.3 between their rows (Dirichlet-multinomial). A verdict is wrong
+where it is SWAP at a gap of at least the margin, or FINE_TUNE at a gap of at most the margin. `fixed_rows` is what a paired test that
+looks once needs for a power of 80% (normal approximation, times the design effect). With several metrics `gap` has one for each.
 """
 
 import argparse

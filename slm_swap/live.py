@@ -107,8 +107,9 @@ class EarlyStop:
 
     def saved(self, azure: Side) -> str:
         """How many of the hosted calls were saved, and the money."""
-        done, saved = len(azure.rows), len(self.examples) - len(azure.rows)
-        told = f"{self.verdict} after {done} of {len(self.examples)} rows: {saved} hosted calls saved ({saved / len(self.examples):.0%})"
+        done, available = len(azure.rows), len(self.examples)
+        saved = available - done
+        told = f"{self.verdict} after {done} of {available} rows: {saved} hosted calls saved ({saved / available:.0%})"
         tokens = [sum(getattr(row.reply, f"{name}_tokens") for row in azure.rows) for name in ("input", "cached", "output")]
         cost = azure.client.cost(*tokens, azure.seconds)
         if cost is None:

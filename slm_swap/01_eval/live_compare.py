@@ -75,8 +75,8 @@ def main(argv: list[str] | None = None) -> int:
     gold = references(track, examples)
     if early and early.rows_if_equal is None:
         warn(
-            f"too few rows for a SWAP at --delta {args.delta:g}, unless the small model is the better one: a group of rows is one bet, "
-            f"and there are {len(early.sizes)}, the largest of {max(early.sizes)} rows"
+            f"too few rows for a SWAP at --delta {args.delta:g}, unless the small model is the better one: "
+            f"a group of rows is one bet, and there are {len(early.sizes)}, the largest of {max(early.sizes)} rows"
         )
     if "slm" in args.models:
         set_seed(args.seed)

@@ -95,9 +95,9 @@ def _rejected_above(totals: np.ndarray, sizes: np.ndarray, alpha: float, largest
 class Evidence:
     """What the rows so far say of one metric's mean difference (azure - slm).
 
-    `interval` has the level 1 - 2 alpha. The p-values are 1 / the largest wealth so far, at most 1, and hold at any time: `p_value`
-    against "at least delta" (small: not inferior), `p_worse` against "at most delta" (small: worse), `p_worse_holm` adjusted for
-    the number of metrics. `below_at` and `above_at`: the rows after which that was shown, None where it was not.
+    `interval` has the level 1 - 2 alpha. The p-values are 1 / the largest wealth so far, at most 1, and hold at any time:
+    `p_value` against "at least delta" (small: not inferior), `p_worse` against "at most delta" (small: worse), `p_worse_holm` adjusted
+    for the number of metrics. `below_at` and `above_at`: the rows after which that was shown, None where it was not.
     """
 
     interval: tuple[float, float]
