@@ -113,7 +113,7 @@ class EarlyStop:
         tokens = [sum(getattr(row.reply, f"{name}_tokens") for row in azure.rows) for name in ("input", "cached", "output")]
         cost = azure.client.cost(*tokens, azure.seconds)
         if cost is None:
-            return f"{told}; the money is not known: set AZURE_PRICE_INPUT_PER_1M and AZURE_PRICE_OUTPUT_PER_1M"
+            return f"{told}; the money is not known: give the deployment's prices in slm_swap/prices.toml"
         return f"{told}, about {cost / done * saved:.4g} at {cost / done * 1000:.4g} per 1,000 calls"
 
     def to_json(self, rows: int) -> dict[str, Any]:
