@@ -118,8 +118,9 @@ def rows_needed(delta: float) -> int:
 
 
 def test_equal_models_are_a_swap_before_all_rows_are_asked_for(files):
-    prices = {"AZURE_PRICE_INPUT_PER_1M": "1000", "AZURE_PRICE_OUTPUT_PER_1M": "4000"}
-    out, calls = stop_early(files, "--delta", "0.05", rows=MANY, replies=RIGHT, **prices)
+    prices = files / "prices.toml"
+    prices.write_text("[hosted.simulator]\ninput = 1000\noutput = 4000\n")
+    out, calls = stop_early(files, "--delta", "0.05", rows=MANY, replies=RIGHT, PRICES_FILE=str(prices))
     assert rows_needed(0.05) <= calls <= rows_needed(0.05) + 1 < 100  # a batch has two rows
     assert "SWAP: json_valid_rate azure - slm is between" in out and "margin 0.05" in out
     azure, replay = reports(files)
@@ -142,7 +143,7 @@ def test_the_order_is_the_seed_s(files):
 def test_a_bad_model_is_a_fine_tune_after_few_rows(files):
     out, calls = stop_early(files, rows=MANY, replies=[{"id": row.id, "prediction": "no"} for row in MANY])
     assert calls <= 12 and reports(files)[0]["stopped_early"]["verdict"] == "FINE_TUNE"
-    assert f"FINE_TUNE after {calls} of 240 rows" in out and "the money is not known: set AZURE_PRICE_INPUT_PER_1M" in out
+    assert f"FINE_TUNE after {calls} of 240 rows" in out and "the money is not known: give the deployment's prices" in out
 
 
 def test_the_hosted_model_may_be_named_second(files):
