@@ -3,10 +3,10 @@
     python benchmarks/sequential_error_rates.py
     python benchmarks/sequential_error_rates.py --trials 500 --out runs/sequential_error_rates.json
 
-Simulated rows: `discordance` is the share on which one model is right and the other wrong, `gap` the true mean difference (azure -
-slm). Clusters of 10 rows have a correlation of 0.3 between their rows (Dirichlet-multinomial). A verdict is wrong where it is SWAP
-at a gap of at least the margin, or FINE_TUNE at a gap of at most the margin. `fixed_rows` is what a paired test that looks once
-needs for a power of 80% (normal approximation, times the design effect). With several metrics `gap` has one for each.
+Simulated runs of 2,000 rows: `discordance` is the share of rows on which one model is right and the other wrong, `gap` the true mean
+difference (azure - slm). Clusters of 10 rows have a correlation of 0.3 between their rows (Dirichlet-multinomial). A verdict is wrong
+where it is SWAP at a gap of at least the margin, or FINE_TUNE at a gap of at most the margin. `fixed_rows` is what a paired test that
+looks once needs for a power of 80% (normal approximation, times the design effect). With several metrics `gap` has one for each.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from slm_swap.reports import code_version, hardware, now, write_json
 from slm_swap.settings import ROOT
 from slm_swap.stats.betting import BETS, MIN_CLUSTERS, crossing, log_wealth_above, log_wealth_below
 
-ALPHA, CORRELATION = 0.05, 0.3
+ALPHA, ROWS, CORRELATION = 0.05, 2000, 0.3
 AT_ONCE = 200_000  # differences in memory at a time
 
 
@@ -42,9 +42,9 @@ def draw(rng: np.random.Generator, size: int, discordance: float, gaps: tuple, t
     return np.stack(totals, axis=1).astype(float)
 
 
-def measure(rng: np.random.Generator, size: int, margin: float, discordance: float, gaps: tuple, rows: int, trials: int) -> dict:
+def measure(rng: np.random.Generator, size: int, margin: float, discordance: float, gaps: tuple, trials: int) -> dict:
     """One cell: shares of the verdicts and of the saved calls."""
-    clusters, sizes = rows // size, np.full(rows // size, size)
+    clusters, sizes = ROWS // size, np.full(ROWS // size, size)
     swap, fine_tune = np.empty(trials), np.empty(trials)
     step = max(1, AT_ONCE // (clusters * len(gaps)))
     for start in range(0, trials, step):
@@ -75,7 +75,6 @@ def measure(rng: np.random.Generator, size: int, margin: float, discordance: flo
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     parser.add_argument("--trials", type=positive, default=5000, help="runs of each cell")
-    parser.add_argument("--rows", type=positive, default=2000, help="rows of a run")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: benchmarks/results/sequential_error_rates.json")
     parser.add_seed()
     return parser.parse_args(argv)
@@ -94,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     cells = []
     print(f"{'rows a cluster':>14} {'margin':>6} {'discordance':>11} {'gap':>18} {'SWAP':>7} {'FINE_TUNE':>9} {'saved':>6} {'fixed_rows':>10}")
     for size, margin, discordance, gaps in plan:
-        cells.append(cell := measure(rng, size, margin, discordance, gaps, args.rows, args.trials))
+        cells.append(cell := measure(rng, size, margin, discordance, gaps, args.trials))
         gap = f"{gaps[0]:g}" if len(gaps) == 1 else "6 metrics, " + "/".join(f"{gap:g}" for gap in sorted(set(gaps)))
         swap, fine_tune = (f"{cell[name]:.4f}{'!' * cell[f'{name}_is_wrong']}" for name in ("swap", "fine_tune"))
         print(
@@ -112,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
         "seconds": round(time.perf_counter() - started, 1),
         "settings": {
             "alpha": ALPHA,
-            "rows": args.rows,
+            "rows": ROWS,
             "trials": args.trials,
             "correlation": CORRELATION,
             "bets": [round(float(bet), 4) for bet in BETS],

@@ -348,7 +348,7 @@ def examine(
         own = labels and [labels[i] for i in some]
         if rule == "paired":
             return paired_decision(*values, yes_no, delta, alpha, own)
-        return sequential_decision(*values, yes_no, delta, alpha, own, in_order=bool(stopped), largest=(stopped or {}).get("largest"))
+        return sequential_decision(*values, yes_no, delta, alpha, own, in_order=bool(stopped), largest=(stopped or {}).get("largest_cluster"))
 
     by_matcher = {matcher: decide(matcher) for matcher in MATCHERS}
     decision, verdicts = by_matcher["strict"], {matcher: found.verdict for matcher, found in by_matcher.items()}

@@ -75,7 +75,8 @@ class Track:
         totals = {part: sum(getattr(match, part) for match in matches) for part in MATCH_PARTS}
         means = SimpleNamespace(**{part: total / len(matches) for part, total in totals.items()})
         pooled = Match(True, True, True, totals["matched"], totals["predicted"], totals["expected"])
-        return self.gate_values(means) | {f"{self.fields}_{kind}_micro": getattr(pooled, kind) for kind in ("precision", "recall", "f1")}
+        micro = {f"{self.fields}_{kind}_micro": getattr(pooled, kind) for kind in ("precision", "recall", "f1")}
+        return self.gate_values(means) | micro
 
     def parse_reference(self, completion: str) -> Parsed:
         """A gold completion.
