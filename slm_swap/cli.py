@@ -9,8 +9,9 @@ from typing import Any, NoReturn
 
 from slm_swap.errors import UserError
 from slm_swap.examples import Example, read_examples
+from slm_swap.langfuse_helpers import Tracing
 from slm_swap.reports import code_version, sha256_file
-from slm_swap.settings import PACKAGE, display_path, find_path
+from slm_swap.settings import PACKAGE, Settings, display_path, find_path
 from slm_swap.slm_client import PRECISIONS
 from slm_swap.tracks import TRACKS
 
@@ -37,6 +38,13 @@ class Parser(argparse.ArgumentParser):
         rows.add_argument("--split", help="the rows of 02_dataset/<track>/<split>.jsonl (default: test)")
         rows.add_argument("--dataset", metavar="FILE", help="rows from this file instead of a split")
         self.add_argument("--limit", type=positive, metavar="N", help="only the first N rows")
+
+    def add_tracing(self) -> None:
+        """How a run is traced: see langfuse_helpers.Tracing."""
+        tracing = self.add_argument_group("Langfuse")
+        tracing.add_argument("--session", metavar="NAME", help="the session that groups this run with others (default: SLM_SWAP_SESSION)")
+        tracing.add_argument("--langfuse-optional", action="store_true", help="go on where Langfuse is not there; send the trace later")
+        tracing.add_argument("--no-trace-content", action="store_true", help="send metrics and hashes, but no prompts and replies")
 
     def add_client(self, replay: bool = True) -> None:
         """How a model is run: see clients.make_client."""
@@ -124,6 +132,11 @@ def check_out(*outs: Path, inputs: Sequence[str | Path | None] = ()) -> None:
             raise UserError(f"cannot write {display_path(out)}: choose another place with --out")
         if out.resolve() in sources:
             raise UserError(f"{display_path(out)} is read and would be overwritten: choose another place with --out")
+
+
+def tracing_options(args: argparse.Namespace, settings: Settings) -> Tracing:
+    """The flags of `Parser.add_tracing` as options of `langfuse_helpers.trace_run`."""
+    return Tracing(args.langfuse_optional, not args.no_trace_content, args.session or settings.session)
 
 
 def run_metadata(args: argparse.Namespace) -> dict[str, Any]:

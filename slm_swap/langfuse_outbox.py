@@ -205,7 +205,7 @@ class Outbox:
                 if not more:
                     self._change.wait_for(lambda: self._written, SEND_EVERY)
                 at, over = self._at[kind], self._written and self._at[kind] >= self._end
-            if over:
+            if over or self._file.closed:
                 return
             items, end = self._read(kind, at, BATCH)
             more = len(items) >= BATCH
@@ -227,7 +227,7 @@ class Outbox:
     def _deliver(self, kind: str, post: Callable[[list[dict]], Answer], items: list[Item]) -> bool:
         """Post items, in halves where the server refuses them as they are; False where they cannot be delivered now."""
         parts, alone = deque([items]), []
-        while parts:
+        while parts and not self._file.closed:  # closed: the run has ended without
             part = parts.popleft()
             answer = post([item.value for item in part])
             if answer.taken:
@@ -244,7 +244,7 @@ class Outbox:
                     return False
         if alone:
             self._mark(kind, items[-1].end, alone)
-        return True
+        return not parts
 
     def _retry_refused(self, kind: str, post: Callable[[list[dict]], Answer]) -> None:
         """What the server refused in an earlier process may be to its taste now."""

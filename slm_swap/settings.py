@@ -27,6 +27,7 @@ class Settings:
     langfuse_secret_key: str | None = field(default=None, repr=False)
     langfuse_base_url: str | None = None
     langfuse_disabled: bool = False
+    session: str | None = None
 
     @property
     def secrets(self) -> list[str]:
@@ -61,6 +62,7 @@ def load_settings() -> Settings:
         langfuse_secret_key=text("LANGFUSE_SECRET_KEY"),
         langfuse_base_url=text("LANGFUSE_BASE_URL", "LANGFUSE_HOST"),
         langfuse_disabled=disabled in {"1", "true", "yes"},
+        session=text("SLM_SWAP_SESSION"),
     )
 
 

@@ -8,6 +8,7 @@ import threading
 import time
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from random import Random
 
 TRACES = "/api/public/otel/v1/traces"
 
@@ -47,6 +48,8 @@ class LangfuseServer:
         self.delay = 0.0
         self.largest: int | None = None
         self.rejected_score: str | None = None
+        self.flaky = 0.0  # share of posts that are answered by 503
+        self._random = Random(7)
         self.generation = 5  # of the server: 4 knows no list of scores
         self.bodies: list[tuple[str, bytes]] = []  # (path, decompressed body) of everything posted with the right keys
         self.accepted: list[tuple[str, bytes]] = []
@@ -107,7 +110,7 @@ class LangfuseServer:
             return 413, {"message": "Request body too large"}
         if headers.get("content-encoding") == "gzip":
             body = gzip.decompress(body)
-        status = self.status
+        status = 503 if self._random.random() < self.flaky else self.status
         self.bodies.append((path, body))
         if status is not None:
             return status, {"message": "switched to fail"}

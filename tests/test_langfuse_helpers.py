@@ -1,5 +1,6 @@
 """Traces as they arrive at a recording server over a real socket, and what stays on disk where they do not."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import langfuse
 import pytest
+from conftest import load_script
 from langfuse_server import LangfuseServer, scores_of, spans_of
 
 from slm_swap import langfuse_helpers, langfuse_outbox, langfuse_wire
@@ -484,3 +486,122 @@ def test_the_trace_id_is_the_sdks_for_the_same_seed(server, traced):
     with traced(settings_for(server), seed="run-7") as trace:
         pass
     assert trace.id == langfuse.Langfuse.create_trace_id(seed="run-7")
+
+
+# --- what was kept, and sent later
+
+
+@pytest.fixture
+def resend(run_script, monkeypatch):
+    """Run resend_traces.py for a server's keys: (exit code, stdout, stderr)."""
+
+    def run_it(server, *places):
+        public_key, secret_key = server.keys.split(":")
+        values = {"PUBLIC_KEY": public_key, "SECRET_KEY": secret_key, "BASE_URL": server.url, "DISABLED": "0"}
+        for name, value in values.items():
+            monkeypatch.setenv(f"LANGFUSE_{name}", value)
+        return run_script(load_script("01_eval/resend_traces.py"), *places)
+
+    return run_it
+
+
+@pytest.mark.parametrize("trouble", ["refusing", "hanging", 500, 429, 401, 400])
+def test_what_an_outage_kept_is_sent_later_nothing_doubled_nothing_lost(server, traced, impatient, resend, tmp_path, trouble, capsys):
+    with traced(settings_for(server)) as trace:
+        send_rows(trace, 5)
+        wait_until(lambda: len(server.spans) == 5 and len(server.scores) == 5)
+        outage(server, trouble)
+        send_rows(trace, 700, first=5)
+        trace.scores({"verdict": "SWAP"})
+    capsys.readouterr()
+    server.status, server.hanging = None, False
+    if trouble == "refusing":
+        server.accept()
+    code, printed, _ = resend(server, tmp_path)
+    assert code == 0 and printed.startswith("sent: ") and kept(tmp_path) is None
+    assert sorted(span.name for span in server.spans) == sorted(["run", *(f"row-{number}" for number in range(705))])
+    assert len(server.scores) == len({score["id"] for score in server.scores}) == 706
+    assert resend(server, tmp_path)[:2] == (0, "nothing to send\n")
+
+
+def test_a_server_that_fails_half_of_the_time_gets_everything_once_or_keeps_it(server, traced, resend, tmp_path):
+    server.flaky = 0.5
+    with traced(settings_for(server)) as trace:
+        send_rows(trace, 1500)
+    server.flaky = 0.0
+    resend(server, tmp_path)
+    assert kept(tmp_path) is None and {span.name for span in server.spans} >= {f"row-{number}" for number in range(1500)}
+    assert len({span.id for span in server.spans}) == len(server.spans) == 1501
+    assert len({score["id"] for score in server.scores}) == len(server.scores) == 1500
+
+
+def test_a_run_that_goes_on_after_a_kill_sends_every_row_once(server, traced, tmp_path):
+    killed = SCRIPT.replace('Path(report))', 'Path(report), seed="s")').replace("range(1500)", "range(40)")
+    killed = killed.replace('print("report written", flush=True)', "    import os, time; time.sleep(1.5); os._exit(9)")
+    command = [sys.executable, "-c", killed, *server.keys.split(":"), server.url, str(tmp_path / "report.json")]
+    process = subprocess.run(command, input="go\n", capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert process.returncode == 9, process.stderr
+    names, _ = kept(tmp_path)
+    assert names == [f"row-{number}" for number in range(40)]
+    with open(outbox_path(tmp_path / "report.json"), "ab") as stream:
+        stream.write(b'{"span":{"id":"torn')
+    with traced(settings_for(server), seed="s") as trace:
+        send_rows(trace, 60)  # the first 40 again, as a resumed run tells them
+    rows = [span.name for span in server.spans if span.kind == "generation"]
+    assert sorted(rows) == sorted(f"row-{number}" for number in range(60)) and kept(tmp_path) is None
+    assert len({span.trace for span in server.spans}) == 1 and len({score["id"] for score in server.scores}) == 60
+
+
+def test_a_run_whose_file_holds_another_trace_is_refused(server, traced, tmp_path):
+    server_gone = settings_for(server)
+    with traced(server_gone, seed="one", optional=True) as trace:
+        send_rows(trace, 2)
+        server.refuse()
+    server.accept()
+    with pytest.raises(UserError, match="holds the trace of another run"), traced(server_gone, seed="two"):
+        pytest.fail("the run began")
+    with traced(server_gone, seed="three", report="other.json"):
+        pass
+
+
+def test_two_runs_do_not_share_a_file(server, traced):
+    with traced(settings_for(server), seed="one"):
+        with pytest.raises(UserError, match="in use by another run"), traced(settings_for(server), seed="one"):
+            pytest.fail("the run began")
+
+
+@pytest.mark.parametrize("trouble", ["refusing", 503, "wrong keys"])
+def test_optional_tracing_goes_on_and_keeps_the_trace(server, traced, impatient, resend, tmp_path, capsys, trouble):
+    changes = {"langfuse_secret_key": "sk-lf-wrong"} if trouble == "wrong keys" else {}
+    if trouble != "wrong keys":
+        outage(server, trouble)
+    with traced(settings_for(server, **changes), optional=True) as trace:
+        send_rows(trace, 3)
+    first, last = capsys.readouterr().err.splitlines()
+    assert first.startswith("warning: Langfuse at") and "4 spans and 3 scores" in last and trace.url is None
+    server.status = None
+    if trouble == "refusing":
+        server.accept()
+    assert resend(server, tmp_path)[0] == 0 and len(server.spans) == 4 and len(server.scores) == 3
+
+
+def test_without_content_no_text_of_a_row_leaves(server, traced):
+    with traced(settings_for(server), content=False) as trace:
+        send_rows(trace, 2)
+    row = by_name(server)["row-0"]
+    assert row.json("output") == {"sha256": hashlib.sha256(REPLY.text.encode()).hexdigest(), "characters": len(REPLY.text)}
+    assert set(row.json("input")) == {"sha256", "characters"} and row.json("usage_details")["output"] == 20
+    assert len(server.scores) == 2
+    for _, body in server.bodies:
+        assert "東京".encode() not in body and b"Call a tool" not in body and b"<tool_call" not in body
+
+
+def test_batches_and_retries_are_spans_with_the_rows_under_them(server, traced):
+    with traced(settings_for(server)) as trace:
+        batch = trace.span("batch 1", 10**18, 10**18 + 5, {"rows": 2})
+        row = trace.generation("row", "m", MESSAGES, REPLY, parent=batch)
+        trace.span("retry", 10**18 + 1, 10**18 + 2, {"status": 429}, parent=row, level="WARNING")
+    spans = by_name(server)
+    assert spans["row"].parent == spans["batch 1"].id and spans["retry"].parent == spans["row"].id
+    assert (spans["batch 1"].kind, spans["batch 1"].start, spans["batch 1"].end) == ("span", 10**18, 10**18 + 5)
+    assert spans["retry"].attributes["langfuse.observation.level"] == "WARNING" and spans["retry"].json("metadata.status") == 429

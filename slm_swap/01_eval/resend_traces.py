@@ -1,0 +1,78 @@
+"""Send to Langfuse what earlier runs could not deliver: the *.traces.jsonl files beside their reports.
+
+    python 01_eval/resend_traces.py
+    python 01_eval/resend_traces.py runs/quickstart 01_eval/reports/toolcall_azure_test.traces.jsonl
+
+What has arrived is not sent again, and a file is deleted once all of it has. Ends with 1 where something is still missing.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
+
+from slm_swap.cli import Parser, run, warn
+from slm_swap.errors import UserError
+from slm_swap.langfuse_helpers import require_tracing
+from slm_swap.langfuse_outbox import SUFFIX, Outbox
+from slm_swap.langfuse_wire import Server
+from slm_swap.settings import PACKAGE, display_path, find_path, load_settings
+
+FOLDERS = ("01_eval/reports", "03_compare/reports", "04_ft")
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(description=__doc__)
+    parser.add_argument("places", nargs="*", metavar="PLACE", help="files, or folders to look through (default: every stage's own)")
+    parser.add_argument("--seconds", type=float, default=600.0, help="how long one file may take")
+    return parser.parse_args(argv)
+
+
+def outboxes(places: list[str]) -> list[Path]:
+    """The files that the places name or hold.
+
+    Raises:
+        UserError: a place is not there.
+    """
+    found = []
+    for place in map(find_path, places or [PACKAGE / folder for folder in FOLDERS]):
+        if place.is_dir():
+            found += sorted(place.rglob(f"*{SUFFIX}"))
+        elif place.is_file():
+            found.append(place)
+        elif places:
+            raise UserError(f"nothing at {display_path(place)}: name a *{SUFFIX} file or a folder with some")
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    settings = load_settings()
+    found = outboxes(args.places)
+    if not found:
+        print("nothing to send")
+        return 0
+    if not require_tracing(settings):
+        raise UserError("LANGFUSE_DISABLED=1 is set: unset it to send traces")
+    server = Server(settings)
+    server.project()
+    left = 0
+    for path in found:
+        outbox = Outbox(path, None, server)
+        sent_to = outbox.header.get("base_url")
+        if sent_to != server.base_url:
+            warn(f"{display_path(path)} was meant for {sent_to}, and goes to {server.base_url}")
+        missing = outbox.close(args.seconds)
+        if outbox.turned_down:
+            warn(f"{outbox.turned_down} scores of {display_path(path)} were turned down as not valid")
+        if any(missing.values()):
+            left += 1
+            warn(f"{missing['spans']} spans and {missing['scores']} scores of {display_path(path)} are still missing ({outbox.reason})")
+        else:
+            print(f"sent: {display_path(path)}")
+    return 1 if left else 0
+
+
+if __name__ == "__main__":
+    run(main)
