@@ -74,7 +74,7 @@ def cell(rng: np.random.Generator, trials: int, rows: int, kind: str, margin: fl
         return None
     values, counts = drawn
     sample = Sample(np.zeros(units), np.ones(units), -1.0, 1.0, exact=kind == "yes-no")  # for its degrees of freedom alone
-    score, limit = statistics(values - margin, counts, -1 - margin, 1 - margin, sample.exact), quantile(sample, ALPHA)
+    score, limit = statistics(values - margin, 1.0, counts, -1 - margin, 1 - margin, sample.exact), quantile(sample, ALPHA)
     swap = (score <= -limit).mean() if units >= MIN_CLUSTERS else 0.0
     found = {"swap": float(swap), "fine_tune": float((score >= limit).mean())}
     return {"kind": kind, "rows": rows, "margin": margin, "gap": gap, "discordance": discordance} | found
