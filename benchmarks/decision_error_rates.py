@@ -9,7 +9,8 @@ differ), and applies the rule to one metric. Kinds: yes-no metrics on independen
 of the given intra-cluster correlation; at 1 all rows of a cluster are alike.
 
 false SWAP: SWAP though the true gap is the margin or more. false FINE_TUNE: FINE_TUNE though it is the margin or less. Power:
-SWAP at a gap below the margin, FINE_TUNE at one above.
+SWAP at a gap below the margin, FINE_TUNE at one above. All trials of a cell are decided at once; a few are decided again one by one as
+`decision.paired_decision` does, and a verdict that is not the same ends the run.
 """
 
 import argparse
@@ -25,13 +26,14 @@ from slm_swap.cli import Parser, positive, run
 from slm_swap.decision import MIN_CLUSTERS
 from slm_swap.reports import code_version, hardware, now, write_json
 from slm_swap.settings import ROOT, display_path
-from slm_swap.stats.score import Sample, quantile, statistics
+from slm_swap.stats.score import Sample, make_sample, p_above, p_below, quantile, statistics
 
 ALPHA = 0.05
 ROWS = (30, 50, 100, 200, 500, 1000)
 DISCORDANCE = (0.05, 0.1, 0.2, 0.3, 0.4)
 MARGINS = (0.02, 0.05)
 GAPS = (0.0, 0.5, 1.0, 2.0)  # in margins
+CHECKED = 3  # trials of a cell that are decided again
 KINDS = {  # cluster size, intra-cluster correlation, sizes of a difference
     "yes-no": (1, 0.0, (1.0,)),
     "fractions": (1, 0.0, (0.25, 0.5, 0.75, 1.0)),
@@ -75,9 +77,22 @@ def cell(rng: np.random.Generator, trials: int, rows: int, kind: str, margin: fl
     values, counts = drawn
     sample = Sample(np.zeros(units), np.ones(units), -1.0, 1.0, exact=kind == "yes-no")  # for its degrees of freedom alone
     score, limit = statistics(values - margin, 1.0, counts, -1 - margin, 1 - margin, sample.exact), quantile(sample, ALPHA)
-    swap = (score <= -limit).mean() if units >= MIN_CLUSTERS else 0.0
-    found = {"swap": float(swap), "fine_tune": float((score >= limit).mean())}
+    not_inferior, worse = score <= -limit, score >= limit
+    check(kind, margin, values, counts[:CHECKED], not_inferior, worse)
+    found = {"swap": float(not_inferior.mean()) if units >= MIN_CLUSTERS else 0.0, "fine_tune": float(worse.mean())}
     return {"kind": kind, "rows": rows, "margin": margin, "gap": gap, "discordance": discordance} | found
+
+
+def check(kind: str, margin: float, values: np.ndarray, counts: np.ndarray, not_inferior: np.ndarray, worse: np.ndarray) -> None:
+    """The same trials by the p-values of real rows and labels: what is not the same is a bug here or there."""
+    size, _, steps = KINDS[kind]
+    for trial, count in enumerate(counts):
+        rows = np.repeat(np.repeat(values, count), size)  # a cluster's rows with its mean: its total is what counts
+        labels = (np.arange(len(rows)) // size).tolist() if size > 1 else None
+        sample = make_sample(rows, labels, yes_no=steps == (1.0,))
+        found = (p_below(sample, margin) <= ALPHA, p_above(sample, margin) <= ALPHA)
+        if found != (not_inferior[trial], worse[trial]):
+            raise RuntimeError(f"{kind}, margin {margin}, {len(rows)} rows, counts {count.tolist()}: the rule says {found}")
 
 
 def summarize(cells: list[dict]) -> dict:
