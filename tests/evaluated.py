@@ -66,7 +66,8 @@ def replies(examples: Sequence[Example], errors: Sequence[str]) -> list[dict[str
         name = example.tools[0]["name"] if example.tools else ""
         line = {"id": example.id, "prediction": REPLIES[error].format(name=name, number=number)}
         line |= {"finish_reason": ENDS.get(error, "stop"), "reply_error": "timeout" if error == "failed" else None}
-        lines.append(line | {"tokens": {"input": 100, "cached": 40, "output": 20}, "seconds": 0.25})
+        answered = {"tokens": {"input": 100, "cached": 40, "output": 20}, "seconds": 0.25}
+        lines.append(line | (answered if error != "failed" else {}))
     return lines
 
 
