@@ -6,7 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slm_swap.decision import FINE_TUNE, MIN_CLUSTERS, SWAP, Decision, Values, paired_decision, sequential_decision
+from slm_swap.decision import (
+    FINE_TUNE,
+    MIN_CLUSTERS,
+    SWAP,
+    Decision,
+    Values,
+    paired_decision,
+    point_decision,
+    sequential_decision,
+)
 from slm_swap.errors import UserError
 from slm_swap.examples import read_jsonl
 from slm_swap.metrics import ERRORS, MATCHERS, InvalidReply, same
@@ -17,6 +26,7 @@ from slm_swap.tracks import Track
 
 MADE_BY = "01_eval/eval.py"
 CLUSTERS = ("group", "tool", "row")
+EVIDENCE = ("matchers", "flips", "gap", "groups", "gold_audit", "before", "cost", "sequential")  # what only rows can show
 
 KINDS = {  # what went wrong, and the errors of metrics.ERRORS that say so
     "format": ("no_json", "bad_json", "extra_text", "wrong_shape"),
@@ -39,6 +49,7 @@ REMEDIES = (  # the cheapest first: what, which errors it would close, and the m
     ("fine-tuning", ("wrong_value",), "schema"),
 )
 FINE_TUNING = REMEDIES[-1][0]
+ANSWERS = {"wrong_tool", "missing_argument", "extra_argument", "wrong_type", "wrong_value"}  # whole replies that miss the reference
 
 
 # -- Reading ---------------------------------------------------------------------------------------------------------------------
@@ -82,7 +93,7 @@ def read_evaluation(path: str | Path, track: Track, with_rows: bool) -> Evaluati
     if report.get("stage") not in (None, "eval") or not isinstance(report.get("metrics"), dict):
         raise UserError(f"{shown} is not a report of {MADE_BY}: make one with it")
     if report.get("track") != track.title:
-        raise UserError(f"{shown} is of track {report.get('track')}, not {track.title}: give reports of the same track as --track")
+        raise UserError(f"{shown} is of track {report.get('track')!r}, not {track.title}: give reports of the same track as --track")
     missing = [name for name in track.gate if not _is_share(report["metrics"].get(name))]
     if missing:
         raise UserError(f"{shown} has no usable {', '.join(missing)} among its metrics: make it again with {MADE_BY}")
@@ -97,16 +108,16 @@ def _read_rows(path: Path, report: dict[str, Any], track: Track) -> list[dict[st
     rows_file = rows_path(path)
     if not rows_file.is_file():
         raise UserError(f"no {display_path(rows_file)} beside its report: put it there, or decide on the means alone by --rule point")
-    rows = []
+    rows, metrics_of_rows, yes_no = [], tuple(track.row_names.values()), track.yes_no
     for where, row in read_jsonl(rows_file):
-        if not _is_row(row, track):
+        if not _is_row(row, metrics_of_rows, yes_no, track.exact):
             raise UserError(f"{where}: not a row as {MADE_BY} writes them: make report and rows again with it")
-        rows.append(row)
+        rows.append({"group": None, "error": None} | row)
     told = f"{display_path(rows_file)} does not match its report"
     if len({row["id"] for row in rows}) != len(rows):
         raise UserError(f"{told}: an id stands there twice; make both again with {MADE_BY}")
     expected = report["inputs"].get("rows") if isinstance(report.get("inputs"), dict) else None
-    if len(rows) != expected:
+    if len(rows) != expected or not rows:
         raise UserError(f"{told}: {len(rows)} rows for {expected}; make both again with {MADE_BY}")
     by_matcher = report["metrics_by_matcher"] if isinstance(report.get("metrics_by_matcher"), dict) else {}
     for matcher in MATCHERS:
@@ -117,7 +128,7 @@ def _read_rows(path: Path, report: dict[str, Any], track: Track) -> list[dict[st
     return rows
 
 
-def _is_row(row: Any, track: Track) -> bool:
+def _is_row(row: Any, names: Sequence[str], yes_no: Sequence[str], exact: str) -> bool:
     if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in ("id", "reply", "reference")):
         return False
     if row.get("error") not in (None, *ERRORS) or not isinstance(row.get("group"), (str, type(None))):
@@ -125,10 +136,12 @@ def _is_row(row: Any, track: Track) -> bool:
     scores = row.get("scores_by_matcher")
     if not isinstance(scores, dict) or not all(isinstance(scores.get(matcher), dict) for matcher in MATCHERS):
         return False
+    if (row.get("error") is None) != (scores["strict"].get(exact) == 1):  # what went wrong adds up to the misses
+        return False
     return all(
-        _is_share(value := scores[matcher].get(name)) and (name not in track.yes_no or value in (0, 1))
+        _is_share(value := scores[matcher].get(name)) and (name not in yes_no or value in (0, 1))
         for matcher in MATCHERS
-        for name in track.row_names.values()
+        for name in names
     )
 
 
@@ -144,10 +157,10 @@ def require_same(azure: Evaluation, other: Evaluation) -> list[str]:
     if any(not given.get(key) for given in inputs):
         raise UserError(f"a report does not say which data it is of (inputs.sha256): make it again with {MADE_BY}")
     if inputs[0][key] != inputs[1][key] or inputs[0].get("rows") != inputs[1].get("rows"):
-        told = " and ".join(f"{given.get('path')} ({given.get('rows')} rows)" for given in inputs)
+        told = " and ".join(f"{given.get('path')!r} ({given.get('rows')!r} rows)" for given in inputs)
         raise UserError(f"the reports are of different data, {told}: evaluate both models on the same rows")
     if not isinstance(inputs[0].get("rows"), int) or inputs[0]["rows"] < 2:
-        raise UserError(f"{inputs[0].get('rows')} rows: a comparison needs at least 2, and a verdict some hundreds")
+        raise UserError(f"the reports are of {inputs[0].get('rows')!r} rows: a comparison needs at least 2, and a verdict some hundreds")
     if azure.rows and other.rows:
         theirs = {row["id"]: row for row in other.rows}
         for row in azure.rows:
@@ -187,7 +200,10 @@ def cluster_labels(rows: Sequence[dict[str, Any]], track: Track, by: str) -> lis
 
 
 def _tool(track: Track, reference: str) -> str | None:
-    parsed = track.parse_reference(reference)
+    try:
+        parsed = track.parse_reference(reference)
+    except InvalidReply:  # no reference that an evaluation takes: somebody changed the rows file
+        return None
     name = parsed.name or (parsed.value.get("tool_name") if isinstance(parsed.value, dict) else None)
     return name if isinstance(name, str) else None
 
@@ -240,13 +256,15 @@ def _kind(row: dict) -> str | None:
 
 
 def by_group(
-    azure: Sequence[dict], slm: Sequence[dict], track: Track, labels: Sequence[str] | None, alpha: float
+    azure: Sequence[dict], slm: Sequence[dict], track: Track, by: Sequence[str], alpha: float
 ) -> dict[str, Any] | None:
-    """Each group's (else each tool's) difference in the exact metric, shrunk towards the mean where its rows are few; the worst first."""
+    """Each group's or tool's difference in the exact metric, shrunk towards the mean where its rows are few; the worst first.
+
+    `by` is group or tool, the first of them that the rows have; None where they have none.
+    """
     from slm_swap.stats.shrink import shrink
 
-    by = "group" if any(row["group"] for row in azure) else "tool"
-    labels = labels or cluster_labels(azure, track, by)
+    by, labels = next(((own, labels) for own in by if (labels := cluster_labels(azure, track, own))), (None, None))
     if not labels:
         return None
     members: dict[str, list[int]] = defaultdict(list)
@@ -290,7 +308,7 @@ def gold_audit(
 
 
 def _agree(track: Track, left: dict, right: dict) -> bool:
-    if left["error"] is None or right["error"] is None:
+    if not {left["error"], right["error"]} <= ANSWERS:
         return False
     try:
         parsed = [track.parse(row["reply"]) for row in (left, right)]
@@ -370,13 +388,21 @@ def examine(
         "matchers": {matcher: {"verdict": own.verdict, "metrics": own.metrics} for matcher, own in by_matcher.items()},
         "flips": flips,
         "gap": split,
-        "groups": by_group(rows["azure"], rows["slm"], track, labels, alpha),
+        "groups": by_group(rows["azure"], rows["slm"], track, ("tool", "group") if cluster == "tool" else ("group", "tool"), alpha),
         "gold_audit": gold_audit(rows["azure"], rows["slm"], track, lambda some: decide(some=some)),
         "before": gains(rows["before"], rows["slm"], track, alpha, labels) if "before" in rows else None,
         "cost": costs,
         "sequential": _saved(decision, stopped, len(azure.rows), row_cost(azure.report, prices)) if rule == "sequential" else None,
         "warnings": warnings,
     }
+
+
+def examine_means(track: Track, sides: dict[str, Evaluation], delta: float) -> dict[str, Any]:
+    """The decision by the point rule, as `examine` gives one; what rows would show is None."""
+    azure, slm = sides["azure"].report, sides["slm"].report
+    decision = point_decision(azure["metrics"], slm["metrics"], track.gate, delta)
+    told = {"sentence": sentence(decision, azure["inputs"]["rows"]), "warnings": []}
+    return decision.to_json() | dict.fromkeys(EVIDENCE) | told
 
 
 def _cost_of(rows: int | None, each: float | None) -> float | None:
@@ -428,7 +454,7 @@ def sentence(decision: Decision, rows: int, remedies: Sequence[dict] = ()) -> st
             f"The small model is worse by more than {margin}: {name} is {gap} points lower "
             f"({points(low)} to {points(high)}) on {rows} rows. {first}-tune it, and measure again."
         )
-    if decision.clusters["effective"] < MIN_CLUSTERS:
+    if decision.clusters["effective"] < MIN_CLUSTERS and decision.clusters["count"] < rows:
         return (
             f"{rows} rows in {decision.clusters['count']} groups do not settle it: a verdict for other groups than these needs at least "
             f"{MIN_CLUSTERS} (of even size). If these are all that there will ever be, decide by rows: --cluster row."
@@ -436,7 +462,9 @@ def sentence(decision: Decision, rows: int, remedies: Sequence[dict] = ()) -> st
     need = decision.need
     name = need["metric"]
     low, high = decision.metrics[name]["interval"]
-    found = f"{rows} rows do not settle it: azure is {points(low)} to {points(high)} points ahead in {name}, {margin} is too near."
+    found = f"{rows} rows do not settle it: in {name} azure - slm is {points(low)} to {points(high)} points, too near {margin}."
+    if decision.clusters["effective"] < MIN_CLUSTERS:
+        found = f"{rows} rows are too few: SWAP takes at least {MIN_CLUSTERS}."
     if need["rows"] is None:
         return f"{found} No number of rows would: choose another margin, or fine-tune."
     return f"{found} About {need['rows']:,} further rows would settle it (towards {need['towards']}, with 80% power)."

@@ -17,11 +17,13 @@ from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from slm_swap.stats import MIN_CLUSTERS
+from slm_swap.stats.multiple import holm
+
 SWAP, FINE_TUNE, NEED_MORE_DATA = "SWAP", "FINE_TUNE", "NEED_MORE_DATA"
 EXIT_CODES = {SWAP: 0, FINE_TUNE: 10, NEED_MORE_DATA: 11}
 RULES = ("paired", "point")
 ROUNDING = 1e-9  # 0.90 - 0.85 is 0.05000000000000004: a gap of just the margin is not more than the margin
-MIN_CLUSTERS = 10  # variances from fewer clusters say too little
 POWER = 0.8
 MOST_ROWS = 10_000_000  # a number of rows beyond this settles nothing
 
@@ -199,16 +201,6 @@ def _evidence(
     }
 
 
-def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """p-values adjusted by Holm's step-down procedure: reject where they are at most alpha."""
-    ordered = sorted(p_values, key=lambda name: p_values[name])
-    adjusted, highest = {}, 0.0
-    for rank, name in enumerate(ordered):
-        highest = max(highest, min(1.0, (len(ordered) - rank) * p_values[name]))
-        adjusted[name] = highest
-    return {name: adjusted[name] for name in p_values}
-
-
 def rows_needed(samples: Mapping[str, Any], delta: float, alpha: float) -> dict[str, Any]:
     """How many further rows (and clusters) would settle the verdict with 80% power, were the truth what the rows show.
 
@@ -231,8 +223,8 @@ def rows_needed(samples: Mapping[str, Any], delta: float, alpha: float) -> dict[
 
     def further(total: float) -> tuple[int | None, int | None]:
         """(rows, clusters) beyond those that are there."""
-        spread = first.clusters / first.effective  # unequal clusters say less than as many equal ones
-        clusters = math.ceil(max(total, MIN_CLUSTERS) * spread) if math.isfinite(total) else math.inf
+        least = MIN_CLUSTERS * first.clusters / first.effective  # clusters of these sizes that make up enough equal ones
+        clusters = math.ceil(max(total, least - ROUNDING)) if math.isfinite(total) else math.inf
         rows = math.ceil(clusters * first.rows / first.clusters) if math.isfinite(clusters) else math.inf
         if rows > MOST_ROWS:
             return None, None

@@ -10,13 +10,14 @@ from typing import Any
 
 from slm_swap.comparison import points
 
-WORST_GROUPS = 10
+MOST = 10  # groups, rows or ids that are listed; the decision file has all
+ACTING = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}  # Unicode's categories of what is no visible character
 Table = tuple[str, Sequence[str], list[Sequence[str]]]  # title, headings, rows
 
 
 def plain(text: Any, length: int = 80) -> str:
-    """One line without control or direction characters, cut to a length."""
-    shown = "".join(c if unicodedata.category(c)[0] != "C" else "\N{REPLACEMENT CHARACTER}" for c in str(text))
+    """One line without control, direction or line-break characters, cut to a length."""
+    shown = "".join("\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) in ACTING else c for c in str(text))
     return shown if len(shown) <= length else shown[: length - 1] + "…"
 
 
@@ -41,9 +42,10 @@ def table(told: dict[str, Any]) -> None:
 
     console = Console(highlight=False)
     for title, headings, rows in tables(told):
-        shown = Rich(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        console.print(Text(title, style="bold"))
+        shown = Rich(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for index, heading in enumerate(headings):
-            shown.add_column(Text(heading), justify="left" if index == 0 else "right", overflow="fold")
+            shown.add_column(Text(heading), justify="left" if _is_text(index, heading) else "right", overflow="fold")
         for row in rows:
             shown.add_row(*(Text(cell) for cell in row))
         console.print(shown)
@@ -56,15 +58,20 @@ def markdown(told: dict[str, Any]) -> str:
     parts = [f"## {told['track']}: {told['verdict']}", *(_escape(plain(text, 1000)) for text in notes(told))]
     for title, headings, rows in tables(told):
         cells = [[_escape(cell) for cell in line] for line in (headings, *rows)]
-        cells.insert(1, ["---", *["--:"] * (len(headings) - 1)])
+        cells.insert(1, ["---" if _is_text(*heading) else "--:" for heading in enumerate(headings)])
         parts.append("\n".join([f"**{_escape(title)}**", "", *(f"| {' | '.join(line)} |" for line in cells)]))
     return "\n\n".join(parts) + "\n"
 
 
+def _is_text(index: int, heading: str) -> bool:
+    """Whether a column holds texts, which stand to the left, and not numbers."""
+    return index == 0 or heading in ("verdict", "reference", "both models say")
+
+
 def _escape(text: str) -> str:
     """Text that Markdown leaves alone: no markup, no HTML, and (by a space of no width) no mention, reference or link of itself."""
-    text = re.sub(r"([\\`*_{}\[\]<>|~&])", r"\\\1", text)
-    return re.sub(r"([@#]|:(?=//)|www(?=\.))", "\\1\u200b", text)
+    text = re.sub(r"([\\`*_{}\[\]<>|~&$])", r"\\\1", text)
+    return re.sub(r"([@#]|:(?=//)|www(?=\.)|gh(?=-))", "\\1\u200b", text, flags=re.IGNORECASE)
 
 
 def notes(told: dict[str, Any]) -> list[str]:
@@ -72,18 +79,25 @@ def notes(told: dict[str, Any]) -> list[str]:
     told = {"need": None, "gold_audit": None, "cost": None, "sequential": None, "before": None, "sentence": None} | told
     found = [told["sentence"]] if told["sentence"] else []
     if told["need"] and told["need"]["azure_cost"] is not None:
-        found.append(f"The hosted model's replies to that many rows would cost about {told['need']['azure_cost']:.2f}{_currency(told)}.")
+        rows, cost = told["need"]["rows"], told["need"]["azure_cost"]
+        found.append(f"The azure model's replies to {rows:,} further rows would cost about {cost:.2f}{_currency(told)}.")
     if told["sequential"]:
         found.append(_sequential(told))
     if told["gold_audit"] and told["gold_audit"]["count"]:
         audit = told["gold_audit"]
         without = f"; the verdict without them: {audit['verdict_without']}" if audit["verdict_without"] else ""
-        found.append(f"On {audit['count']} rows both models agree with each other and not with the reference{without}.")
+        found.append(f"Rows on which both models agree with each other and not with the reference: {audit['count']}{without}.")
     if told["before"]:
         changed = told["before"]
-        found.append(f"Against the model before: {len(changed['better'])} rows are right now that were wrong, {len(changed['worse'])} the other way round.")
+        found.append(f"Rows that are right now and were wrong before: {len(changed['better'])}. Right before and wrong now: {_ids(changed['worse'])}.")
     found += _money(told)
     return found + [f"Warning: {text}" for text in told["warnings"]]
+
+
+def _ids(ids: Sequence[str]) -> str:
+    """How many, and which are the first."""
+    shown = ", ".join(plain(name, 40) for name in ids[:MOST])
+    return f"{len(ids)}" + (f" ({shown}{', …' if len(ids) > MOST else ''})" if ids else "")
 
 
 def _sequential(told: dict[str, Any]) -> str:
@@ -105,8 +119,7 @@ def _money(told: dict[str, Any]) -> list[str]:
     if not cost:
         return []
     found, unit = [], _currency(told)
-    named = {"hosted": cost["azure"]["per_1000"], "local": cost["slm"]["per_1000"]}
-    known = [f"{name} {value:.4f}{unit}" for name, value in named.items() if value is not None]
+    known = [f"{name} {cost[name]['per_1000']:.4f}{unit}" for name in ("azure", "slm") if cost[name]["per_1000"] is not None]
     if known:
         found.append(f"1,000 tasks cost: {', '.join(known)}.")
     for part, key, what in (
@@ -114,7 +127,7 @@ def _money(told: dict[str, Any]) -> list[str]:
         ("always_on", "break_even_tasks_per_month", "tasks a month, the machine kept running"),
     ):
         if cost[part] and cost[part][key] is not None:
-            found.append(f"The small model is the cheaper one from {cost[part][key]:,} {what}.")
+            found.append(f"The volume from which the small model is the cheaper one ({what}): {cost[part][key]:,}.")
         elif cost[part] and cost[part]["why"]:
             found.append(f"No break-even ({what}): {cost[part]['why']}.")
     return found + [f"Not known: {text}." for text in cost["unknown"]]
@@ -143,6 +156,10 @@ def tables(told: dict[str, Any]) -> list[Table]:
         found += _gap(told["gap"])
     if told.get("groups"):
         found.append(_groups(told["groups"]))
+    if told.get("gold_audit") and told["gold_audit"]["rows"]:
+        audit = told["gold_audit"]
+        rows = [[plain(row[name], 120) for name in ("id", "reference", "reply")] for row in audit["rows"][:MOST]]
+        found.append((f"Doubtful references, {len(rows)} of {audit['count']}", ("id", "reference", "both models say"), rows))
     if told.get("before"):
         rows = [
             (name, points(own["before"]), points(own["slm"]), points(own["gain"]), _range(own["interval"]))
@@ -154,7 +171,7 @@ def tables(told: dict[str, Any]) -> list[Table]:
 
 def _metrics(told: dict[str, Any]) -> Table:
     paired = told["alpha"] is not None
-    headings = ["metric", "azure", "slm", "azure - slm", *([f"{_level(told)} interval", "p as good", "p worse"] if paired else [])]
+    headings = ["metric", "azure", "slm", "azure - slm", *([f"{_level(told)} interval", "p non-inf.", "p worse"] if paired else [])]
     rows = []
     for name, values in told["metrics"].items():
         row = [name, points(values["azure"]), points(values["slm"]), points(values["difference"])]
@@ -184,9 +201,9 @@ def _gap(gap: dict[str, Any]) -> list[Table]:
 def _groups(groups: dict[str, Any]) -> Table:
     rows = [
         (plain(own["group"], 40), str(own["rows"]), points(own["azure"]), points(own["slm"]), points(own["shrunk"]), _range(own["interval"]))
-        for own in groups["all"][:WORST_GROUPS]
+        for own in groups["all"][:MOST]
     ]
-    title = f"By {groups['by']}, the worst {len(rows)} of {len(groups['all'])}: {groups['metric']}, shrunk towards {points(groups['mean'])}"
+    title = f"By {groups['by']}, the worst {len(rows)} of {len(groups['all'])}: {groups['metric']}, azure - slm shrunk towards {points(groups['mean'])}"
     if groups["between_sd"] == 0:
         title += "; they differ by no more than chance"
-    return title, (groups["by"], "rows", "azure", "slm", "azure - slm", "interval"), rows
+    return title, (groups["by"], "rows", "azure", "slm", "shrunk", "interval"), rows

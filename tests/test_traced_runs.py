@@ -82,24 +82,17 @@ def test_an_evaluation_is_one_trace_with_a_generation_a_row(server, files):
 def test_a_comparison_is_a_trace_with_its_decision(server, files):
     evaluate(server, files)
     before = len(server.spans)
-    flags = (
-        "--track",
-        "structured",
-        "--azure",
-        files / "report.json",
-        "--slm",
-        files / "report.json",
-        "--out",
-        files / "decision.json",
-    )
-    done = run(server, "03_compare/compare.py", *flags)
-    assert done.returncode == 0, done.stderr
-    decision = json.loads((files / "decision.json").read_text())
+    report, out = files / "report.json", files / "decision.json"
+    done = run(server, "03_compare/compare.py", "--track", "structured", "--azure", report, "--slm", report, "--before", report, "--out", out)
+    assert done.returncode == 11, done.stderr  # six rows are too few
+    decision = json.loads(out.read_text())
     spans = server.spans[before:]
     assert {span.trace for span in spans} == {decision["trace"]["id"]}
     (event,) = [span for span in spans if span.kind == "event"]
-    assert event.name == "decision" and decision["verdict"] == "SWAP"
-    assert "SWAP" in [score["value"] for score in server.scores if score["name"] == "verdict"]
+    assert event.name == "decision" and decision["verdict"] == "NEED_MORE_DATA"
+    assert "6 rows are too few" in json.dumps(event.attributes)
+    scores = {score["name"]: score["value"] for score in server.scores if score.get("traceId") == decision["trace"]["id"]}
+    assert scores == {"verdict": "NEED_MORE_DATA"} | {f"{name}_difference": 0 for name in decision["metrics"]}
 
 
 def test_a_training_run_is_a_trace_with_its_losses(server, files):

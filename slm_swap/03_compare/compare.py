@@ -15,12 +15,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
 from slm_swap.cli import Parser, check_out, run, run_metadata, share, warn
-from slm_swap.comparison import CLUSTERS, Evaluation, examine, read_evaluation, require_same
-from slm_swap.decision import EXIT_CODES, RULES, point_decision
+from slm_swap.comparison import CLUSTERS, Evaluation, examine, examine_means, read_evaluation, require_same
+from slm_swap.decision import EXIT_CODES, RULES
 from slm_swap.errors import UserError
 from slm_swap.langfuse_helpers import RunTrace, require_tracing, trace_run
 from slm_swap.pricing import load_prices
-from slm_swap.reports import SCHEMA_VERSION, code_version, now, write_atomically, write_json
+from slm_swap.reports import SCHEMA_VERSION, code_version, now, rows_path, write_atomically, write_json
 from slm_swap.settings import PACKAGE, display_path, load_settings
 from slm_swap.tracks import TRACKS
 
@@ -44,6 +44,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--delta must be below 1, and --alpha above 0 and below 0.5")
     if args.rule == "point" and args.sequential:
         parser.error("--sequential is a paired rule: leave --rule out")
+    if args.rule == "point" and args.before:
+        parser.error("--before needs the rows, which --rule point does not read: leave one of them out")
+    if args.markdown and args.out and args.markdown.resolve() == args.out.resolve():
+        parser.error("--markdown and --out name the same file")
     return args
 
 
@@ -75,6 +79,8 @@ def read_sides(args: argparse.Namespace) -> tuple[dict[str, Evaluation], list[st
                 f"{display_path(side.path)} was stopped as soon as its verdict was certain (live_compare.py --stop-early): "
                 "only --sequential holds for such rows"
             )
+        if side.report.get("stopped_early") and args.cluster != "group":
+            raise UserError(f"{display_path(side.path)} was stopped early, its rows drawn group by group: leave --cluster out")
     return sides, warnings
 
 
@@ -92,10 +98,10 @@ def main(argv: list[str] | None = None) -> int:
     require_tracing(settings)
     sides, warnings = read_sides(args)
     out = args.out or PACKAGE / f"03_compare/reports/{args.track}.json"
-    check_out(out, *([args.markdown] if args.markdown else []), inputs=[args.azure, args.slm, args.before])
+    read = [path for side in sides.values() for path in (side.path, rows_path(side.path))]
+    check_out(out, *([args.markdown] if args.markdown else []), inputs=read)
     if args.rule == "point":
-        means = [sides[name].report["metrics"] for name in ("azure", "slm")]
-        found = point_decision(*means, TRACKS[args.track].gate, args.delta).to_json()
+        found = examine_means(TRACKS[args.track], sides, args.delta)
     else:
         rule = "sequential" if args.sequential else "paired"
         found = examine(TRACKS[args.track], sides, rule, args.delta, args.alpha, args.cluster, load_prices(settings.prices_file))
@@ -107,11 +113,11 @@ def main(argv: list[str] | None = None) -> int:
         "track": args.track,
         "rows": sides["azure"].report["inputs"]["rows"],
         "inputs": sides["azure"].report["inputs"],
-        "reports": {name: side.files() for name, side in sides.items()},
-        "models": {name: side.report.get("model") for name, side in sides.items()},
-        "labels": {name: side.label for name, side in sides.items()},
+        "reports": {"before": None} | {name: side.files() for name, side in sides.items()},
+        "models": {"before": None} | {name: side.report.get("model") for name, side in sides.items()},
+        "labels": {"before": None} | {name: side.label for name, side in sides.items()},
         **found,
-        "warnings": warnings + found.get("warnings", []),
+        "warnings": warnings + found["warnings"],
     }
     for text in told["warnings"]:
         warn(text)

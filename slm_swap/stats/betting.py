@@ -24,12 +24,14 @@ from typing import Literal
 
 import numpy as np
 
+from slm_swap.stats import MIN_CLUSTERS
+from slm_swap.stats.multiple import holm
+
 # The best bet is about the mean of y / M over its variance. Powers of two from near 1 (few rows differ) to 0.03 (margin 0.02 and
 # more than 40% of rows differ): one of them is within a factor of 1.4 of the best and grows at least 0.8 times as fast. More of
 # them would leave each with less money.
 BETS = 0.96 * 0.5 ** np.arange(6)
 STEPS_PER_UNIT = 10_000  # an interval's ends are multiples of 0.0001
-MIN_CLUSTERS = 10  # no SWAP on fewer
 
 
 def random_clusters(groups: Sequence[str | None], seed: int) -> list[list[int]]:
@@ -154,7 +156,7 @@ def sequential_verdict(
         below[name], above[name] = float(crossing(against, alpha)), float(crossing(towards, alpha / len(values)))
         low, high = confidence_sequence(totals, sizes, alpha, largest, looks)
         evidence[name] = (low[0], high[0]), _p_value(against), _p_value(towards)
-    adjusted = _holm({name: p_worse for name, (_, _, p_worse) in evidence.items()})
+    adjusted = holm({name: p_worse for name, (_, _, p_worse) in evidence.items()})
 
     def rows_at(clusters: float) -> int | None:
         return None if math.isinf(clusters) else int(ends[int(clusters) - 1])
@@ -174,12 +176,3 @@ def sequential_verdict(
 
 def _p_value(running: np.ndarray) -> float:
     return math.exp(-max(0.0, float(running.max())))
-
-
-def _holm(p_values: dict[str, float]) -> dict[str, float]:
-    """Holm's step-down adjustment (Scandinavian Journal of Statistics 6, 1979)."""
-    adjusted, least = {}, 0.0
-    for rank, name in enumerate(sorted(p_values, key=p_values.__getitem__)):
-        least = max(least, min(1.0, p_values[name] * (len(p_values) - rank)))
-        adjusted[name] = least
-    return adjusted

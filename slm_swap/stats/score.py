@@ -101,20 +101,27 @@ def tilted_variance(y: np.ndarray, counts: np.ndarray, low: float, high: float) 
     return (weights * y * y).sum(-1) - mean * np.where(mean < 0, high, low)
 
 
-def statistics(y: np.ndarray, counts: np.ndarray, low: float, high: float, exact: bool) -> np.ndarray:
-    """The signed scores of one sample or of many, shapes as `tilted_variance`: below 0 where the mean of y is."""
+def statistics(
+    y: np.ndarray, sizes: np.ndarray | float, counts: np.ndarray, low: float, high: float, exact: bool
+) -> np.ndarray:
+    """The signed scores of one sample or of many, shapes as `tilted_variance`: below 0 where the mean of y is.
+
+    The sample's own variance is around the mean per row, that of a ratio (Cochran, Sampling Techniques, 1977, ch. 6): the same for
+    every m, so that the score falls as m rises. Around the mean of y it would not, where sizes differ, and the interval not be the test's.
+    """
     units = counts.sum(-1)
     mean = (counts * y).sum(-1) / units
     variance = tilted_variance(y, counts, low, high)
     if not exact:
-        spread = (counts * (y - mean[..., None]) ** 2).sum(-1)
+        per_row = mean / ((counts * sizes).sum(-1) / units)
+        spread = (counts * (y - sizes * per_row[..., None]) ** 2).sum(-1)
         variance = np.maximum(variance * units, spread) / np.maximum(units - 1, 1)
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(np.abs(mean) < 1e-15, 0.0, mean / np.sqrt(variance / units))
 
 
 def _deviations(sample: Sample, m: float) -> tuple[np.ndarray, np.ndarray, float, float]:
-    """What `statistics` takes: each unit's sum of (value - m), how often, and the ends of the scale for it.
+    """What `tilted_variance` takes: each unit's sum of (value - m), how often, and the ends of the scale for it.
 
     An end is a cluster of nothing but the scale's end, as large as the cluster of a row drawn at random: mean size would let
     rare large clusters pass too often, the largest size hardly anything (benchmarks/decision_error_rates.py has unequal clusters).
@@ -125,8 +132,9 @@ def _deviations(sample: Sample, m: float) -> tuple[np.ndarray, np.ndarray, float
 
 
 def statistic(sample: Sample, m: float) -> float:
-    """The signed score of the mean against m, which is inside the scale. Standard normal, or Student's t, if m is true."""
-    return float(statistics(*_deviations(sample, m), sample.exact))
+    """The signed score of the mean against m, which is inside the scale. About standard normal, or Student's t, if m is true."""
+    y, counts, low, high = _deviations(sample, m)
+    return float(statistics(y, sample.counted[1], counts, low, high, sample.exact))
 
 
 def degrees(sample: Sample) -> float:
@@ -178,6 +186,8 @@ def _upper(sample: Sample, alpha: float) -> float:
     start = max(sample.mean, sample.low + 1e-9)
     if start >= top or above(top) >= 0:
         return sample.high
+    if above(start) <= 0:  # every value is the low end, and alpha is nearly 0.5
+        return start
     return float(brentq(above, start, top, xtol=1e-13, rtol=1e-13))
 
 
