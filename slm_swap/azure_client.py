@@ -6,11 +6,13 @@ HTTP, retries and back-off are the openai package's: 408, 409, 429, 5xx, time-ou
 
 import asyncio
 import ipaddress
+import queue
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
@@ -175,11 +177,19 @@ class AzureClient:
         self.endpoint = parse_endpoint(settings.azure_endpoint, settings.azure_deployment, settings.azure_api_version, missing)
         self.settings, self.prices = settings, load_prices(settings.prices_file)
         self._parameters = {"temperature": temperature, "seed": seed, "max_completion_tokens": max_new_tokens}
+        self.identity = {
+            "kind": self.kind,
+            "deployment": self.endpoint.deployment,
+            "endpoint": self.endpoint.host,
+            "form": self.endpoint.form,
+            "api_version": self.endpoint.query.get("api-version"),
+            "parameters": dict(self._parameters),
+        }
         self._dropped: list[str] = []
         self._served: dict[str, set[str]] = {"model": set(), "system_fingerprint": set()}
         self._secrets = set(settings.secrets)
         self._answered = self._tried = False
-        self._slots = asyncio.Semaphore(concurrency)
+        self._concurrency = concurrency
         self._first, self._token_lock = asyncio.Lock(), asyncio.Lock()
         self._openai = self._connect(timeout, max_retries)
         ready = threading.Event()
@@ -234,34 +244,58 @@ class AzureClient:
         await self._openai.close()
 
     def generate(self, batch: list[Messages]) -> list[Reply]:
-        """One Reply a row, in order. Ctrl-C and a fault of the set-up cancel the requests that are under way."""
+        """One Reply a row, in order."""
+        replies = dict(self.stream(enumerate(batch)))
+        return [replies[index] for index in range(len(batch))]
+
+    def stream(self, rows: Iterable[tuple[int, Messages]]) -> Iterator[tuple[int, Reply]]:
+        """Each row's Reply as its request ends; the next row is asked in its place.
+
+        Leaving early, Ctrl-C and a fault of the set-up cancel the requests that are under way.
+        """
         if not self._thread.is_alive():
             raise RuntimeError("this client is closed")
-        future = asyncio.run_coroutine_threadsafe(self._ask_all(batch), self._loop)
-        try:
-            return future.result()
-        finally:
-            future.cancel()
+        rows, under_way = iter(rows), 0
+        ended: queue.SimpleQueue[tuple[int, asyncio.Task[Reply]]] = queue.SimpleQueue()
+        tasks: set[asyncio.Task[Reply]] = set()  # touched in the loop's thread alone
 
-    async def _ask_all(self, batch: list[Messages]) -> list[Reply]:
+        def start(index: int, messages: Messages) -> None:
+            task = self._loop.create_task(self._ask(messages))
+            tasks.add(task)
+            task.add_done_callback(lambda task: end(index, task))
+
+        def end(index: int, task: "asyncio.Task[Reply]") -> None:
+            tasks.discard(task)
+            if task.cancelled() or task.exception():
+                cancel()
+            ended.put((index, task))
+
+        def cancel() -> None:
+            for task in tasks:
+                task.cancel()
+
         try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._ask(messages)) for messages in batch]
-        except BaseExceptionGroup as failures:
-            first = failures.exceptions[0]
-        else:
-            return [task.result() for task in tasks]
-        raise first  # outside of the handler: an exception's context would hold the request, and so the key
+            while True:
+                for row in islice(rows, self._concurrency - under_way):
+                    self._loop.call_soon_threadsafe(start, *row)
+                    under_way += 1
+                if not under_way:
+                    return
+                index, task = ended.get()
+                under_way -= 1
+                yield index, task.result()
+        finally:
+            if under_way:
+                self._loop.call_soon_threadsafe(cancel)
 
     async def _ask(self, messages: Messages) -> Reply:
-        async with self._slots:
-            if not self._tried:  # one row goes ahead: a wrong key or a parameter to drop costs one refusal, not `concurrency`
-                async with self._first:
-                    if not self._tried:
-                        reply = await self._ask_now(messages)
-                        self._tried = True
-                        return reply
-            return await self._ask_now(messages)
+        if not self._tried:  # one row goes ahead: a wrong key or a parameter to drop costs one refusal, not `concurrency`
+            async with self._first:
+                if not self._tried:
+                    reply = await self._ask_now(messages)
+                    self._tried = True
+                    return reply
+        return await self._ask_now(messages)
 
     async def _ask_now(self, messages: Messages) -> Reply:
         import openai
@@ -359,20 +393,23 @@ class AzureClient:
     def _one_line(self, what: object) -> str:
         return " ".join(self._scrub(str(what)).encode("utf-8", "replace").decode().split())[:300]
 
-    def describe(self) -> dict[str, Any]:
-        """What was asked and what served it: host only, the parameters that were really sent. No secret."""
+    def state(self) -> dict[str, Any]:
+        """The parameters that are really sent, and what served them."""
         served = {name: sorted(values) for name, values in self._served.items()}
         return {
-            "kind": self.kind,
-            "deployment": self.endpoint.deployment,
-            "endpoint": self.endpoint.host,
-            "form": self.endpoint.form,
-            "api_version": self.endpoint.query.get("api-version"),
             "parameters": dict(self._parameters),
             "dropped_parameters": list(self._dropped),
             "served_model": served["model"],
             "system_fingerprint": served["system_fingerprint"],
         }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._parameters, self._dropped = dict(state["parameters"]), list(state["dropped_parameters"])
+        self._served = {"model": set(state["served_model"]), "system_fingerprint": set(state["system_fingerprint"])}
+
+    def describe(self) -> dict[str, Any]:
+        """What was asked and what served it: host only. No secret."""
+        return self.identity | self.state()
 
     def cost(self, input_tokens: int, cached_tokens: int, output_tokens: int, seconds: float) -> float | None:
         """By the deployment's prices per million tokens."""

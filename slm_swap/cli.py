@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from slm_swap.errors import UserError
-from slm_swap.examples import Example, read_examples
+from slm_swap.examples import Dataset, Example
 from slm_swap.langfuse_helpers import Tracing
 from slm_swap.reports import code_version, sha256_file
 from slm_swap.settings import PACKAGE, Settings, display_path, find_path
@@ -89,13 +89,13 @@ def share(text: str) -> float:
     return number
 
 
-def load_rows(args: argparse.Namespace, kinds: Sequence[str]) -> tuple[list[Example], dict[str, Any], str]:
+def find_rows(args: argparse.Namespace, kinds: Sequence[str]) -> tuple[Dataset, dict[str, Any], str]:
     """The rows that `--dataset` or `--split` name: (rows, the report's inputs, a name for the report).
 
     A replay without either takes the rows that the file of replies itself holds.
 
     Raises:
-        UserError: the file is missing, empty or has a bad line.
+        UserError: the file is missing or cannot be read.
     """
     own = "replay" in kinds and args.replies and not args.dataset and not args.split
     split = PACKAGE / "02_dataset" / args.track / f"{args.split or 'test'}.jsonl"
@@ -104,12 +104,22 @@ def load_rows(args: argparse.Namespace, kinds: Sequence[str]) -> tuple[list[Exam
         advice = "check --replies" if own else "make them with 02_dataset/prepare_data.py or pass --dataset FILE"
         raise UserError(f"no {'replies' if own else 'rows'} at {display_path(path)}: {advice}")
     if own:
-        from slm_swap.replay_client import dataset_of_replies
+        from slm_swap.replay_client import rows_of_replies
 
-        examples = dataset_of_replies(path, args.limit)
+        dataset = Dataset(path, args.limit, rows_of_replies)
     else:
-        examples = read_examples(path, args.limit)
-    return examples, {"path": display_path(path), "sha256": sha256_file(path)}, path.stem
+        dataset = Dataset(path, args.limit)
+    return dataset, {"path": display_path(path), "sha256": sha256_file(path)}, path.stem
+
+
+def load_rows(args: argparse.Namespace, kinds: Sequence[str]) -> tuple[list[Example], dict[str, Any], str]:
+    """As `find_rows`, with all rows in memory.
+
+    Raises:
+        UserError: the file is missing, empty or has a bad line.
+    """
+    dataset, inputs, name = find_rows(args, kinds)
+    return list(dataset), inputs, name
 
 
 def client_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -145,11 +155,11 @@ def run_metadata(args: argparse.Namespace) -> dict[str, Any]:
     return flags | {"commit": code_version()["commit"] or ""}
 
 
-def progress(title: str, total: int) -> Any:
+def progress(title: str, total: int, done: int = 0) -> Any:
     """A progress bar with rate and time left, quiet where standard error is not a terminal."""
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=title, unit="row", disable=not sys.stderr.isatty())
+    return tqdm(total=total, initial=done, desc=title, unit="row", disable=not sys.stderr.isatty())
 
 
 def warn(message: str) -> None:

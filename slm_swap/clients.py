@@ -1,6 +1,8 @@
 """The protocol that every model speaks, and the factory."""
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -33,12 +35,27 @@ class Reply:
 
 
 class Client(Protocol):
-    """A model. `generate` gives one Reply a row, in the rows' order."""
+    """A model. `generate` gives one Reply a row, in the rows' order; `stream` takes and gives rows with their index."""
 
     kind: str
     load_seconds: float
 
     def generate(self, batch: list[Messages]) -> list[Reply]: ...
+
+    def stream(self, rows: Iterable[tuple[int, Messages]]) -> Iterator[tuple[int, Reply]]:
+        """One Reply a row as it comes, in any order; rows are taken as they can be asked."""
+        ...
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What replies depend on besides the messages: two clients of equal identity may stand in for each other. No secret."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """What `describe` says besides that has come up while rows were asked; `restore` takes it, in a later process."""
+        ...
+
+    def restore(self, state: dict[str, Any]) -> None: ...
 
     def describe(self) -> dict[str, Any]:
         """The report's `model`: path or deployment, config hash, precision, engine, adapter. No secret."""
@@ -51,10 +68,20 @@ class Client(Protocol):
     def close(self) -> None: ...
 
 
+def stream_batches(
+    generate: Callable[[list[Messages]], list[Reply]], rows: Iterable[tuple[int, Messages]], size: int
+) -> Iterator[tuple[int, Reply]]:
+    """`Client.stream` by `generate`. Rows of equal index // size are asked together, so that what is left of an interrupted run is
+    asked in the batches of an uninterrupted one."""
+    for _, batch in groupby(rows, key=lambda row: row[0] // size):
+        indices, messages = zip(*batch, strict=True)
+        yield from zip(indices, generate(list(messages)), strict=True)
+
+
 def make_client(
     kind: str,
     settings: "Settings",
-    examples: "list[Example]",
+    examples: "Iterable[Example]",
     *,
     replies: str | Path | None = None,
     precision: str = "int8",

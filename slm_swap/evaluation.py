@@ -1,20 +1,28 @@
 """The one loop over rows: ask, score, and say what came out."""
 
+import hashlib
 import math
 import time
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
 from slm_swap.clients import Client, Reply
 from slm_swap.errors import UserError
 from slm_swap.examples import Example, text_hash
-from slm_swap.metrics import ERRORS, MATCHERS, Reference, Scored
-from slm_swap.prompts import build_messages
-from slm_swap.reports import SCHEMA_VERSION, code_version, hardware, now, package_versions
+from slm_swap.metrics import ERRORS, MATCHERS, Match, Reference, Scored
+from slm_swap.prompts import Messages, build_messages
+from slm_swap.reports import SCHEMA_VERSION, code_version, hardware, json_line, now, package_versions
 from slm_swap.tracks import TRACKS, Track
+
+if TYPE_CHECKING:
+    from slm_swap.journal import Journal
+    from slm_swap.reply_cache import ReplyCache
+
+TOKENS = ("input", "cached", "output")
 
 
 @dataclass(frozen=True)
@@ -64,9 +72,8 @@ def evaluate(
     examples: list[Example],
     gold: list[Reference],
     batch_size: int,
-    on_rows: Callable[[list[Row]], None] | None = None,
 ) -> list[Row]:
-    """Ask a client for every row, `batch_size` at a time, and score the replies; `on_rows` sees each batch as it is done.
+    """Ask a client for every row, `batch_size` at a time, and score the replies: for rows that fit in memory.
 
     Raises:
         UserError: the client cannot work as it is set up.
@@ -77,14 +84,79 @@ def evaluate(
         batch = examples[start : start + batch_size]
         replies = client.generate([build_messages(track_name, example.prompt) for example in batch])
         scored = score_replies(track, gold[start : start + batch_size], replies)
-        done = [Row(*parts) for parts in zip(batch, replies, scored, strict=True)]
-        rows += done
-        if on_rows:
-            on_rows(done)
+        rows += [Row(*parts) for parts in zip(batch, replies, scored, strict=True)]
     return rows
 
 
-def trace_rows(trace: Any, track_name: str, client: Client, rows: list[Row]) -> None:
+def check_rows(track_name: str, examples: Iterable[Example]) -> tuple[int, str]:
+    """(how many rows, a hash of all messages in order), every row's gold looked at before a model is asked anything.
+
+    Raises:
+        UserError: as `references`.
+    """
+    count, messages = 0, hashlib.sha256()
+    for example in examples:
+        TRACKS[track_name].reference(example)
+        messages.update(text_hash(str(build_messages(track_name, example.prompt))).encode())
+        count += 1
+    return count, messages.hexdigest()
+
+
+def collect_replies(
+    track_name: str,
+    client: Client,
+    examples: Iterable[Example],
+    journal: "Journal",
+    cache: "ReplyCache | None" = None,
+    on_reply: Callable[[Example, Reply], None] | None = None,
+) -> None:
+    """Get every row's reply into the journal that has none yet: from the cache, else from the client; `on_reply` sees each.
+
+    Raises:
+        UserError: the client cannot work as it is set up, or the journal cannot be written.
+    """
+    if journal.state is not None:
+        client.restore(journal.state)
+    if cache:
+        for index, example in enumerate(examples):
+            if index not in journal and (found := cache.get(build_messages(track_name, example.prompt))):
+                journal.add(index, *found, from_cache=True)
+                if on_reply:
+                    on_reply(example, found[0])
+    asked: dict[int, Example] = {}
+
+    def questions() -> Iterator[tuple[int, Messages]]:
+        for index, example in enumerate(examples):
+            if index not in journal:
+                asked[index] = example
+                yield index, build_messages(track_name, example.prompt)
+
+    clock = Stopwatch()
+    for index, reply in client.stream(questions()):
+        spent, example = clock.lap(), asked.pop(index)
+        journal.add(index, reply, spent)
+        journal.note(client.state())
+        if cache:
+            cache.put(build_messages(track_name, example.prompt), reply, spent)
+        if on_reply:
+            on_reply(example, reply)
+
+
+def scored_rows(track_name: str, examples: Iterable[Example], replies: Iterable[Reply]) -> Iterator[Row]:
+    """Rows, replies and scores put together, in order."""
+    track = TRACKS[track_name]
+    for example, reply in zip(examples, replies, strict=True):
+        yield Row(example, reply, track.score(track.reference(example), reply.text, reply.finish_reason))
+
+
+def written(track_name: str, rows: Iterable[Row], stream: IO[str]) -> Iterator[Row]:
+    """The same rows, each written to the stream as a line of the rows file as it passes."""
+    for row in rows:
+        stream.write(json_line(row.to_json(TRACKS[track_name])))
+        yield row
+
+
+def trace_rows(trace: Any, track_name: str, client: Client, rows: Iterable[Row]) -> None:
     """Each row as a generation of a run's trace (`langfuse_helpers.trace_run`), with usage, scores and what it cost.
 
     A local row has no cost of its own: rows of a batch share the machine's time, and the report has the sum.
@@ -109,41 +181,79 @@ def model_name(told: dict[str, Any]) -> str:
     return str(told.get("deployment") or Path(told["path"]).name)
 
 
-def summary(track: Track, rows: list[Row]) -> dict[str, Any]:
-    """Metrics and counts of some rows: what a report and a running display show."""
-    errors = Counter(row.scored.error for row in rows if row.scored.error)
-    by_matcher = {matcher: track.summarize(getattr(row.scored, matcher) for row in rows) for matcher in MATCHERS}
-    return {
-        "metrics": by_matcher["strict"],
-        "metrics_by_matcher": by_matcher,
-        "counts": {
-            "rows": len(rows),
-            "errors": {error: errors[error] for error in ERRORS},
-            "failed_requests": sum(row.reply.finish_reason == "error" for row in rows),
-        },
-    }
+@dataclass
+class Tally:
+    """What a summary says of rows, without the rows."""
+
+    matches: dict[str, Counter[Match]] = field(default_factory=lambda: {matcher: Counter() for matcher in MATCHERS})
+    errors: Counter[str | None] = field(default_factory=Counter)
+    failed_requests: int = 0
+
+    def add(self, row: Row) -> None:
+        for matcher, counts in self.matches.items():
+            counts[getattr(row.scored, matcher)] += 1
+        self.errors[row.scored.error] += 1
+        self.failed_requests += row.reply.finish_reason == "error"
+
+    def summary(self, track: Track) -> dict[str, Any]:
+        """Metrics and counts of the rows: what a report and a running display show."""
+        by_matcher = {matcher: track.summarize(counts) for matcher, counts in self.matches.items()}
+        return {
+            "metrics": by_matcher["strict"],
+            "metrics_by_matcher": by_matcher,
+            "counts": {
+                "rows": self.errors.total(),
+                "errors": {error: self.errors[error] for error in ERRORS},
+                "failed_requests": self.failed_requests,
+            },
+        }
 
 
-def percentile(values: list[float], share: float) -> float:
+def summary(track: Track, rows: Iterable[Row]) -> dict[str, Any]:
+    """`Tally.summary` of some rows."""
+    tally = Tally()
+    for row in rows:
+        tally.add(row)
+    return tally.summary(track)
+
+
+def percentile(values: Sequence[float], share: float) -> float:
     """The smallest value that at least `share` of the values do not exceed (nearest rank)."""
     ordered = sorted(values)
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
 def make_report(
-    track_name: str, client: Client, rows: list[Row], generate_seconds: float, total_seconds: float, inputs: dict, args: dict
+    track_name: str,
+    client: Client,
+    rows: Iterable[Row],
+    generate_seconds: float,
+    total_seconds: float,
+    inputs: dict,
+    args: dict,
+    sessions: int = 1,
+    cached_replies: int = 0,
 ) -> dict[str, Any]:
     """The report of one evaluation; every key of it is documented in slm_swap/README.md.
+
+    The rows are looped over once, and of each some 150 bytes are kept.
 
     Raises:
         UserError: no request was answered: there is nothing to report.
     """
-    if all(row.reply.finish_reason == "error" for row in rows):
-        raise UserError(f"none of the {len(rows)} requests was answered ({rows[0].reply.error}): nothing to report")
-    tokens = {name: sum(getattr(row.reply, f"{name}_tokens") for row in rows) for name in ("input", "cached", "output")}
+    tally, tokens, first_error = Tally(), Counter(dict.fromkeys(TOKENS, 0)), None
+    latencies, contents, prompts = array("d"), [], []
+    for row in rows:
+        tally.add(row)
+        tokens.update({name: getattr(row.reply, f"{name}_tokens") for name in TOKENS})
+        latencies.append(row.reply.seconds)
+        contents.append(bytes.fromhex(row.example.content_hash))
+        prompts.append(bytes.fromhex(text_hash(str(build_messages(track_name, row.example.prompt)))))
+        first_error = first_error or row.reply.error
+    count = len(latencies)
+    if tally.failed_requests == count:
+        raise UserError(f"none of the {count} requests was answered ({first_error}): nothing to report")
     cost = client.cost(tokens["input"], tokens["cached"], tokens["output"], generate_seconds)
-    latencies = [row.reply.seconds for row in rows]
-    prompts = sorted(text_hash(str(build_messages(track_name, row.example.prompt))) for row in rows)
     return {
         "schema_version": SCHEMA_VERSION,
         "stage": "eval",
@@ -154,24 +264,31 @@ def make_report(
         "packages": package_versions(),
         "hardware": hardware(),
         "model": client.describe(),
-        "inputs": inputs | {"rows": len(rows), "rows_sha256": rows_hash(row.example for row in rows)},
+        "inputs": inputs | {"rows": count, "rows_sha256": hash_of_hashes(contents)},
         # What was said to a model whose replies were recorded elsewhere is not known.
-        "prompt_sha256": None if client.kind == "replay" else text_hash("\n".join(prompts)),
-        **summary(TRACKS[track_name], rows),
-        "tokens": tokens,
+        "prompt_sha256": None if client.kind == "replay" else hash_of_hashes(prompts),
+        **tally.summary(TRACKS[track_name]),
+        "tokens": dict(tokens),
+        "sessions": sessions,
+        "cached_replies": cached_replies,
         "seconds": {
             "load": round(client.load_seconds, 3),
             "generate": round(generate_seconds, 3),
             "total": round(total_seconds, 3),
             "per_row": {"p50": round(percentile(latencies, 0.5), 6), "p95": round(percentile(latencies, 0.95), 6)},
         },
-        "cost": {"total": cost, "per_1000_rows": None if cost is None else cost * 1000 / len(rows)},
+        "cost": {"total": cost, "per_1000_rows": None if cost is None else cost * 1000 / count},
     }
 
 
 def rows_hash(examples: Iterable[Example]) -> str:
     """One hash for a set of rows, whatever file and order they came in: two reports compare only where it is equal."""
-    return text_hash("\n".join(sorted(example.content_hash for example in examples)))
+    return hash_of_hashes(bytes.fromhex(example.content_hash) for example in examples)
+
+
+def hash_of_hashes(hashes: Iterable[bytes]) -> str:
+    """One hash for hashes in any order."""
+    return text_hash("\n".join(digest.hex() for digest in sorted(hashes)))
 
 
 class Stopwatch:

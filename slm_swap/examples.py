@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -120,23 +120,39 @@ def _constant(name: str) -> Any:
 _DECODER = json.JSONDecoder(parse_float=_number, parse_constant=_constant)
 
 
+def decode_line(line: bytes) -> Any:
+    """The JSON value of one line; a byte-order mark is passed over.
+
+    Raises:
+        ValueError: the line is not UTF-8 or not JSON (NaN is not).
+        RecursionError: it is nested too deeply.
+    """
+    return _DECODER.decode(line.decode("utf-8-sig"))
+
+
 def read_jsonl(path: str | Path) -> Iterator[tuple[str, Any]]:
-    """Yield ("file:line", decoded value) for each line that is not blank.
+    """Yield ("file:line", decoded value) for each line that is not blank: see `read_lines`."""
+    for where, _, value in read_lines(path):
+        yield where, value
+
+
+def read_lines(path: str | Path) -> Iterator[tuple[str, int, Any]]:
+    """Yield ("file:line", the line's first byte in the file, decoded value) for each line that is not blank.
 
     Raises:
         UserError: the file is missing or unreadable, or a line is not UTF-8 or not JSON (NaN is not); the line is named.
     """
-    shown = display_path(path)
+    shown, start = display_path(path), 0
     try:
         with open(path, "rb") as lines:
             for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    yield f"{shown}:{number}", _DECODER.decode(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-                except (ValueError, RecursionError) as error:
-                    reason = " ".join(str(error).split())
-                    raise UserError(f"{shown}:{number}: not a line of JSON ({reason}): one JSON object a line") from None
+                if line.strip():
+                    try:
+                        yield f"{shown}:{number}", start, decode_line(line)
+                    except (ValueError, RecursionError) as error:
+                        reason = " ".join(str(error).split())
+                        raise UserError(f"{shown}:{number}: not a line of JSON ({reason}): one JSON object a line") from None
+                start += len(line)
     except OSError as error:
         raise UserError(f"cannot read {shown} ({error.strerror}): check the path") from None
 
@@ -147,23 +163,49 @@ def read_examples(path: str | Path, limit: int | None = None) -> list[Example]:
     Raises:
         UserError: as `read_jsonl` and `parse_example`; also where the file has no row or an id stands twice.
     """
-    return collect(read_jsonl(path), path, limit)
+    return list(Dataset(path, limit))
 
 
-def collect(lines: Iterable[tuple[str, Any]], path: str | Path, limit: int | None = None) -> list[Example]:
+class Dataset:
+    """The rows of a file, or the first `limit`, read anew by every loop over them: memory holds one at a time.
+
+    `lines` gives ("file:line", decoded row) for each line of `path`.
+
+    Raises (in a loop):
+        UserError: as `read_examples`; also where the file has changed since the Dataset was made.
+    """
+
+    def __init__(self, path: str | Path, limit: int | None = None, lines: Callable[..., Iterable[tuple[str, Any]]] = read_jsonl):
+        self.path, self._limit, self._lines = Path(path), limit, lines
+        self._version = self._stat()
+
+    def _stat(self) -> tuple[int, int] | None:
+        try:
+            found = self.path.stat()
+        except OSError:
+            return None  # reading it will say why
+        return found.st_mtime_ns, found.st_size
+
+    def __iter__(self) -> Iterator[Example]:
+        if self._stat() != self._version:
+            raise UserError(f"{display_path(self.path)} was changed while it was in use: run the same command again")
+        return parse_examples(self._lines(self.path), self.path, self._limit)
+
+
+def parse_examples(lines: Iterable[tuple[str, Any]], path: str | Path, limit: int | None = None) -> Iterator[Example]:
     """Decoded lines with their "file:line" as Examples: see `read_examples`."""
-    examples: list[Example] = []
+    number = 0
     seen: dict[str, str] = {}
     for where, row in lines:
         example = parse_example(row, where)
         if example.id in seen and row.get("id") not in (None, ""):
             raise UserError(f"{where}: id {example.id!r} stands at {seen[example.id]} already: ids must be unique")
         if example.id in seen:  # two equal rows without ids: both stay, told apart by their place
-            example = replace(example, id=f"{example.id}-{len(examples)}")
+            example = replace(example, id=f"{example.id}-{number}")
         seen[example.id] = where
-        examples.append(example)
-        if len(examples) == limit:
+        yield example
+        number += 1
+        if number == limit:
             break
-    if not examples:
+    if not number:
         raise UserError(f"{display_path(path)} has no rows: write one JSON object a line")
-    return examples

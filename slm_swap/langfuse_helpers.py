@@ -39,14 +39,26 @@ class Tracing:
     session: str | None = None
 
 
-def require_tracing(settings: Settings) -> bool:
-    """Whether this run is traced; called before any model is loaded.
+@dataclass(frozen=True)
+class Connection:
+    """A Langfuse project that runs are traced to; `project` None: it is not there, and traces are kept on the disk."""
+
+    server: Server
+    project: str | None
+    secrets: list[str]
+    tracing: Tracing
+
+
+def connect(settings: Settings, tracing: Tracing | None = None) -> Connection | None:
+    """Where this run is traced to, None where it is not; called before any model is loaded.
 
     Raises:
-        UserError: tracing is on, and variables are missing (all are named) or the base URL is no address.
+        UserError: tracing is on, and variables are missing (all are named), the base URL is no address, the server gives no answer or
+            rejects the keys (the last two not where tracing is optional).
     """
+    tracing = tracing or Tracing()
     if settings.langfuse_disabled:
-        return False
+        return None
     variables = {
         "LANGFUSE_PUBLIC_KEY": settings.langfuse_public_key,
         "LANGFUSE_SECRET_KEY": settings.langfuse_secret_key,
@@ -62,39 +74,44 @@ def require_tracing(settings: Settings) -> bool:
         good = False
     if not good:
         raise UserError(f"LANGFUSE_BASE_URL is not an address: set it to one such as https://cloud.langfuse.com, or {UNTRACED}")
-    return True
+    server, project = Server(settings), None
+    try:
+        project = server.project()
+    except NoLangfuse as trouble:
+        if not tracing.optional:
+            raise
+        print(f"warning: {trouble}", file=sys.stderr)
+    return Connection(server, project, sorted(settings.secrets, key=len, reverse=True), tracing)
 
 
 @contextmanager
 def trace_run(
-    settings: Settings,
+    connection: Connection | None,
     name: str,
     beside: Path,
     metadata: dict[str, Any] | None = None,
     tags: list[str] | None = None,
     seed: str | None = None,
-    tracing: Tracing = Tracing(),
 ) -> Iterator["RunTrace | NoTrace"]:
-    """One trace around a run, kept on its way in a file beside `beside`, the run's report.
+    """One trace around a run, kept on its way in a file beside `beside`, the run's report; none without a connection.
 
-    `seed` makes the trace's id: a run that was interrupted and goes on under the same seed goes on with its trace. An exception
-    inside marks it ERROR and goes on its way after the trace is delivered.
+    `seed` makes the trace's id. A run that was interrupted goes on with its trace under the same seed: its file stays until it ends
+    well, so that nothing is told twice. An exception inside marks the trace ERROR and goes on its way after it is delivered.
 
     Raises:
-        UserError: as `require_tracing`; also, before the body runs, where the server gives no answer or rejects the keys (not if
-            tracing is optional), or the file is another run's.
+        UserError: before the body runs: the file is another run's or cannot be written.
     """
-    if not require_tracing(settings):
+    if connection is None:
         yield NoTrace()
         return
-    trace = RunTrace(settings, name, beside, metadata or {}, tags or [], seed or str(uuid.uuid4()), tracing)
+    trace = RunTrace(connection, name, beside, metadata or {}, tags or [], seed or str(uuid.uuid4()))
     try:
         yield trace
     except BaseException as error:
         trace.fail(f"{type(error).__name__}: {error}")
+        trace.close(keep=seed is not None)
         raise
-    finally:
-        trace.close()
+    trace.close()
 
 
 class NoTrace:
@@ -111,30 +128,20 @@ class NoTrace:
 class RunTrace:
     """The trace of one run. Calls may come from any thread and never fail for Langfuse's sake."""
 
-    def __init__(
-        self, settings: Settings, name: str, beside: Path, metadata: dict[str, Any], tags: list[str], seed: str, tracing: Tracing
-    ):
-        self._secrets = sorted(settings.secrets, key=len, reverse=True)
-        self._content = tracing.content
-        server, project = Server(settings), None
-        try:
-            project = server.project()
-        except NoLangfuse as trouble:
-            if not tracing.optional:
-                raise
-            print(f"warning: {trouble}", file=sys.stderr)
-        self._host = server.host
+    def __init__(self, connection: Connection, name: str, beside: Path, metadata: dict[str, Any], tags: list[str], seed: str):
+        self._secrets, self._content, session = connection.secrets, connection.tracing.content, connection.tracing.session
+        server, self._host = connection.server, connection.server.host
         self.id: str = hashlib.sha256(seed.encode()).digest()[:16].hex()  # as the SDK's create_trace_id
-        self.url = f"{server.base_url}/project/{project}/traces/{self.id}" if project else None
+        self.url = f"{server.base_url}/project/{connection.project}/traces/{self.id}" if connection.project else None
         name, metadata = self._clean(name), self._clean(metadata)
         shared = {
             "langfuse.trace.name": name,
             "langfuse.trace.tags": [str(tag) for tag in self._clean(tags)],
-            **({"session.id": self._clean(tracing.session)} if tracing.session else {}),
+            **({"session.id": self._clean(session)} if session else {}),
             **{f"langfuse.trace.metadata.{key}": _text(value) for key, value in metadata.items()},
         }
         header = {"trace": self.id, "base_url": server.base_url, "attributes": shared}
-        self._outbox = Outbox(outbox_path(beside), header, server if project else None)
+        self._outbox = Outbox(outbox_path(beside), header, server if connection.project else None)
         self._root = _span_id(self.id, ROOT_SPAN)
         self._start = time.time_ns()
         self._root_facts: dict[str, Any] = {"type": "chain", "metadata": dict(metadata)}
@@ -217,11 +224,11 @@ class RunTrace:
         """Mark the run as failed."""
         self._root_facts |= {"level": "ERROR", "status_message": message}
 
-    def close(self) -> None:
-        """End the trace and wait, at most CLOSE_SECONDS, until it has arrived; say on stderr what has not."""
+    def close(self, keep: bool = False) -> None:
+        """End the trace and wait, at most CLOSE_SECONDS, until it has arrived; say on stderr what has not. `keep` its file anyway."""
         end = time.time_ns()
         self._outbox.add(lambda: [self._span(self._root, "", self._name, self._start, end, self._root_facts)])
-        missing = {kind: count for kind, count in self._outbox.close(CLOSE_SECONDS).items() if count}
+        missing = {kind: count for kind, count in self._outbox.close(CLOSE_SECONDS, keep).items() if count}
         if self._outbox.turned_down:
             print(f"warning: Langfuse at {self._host} turned {self._outbox.turned_down:,} scores down as not valid", file=sys.stderr)
         if missing:

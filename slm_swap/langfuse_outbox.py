@@ -80,10 +80,10 @@ class Outbox:
                 self._change.wait_for(lambda: len(self._queue) < QUEUED, 10)
             self._queue.append(make)
 
-    def close(self, seconds: float) -> dict[str, int]:
+    def close(self, seconds: float, keep: bool = False) -> dict[str, int]:
         """Write what is queued and wait at most `seconds` for it to arrive: how many spans and scores have not.
 
-        Where all have, the file is gone; otherwise it stays.
+        Where all have, the file is gone (unless `keep`); otherwise it stays.
         """
         deadline = time.monotonic() + seconds
         with self._change:
@@ -94,7 +94,7 @@ class Outbox:
             thread.join(max(0.0, deadline - time.monotonic()))
         with self._change:
             missing = self._missing()
-            if not any(missing.values()):
+            if not any(missing.values()) and not keep:
                 self.path.unlink(missing_ok=True)
             self._file.close()
         return missing

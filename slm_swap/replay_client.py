@@ -1,13 +1,15 @@
 """Replies read from a file: recorded traffic, another team's run, or the rows file of an earlier evaluation."""
 
-from collections import defaultdict, deque
-from collections.abc import Iterator
+import hashlib
+import itertools
+from array import array
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from slm_swap.clients import Reply
 from slm_swap.errors import UserError
-from slm_swap.examples import OPTIONAL_FIELDS, Example, collect, read_jsonl
+from slm_swap.examples import OPTIONAL_FIELDS, Example, decode_line, read_jsonl, read_lines
 from slm_swap.prompts import Messages
 from slm_swap.reports import sha256_file
 from slm_swap.settings import display_path
@@ -19,7 +21,8 @@ class ReplayClient:
     """A client whose replies stand in a file: one JSON object a line with `prediction` (or `reply`) and `id` or `prompt`.
 
     Lines may also hold `finish_reason`, `tokens` and `seconds`, as a rows file does. A line belongs to the row of its id, and
-    where no row has that id (or the line has none) to a row of its prompt; equal prompts take their lines in order.
+    where no row has that id (or the line has none) to a row of its prompt; equal prompts take their lines in order. Only the place of
+    each row's line is kept in memory.
 
     Raises:
         UserError: a bad line, a second reply for an id, or rows without a reply.
@@ -28,13 +31,13 @@ class ReplayClient:
     kind = "replay"
     load_seconds = 0.0
 
-    def __init__(self, path: str | Path, examples: list[Example]):
+    def __init__(self, path: str | Path, examples: Iterable[Example]):
         self.path = path
         ids = {example.id for example in examples}
-        by_id: dict[str, Reply] = {}
-        by_prompt: dict[str, deque[Reply]] = defaultdict(deque)
-        for where, line in read_jsonl(path):
-            reply = _read_reply(line, where)
+        by_id: dict[str, int] = {}
+        by_prompt: dict[bytes, list[int]] = {}
+        for where, start, line in read_lines(path):
+            _read_reply(line, where)
             name, prompt = line.get("id"), line.get("prompt")
             name = str(name) if isinstance(name, (str, int)) and name != "" else None
             if name is None and not isinstance(prompt, str):
@@ -42,36 +45,57 @@ class ReplayClient:
             if name in by_id:
                 raise UserError(f"{where}: a second reply for id {name!r}: keep one")
             if name in ids:
-                by_id[name] = reply
+                by_id[name] = start
             elif isinstance(prompt, str):
-                by_prompt[prompt].append(reply)
-        self._sha256 = sha256_file(path)
-        self._replies: dict[str, deque[Reply]] = defaultdict(deque)
-        missing = []
+                by_prompt.setdefault(_key(prompt), []).append(start)
+        self.identity = {"kind": self.kind, "path": display_path(path), "sha256": sha256_file(path)}
+        self._starts, rows, missing = array("q"), 0, []
         for example in examples:
+            rows += 1
             if example.id in by_id:
-                self._replies[example.prompt].append(by_id[example.id])
-            elif by_prompt[example.prompt]:
-                self._replies[example.prompt].append(by_prompt[example.prompt].popleft())
+                self._starts.append(by_id[example.id])
+            elif by_prompt.get(key := _key(example.prompt)):
+                self._starts.append(by_prompt[key].pop(0))
             else:
-                missing.append(example)
+                missing.append(example.id)
         if missing:
             raise UserError(
-                f"{display_path(path)} has no reply for {len(missing)} of {len(examples)} rows (first: id {missing[0].id!r}): "
+                f"{display_path(path)} has no reply for {len(missing)} of {rows} rows (first: id {missing[0]!r}): "
                 "give the dataset that the replies were recorded on, or --limit"
             )
+        self._file = open(path, "rb")  # noqa: SIM115
+        self._next = itertools.count()
 
     def generate(self, batch: list[Messages]) -> list[Reply]:
         """The recorded replies of rows that are asked for in the order of `examples`, each once."""
-        return [self._replies[messages[-1]["content"]].popleft() for messages in batch]
+        return [self._reply(next(self._next)) for _ in batch]
+
+    def stream(self, rows: Iterable[tuple[int, Messages]]) -> Iterator[tuple[int, Reply]]:
+        """The recorded replies of rows that are asked for by their index in `examples`."""
+        return ((index, self._reply(index)) for index, _ in rows)
+
+    def _reply(self, index: int) -> Reply:
+        self._file.seek(self._starts[index])
+        return _read_reply(decode_line(self._file.readline()), display_path(self.path))
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None: ...
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": self.kind, "path": display_path(self.path), "sha256": self._sha256}
+        return self.identity
 
     def cost(self, input_tokens: int, cached_tokens: int, output_tokens: int, seconds: float) -> float | None:
         return None  # what the recorded run cost is not in the file
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        self._file.close()
+
+
+def _key(prompt: str) -> bytes:
+    """What stands for a prompt, in less memory."""
+    return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).digest()
 
 
 def _read_reply(line: Any, where: str) -> Reply:
@@ -101,16 +125,12 @@ def _writable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def dataset_of_replies(path: str | Path, limit: int | None = None) -> list[Example]:
-    """The rows that a file of replies itself holds, where every line has `prompt` and `reference`.
+def rows_of_replies(path: str | Path) -> Iterator[tuple[str, dict]]:
+    """("file:line", row) for each line of a file of replies that holds its own rows: for `examples.Dataset`.
 
     Raises:
-        UserError: a line lacks one of them, or as `examples.read_examples`.
+        UserError: a line lacks `prompt` or `reference`, or as `examples.read_lines`.
     """
-    return collect(_rows_of_replies(path), path, limit)
-
-
-def _rows_of_replies(path: str | Path) -> Iterator[tuple[str, dict]]:
     for where, line in read_jsonl(path):
         given = [line.get(name) for name in ("prompt", "reference")] if isinstance(line, dict) else [None]
         if not all(isinstance(text, str) and text.strip() for text in given):

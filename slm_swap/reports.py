@@ -9,11 +9,12 @@ import tempfile
 from collections.abc import Callable, Iterable
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from slm_swap.errors import UserError
 from slm_swap.settings import PACKAGE, ROOT, display_path
 
+Result = TypeVar("Result")
 SCHEMA_VERSION = 1
 PACKAGES = (
     "torch",
@@ -30,14 +31,18 @@ PACKAGES = (
     "vllm",
 )
 
+_LINE_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
+
 
 def now() -> str:
     """UTC, to the second, ISO 8601."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def write_atomically(path: str | Path, write: Callable[[IO[str]], None]) -> None:
+def write_atomically(path: str | Path, write: Callable[[IO[str]], Result]) -> Result:
     """Write a text file beside its place and rename it: readers see the old file or the new one, never half of one.
+
+    Gives what `write` gives.
 
     Raises:
         UserError: the folder cannot be made or written.
@@ -51,13 +56,14 @@ def write_atomically(path: str | Path, write: Callable[[IO[str]], None]) -> None
     try:
         os.fchmod(handle, 0o644)  # mkstemp's own mode would hide the file from the team
         with open(handle, "w", encoding="utf-8") as stream:
-            write(stream)
+            result = write(stream)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+    return result
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -66,12 +72,17 @@ def write_json(path: str | Path, value: Any) -> None:
     write_atomically(path, lambda stream: stream.write(text))
 
 
+def json_line(row: dict) -> str:
+    """One JSON object as a line: no NaN."""
+    return _LINE_ENCODER.encode(row) + "\n"
+
+
 def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
     """One JSON object a line: no NaN."""
 
     def write(stream: IO[str]) -> None:
         for row in rows:
-            stream.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+            stream.write(json_line(row))
 
     write_atomically(path, write)
 

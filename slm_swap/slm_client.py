@@ -3,14 +3,17 @@
 import json
 import math
 import time
+from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from slm_swap.clients import Reply
+from slm_swap.clients import Reply, stream_batches
 from slm_swap.errors import UserError
 from slm_swap.examples import text_hash
 from slm_swap.pricing import load_prices, to_float
 from slm_swap.prompts import Messages
+from slm_swap.reports import sha256_file
 from slm_swap.settings import Settings, display_path, find_path
 
 PRECISIONS = ("int8", "bf16", "fp32", "nf4")
@@ -229,7 +232,11 @@ class SLMClient:
         spent = len(kept) + (stop is not None)  # the end token was generated too
         return Reply(text, "length" if stop is None else "stop", len(prompt), spent, 0, seconds)
 
-    def describe(self) -> dict[str, Any]:
+    def stream(self, rows: Iterable[tuple[int, Messages]]) -> Iterator[tuple[int, Reply]]:
+        return stream_batches(self.generate, rows, self.batch_size)
+
+    @cached_property
+    def _told(self) -> dict[str, Any]:
         config = self.model.config.to_dict()
         parameters = {"max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size, "do_sample": False}
         return {
@@ -242,8 +249,21 @@ class SLMClient:
             "training_seconds": self.training_seconds,
             "device": str(self.model.device),
             "parameters": parameters,
-            "batches_halved": self.halved,
         }
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        folders = [self.path, *([self.adapter] if self.adapter else [])]
+        return self._told | {"files_sha256": [_files_hash(folder) for folder in folders]}
+
+    def state(self) -> dict[str, Any]:
+        return {"batches_halved": self.halved}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.halved = state["batches_halved"]
+
+    def describe(self) -> dict[str, Any]:
+        return self._told | self.state()
 
     def cost(self, input_tokens: int, cached_tokens: int, output_tokens: int, seconds: float) -> float | None:
         """The machine's price an hour times the seconds that it worked."""
@@ -262,6 +282,13 @@ def _with_adapter(model: Any, adapter: Path, base: Path) -> Any:
             f"the adapter {display_path(adapter)} does not fit the model {display_path(base)} ({_first_line(error)}): "
             "train it again on this model"
         ) from None
+
+
+def _files_hash(folder: Path) -> str:
+    """sha256 over the names and contents of what a checkpoint's or adapter's folder is loaded from."""
+    kinds = {".json", ".jinja", ".model", ".txt", ".safetensors", ".bin", ".py"}
+    files = sorted(path for path in folder.iterdir() if path.suffix in kinds and path.name != "training_info.json")
+    return text_hash("\n".join(f"{path.name} {sha256_file(path)}" for path in files))
 
 
 def _first_line(error: Exception) -> str:

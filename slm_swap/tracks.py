@@ -1,5 +1,7 @@
 """A track is data: its metrics' names, its parser and its gate."""
 
+import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -66,14 +68,16 @@ class Track:
     def summarize(self, matches: Iterable[Match]) -> dict[str, float]:
         """The report's metrics: means over all rows, and precision, recall and F1 pooled over their leaves (`*_micro`).
 
+        `matches` may be a Counter of them.
+
         Raises:
             ValueError: there are no rows.
         """
-        matches = list(matches)
-        if not matches:
+        counts = Counter(matches)
+        if not counts:
             raise ValueError("no rows: a mean over nothing is not a number")
-        totals = {part: sum(getattr(match, part) for match in matches) for part in MATCH_PARTS}
-        means = SimpleNamespace(**{part: total / len(matches) for part, total in totals.items()})
+        totals = {part: math.fsum(getattr(match, part) * count for match, count in counts.items()) for part in MATCH_PARTS}
+        means = SimpleNamespace(**{part: total / counts.total() for part, total in totals.items()})
         pooled = Match(True, True, True, totals["matched"], totals["predicted"], totals["expected"])
         micro = {f"{self.fields}_{kind}_micro": getattr(pooled, kind) for kind in ("precision", "recall", "f1")}
         return self.gate_values(means) | micro

@@ -56,7 +56,8 @@ def test_a_replay_from_files_to_files(evaluate, files, tmp_path):
     report, lines = read(tmp_path / "out.json"), read_lines(tmp_path / "out.rows.jsonl")
     assert set(report) == {
         "schema_version", "stage", "created_at", "track", "args", "code", "packages", "hardware", "model", "inputs",
-        "prompt_sha256", "metrics", "metrics_by_matcher", "counts", "tokens", "seconds", "cost", "trace",
+        "prompt_sha256", "metrics", "metrics_by_matcher", "counts", "tokens", "sessions", "cached_replies", "seconds", "cost",
+        "trace",
     }  # fmt: skip
     assert report["metrics"] == {
         "json_valid_rate": 1 / 4, "exact_match_rate": 1 / 4, "field_precision": 1 / 4, "field_recall": 1 / 4, "field_f1": 1 / 4,
@@ -195,6 +196,7 @@ def test_missing_files(evaluate, files, tmp_path):
         (["--track", "toolcall", "--model-kind", "gpt"], "invalid choice: 'gpt'"),
         (["--track", "toolcall", "--model-kind", "replay"], "--replies FILE go together"),
         (["--track", "toolcall", "--model-kind", "azure", "--replies", "x.jsonl"], "--replies FILE go together"),
+        (["--track", "toolcall", "--model-kind", "replay", "--replies", "x.jsonl", "--cache", "c"], "--cache is of no use"),
         (["--track", "toolcall", "--model-kind", "slm", "--split", "val", "--dataset", "x"], "not allowed with"),
         (["--track", "toolcall", "--model-kind", "slm", "--limit", "0"], "--limit"),
         (["--track", "toolcall", "--model-kind", "slm", "--batch-size", "x"], "--batch-size"),
@@ -209,7 +211,7 @@ def test_usage_errors_are_one_line(run_script, eval_script, flags, what):
 
 
 def test_a_report_that_cannot_be_written_is_noticed_before_the_work(evaluate, files, tmp_path, monkeypatch, eval_script):
-    monkeypatch.setattr(eval_script, "evaluate", lambda *_: pytest.fail("a model was asked"))
+    monkeypatch.setattr(eval_script, "make_client", lambda *_, **__: pytest.fail("a model was loaded"))
     (tmp_path / "folder").mkdir()
     (tmp_path / "taken.rows.jsonl").mkdir()
     for out in ("folder", "rows.jsonl/out.json", "taken.json"):

@@ -83,19 +83,6 @@ def test_every_row_is_asked_once_in_batches_and_in_order():
     assert [row.scored.error for row in rows] == [None, "wrong_value", "filtered", "no_json", "extra_text"]
 
 
-def test_batches_are_seen_as_they_are_done():
-    seen = []
-    evaluate(
-        "structured",
-        Canned(REPLIES),
-        EXAMPLES,
-        references(STRUCTURED, EXAMPLES),
-        3,
-        lambda rows: seen.append([r.example.id for r in rows]),
-    )
-    assert seen == [["r0", "r1", "r2"], ["r3", "r4"]]
-
-
 def test_a_client_that_loses_a_row_is_a_bug():
     client = Canned(REPLIES)
     client.generate = lambda batch: [Reply("{}")]
@@ -153,7 +140,7 @@ def test_the_report_has_the_design_s_keys():
     report = report_of()
     assert set(report) == {
         "schema_version", "stage", "created_at", "track", "args", "code", "packages", "hardware", "model", "inputs",
-        "prompt_sha256", "metrics", "metrics_by_matcher", "counts", "tokens", "seconds", "cost",
+        "prompt_sha256", "metrics", "metrics_by_matcher", "counts", "tokens", "sessions", "cached_replies", "seconds", "cost",
     }  # fmt: skip
     assert report["stage"] == "eval" and report["schema_version"] == 1 and report["track"] == "structured"
     assert report["model"] == {"kind": "azure", "deployment": "canned"} and report["args"] == {"seed": 42}

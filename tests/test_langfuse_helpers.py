@@ -18,7 +18,7 @@ from langfuse_server import LangfuseServer, scores_of, spans_of
 from slm_swap import langfuse_helpers, langfuse_outbox, langfuse_wire
 from slm_swap.clients import Reply
 from slm_swap.errors import UserError
-from slm_swap.langfuse_helpers import Tracing, outbox_path, require_tracing, trace_run
+from slm_swap.langfuse_helpers import Tracing, connect, outbox_path, trace_run
 from slm_swap.settings import ROOT, Settings
 
 MESSAGES = [{"role": "system", "content": "Call a tool."}, {"role": "user", "content": "Grüße nach 東京"}]
@@ -45,7 +45,7 @@ def traced(tmp_path):
     """`trace_run` for a report in the test's own folder."""
 
     def run(settings, name="run", metadata=None, tags=None, report="report.json", seed=None, **tracing):
-        return trace_run(settings, name, tmp_path / report, metadata, tags, seed, Tracing(**tracing))
+        return trace_run(connect(settings, Tracing(**tracing)), name, tmp_path / report, metadata, tags, seed)
 
     return run
 
@@ -291,7 +291,7 @@ def test_secrets_are_in_no_body(server, traced):
 
 def test_disabled_needs_nothing_and_sends_nothing(server, traced):
     settings = settings_for(server, langfuse_disabled=True, langfuse_secret_key=None)
-    assert require_tracing(settings) is False
+    assert connect(settings) is None
     with traced(settings) as trace:
         send_rows(trace, 3)
         trace.scores({"rate": 1.0})
@@ -300,15 +300,11 @@ def test_disabled_needs_nothing_and_sends_nothing(server, traced):
     assert (trace.id, trace.url, server.bodies) == (None, None, [])
 
 
-def test_require_tracing_is_true_when_all_is_set(server):
-    assert require_tracing(settings_for(server)) is True
-
-
 @pytest.mark.parametrize("missing", [("PUBLIC_KEY",), ("SECRET_KEY", "BASE_URL"), ("PUBLIC_KEY", "SECRET_KEY", "BASE_URL")])
 def test_missing_variables_are_named_all_at_once(server, missing):
     settings = settings_for(server, **{f"langfuse_{name.lower()}": None for name in missing})
     with pytest.raises(UserError) as caught:
-        require_tracing(settings)
+        connect(settings)
     message = str(caught.value)
     assert {name for name in ("PUBLIC_KEY", "SECRET_KEY", "BASE_URL") if f"LANGFUSE_{name}" in message} == set(missing)
     assert "LANGFUSE_DISABLED=1" in message and "\n" not in message and "sk-lf-right" not in message
@@ -317,12 +313,12 @@ def test_missing_variables_are_named_all_at_once(server, missing):
 @pytest.mark.parametrize("url", ["langfuse.example", "ftp://langfuse.example", "https://", "http://host:port", "http://[::1"])
 def test_a_base_url_that_is_no_address_is_said_at_once(server, url):
     with pytest.raises(UserError, match="LANGFUSE_BASE_URL is not an address"):
-        require_tracing(settings_for(server, langfuse_base_url=url))
+        connect(settings_for(server, langfuse_base_url=url))
 
 
 def start(settings):
-    with pytest.raises(UserError) as caught, trace_run(settings, "run", Path("/nowhere/report.json")):
-        pytest.fail("the run began")
+    with pytest.raises(UserError) as caught:
+        connect(settings)
     message = str(caught.value)
     assert "sk-lf-" not in message and "pk-lf-" not in message and "\n" not in message and "LANGFUSE_DISABLED=1" in message
     return message
@@ -450,7 +446,7 @@ from slm_swap.settings import Settings
 langfuse_helpers.CLOSE_SECONDS = 1
 public_key, secret_key, url, report = sys.argv[1:]
 settings = Settings(langfuse_public_key=public_key, langfuse_secret_key=secret_key, langfuse_base_url=url)
-with langfuse_helpers.trace_run(settings, "run", Path(report)) as trace:
+with langfuse_helpers.trace_run(langfuse_helpers.connect(settings), "run", Path(report)) as trace:
     print("begun", flush=True)
     sys.stdin.readline()
     for number in range(1500):

@@ -4,9 +4,9 @@ import pytest
 
 from slm_swap.clients import Reply
 from slm_swap.errors import UserError
-from slm_swap.examples import Example
+from slm_swap.examples import Dataset, Example
 from slm_swap.prompts import build_messages
-from slm_swap.replay_client import ReplayClient, dataset_of_replies
+from slm_swap.replay_client import ReplayClient, rows_of_replies
 
 
 def rows(*prompts):
@@ -17,6 +17,10 @@ def ask(path, examples, size=2):
     client = ReplayClient(path, examples)
     batches = [examples[start : start + size] for start in range(0, len(examples), size)]
     return [reply for batch in batches for reply in client.generate([build_messages("structured", row.prompt) for row in batch])]
+
+
+def dataset_of_replies(path, limit=None):
+    return list(Dataset(path, limit, rows_of_replies))
 
 
 def texts(path, examples):

@@ -4,25 +4,28 @@
     python 01_eval/eval.py --track toolcall --model-kind slm --adapter 04_ft/adapter_toolcall --out 01_eval/reports/after.json
     python 01_eval/eval.py --track toolcall --model-kind replay --replies recorded.jsonl
 
-slm_swap/README.md says what the report's keys mean.
+Interrupted in any way, the same command goes on where it stopped: until the report is written, every reply is in the journal
+beside it, <report>.rows.jsonl.part. slm_swap/README.md says what the report's keys mean.
 """
 
 import argparse
 import sys
+from contextlib import closing, nullcontext
 from pathlib import Path
+from typing import IO, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
-from slm_swap.cli import Parser, check_out, client_options, load_rows, progress, run, run_metadata, warn
-from slm_swap.clients import MODEL_KINDS, make_client
-from slm_swap.evaluation import Row, Stopwatch, evaluate, make_report, references, trace_rows
+from slm_swap.cli import Parser, check_out, client_options, find_rows, progress, run, run_metadata, warn
+from slm_swap.clients import MODEL_KINDS, Client, Reply, make_client
+from slm_swap.evaluation import Stopwatch, check_rows, collect_replies, make_report, scored_rows, trace_rows, written
+from slm_swap.examples import Dataset, Example
+from slm_swap.journal import Journal, journal_path
 from slm_swap.langfuse_helpers import require_tracing, trace_run
-from slm_swap.reports import rows_path, write_json, write_jsonl
+from slm_swap.reply_cache import ReplyCache
+from slm_swap.reports import SCHEMA_VERSION, rows_path, write_atomically, write_json
 from slm_swap.seeds import set_seed
 from slm_swap.settings import PACKAGE, display_path, load_settings
-from slm_swap.tracks import TRACKS
-
-HOSTED_ROWS_AT_ONCE = 128  # the azure client bounds its own concurrency; this only keeps the progress moving
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -31,49 +34,71 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model-kind", required=True, choices=MODEL_KINDS, help="the model to evaluate")
     parser.add_rows()
     parser.add_client()
+    parser.add_argument("--cache", metavar="DIR", help="take replies that this folder has already, and keep the others there")
     parser.add_argument("--out", type=Path, help="the report (default: 01_eval/reports/<track>_<model-kind>_<split>.json)")
     parser.add_seed()
     args = parser.parse_args(argv)
     if (args.model_kind == "replay") != bool(args.replies):
         parser.error("--model-kind replay and --replies FILE go together")
+    if args.replies and args.cache:
+        parser.error("--cache is of no use with --replies, where no model is asked")
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    clock, settings, track = Stopwatch(), load_settings(), TRACKS[args.track]
+    clock, settings = Stopwatch(), load_settings()
     require_tracing(settings)
-    examples, inputs, name = load_rows(args, [args.model_kind])
-    gold = references(track, examples)
+    dataset, inputs, name = find_rows(args, [args.model_kind])
+    rows, messages_sha256 = check_rows(args.track, dataset)
     out = args.out or PACKAGE / f"01_eval/reports/{args.track}_{args.model_kind}_{name}.json"
-    check_out(out, rows_path(out), inputs=[inputs["path"], args.replies])
+    check_out(out, rows_path(out), journal_path(out), inputs=[inputs["path"], args.replies])
     if args.model_kind == "slm":
         set_seed(args.seed)
     metadata = run_metadata(args) | {"dataset": inputs["path"], "dataset_sha256": inputs["sha256"], "report": display_path(out)}
     title, tags = f"eval-{args.track}-{args.model_kind}", ["eval", args.track, args.model_kind]
-    with trace_run(settings, title, metadata, tags=tags) as trace:
-        client = make_client(args.model_kind, settings, examples, seed=args.seed, **client_options(args))
+    with Journal(journal_path(out)) as journal, trace_run(settings, title, metadata, tags=tags) as trace:
+        client = make_client(args.model_kind, settings, dataset, seed=args.seed, **client_options(args))
         try:
-            with progress(f"{args.track} {args.model_kind}", len(examples)) as bar:
+            asked = {"track": args.track, "dataset_sha256": inputs["sha256"], "rows": rows, "messages_sha256": messages_sha256}
+            journal.begin({"schema_version": SCHEMA_VERSION, **asked, "model": client.identity}, rows)
+            earlier = journal.seconds
+            ask(args, client, dataset, journal, trace, rows)
 
-                def on_rows(rows: list[Row]) -> None:
-                    bar.update(len(rows))
-                    trace_rows(trace, args.track, client, rows)
+            def write(lines: IO[str]) -> dict:
+                scored = written(args.track, scored_rows(args.track, dataset, journal.replies()), lines)
+                seconds, flags = (journal.seconds, clock.total + earlier), vars(args) | {"out": display_path(out)}
+                return make_report(args.track, client, scored, *seconds, inputs, flags, journal.sessions, journal.cached)
 
-                clock.lap()
-                size = HOSTED_ROWS_AT_ONCE if args.model_kind == "azure" else args.batch_size
-                rows = evaluate(args.track, client, examples, gold, size, on_rows)
-                seconds = clock.lap()
-            report = make_report(args.track, client, rows, seconds, clock.total, inputs, vars(args) | {"out": display_path(out)})
+            report = write_atomically(rows_path(out), write)
+        except BaseException:
+            if journal.answered:
+                warn(f"{journal.answered} of {rows} rows are answered and kept: the same command goes on from there")
+            raise
         finally:
             client.close()
         trace.scores(report["metrics"])
         trace.update(output={"metrics": report["metrics"], "counts": report["counts"]}, metadata={"model": report["model"]})
         report["trace"] = {"id": trace.id, "url": trace.url}
-        write_jsonl(rows_path(out), (row.to_json(track) for row in rows))
         write_json(out, report)
+        journal.remove()
     show(report, out)
     return 0
+
+
+def ask(args: argparse.Namespace, client: Client, dataset: Dataset, journal: Journal, trace: Any, rows: int) -> None:
+    """Get the replies that the journal has not, with a progress bar."""
+    if journal.answered:
+        print(f"{journal.answered} of {rows} rows are answered already: going on with the others", file=sys.stderr)
+    cache = ReplyCache(args.cache, client.identity) if args.cache else None
+    with progress(f"{args.track} {args.model_kind}", rows, journal.answered) as bar, closing(cache) if cache else nullcontext():
+
+        def on_reply(example: Example, reply: Reply) -> None:
+            bar.update()
+            if trace.id is not None:
+                trace_rows(trace, args.track, client, scored_rows(args.track, [example], [reply]))
+
+        collect_replies(args.track, client, dataset, journal, cache, on_reply)
 
 
 def show(report: dict, out: Path) -> None:

@@ -14,9 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywher
 
 from slm_swap.cli import Parser, run, warn
 from slm_swap.errors import UserError
-from slm_swap.langfuse_helpers import require_tracing
+from slm_swap.langfuse_helpers import connect
 from slm_swap.langfuse_outbox import SUFFIX, Outbox
-from slm_swap.langfuse_wire import Server
 from slm_swap.settings import PACKAGE, display_path, find_path, load_settings
 
 FOLDERS = ("01_eval/reports", "03_compare/reports", "04_ft")
@@ -53,11 +52,10 @@ def main(argv: list[str] | None = None) -> int:
     if not found:
         print("nothing to send")
         return 0
-    if not require_tracing(settings):
+    connection = connect(settings)
+    if connection is None:
         raise UserError("LANGFUSE_DISABLED=1 is set: unset it to send traces")
-    server = Server(settings)
-    server.project()
-    left = 0
+    server, left = connection.server, 0
     for path in found:
         outbox = Outbox(path, None, server)
         sent_to = outbox.header.get("base_url")
