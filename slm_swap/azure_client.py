@@ -11,8 +11,9 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
@@ -143,6 +144,9 @@ def entra_token() -> Callable[[], str] | None:
     return get_bearer_token_provider(DefaultAzureCredential(), TOKEN_SCOPE)
 
 
+_tries: ContextVar[list[list]] = ContextVar("tries")  # of the request that this task is at: when it began, when it ended, its status
+
+
 class AzureClient:
     """One deployment, asked `concurrency` rows at a time; `timeout` in seconds counts per try.
 
@@ -218,6 +222,7 @@ class AzureClient:
 
     async def _sign(self, request: Any) -> None:
         """Send the one credential, and none of the headers that the openai package takes from OPENAI_* variables."""
+        _tries.get().append([time.perf_counter(), None, None])
         for name in [name for name in request.headers if not PLAIN_HEADERS.fullmatch(name)]:
             del request.headers[name]
         if self._token is None:
@@ -236,6 +241,7 @@ class AzureClient:
 
     async def _note_answer(self, response: Any) -> None:
         self._answered = True
+        _tries.get()[-1][1:] = time.perf_counter(), response.status_code
 
     async def _live(self, ready: threading.Event) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
@@ -301,7 +307,8 @@ class AzureClient:
         import openai
 
         create = self._openai.chat.completions.with_raw_response.create
-        started = time.perf_counter()
+        started, tries = time.perf_counter(), []
+        _tries.set(tries)
         reply = None
         while reply is None:
             sent, failure = dict(self._parameters), None
@@ -314,7 +321,8 @@ class AzureClient:
                 reply = Reply("", "error", error="the request cannot be encoded, or its reply is not JSON")
             if failure and not self._drop_rejected(failure, sent):
                 reply = self._fail(failure)
-        return replace(reply, seconds=time.perf_counter() - started)
+        retries = [[round(begun - started, 6), round((ended or later[0]) - begun, 6), status] for (begun, ended, status), later in pairwise(tries)]
+        return replace(reply, seconds=time.perf_counter() - started, retries=retries)
 
     def _accept(self, body: Any) -> Reply:
         reply = read_completion(body)

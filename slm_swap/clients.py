@@ -1,7 +1,7 @@
 """The protocol that every model speaks, and the factory."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,7 +22,8 @@ class Reply:
 
     `finish_reason` is "stop", "length" (cut off, or a prompt longer than the context), "content_filter", "refusal" or
     "error" (an exhausted retry; `error` says which). `input_tokens` includes `cached_tokens`. `seconds` is the wall time
-    from handing the row over to having its reply.
+    from handing the row over to having its reply. `retries` are the tries before the last one: seconds after the row was handed
+    over, seconds that the try took, and its HTTP status (None: no answer).
     """
 
     text: str
@@ -32,6 +33,7 @@ class Reply:
     cached_tokens: int = 0
     seconds: float = 0.0
     error: str | None = None
+    retries: list[list[float | int | None]] = field(default_factory=list)
 
 
 class Client(Protocol):

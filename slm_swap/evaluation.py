@@ -108,9 +108,10 @@ def collect_replies(
     examples: Iterable[Example],
     journal: "Journal",
     cache: "ReplyCache | None" = None,
-    on_reply: Callable[[Example, Reply], None] | None = None,
+    on_reply: Callable[[int, Example, Reply], None] | None = None,
 ) -> None:
-    """Get every row's reply into the journal that has none yet: from the cache, else from the client; `on_reply` sees each.
+    """Get every row's reply into the journal that has none yet: from the cache, else from the client; `on_reply` sees each with its
+    row's index.
 
     Raises:
         UserError: the client cannot work as it is set up, or the journal cannot be written.
@@ -122,7 +123,7 @@ def collect_replies(
             if index not in journal and (found := cache.get(build_messages(track_name, example.prompt))):
                 journal.add(index, *found, from_cache=True)
                 if on_reply:
-                    on_reply(example, found[0])
+                    on_reply(index, example, found[0])
     asked: dict[int, Example] = {}
 
     def questions() -> Iterator[tuple[int, Messages]]:
@@ -139,7 +140,7 @@ def collect_replies(
         if cache:
             cache.put(build_messages(track_name, example.prompt), reply, spent)
         if on_reply:
-            on_reply(example, reply)
+            on_reply(index, example, reply)
 
 
 def scored_rows(track_name: str, examples: Iterable[Example], replies: Iterable[Reply]) -> Iterator[Row]:
@@ -156,24 +157,69 @@ def written(track_name: str, rows: Iterable[Row], stream: IO[str]) -> Iterator[R
         yield row
 
 
-def trace_rows(trace: Any, track_name: str, client: Client, rows: Iterable[Row]) -> None:
-    """Each row as a generation of a run's trace (`langfuse_helpers.trace_run`), with usage, scores and what it cost.
+def trace_rows(trace: Any, track_name: str, client: Client, rows: Iterable[Row], parent: str | None = None) -> None:
+    """Each row as a generation of a run's trace (`langfuse_helpers.trace_run`), with usage, scores and what it cost, its retries under
+    it; `parent` is the span of the batch that they were asked in.
 
     A local row has no cost of its own: rows of a batch share the machine's time, and the report has the sum.
     """
     told = client.describe()
     for row in rows:
-        reply = row.reply
+        reply, ended = row.reply, time.time_ns()
         used = (reply.input_tokens, reply.cached_tokens, reply.output_tokens, reply.seconds)
-        trace.generation(
+        generation = trace.generation(
             name=row.example.id,
             model=model_name(told),
             messages=build_messages(track_name, row.example.prompt),
             reply=reply,
-            scores=TRACKS[track_name].row_metrics(row.scored.strict),
+            scores=TRACKS[track_name].row_metrics(row.scored.strict) | {"error": row.scored.error or "none"},
             error=row.scored.error,
             cost=client.cost(*used) if client.kind == "azure" else None,
+            parent=parent,
+            ended=ended,
         )
+        for begun, seconds, status in reply.retries:
+            start = ended - int((reply.seconds - begun) * 1e9)
+            trace.span("retry", start, start + int(seconds * 1e9), {"status": status}, parent=generation, level="WARNING")
+
+
+class RowTracer:
+    """Tells a trace of each row of an evaluation as its reply comes: local rows under a span of their batch.
+
+    A failed request waits for `finish`: it is asked again where the run is interrupted and goes on.
+    """
+
+    def __init__(self, trace: Any, track_name: str, client: Client, batch_size: int):
+        self._told = (trace, track_name, client)
+        self._trace, self._size = trace, batch_size if client.kind == "slm" else None
+        self._batch, self._since, self._parent = -1, time.time_ns(), None
+
+    def __call__(self, index: int, example: Example, reply: Reply) -> None:
+        if self._trace.id is None or reply.finish_reason == "error":
+            return
+        if self._size and self._batch != index // self._size:
+            self._batch, now = index // self._size, time.time_ns()
+            self._parent = self._trace.span(f"batch {self._batch}", self._since, now, {"batch_size": self._size})
+            self._since = now
+        self._tell(example, reply, self._parent)
+
+    def earlier(self, examples: Iterable[Example], journal: "Journal") -> None:
+        """Tell of the rows that an interrupted run answered: the trace passes over those that it has."""
+        if self._trace.id is not None and journal.answered:
+            for index, example in enumerate(examples):
+                if index in journal:
+                    self._tell(example, journal.reply(index))
+
+    def finish(self, examples: Iterable[Example], journal: "Journal") -> None:
+        """Tell of the requests that failed for good."""
+        if self._trace.id is not None and journal.failed:
+            for index, example in enumerate(examples):
+                if index in journal.failed:
+                    self._tell(example, journal.reply(index))
+
+    def _tell(self, example: Example, reply: Reply, parent: str | None = None) -> None:
+        trace, track, client = self._told
+        trace_rows(trace, track, client, scored_rows(track, [example], [reply]), parent)
 
 
 def model_name(told: dict[str, Any]) -> str:

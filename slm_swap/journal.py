@@ -36,7 +36,7 @@ def journal_path(report: str | Path) -> Path:
 class Journal:
     """One run's journal, opened for this process alone; `begin` comes before everything else.
 
-    `answered` counts the rows that are not asked again, which are those with a reply other than a failed request; `cached` those
+    `answered` counts the rows that are not asked again, which are those with a reply other than a failed request (its rows are in `failed`); `cached` those
     whose reply came from a reply cache. `seconds` is the time that all sessions together spent on replies. As a context manager it
     closes the file in the end, and removes it where nothing was answered.
 
@@ -83,7 +83,7 @@ class Journal:
         Raises:
             UserError: the file is of another run, by its `identity`, or no journal at all.
         """
-        self._offsets, self._failed = array("q", [-1]) * rows, set[int]()
+        self._offsets, self.failed = array("q", [-1]) * rows, set[int]()
         self._end = 0
         self._file.seek(0)
         for line in self._file:
@@ -123,21 +123,21 @@ class Journal:
             try:
                 reply = _reply(record)
                 index, spent = record["row"], float(record["spent"])
-                known = self._offsets[index] >= 0 and index not in self._failed
+                known = self._offsets[index] >= 0 and index not in self.failed
             except (LookupError, TypeError, ValueError):
                 return
             self._offsets[index] = self._end
             self.seconds += spent
             self.cached += bool(record.get("from_cache"))
             if reply.finish_reason == "error":
-                self._failed.add(index)
+                self.failed.add(index)
             else:
-                self._failed.discard(index)
+                self.failed.discard(index)
                 self.answered += not known
 
     def __contains__(self, index: int) -> bool:
         """Whether a row is answered."""
-        return self._offsets[index] >= 0 and index not in self._failed
+        return self._offsets[index] >= 0 and index not in self.failed
 
     def add(self, index: int, reply: Reply, spent: float, from_cache: bool = False) -> None:
         """Write a reply down; `spent` are the seconds since the one before it, their sum is what the run took.
@@ -180,6 +180,12 @@ class Journal:
             for offset in self._offsets:
                 lines.seek(offset)
                 yield _reply(json.loads(lines.readline()))
+
+    def reply(self, index: int) -> Reply:
+        """The reply of one row that has one, a failed one too."""
+        with open(self.path, "rb") as lines:
+            lines.seek(self._offsets[index])
+            return _reply(json.loads(lines.readline()))
 
     def remove(self) -> None:
         """The report is written, and the journal has done its work."""

@@ -16,12 +16,12 @@ from typing import IO, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
-from slm_swap.cli import Parser, check_out, client_options, find_rows, progress, run, run_metadata, warn
+from slm_swap.cli import Parser, check_out, client_options, find_rows, progress, run, run_metadata, tracing_options, warn
 from slm_swap.clients import MODEL_KINDS, Client, Reply, make_client
-from slm_swap.evaluation import Stopwatch, check_rows, collect_replies, make_report, scored_rows, trace_rows, written
+from slm_swap.evaluation import RowTracer, Stopwatch, check_rows, collect_replies, make_report, scored_rows, written
 from slm_swap.examples import Dataset, Example
 from slm_swap.journal import Journal, journal_path
-from slm_swap.langfuse_helpers import require_tracing, trace_run
+from slm_swap.langfuse_helpers import connect, trace_run
 from slm_swap.reply_cache import ReplyCache
 from slm_swap.reports import SCHEMA_VERSION, rows_path, write_atomically, write_json
 from slm_swap.seeds import set_seed
@@ -37,6 +37,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cache", metavar="DIR", help="take replies that this folder has already, and keep the others there")
     parser.add_argument("--out", type=Path, help="the report (default: 01_eval/reports/<track>_<model-kind>_<split>.json)")
     parser.add_seed()
+    parser.add_tracing()
     args = parser.parse_args(argv)
     if (args.model_kind == "replay") != bool(args.replies):
         parser.error("--model-kind replay and --replies FILE go together")
@@ -48,39 +49,40 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     clock, settings = Stopwatch(), load_settings()
-    require_tracing(settings)
+    connection = connect(settings, tracing_options(args, settings))
     dataset, inputs, name = find_rows(args, [args.model_kind])
     rows, messages_sha256 = check_rows(args.track, dataset)
     out = args.out or PACKAGE / f"01_eval/reports/{args.track}_{args.model_kind}_{name}.json"
     check_out(out, rows_path(out), journal_path(out), inputs=[inputs["path"], args.replies])
     if args.model_kind == "slm":
         set_seed(args.seed)
-    metadata = run_metadata(args) | {"dataset": inputs["path"], "dataset_sha256": inputs["sha256"], "report": display_path(out)}
-    title, tags = f"eval-{args.track}-{args.model_kind}", ["eval", args.track, args.model_kind]
-    with Journal(journal_path(out)) as journal, trace_run(settings, title, metadata, tags=tags) as trace:
+    with Journal(journal_path(out)) as journal:
         client = make_client(args.model_kind, settings, dataset, seed=args.seed, **client_options(args))
         try:
             asked = {"track": args.track, "dataset_sha256": inputs["sha256"], "rows": rows, "messages_sha256": messages_sha256}
             journal.begin({"schema_version": SCHEMA_VERSION, **asked, "model": client.identity}, rows)
-            earlier = journal.seconds
-            ask(args, client, dataset, journal, trace, rows)
+            metadata = run_metadata(args) | {"dataset": inputs["path"], "dataset_sha256": inputs["sha256"], "report": display_path(out)}
+            title, tags = f"eval-{args.track}-{args.model_kind}", ["eval", args.track, args.model_kind]
+            with trace_run(connection, title, out, metadata, tags, seed=journal.header["run_id"]) as trace:
+                earlier = journal.seconds
+                ask(args, client, dataset, journal, trace, rows)
 
-            def write(lines: IO[str]) -> dict:
-                scored = written(args.track, scored_rows(args.track, dataset, journal.replies()), lines)
-                seconds, flags = (journal.seconds, clock.total + earlier), vars(args) | {"out": display_path(out)}
-                return make_report(args.track, client, scored, *seconds, inputs, flags, journal.sessions, journal.cached)
+                def write(lines: IO[str]) -> dict:
+                    scored = written(args.track, scored_rows(args.track, dataset, journal.replies()), lines)
+                    seconds, flags = (journal.seconds, clock.total + earlier), vars(args) | {"out": display_path(out)}
+                    return make_report(args.track, client, scored, *seconds, inputs, flags, journal.sessions, journal.cached)
 
-            report = write_atomically(rows_path(out), write)
+                report = write_atomically(rows_path(out), write)
+                trace.scores(report["metrics"])
+                trace.update(output={"metrics": report["metrics"], "counts": report["counts"]}, metadata={"model": report["model"]})
+                report["trace"] = {"id": trace.id, "url": trace.url}
+                write_json(out, report)
         except BaseException:
             if journal.answered:
                 warn(f"{journal.answered} of {rows} rows are answered and kept: the same command goes on from there")
             raise
         finally:
             client.close()
-        trace.scores(report["metrics"])
-        trace.update(output={"metrics": report["metrics"], "counts": report["counts"]}, metadata={"model": report["model"]})
-        report["trace"] = {"id": trace.id, "url": trace.url}
-        write_json(out, report)
         journal.remove()
     show(report, out)
     return 0
@@ -88,17 +90,19 @@ def main(argv: list[str] | None = None) -> int:
 
 def ask(args: argparse.Namespace, client: Client, dataset: Dataset, journal: Journal, trace: Any, rows: int) -> None:
     """Get the replies that the journal has not, with a progress bar."""
+    tell = RowTracer(trace, args.track, client, args.batch_size)
     if journal.answered:
         print(f"{journal.answered} of {rows} rows are answered already: going on with the others", file=sys.stderr)
+        tell.earlier(dataset, journal)
     cache = ReplyCache(args.cache, client.identity) if args.cache else None
     with progress(f"{args.track} {args.model_kind}", rows, journal.answered) as bar, closing(cache) if cache else nullcontext():
 
-        def on_reply(example: Example, reply: Reply) -> None:
+        def on_reply(index: int, example: Example, reply: Reply) -> None:
             bar.update()
-            if trace.id is not None:
-                trace_rows(trace, args.track, client, scored_rows(args.track, [example], [reply]))
+            tell(index, example, reply)
 
         collect_replies(args.track, client, dataset, journal, cache, on_reply)
+    tell.finish(dataset, journal)
 
 
 def show(report: dict, out: Path) -> None:

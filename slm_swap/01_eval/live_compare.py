@@ -14,15 +14,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
-from slm_swap.cli import Parser, client_options, load_rows, run, run_metadata, share, warn
+from slm_swap.cli import Parser, client_options, load_rows, run, run_metadata, share, tracing_options, warn
 from slm_swap.clients import MODEL_KINDS, make_client
 from slm_swap.errors import UserError
 from slm_swap.evaluation import Stopwatch, make_report, references, summary, trace_rows
-from slm_swap.langfuse_helpers import require_tracing, trace_run
+from slm_swap.langfuse_helpers import Connection, connect, trace_run
 from slm_swap.live import EarlyStop, Side, watch
 from slm_swap.reports import rows_path, write_json, write_jsonl
 from slm_swap.seeds import set_seed
-from slm_swap.settings import PACKAGE, Settings, display_path, load_settings
+from slm_swap.settings import PACKAGE, display_path, load_settings
 from slm_swap.tracks import TRACKS
 
 
@@ -38,6 +38,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--save", action="store_true", help="write both reports, <track>_<kind>_<split>_live.json")
     parser.add_argument("--out-dir", type=Path, default=PACKAGE / "01_eval/reports", help="where --save writes")
     parser.add_seed()
+    parser.add_tracing()
     args = parser.parse_args(argv)
     if args.models[0] == args.models[1]:
         parser.error("--models takes two different models")
@@ -48,19 +49,24 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def report_path(args: argparse.Namespace, kind: str, name: str) -> Path:
+    return args.out_dir / f"{args.track}_{kind}_{name}_live.json"
+
+
 def save(args: argparse.Namespace, sides: list[Side], inputs: dict, name: str, clock: Stopwatch, early: EarlyStop | None) -> None:
     flags = vars(args) | {"out_dir": display_path(args.out_dir)}
     for side, kind in zip(sides, args.models, strict=True):
-        out = args.out_dir / f"{args.track}_{kind}_{name}_live.json"
+        out = report_path(args, kind, name)
         report = make_report(args.track, side.client, side.rows, side.seconds, clock.total, inputs, flags)
         write_jsonl(rows_path(out), (row.to_json(TRACKS[args.track]) for row in side.rows))
         write_json(out, report | {"stopped_early": early and early.to_json(len(side.rows))})
         print(f"report: {display_path(out)}")
 
 
-def trace_side(settings: Settings, args: argparse.Namespace, side: Side, kind: str) -> None:
+def trace_side(connection: Connection | None, args: argparse.Namespace, side: Side, kind: str, out: Path) -> None:
     """One model's part as a trace of its own, so that a live run stands beside those of eval.py."""
-    with trace_run(settings, f"live-{args.track}-{kind}", run_metadata(args), tags=["eval", "live", args.track, kind]) as trace:
+    tags = ["eval", "live", args.track, kind]
+    with trace_run(connection, f"live-{args.track}-{kind}", out, run_metadata(args), tags) as trace:
         trace_rows(trace, args.track, side.client, side.rows)
         trace.scores(summary(TRACKS[args.track], side.rows)["metrics"])
 
@@ -68,7 +74,7 @@ def trace_side(settings: Settings, args: argparse.Namespace, side: Side, kind: s
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     clock, settings, track = Stopwatch(), load_settings(), TRACKS[args.track]
-    require_tracing(settings)
+    connection = connect(settings, tracing_options(args, settings))
     examples, inputs, name = load_rows(args, args.models)
     early = EarlyStop(track, examples, args.delta, args.alpha, args.seed) if args.stop_early else None
     examples = early.examples if early else examples
@@ -98,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.save:
         save(args, sides, inputs, name, clock, early)
     for side, kind in zip(sides, args.models, strict=True):
-        trace_side(settings, args, side, kind)
+        trace_side(connection, args, side, kind, report_path(args, kind, name))
     return 0 if finished else 130
 
 

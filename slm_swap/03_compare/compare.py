@@ -14,11 +14,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
-from slm_swap.cli import Parser, check_out, run, run_metadata, share, warn
+from slm_swap.cli import Parser, check_out, run, run_metadata, share, tracing_options, warn
 from slm_swap.comparison import CLUSTERS, Evaluation, examine, examine_means, read_evaluation, require_same
 from slm_swap.decision import EXIT_CODES, RULES
 from slm_swap.errors import UserError
-from slm_swap.langfuse_helpers import RunTrace, require_tracing, trace_run
+from slm_swap.langfuse_helpers import RunTrace, connect, trace_run
 from slm_swap.pricing import load_prices
 from slm_swap.reports import SCHEMA_VERSION, code_version, now, rows_path, write_atomically, write_json
 from slm_swap.settings import PACKAGE, display_path, load_settings
@@ -39,6 +39,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--table", action="store_true", help="print the evidence too")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write verdict and evidence as Markdown, for a pull request")
     parser.add_argument("--out", type=Path, help="the decision (default: 03_compare/reports/<track>.json)")
+    parser.add_tracing()
     args = parser.parse_args(argv)
     if args.delta >= 1 or not 0 < args.alpha < 0.5:
         parser.error("--delta must be below 1, and --alpha above 0 and below 0.5")
@@ -95,7 +96,7 @@ def log(trace: RunTrace, told: dict[str, Any]) -> None:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     settings = load_settings()
-    require_tracing(settings)
+    connection = connect(settings, tracing_options(args, settings))
     sides, warnings = read_sides(args)
     out = args.out or PACKAGE / f"03_compare/reports/{args.track}.json"
     read = [path for side in sides.values() for path in (side.path, rows_path(side.path))]
@@ -121,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     for text in told["warnings"]:
         warn(text)
-    with trace_run(settings, f"compare-{args.track}", run_metadata(args), tags=["compare", args.track]) as trace:
+    with trace_run(connection, f"compare-{args.track}", out, run_metadata(args), ["compare", args.track]) as trace:
         log(trace, told)
         write_json(out, told | {"trace": {"id": trace.id, "url": trace.url}})
     from slm_swap.text_report import brief, markdown, table

@@ -11,9 +11,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
-from slm_swap.cli import Parser, positive, run, run_metadata, warn
+from slm_swap.cli import Parser, positive, run, run_metadata, tracing_options, warn
 from slm_swap.examples import read_examples
-from slm_swap.langfuse_helpers import require_tracing, trace_run
+from slm_swap.langfuse_helpers import connect, trace_run
 from slm_swap.reports import sha256_file
 from slm_swap.settings import display_path, find_path, load_settings
 from slm_swap.slm_client import PRECISIONS, model_path
@@ -40,13 +40,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             parser.add_argument(flag, choices=PRECISIONS, default=field.default, help="weights of the frozen base model")
         else:
             parser.add_argument(flag, type=type(field.default), default=field.default, help="hyperparameter")
+    parser.add_tracing()
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     settings = load_settings()
-    require_tracing(settings)
+    connection = connect(settings, tracing_options(args, settings))
     base = model_path(settings, args.model)
     paths = {"train": find_path(args.train), "val": find_path(args.val)}
     rows = {"train": read_examples(paths["train"], args.limit), "val": read_examples(paths["val"])}
@@ -61,9 +62,8 @@ def main(argv: list[str] | None = None) -> int:
     }
     parameters = Hyperparameters(**{field.name: getattr(args, field.name) for field in fields(Hyperparameters)})
     backend = choose_backend(args.backend)
-    with trace_run(
-        settings, f"train-{args.track}", run_metadata(args) | {"backend": backend}, tags=["train", args.track]
-    ) as trace:
+    metadata, tags = run_metadata(args) | {"backend": backend}, ["train", args.track]
+    with trace_run(connection, f"train-{args.track}", args.out, metadata, tags) as trace:
         info = train(args.track, base, rows["train"], rows["val"], args.out, parameters, backend, inputs)
         trace.update(output=info, metadata={"hyperparameters": asdict(parameters)})
         losses = {
