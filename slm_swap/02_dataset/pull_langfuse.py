@@ -8,7 +8,6 @@ masked. The same command again goes on where a pull was cut off.
 """
 
 import argparse
-import re
 import sys
 from collections import Counter
 from datetime import datetime, timezone
@@ -68,8 +67,10 @@ def score(text: str) -> tuple[str | None, float]:
 
 def region(text: str) -> str:
     """A country's two letters, for argparse."""
-    if not re.fullmatch("[A-Za-z]{2}", text):
-        raise argparse.ArgumentTypeError(f"{text} is not a country's two letters (ISO 3166), such as US or DE")
+    from phonenumbers import SUPPORTED_REGIONS
+
+    if text.upper() not in SUPPORTED_REGIONS:
+        raise argparse.ArgumentTypeError(f"{text} is not a country's two letters (ISO 3166), such as US or GB")
     return text.upper()
 
 
