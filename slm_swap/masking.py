@@ -24,7 +24,9 @@ KINDS = ("EMAIL", "PHONE", "CARD", "KEY")
 _PLACEHOLDER = re.compile(r"<(EMAIL|PHONE|CARD|KEY)_(\d{1,9})>")
 _EMAIL = re.compile(r"(?<![\w.%+'-])[\w%+'-][\w.%+'-]{0,63}@(?:[^\W_](?:[\w-]{0,61}[^\W_])?\.)+[^\W\d_]{2,24}(?!\w)")
 _DIGITS = re.compile(r"(?<![\w.,])\d+(?:[ -]\d+)*(?!\w|[.,]\d)")
-_PHONE_WORD = re.compile(r"(?:phone|mobile|whatsapp|(?<![a-z])(?:tel|cell|call|fax|sms))\W*(?:\w+\W+){0,2}$", re.IGNORECASE)
+_PHONE_WORD = r"(?:(?:phone|mobile|whatsapp)\w*|(?<![a-z])(?:tel|cell|call|fax|sms))"
+_PHONE_NAME = re.compile(_PHONE_WORD, re.IGNORECASE)
+_PHONE_BEFORE = re.compile(rf"{_PHONE_WORD}\W*(?:\w+\W+){{0,2}}$", re.IGNORECASE)
 _BARE = re.compile(r"(?<![\w.,+-])\d{7,15}(?!\w|[.,-]\d)")
 _SECRET_WORD = r"(?:api[-_ ]?key|access[-_ ]?key|account[-_ ]?key|secret|token|passw(?:or)?d|passwd|pwd|credential)"
 _SECRET_NAME = re.compile(_SECRET_WORD, re.IGNORECASE)
@@ -235,7 +237,7 @@ def _phones(text: str, name: str, regions: Sequence[str]) -> Iterator[Found]:
             if not match.raw_string.isdigit():
                 yield found(match.number, match.start, match.end)
         for match in _BARE.finditer(text):
-            if _PHONE_WORD.search(text[max(0, match.start() - 40) : match.start()]) or _PHONE_WORD.search(name):
+            if _PHONE_BEFORE.search(text[max(0, match.start() - 40) : match.start()]) or _PHONE_NAME.search(name):
                 try:
                     number = phonenumbers.parse(match[0], region)
                 except phonenumbers.NumberParseException:
