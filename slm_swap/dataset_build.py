@@ -14,7 +14,7 @@ from typing import Any
 from slm_swap.errors import UserError
 from slm_swap.examples import Example, dump_json, text_hash
 from slm_swap.importers import Dropped, Row
-from slm_swap.prompts import structured_prompt, structured_schema, toolcall_prompt
+from slm_swap.prompts import structured_prompt, structured_schema, toolcall_completion, toolcall_prompt
 from slm_swap.reports import sha256_file, write_json, write_jsonl
 from slm_swap.settings import display_path
 from slm_swap.tracks import TRACKS
@@ -237,8 +237,7 @@ def make_example(row: Row, track: str, seed: int) -> Example:
     if track == "toolcall":
         tools = list(row.tools)
         Random(f"{seed}:{row.id}").shuffle(tools)
-        completion = f'<tool_call name="{row.tool}">{dump_json(row.arguments)}</tool_call>'
-        return Example(toolcall_prompt(tools, row.request), completion, tools=tools, **shared)
+        return Example(toolcall_prompt(tools, row.request), toolcall_completion(row.tool, row.arguments), tools=tools, **shared)
     schema = structured_schema(next(tool for tool in row.tools if tool["name"] == row.tool))
     completion = dump_json({"tool_name": row.tool, "arguments": row.arguments})
     return Example(structured_prompt(schema, row.request), completion, schema=schema, **shared)

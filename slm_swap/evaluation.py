@@ -7,6 +7,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from slm_swap.tracks import TRACKS, Track
 
 if TYPE_CHECKING:
     from slm_swap.journal import Journal
+    from slm_swap.langfuse_datasets import Experiment
     from slm_swap.reply_cache import ReplyCache
 
 TOKENS = ("input", "cached", "output")
@@ -157,9 +159,11 @@ def written(track_name: str, rows: Iterable[Row], stream: IO[str]) -> Iterator[R
         yield row
 
 
-def trace_rows(trace: Any, track_name: str, client: Client, rows: Iterable[Row], parent: str | None = None) -> None:
+def trace_rows(
+    trace: Any, track_name: str, client: Client, rows: Iterable[Row], parent: str | None = None, experiment: "Experiment | None" = None
+) -> None:
     """Each row as a generation of a run's trace (`langfuse_helpers.trace_run`), with usage, scores and what it cost, its retries under
-    it; `parent` is the span of the batch that they were asked in.
+    it; `parent` is the span of the batch that they were asked in, `experiment` the one that they are items of.
 
     A local row has no cost of its own: rows of a batch share the machine's time, and the report has the sum.
     """
@@ -177,6 +181,7 @@ def trace_rows(trace: Any, track_name: str, client: Client, rows: Iterable[Row],
             cost=client.cost(*used) if client.kind == "azure" else None,
             parent=parent,
             ended=ended,
+            attributes=partial(experiment.root_attributes, row.example) if experiment else None,
         )
         for begun, seconds, status in reply.retries:
             start = ended - int((reply.seconds - begun) * 1e9)
@@ -189,8 +194,8 @@ class RowTracer:
     A failed request waits for `finish`: it is asked again where the run is interrupted and goes on.
     """
 
-    def __init__(self, trace: Any, track_name: str, client: Client, batch_size: int):
-        self._told = (trace, track_name, client)
+    def __init__(self, trace: Any, track_name: str, client: Client, batch_size: int, experiment: "Experiment | None" = None):
+        self._told, self._experiment = (trace, track_name, client), experiment
         self._trace, self._size = trace, batch_size if client.kind == "slm" else None
         self._batch, self._since, self._parent = -1, time.time_ns(), None
 
@@ -219,7 +224,7 @@ class RowTracer:
 
     def _tell(self, example: Example, reply: Reply, parent: str | None = None) -> None:
         trace, track, client = self._told
-        trace_rows(trace, track, client, scored_rows(track, [example], [reply]), parent)
+        trace_rows(trace, track, client, scored_rows(track, [example], [reply]), parent, self._experiment)
 
 
 def model_name(told: dict[str, Any]) -> str:

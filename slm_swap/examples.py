@@ -11,7 +11,7 @@ from slm_swap.errors import UserError
 from slm_swap.settings import display_path
 
 MAX_DEPTH = 100  # what walks through JSON here recurs, and needs some four of Python's frames a level
-OPTIONAL_FIELDS = {"id": str, "tools": list, "schema": dict, "accept": dict, "group": str, "source": str}
+OPTIONAL_FIELDS = {"id": str, "tools": list, "schema": dict, "accept": dict, "group": str, "source": str, "request": str}
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class Example:
     """One row of a dataset.
 
     `tools` are `{"name", "description", "parameters": JSON Schema}`; `schema` is the wanted object's JSON Schema; `accept`
-    maps an argument to its acceptable values (`""`: may be left out); `group` names rows that are not independent.
+    maps an argument to its acceptable values (`""`: may be left out); `group` names rows that are not independent; `request` is
+    the part of the prompt that is this row's own, where a preamble that many rows share stands around it.
     `where` is "file:line", for messages only.
     """
 
@@ -31,6 +32,7 @@ class Example:
     accept: dict[str, list] | None = None
     group: str | None = None
     source: str | None = None
+    request: str | None = None
     where: str = field(default="", compare=False)
 
     def to_json(self) -> dict[str, Any]:
@@ -42,7 +44,7 @@ class Example:
     @property
     def content_hash(self) -> str:
         """sha256 of everything that is scored: equal for equal rows, whatever file they came from."""
-        row = {name: value for name, value in self.to_json().items() if name not in {"id", "group", "source"}}
+        row = {name: value for name, value in self.to_json().items() if name not in {"id", "group", "source", "request"}}
         return text_hash(json.dumps(row, sort_keys=True, ensure_ascii=False))
 
 

@@ -278,7 +278,7 @@ def jsonl(paths: Iterable[Path], track: str) -> Iterator[Row | Dropped]:
             yield Row(
                 id=example.id,
                 where=where,
-                request=example.prompt,
+                request=example.request or example.prompt,
                 source=example.source or where,
                 tools=listed,
                 tool=tool if isinstance(tool, str) else None,

@@ -10,7 +10,7 @@ import math
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,15 +158,15 @@ class RunTrace:
         cost: float | None = None,
         metadata: dict[str, Any] | None = None,
         parent: str | None = None,
-        attributes: dict[str, str] | None = None,
+        attributes: Callable[[str], dict[str, str]] | None = None,
         ended: int | None = None,
     ) -> str:
         """One row, and the id of its span, which `name` decides within the trace; gone over where the trace has it already.
 
         A failed request (`reply.error`) is level ERROR, a reply that misses (`error`) level WARNING. Without `cost` Langfuse may show
-        a price of its own for a model that it knows by name. `attributes` are OpenTelemetry's own, such as an experiment's.
+        a price of its own for a model that it knows by name. `attributes` gives, for the span's id, attributes of OpenTelemetry's own, such as an experiment's.
         """
-        identity = _span_id(self.id, f"row:{name}")
+        identity = self.row_id(name)
         if identity in self._outbox.known:
             return identity
         end = ended or time.time_ns()
@@ -189,11 +189,16 @@ class RunTrace:
                 "cost_details": None if cost is None else {"total": cost},
             }
             start = end - int(reply.seconds * 1e9)
-            span = self._span(identity, parent or self._root, name, start, end, facts, attributes)
+            more = attributes(identity) if attributes else None
+            span = self._span(identity, parent or self._root, name, start, end, facts, more)
             return [span, *self._scores(identity, scores or {})]
 
         self._outbox.add(records)
         return identity
+
+    def row_id(self, name: str) -> str:
+        """The id of a row's span."""
+        return _span_id(self.id, f"row:{name}")
 
     def span(
         self, name: str, start: int, end: int, metadata: dict[str, Any] | None = None, parent: str | None = None, level: str = "DEFAULT"

@@ -4,6 +4,9 @@ Evaluation, training and the dataset all go through this module, so a model is a
 """
 
 import json
+from typing import Any
+
+from slm_swap.examples import dump_json
 
 Messages = list[dict[str, str]]
 
@@ -29,6 +32,11 @@ def toolcall_prompt(tools: list[dict], request: str) -> str:
     """The prompt of a toolcall row: every tool on offer, one a line as JSON, then the request."""
     lines = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
     return f"Tools:\n{lines}\n\nRequest: {request}"
+
+
+def toolcall_completion(tool: str, arguments: dict[str, Any]) -> str:
+    """The one call that answers a toolcall row."""
+    return f'<tool_call name="{tool}">{dump_json(arguments)}</tool_call>'
 
 
 def structured_prompt(schema: dict, request: str) -> str:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from random import Random
 
+from langfuse_rest import Rest
+
 TRACES = "/api/public/otel/v1/traces"
 
 
@@ -39,7 +41,8 @@ class LangfuseServer:
     """Use as a context manager. Switches, at any time: `status` (answer this to everything), `hanging` (take requests
     and never answer), `delay` (seconds before a batch of spans is
     answered), `largest` (bytes of a body; more is 413), `rejected_score` (the name
-    of a score that is turned down), `refuse()` and `accept()` (close and reopen the port)."""
+    of a score that is turned down), `busy` (answers that come first: status and headers), `refuse()` and `accept()` (close and
+    reopen the port). `rest` holds datasets and traffic."""
 
     def __init__(self, public_key: str, secret_key: str = "sk-lf-right"):
         self.keys = f"{public_key}:{secret_key}"
@@ -51,6 +54,8 @@ class LangfuseServer:
         self.flaky = 0.0  # share of posts that are answered by 503
         self._random = Random(7)
         self.generation = 5  # of the server: 4 knows no list of scores
+        self.busy: list[tuple[int, dict[str, str]]] = []
+        self.rest = Rest()
         self.bodies: list[tuple[str, bytes]] = []  # (path, decompressed body) of everything posted with the right keys
         self.accepted: list[tuple[str, bytes]] = []
         self.headers: list[dict] = []
@@ -93,8 +98,8 @@ class LangfuseServer:
         """Accepted scores."""
         return scores_of(self.accepted)
 
-    def answer(self, method: str, path: str, headers: dict, body: bytes) -> tuple[int, dict]:
-        """(status, JSON) for one request."""
+    def answer(self, method: str, path: str, headers: dict, body: bytes) -> tuple[int, dict] | tuple[int, dict, dict]:
+        """(status, JSON) for one request, and headers where the answer has its own."""
         if self.hanging:
             self._released.wait(120)
         if path == TRACES:
@@ -105,7 +110,12 @@ class LangfuseServer:
             return self.status, {"message": "switched to fail"}
         if method == "GET" and path == "/api/public/projects":
             return 200, {"data": [{"id": "project-1", "name": "tests", "metadata": {}, "organization": {"id": "o", "name": "o"}}]}
+        if self.busy:
+            status, own = self.busy.pop(0)
+            return status, {"message": "switched to fail"}, own
         self.headers.append(headers)
+        if self.status is None and (answered := self.rest.answer(method, path, body)):
+            return answered
         if self.largest is not None and len(body) > self.largest:
             return 413, {"message": "Request body too large"}
         if headers.get("content-encoding") == "gzip":
@@ -166,11 +176,13 @@ class _Handler(BaseHTTPRequestHandler):
     def _serve(self) -> None:
         body = self.rfile.read(int(self.headers.get("content-length") or 0))
         headers = {name.lower(): value for name, value in self.headers.items()}
-        status, answer = self.server.recorder.answer(self.command, self.path, headers, body)
+        status, answer, *own = self.server.recorder.answer(self.command, self.path, headers, body)
         content = json.dumps(answer).encode()
         self.send_response(status)
         self.send_header("content-type", "application/json")
         self.send_header("content-length", str(len(content)))
+        for name, value in own[0].items() if own else ():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(content)
 

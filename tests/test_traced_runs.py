@@ -4,13 +4,16 @@ import json
 import os
 import subprocess
 import sys
+import time
 import uuid
 
 import pytest
 from langfuse_server import LangfuseServer
 
+from slm_swap.demo.azure_simulator import AzureSimulator, Faults
 from slm_swap.examples import Example
 from slm_swap.prompts import structured_prompt
+from slm_swap.reports import sha256_file
 from slm_swap.settings import PACKAGE
 
 ROWS = [
@@ -74,9 +77,64 @@ def test_an_evaluation_is_one_trace_with_a_generation_a_row(server, files):
     (missed,) = [span for span in generations if span.attributes["langfuse.observation.level"] == "WARNING"]
     assert missed.name == "row-3" and missed.attributes["langfuse.observation.status_message"] == "missing_argument"
     of_rows = [score for score in server.scores if score.get("observationId")]
-    assert len(of_rows) == len(ROWS) * 5
+    assert len(of_rows) == len(ROWS) * 6  # five metrics, and the error as a category
+    errors = {score["observationId"]: score["value"] for score in of_rows if score["name"] == "error"}
+    assert {span.name: errors[span.id] for span in generations} == {row.id: "none" for row in ROWS} | {"row-3": "missing_argument"}
     of_run = {score["name"]: score["value"] for score in server.scores if not score.get("observationId")}
     assert of_run == pytest.approx(report["metrics"])
+
+
+def test_an_experiment_is_items_of_a_pushed_dataset(server, files):
+    flags = ("--track", "structured", "--model-kind", "replay", "--dataset", files / "rows.jsonl", "--replies", files / "replies.jsonl")
+    out = ("--out", files / "report.json", "--langfuse-experiment", "tiny-1")
+    done = run(server, "01_eval/eval.py", *flags, *out)
+    assert done.returncode == 2 and "push it first with python 02_dataset/push_langfuse.py --track structured --dataset" in done.stderr
+    assert run(server, "02_dataset/push_langfuse.py", *flags[:2], *flags[4:6]).returncode == 0
+    done = run(server, "01_eval/eval.py", *flags, *out)
+    assert done.returncode == 0 and "experiment: " in done.stdout, done.stderr
+    generations = [span for span in server.spans if span.kind == "generation"]
+    assert {span.attributes["langfuse.experiment.name"] for span in generations} == {"tiny-1"}
+    assert len({span.attributes["langfuse.experiment.item.id"] for span in generations}) == len(ROWS)
+    assert all(span.attributes["langfuse.experiment.item.root_observation_id"] == span.id for span in generations)
+
+
+def test_a_killed_and_resumed_evaluation_is_one_trace_with_a_generation_a_row(server, files):
+    rows = [Example(prompt=f"Say {number}", completion=f'{{"number":{number}}}', id=f"row-{number}") for number in range(60)]
+    (files / "rows.jsonl").write_text("".join(json.dumps(row.to_json()) + "\n" for row in rows))
+    public_key, secret_key = server.keys.split(":")
+    with AzureSimulator(rows, faults=Faults(slow=1.0, slow_seconds=0.4, rate_limit=0.2)) as azure:
+        environment = os.environ | {
+            "AZURE_ENDPOINT": azure.url, "AZURE_DEPLOYMENT": azure.deployment, "AZURE_API_KEY": azure.key, "AZURE_API_VERSION": "2024-10-21",
+            "LANGFUSE_PUBLIC_KEY": public_key, "LANGFUSE_SECRET_KEY": secret_key, "LANGFUSE_BASE_URL": server.url, "LANGFUSE_DISABLED": "0",
+        }  # fmt: skip
+        command = [
+            sys.executable, str(PACKAGE / "01_eval/eval.py"), "--track", "structured", "--model-kind", "azure",
+            "--dataset", str(files / "rows.jsonl"), "--out", str(files / "report.json"),
+        ]  # fmt: skip
+        for answered in (15, 35, 60):
+            process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            while process.poll() is None and (answered == 60 or journaled(files) < answered):
+                time.sleep(0.02)
+            process.kill()
+            _, error = process.communicate()
+        assert process.returncode == 0, error
+    report = json.loads((files / "report.json").read_text())
+    generations = [span for span in server.spans if span.kind == "generation"]
+    assert report["counts"]["rows"] == 60 and report["sessions"] == 3
+    assert {span.trace for span in server.spans} == {report["trace"]["id"]}
+    assert len({span.id for span in generations}) == len({span.name for span in generations}) == 60
+    of_rows = {score["id"] for score in server.scores if score.get("observationId")}
+    assert len(of_rows) == 60 * 6
+    assert not list(files.glob("*.traces.jsonl")) and not list(files.glob("*.part"))
+    retries = [span for span in server.spans if span.name == "retry"]
+    assert retries and {span.parent for span in retries} <= {span.id for span in generations}
+    assert {span.json("metadata.status") for span in retries} == {429}
+
+
+def journaled(folder) -> int:
+    """How many replies the journal holds."""
+    path = folder / "report.rows.jsonl.part"
+    return path.read_text(errors="replace").count('"row":') if path.exists() else 0
 
 
 def test_a_comparison_is_a_trace_with_its_decision(server, files):
@@ -107,6 +165,11 @@ def test_a_training_run_is_a_trace_with_its_losses(server, files):
     assert scores["eval_loss_before"] == pytest.approx(info["eval_loss"]["before"])
     assert scores["eval_loss_after"] == pytest.approx(info["eval_loss"]["after"])
     assert len({span.trace for span in server.spans}) == 1
+    curve = [json.loads(line) for line in (files / "adapter/training_log.jsonl").read_text().splitlines()]
+    points = [span for span in server.spans if span.name == "loss"]
+    assert sorted(point.json("metadata.loss") for point in points) == sorted(entry["loss"] for entry in curve) and curve
+    root = next(span for span in server.spans if span.kind == "chain")
+    assert root.json("metadata.adapter_sha256") == sha256_file(files / "adapter/adapter_model.safetensors")
 
 
 def test_a_run_with_wrong_keys_stops_before_any_work(server, files):

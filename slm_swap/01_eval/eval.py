@@ -18,14 +18,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywher
 
 from slm_swap.cli import Parser, check_out, client_options, find_rows, progress, run, run_metadata, tracing_options, warn
 from slm_swap.clients import MODEL_KINDS, Client, Reply, make_client
+from slm_swap.errors import UserError
 from slm_swap.evaluation import RowTracer, Stopwatch, check_rows, collect_replies, make_report, scored_rows, written
 from slm_swap.examples import Dataset, Example
 from slm_swap.journal import Journal, journal_path
+from slm_swap.langfuse_api import LangfuseApi
+from slm_swap.langfuse_datasets import Experiment, dataset_name, open_experiment
 from slm_swap.langfuse_helpers import connect, trace_run
 from slm_swap.reply_cache import ReplyCache
 from slm_swap.reports import SCHEMA_VERSION, rows_path, write_atomically, write_json
 from slm_swap.seeds import set_seed
-from slm_swap.settings import PACKAGE, display_path, load_settings
+from slm_swap.settings import PACKAGE, Settings, display_path, load_settings
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -38,6 +41,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="the report (default: 01_eval/reports/<track>_<model-kind>_<split>.json)")
     parser.add_seed()
     parser.add_tracing()
+    parser.add_argument("--langfuse-experiment", metavar="NAME", help="record the run as an experiment on the rows' Langfuse dataset")
     args = parser.parse_args(argv)
     if (args.model_kind == "replay") != bool(args.replies):
         parser.error("--model-kind replay and --replies FILE go together")
@@ -54,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     rows, messages_sha256 = check_rows(args.track, dataset)
     out = args.out or PACKAGE / f"01_eval/reports/{args.track}_{args.model_kind}_{name}.json"
     check_out(out, rows_path(out), journal_path(out), inputs=[inputs["path"], args.replies])
+    experiment = find_experiment(args, settings, dataset, inputs, name) if args.langfuse_experiment else None
     if args.model_kind == "slm":
         set_seed(args.seed)
     with Journal(journal_path(out)) as journal:
@@ -65,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
             title, tags = f"eval-{args.track}-{args.model_kind}", ["eval", args.track, args.model_kind]
             with trace_run(connection, title, out, metadata, tags, seed=journal.header["run_id"]) as trace:
                 earlier = journal.seconds
-                ask(args, client, dataset, journal, trace, rows)
+                ask(args, client, dataset, journal, trace, rows, experiment)
 
                 def write(lines: IO[str]) -> dict:
                     scored = written(args.track, scored_rows(args.track, dataset, journal.replies()), lines)
@@ -77,6 +82,8 @@ def main(argv: list[str] | None = None) -> int:
                 trace.update(output={"metrics": report["metrics"], "counts": report["counts"]}, metadata={"model": report["model"]})
                 report["trace"] = {"id": trace.id, "url": trace.url}
                 write_json(out, report)
+            if experiment:
+                link(experiment, settings, dataset, trace)
         except BaseException:
             if journal.answered:
                 warn(f"{journal.answered} of {rows} rows are answered and kept: the same command goes on from there")
@@ -88,9 +95,29 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def ask(args: argparse.Namespace, client: Client, dataset: Dataset, journal: Journal, trace: Any, rows: int) -> None:
+def find_experiment(args: argparse.Namespace, settings: Settings, dataset: Dataset, inputs: dict, name: str) -> Experiment:
+    """The experiment of `--langfuse-experiment` on the dataset that was pushed from these rows."""
+    source = f"--dataset {inputs['path']}" if args.dataset or args.replies else f"--split {args.split or 'test'}"
+    push = f"python 02_dataset/push_langfuse.py --track {args.track} {source}"
+    told = run_metadata(args)
+    return open_experiment(settings, args.track, dataset_name(args.track, name), list(dataset), args.langfuse_experiment, push, told)
+
+
+def link(experiment: Experiment, settings: Settings, dataset: Dataset, trace: Any) -> None:
+    """Tell an older server which rows are whose items; newer ones go by the spans. The report is written: what fails is said."""
+    try:
+        with LangfuseApi(settings) as api:
+            experiment.link(api, ((example, trace.id, trace.row_id(example.id)) for example in dataset))
+        print(f"experiment: {experiment.url}")
+    except UserError as error:
+        warn(f"the experiment {experiment.name} may lack rows: {error}")
+
+
+def ask(
+    args: argparse.Namespace, client: Client, dataset: Dataset, journal: Journal, trace: Any, rows: int, experiment: Experiment | None
+) -> None:
     """Get the replies that the journal has not, with a progress bar."""
-    tell = RowTracer(trace, args.track, client, args.batch_size)
+    tell = RowTracer(trace, args.track, client, args.batch_size, experiment)
     if journal.answered:
         print(f"{journal.answered} of {rows} rows are answered already: going on with the others", file=sys.stderr)
         tell.earlier(dataset, journal)

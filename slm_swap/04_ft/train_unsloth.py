@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
 from slm_swap.cli import Parser, positive, run, run_metadata, tracing_options, warn
-from slm_swap.examples import read_examples
+from slm_swap.examples import read_examples, read_jsonl
 from slm_swap.langfuse_helpers import connect, trace_run
 from slm_swap.reports import sha256_file
 from slm_swap.settings import display_path, find_path, load_settings
@@ -65,7 +65,10 @@ def main(argv: list[str] | None = None) -> int:
     metadata, tags = run_metadata(args) | {"backend": backend}, ["train", args.track]
     with trace_run(connection, f"train-{args.track}", args.out, metadata, tags) as trace:
         info = train(args.track, base, rows["train"], rows["val"], args.out, parameters, backend, inputs)
-        trace.update(output=info, metadata={"hyperparameters": asdict(parameters)})
+        for _, point in read_jsonl(args.out / "training_log.jsonl"):
+            trace.event("loss", point)
+        adapter = {"adapter": display_path(args.out), "adapter_sha256": sha256_file(args.out / "adapter_model.safetensors")}
+        trace.update(output=info, metadata={"hyperparameters": asdict(parameters)} | adapter)
         losses = {
             "train_loss": info["train_loss"],
             "eval_loss_before": info["eval_loss"]["before"],

@@ -1,0 +1,47 @@
+"""Push a split to Langfuse as a dataset, for experiments that compare models row by row (eval.py --langfuse-experiment).
+
+    python 02_dataset/push_langfuse.py --track toolcall --split test
+    python 02_dataset/push_langfuse.py --track toolcall --dataset our_rows.jsonl --name our_rows
+
+Pushing again doubles nothing: rows that have changed are updated in place, rows that are gone are archived. The rows themselves
+go to Langfuse, prompts and completions in full.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
+
+from slm_swap.cli import Parser, load_rows, run
+from slm_swap.langfuse_api import LangfuseApi
+from slm_swap.langfuse_datasets import dataset_name, push
+from slm_swap.settings import load_settings
+from slm_swap.tracks import TRACKS
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(description=__doc__)
+    parser.add_track()
+    rows = parser.add_mutually_exclusive_group()
+    rows.add_argument("--split", help="the rows of 02_dataset/<track>/<split>.jsonl (default: test)")
+    rows.add_argument("--dataset", metavar="FILE", help="rows from this file instead of a split")
+    parser.add_argument("--name", metavar="DATASET", help="the dataset's name (default: slm_swap/<track>/<split or file>)")
+    parser.set_defaults(limit=None)  # the dataset is the whole split: rows beyond a limit would count as gone
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    with LangfuseApi(load_settings()) as api:
+        examples, inputs, split = load_rows(args, [])
+        for example in examples:
+            TRACKS[args.track].reference(example)
+        name = args.name or dataset_name(args.track, split)
+        counts = push(api, name, args.track, examples, inputs)
+    print(f"{name}: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
