@@ -22,6 +22,9 @@
     return made;
   }
 
+  // Names may break where their parts meet.
+  const breakable = (name) => name.split(/(?<=[_./-])/).flatMap((part, at) => (at ? [document.createElement("wbr"), part] : [part]));
+
   // A select with how many rows each of its values has, values that no row has left out.
   function fill(select, valuesOf, names, all) {
     const counts = new Map(Object.keys(names).map((name) => [name, 0]));
@@ -64,7 +67,7 @@
     button.setAttribute("aria-expanded", "false");
     const line = element(
       "tr", {},
-      element("th", { scope: "row" }, element("bdi", { className: "id", textContent: row.id }), element("bdi", { className: "group", textContent: row.group })),
+      element("th", { scope: "row" }, element("bdi", { className: "id" }, ...breakable(row.id)), element("bdi", { className: "group" }, ...breakable(row.group))),
       outcome(row.azure), outcome(row.slm), element("td", {}, button),
     );
     button.addEventListener("click", () => {

@@ -104,7 +104,7 @@ class Page:
         self.metrics = known + [name for name in decision["metrics"] if name not in known]
         self.delta, self.alpha = decision["delta"], decision["alpha"]
         self.level = None if self.alpha is None else f"{100 * (1 - 2 * self.alpha):g}%"
-        self.currency = (decision["cost"] or {}).get("currency")
+        self.currency = one_line((decision["cost"] or {}).get("currency") or "", 12)
 
     # -- The verdict ---------------------------------------------------------------------------------------------------------------
 
@@ -121,8 +121,8 @@ class Page:
         worst = (decision["failing"] or [None])[0] or max(self.metrics, key=lambda name: decision["metrics"][name]["difference"])
         if worst != self.exact and worst in decision["metrics"]:
             values = decision["metrics"][worst]
-            told = self.spelled(values["difference"], values["interval"])
-            facts.append((f"Largest gap: {self.name(worst)}", standing(values["difference"]), told))
+            told = f"{percent(values['azure'])} → {percent(values['slm'])}"
+            facts.append((f"{self.name(worst)}: hosted → small", told, self.spelled(values["difference"], values["interval"])))
         cost = decision["cost"]
         if cost and cost["azure"] and cost["slm"] and None not in (cost["azure"]["per_1000"], cost["slm"]["per_1000"]):
             told = f"{self.money(cost['azure']['per_1000'])} → {self.money(cost['slm']['per_1000'])}"
@@ -136,9 +136,8 @@ class Page:
 
     def spelled(self, difference: float, interval: list[float] | None) -> str:
         """A gap with its interval, in words."""
-        if interval is None:
-            return f"{standing(difference)}; the margin is {100 * self.delta:g} points"
-        return f"behind by {range_of(difference, interval)} points; the margin is {100 * self.delta:g}"
+        between = f" ({signed(interval[0])} to {signed(interval[1])})" if interval else ""
+        return f"{standing(difference)}{between}, margin {100 * self.delta:g}"
 
     def clusters(self) -> str:
         clusters = self.decision["clusters"]
@@ -267,7 +266,7 @@ class Page:
     # -- Gap and groups ------------------------------------------------------------------------------------------------------------
 
     def kind(self, name: str) -> str:
-        return words.ERROR_KINDS.get(name, name)
+        return words.ERROR_KINDS.get(name, one_line(name, 40))
 
     def gap_figure(self) -> Figure:
         gap = self.decision["gap"]
