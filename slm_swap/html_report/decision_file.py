@@ -173,10 +173,6 @@ SCHEMA = record(
     warnings=maybe(listed(TEXT)),
     trace=maybe(record(id=maybe(TEXT), url=maybe(TEXT))),
 )
-ROW = record(
-    id=TEXT, group=maybe(TEXT), prompt_sha256=maybe(TEXT), reply=TEXT, reference=TEXT, scores=named(RATE), error=maybe(TEXT),
-    finish_reason=maybe(TEXT), reply_error=maybe(TEXT),
-)  # fmt: skip
 
 
 def with_nulls(value: Any, schema: dict) -> Any:
@@ -239,13 +235,10 @@ class Rows:
         Raises:
             UserError: a line is not a row, or the files hold other rows; the line is named.
         """
-        from jsonschema import Draft202012Validator
-
         prompts = {text_hash(text): text for text in prompts_of(self.dataset)} if self.dataset else {}
-        valid = Draft202012Validator(ROW).is_valid
         end = (f"{display_path(self.azure)}, behind its end", None)
         for (where, azure), (_, slm) in zip_longest(read_jsonl(self.azure), read_jsonl(self.slm), fillvalue=end):
-            if not valid(azure) or not valid(slm) or azure["id"] != slm["id"]:
+            if not is_row(azure) or not is_row(slm) or azure["id"] != slm["id"]:
                 raise UserError(f"{where}: not the same row as in {display_path(self.slm)}: evaluate and compare again")
             marks = [mark for mark, ids in self.marks.items() if azure["id"] in ids]
             row = {"id": azure["id"], "group": self.group(azure), "azure": self.side(azure), "slm": self.side(slm), "marks": marks}
@@ -267,6 +260,15 @@ class Rows:
         if row.get("reply_error") or row.get("finish_reason") not in (None, "stop"):
             told["ended"] = row.get("reply_error") or row["finish_reason"]
         return told
+
+
+def is_row(value: Any) -> bool:
+    """Whether a decoded line has what is read of it here, of the right types."""
+    if not isinstance(value, dict) or not isinstance(value.get("scores"), dict):
+        return False
+    texts = all(isinstance(value.get(name), str) for name in ("id", "reply", "reference"))
+    perhaps = ("group", "prompt_sha256", "error", "finish_reason", "reply_error")
+    return texts and all(value.get(name) is None or isinstance(value[name], str) for name in perhaps)
 
 
 def open_rows(decision: dict[str, Any]) -> Rows | None:

@@ -302,11 +302,12 @@ class Page:
     def groups_figure(self) -> Figure:
         groups = self.decision["groups"]
         worst = groups["all"][:MOST_GROUPS]
-        names = [f"{group['group'] or '(none)'}, {count(group['rows'], 'rows')}" for group in worst]
+        names = [f"{one_line(group['group'] or '(none)', 16)} ({count(group['rows'])})" for group in worst]
         pairs = [group["shrunk"] for group in worst], [group["interval"] for group in worst]
-        told = "; ".join(f"{one_line(name, 60)} {range_of(*pair)}" for name, *pair in zip(names[:5], *pairs, strict=False))
-        of = f"The {len(worst)} with the largest gap of {len(groups['all'])}; the table has all." if len(worst) < len(groups["all"]) else ""
-        caption = f"{of} Estimates are drawn towards the mean of all {groups['by']}s, the more the fewer rows there are.".strip()
+        told = "; ".join(f"{name} {range_of(*pair)}" for name, *pair in zip(names[:5], *pairs, strict=False))
+        caption = f"In brackets: rows. Estimates are drawn towards the mean of all {groups['by']}s, the more the fewer rows there are."
+        if len(worst) < len(groups["all"]):
+            caption = f"The {len(worst)} of {len(groups['all'])} with the largest gap; the table has all. {caption}"
         draw = plots.behind(names, *pairs, None, f"points behind on {self.name(groups['metric'])}")
         return Figure(plots.svgs(draw), f"Gap by {groups['by']}, the largest first. {told}.", caption)
 

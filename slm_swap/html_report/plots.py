@@ -114,7 +114,7 @@ class Canvas:
         sides = ((0, 1) if self.narrow else (-left / (self.width - left - right), 1 + right / (self.width - left - right)))
         across = axes.get_yaxis_transform()
         for at, (name, value) in enumerate(zip(names, values, strict=True)):
-            text = one_line(name, 25 if self.narrow else 27)
+            text = one_line(name, 21 if self.narrow else 27)
             axes.text(sides[0], at + above, text, transform=across, color=self.theme.text, va="center")
             axes.text(sides[1], at + above, value, transform=across, color=self.theme.muted, va="center", ha="right")
         return axes
