@@ -11,7 +11,7 @@ from slm_swap.clients import Reply
 from slm_swap.evaluation import Row
 from slm_swap.examples import Example, dump_json
 from slm_swap.metrics import MATCHERS
-from slm_swap.reports import sha256_file, write_json, write_jsonl
+from slm_swap.reports import sha256_file
 from slm_swap.tracks import TRACKS
 
 TRACK = TRACKS["toolcall"]
@@ -119,8 +119,8 @@ def make_gap(azure: list[dict], slm: list[dict]) -> dict:
 
 def make_groups(azure: list[dict], slm: list[dict]) -> dict:
     found = []
-    for tool in sorted({line["group"] for line in azure}):
-        pairs = [(a["scores"][TRACK.exact], s["scores"][TRACK.exact]) for a, s in zip(azure, slm, strict=True) if a["group"] == tool]
+    for tool in sorted({line["group"] or "" for line in azure}):
+        pairs = [(a["scores"][TRACK.exact], s["scores"][TRACK.exact]) for a, s in zip(azure, slm, strict=True) if (a["group"] or "") == tool]
         means = [sum(side) / len(pairs) for side in zip(*pairs, strict=True)]
         difference = means[0] - means[1]
         found.append({"group": tool, "rows": len(pairs), "azure": means[0], "slm": means[1], "difference": difference, "shrunk": 0.6 * difference, "interval": [max(-1.0, 0.6 * difference - 0.08), min(1.0, 0.6 * difference + 0.08)]})
@@ -140,16 +140,20 @@ def make_cost() -> dict:
     }  # fmt: skip
 
 
+def write(path: Path, *values: dict) -> dict[str, str]:
+    """JSON lines in ASCII, so that halves of surrogate pairs can be written; gives the path and the hash as a decision records them."""
+    path.write_text("".join(json.dumps(value) + "\n" for value in values))
+    return {"path": str(path), "sha256": sha256_file(path)}
+
+
 def make_decision(folder: Path, rows: int = 120, change: Callable[[dict], None] | None = None, lines: tuple | None = None) -> Path:
     """Write a whole decision, its rows files and its dataset to a folder; `change` may alter the decision before it is written."""
     examples, azure, slm = lines or make_rows(rows)
-    write_jsonl(folder / "test.jsonl", [example.to_json() for example in examples])
+    inputs = write(folder / "test.jsonl", *(example.to_json() for example in examples))
     sides = {}
     for side, found in (("azure", azure), ("slm", slm)):
-        write_json(folder / f"{side}.json", {"stage": "eval"})
-        write_jsonl(folder / f"{side}.rows.jsonl", found)
-        paths = folder / f"{side}.json", folder / f"{side}.rows.jsonl"
-        sides[side] = {"path": str(paths[0]), "sha256": sha256_file(paths[0]), "rows_path": str(paths[1]), "rows_sha256": sha256_file(paths[1])}
+        written = write(folder / f"{side}.rows.jsonl", *found)
+        sides[side] = write(folder / f"{side}.json", {"stage": "eval"}) | {f"rows_{key}": value for key, value in written.items()}
     metrics = compared(azure, slm)
     suspect = [
         {"id": a["id"], "group": a["group"], "reference": a["reference"], "reply": a["reply"]}
@@ -164,7 +168,7 @@ def make_decision(folder: Path, rows: int = 120, change: Callable[[dict], None] 
         "clusters": {"by": "tool", "count": len(TOOLS), "effective": 12.6}, "reports": sides | {"before": None},
         "models": {"azure": {"kind": "azure", "deployment": "gpt-4o-mini"}, "slm": {"kind": "slm", "path": "models/phi-4-mini", "precision": "int8"}, "before": None},
         "labels": {"azure": "gpt-4o-mini", "slm": "phi-4-mini + adapter_toolcall", "before": "phi-4-mini"},
-        "inputs": {"path": str(folder / "test.jsonl"), "sha256": sha256_file(folder / "test.jsonl"), "rows": len(azure), "rows_sha256": "0" * 64},
+        "inputs": inputs | {"rows": len(azure), "rows_sha256": "0" * 64},
         "metrics": metrics, "failing": ["args_exact_rate"],
         "need": {"towards": "FINE_TUNE", "metric": "args_exact_rate", "rows": 240, "clusters": 28, "rows_if_equal": 900, "azure_cost": 0.15, "slm_cost": 0.05, "why": "The interval still reaches over the margin."},
         "matchers": {matcher: {"verdict": verdict, "metrics": compared(azure, slm, lambda line, matcher=matcher: line["scores_by_matcher"][matcher])} for matcher, verdict in zip(MATCHERS, ("FINE_TUNE", "FINE_TUNE", "NEED_MORE_DATA"), strict=True)},
@@ -178,5 +182,5 @@ def make_decision(folder: Path, rows: int = 120, change: Callable[[dict], None] 
     }  # fmt: skip
     if change:
         change(decision)
-    write_json(folder / "decision.json", decision)
+    write(folder / "decision.json", decision)
     return folder / "decision.json"

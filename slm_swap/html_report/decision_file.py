@@ -1,6 +1,7 @@
 """The decision file that compare.py writes, and the rows files and the dataset behind it: read, checked, nothing in them trusted."""
 
 import json
+import re
 from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
@@ -15,6 +16,7 @@ from slm_swap.settings import display_path, find_path
 from slm_swap.tracks import TRACKS, Track
 
 MADE_BY = "03_compare/compare.py"
+HALF_PAIR = re.compile("[\ud800-\udfff]")  # no text: it has no hash, and no row is made of it
 
 # -- The file's form, as JSON Schema. What may be null may be absent, too: then it is null. ----------------------------------------
 
@@ -235,7 +237,7 @@ class Rows:
         Raises:
             UserError: a line is not a row, or the files hold other rows; the line is named.
         """
-        prompts = {text_hash(text): text for text in prompts_of(self.dataset)} if self.dataset else {}
+        prompts = prompts_of(self.dataset) if self.dataset else {}
         end = (f"{display_path(self.azure)}, behind its end", None)
         for (where, azure), (_, slm) in zip_longest(read_jsonl(self.azure), read_jsonl(self.slm), fillvalue=end):
             if not is_row(azure) or not is_row(slm) or azure["id"] != slm["id"]:
@@ -305,11 +307,10 @@ def dataset(inputs: dict[str, Any] | None) -> Path | None:
     return path if path.is_file() and sha256_file(path) == inputs["sha256"] else None
 
 
-def prompts_of(path: Path) -> Iterator[str]:
-    """The prompts of a dataset."""
-    for _, row in read_jsonl(path):
-        if isinstance(row, dict) and isinstance(row.get("prompt"), str):
-            yield row["prompt"]
+def prompts_of(path: Path) -> dict[str, str]:
+    """The prompts of a dataset by the hash that rows files know them by."""
+    prompts = (row["prompt"] for _, row in read_jsonl(path) if isinstance(row, dict) and isinstance(row.get("prompt"), str))
+    return {text_hash(prompt): prompt for prompt in prompts if not HALF_PAIR.search(prompt)}
 
 
 def tool_of(track: Track, reference: str) -> str | None:

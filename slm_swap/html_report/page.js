@@ -130,6 +130,7 @@
   function turn(by) {
     first += by;
     show();
+    if (previous.disabled || next.disabled) (previous.disabled ? next : previous).focus(); // a disabled button loses the focus
     document.getElementById("table").scrollIntoView();
   }
   browser.hidden = false;
