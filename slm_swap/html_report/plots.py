@@ -141,12 +141,9 @@ def both_models(names: Sequence[str], metrics: Sequence[dict[str, Any]], labels:
         legend = [one_line(label, 40) for label in labels]
         axes = canvas.lines(names, [f"{100 * metric['azure']:.1f} and {100 * metric['slm']:.1f}" for metric in metrics], legend)
         ends = []
-        for at, metric in enumerate(metrics):
-            for side, color, marker, place in (("azure", theme.azure, "o", at - 0.13), ("slm", theme.slm, "s", at + 0.13)):
-                low, high = (100 * end for end in metric[f"{side}_interval"] or [metric[side]] * 2)
-                ends += [low, high]
-                span(axes, low, high, place, color)
-                axes.plot([100 * metric[side]], [place], color=color, marker=marker, markersize=7)
+        for side, color, marker, shift in (("azure", theme.azure, "o", -0.13), ("slm", theme.slm, "s", 0.13)):
+            points = [(metric[side], metric[f"{side}_interval"]) for metric in metrics]
+            ends += dots(axes, points, shift, color, marker)
         axes.set_xlim(*room(min(ends), max(ends), 0, 100))
         canvas.x_label(axes, "points out of 100")
         canvas.legend(axes, [mark(theme.azure, "o", legend[0]), mark(theme.slm, "s", legend[1])])
@@ -165,12 +162,7 @@ def behind(
         theme = canvas.theme
         legend = [] if delta is None else [f"margin: {100 * delta:g} points", "good enough"]
         axes = canvas.lines(names, [range_of(*pair) for pair in zip(differences, intervals, strict=True)], legend)
-        ends = [0.0, 100 * (delta or 0)]
-        for at, (difference, interval) in enumerate(zip(differences, intervals, strict=True)):
-            low, high = (100 * end for end in interval or [difference] * 2)
-            ends += [low, high]
-            span(axes, low, high, at, theme.slm)
-            axes.plot([100 * difference], [at], color=theme.slm, marker="s", markersize=7)
+        ends = [*dots(axes, list(zip(differences, intervals, strict=True)), 0, theme.slm, "s"), 0, 100 * (delta or 0)]
         limits = room(min(ends), max(ends), -100, 100)
         upright(canvas, axes, len(names), 0, color=theme.muted, linewidth=1)
         if delta is not None:
@@ -192,9 +184,9 @@ def error_bars(names: Sequence[str], errors: Sequence[dict[str, Any]]) -> Draw:
         theme = canvas.theme
         axes = canvas.lines(names, [signed(error["difference"]) for error in errors])
         values = [100 * error["difference"] for error in errors]
-        for at, value in enumerate(values):  # filled where the small model is worse, hollow where it is better
-            color = theme.slm if value > 0 else theme.azure
-            axes.barh(at, value, height=0.3, facecolor=color if value > 0 else "none", edgecolor=color, linewidth=1.5)
+        colors = [theme.slm if value > 0 else theme.azure for value in values]
+        faces = [theme.slm if value > 0 else "none" for value in values]  # hollow where the small model is better
+        axes.barh(range(len(values)), values, height=0.3, color=faces, edgecolor=colors, linewidth=1.5)
         upright(canvas, axes, len(names), 0, color=theme.muted, linewidth=1)
         axes.set_xlim(*room(min(0, *values), max(0, *values), -100, 100))
         canvas.x_label(axes, "points of the gap")
@@ -202,23 +194,22 @@ def error_bars(names: Sequence[str], errors: Sequence[dict[str, Any]]) -> Draw:
     return draw
 
 
-def before_after(names: Sequence[str], metrics: Sequence[dict[str, Any]], azure: Sequence[float | None], labels: Sequence[str]) -> Draw:
+def before_after(names: Sequence[str], metrics: Sequence[dict[str, Any]], azure: Sequence[float], labels: Sequence[str]) -> Draw:
     """Each metric before and after fine-tuning, and where the hosted model stands."""
 
     def draw(canvas: Canvas) -> None:
         theme = canvas.theme
         legend = ["before", "after", one_line(labels[0], 40)]
         axes = canvas.lines(names, [f"{100 * m['before']:.1f} → {100 * m['slm']:.1f}" for m in metrics], legend)
-        ends = []
-        for at, (metric, target) in enumerate(zip(metrics, azure, strict=True)):
-            values = [100 * metric["before"], 100 * metric["slm"]]
-            ends += values
-            axes.plot(values, [at] * 2, color=theme.slm, linewidth=2)
-            axes.plot(values[:1], [at], color=theme.slm, marker="s", markersize=8, markerfacecolor=theme.paper, markeredgewidth=2)
-            axes.plot(values[1:], [at], color=theme.slm, marker="s", markersize=8)
-            if target is not None:
-                ends.append(100 * target)
-                axes.plot([100 * target], [at], color=theme.azure, marker="|", markersize=16, markeredgewidth=2.5)
+        ats = range(len(names))
+        values = [[100 * metric[side] for metric in metrics] for side in ("before", "slm")]
+        hosted = [100 * target for target in azure]
+        ends = [*values[0], *values[1], *hosted]
+        axes.hlines(ats, *values, color=theme.slm, linewidth=2)
+        style = {"color": theme.slm, "linestyle": "none", "marker": "s", "markersize": 8}
+        axes.plot(values[0], ats, markerfacecolor=theme.paper, markeredgewidth=2, **style)
+        axes.plot(values[1], ats, **style)
+        axes.plot(hosted, ats, color=theme.azure, linestyle="none", marker="|", markersize=16, markeredgewidth=2.5)
         axes.set_xlim(*room(min(ends), max(ends), 0, 100))
         canvas.x_label(axes, "points out of 100")
         marks = ("s", theme.slm, theme.paper), ("s", theme.slm, theme.slm), ("|", theme.azure, None)
@@ -271,10 +262,14 @@ def cost_lines(
 # -- Parts of plots ----------------------------------------------------------------------------------------------------------------
 
 
-def span(axes, low: float, high: float, at: float, color: str) -> None:
-    """An interval with ends."""
-    axes.plot([low, high], [at, at], color=color, linewidth=2, solid_capstyle="butt")
-    axes.plot([low, high], [at, at], color=color, linestyle="none", marker="|", markersize=7, markeredgewidth=2)
+def dots(axes, values: Sequence[tuple[float, list[float] | None]], shift: float, color: str, marker: str) -> list[float]:
+    """One mark a line, `shift` below its middle, with its interval where there is one; gives everything's place in points."""
+    ats = [at + shift for at in range(len(values))]
+    lows, highs = ([100 * (interval[end] if interval else value) for value, interval in values] for end in (0, 1))
+    axes.hlines(ats, lows, highs, color=color, linewidth=2)
+    axes.plot(lows + highs, ats * 2, color=color, linestyle="none", marker="|", markersize=7, markeredgewidth=2)
+    axes.plot([100 * value for value, _ in values], ats, color=color, linestyle="none", marker=marker, markersize=7)
+    return lows + highs + [100 * value for value, _ in values]
 
 
 def room(low: float, high: float, least: float, most: float) -> tuple[float, float]:
