@@ -2,7 +2,7 @@
 // The table of rows. Texts come from models and data sets: they are only ever set as text, never as HTML.
 (() => {
   const PAGE = 50;
-  const RIGHT = { both: "Both right", azure: "Only the hosted model right", slm: "Only the small model right", neither: "Neither right" };
+  const RIGHT = { both: "Both right", azure: "Only hosted right", slm: "Only small right", neither: "Neither right" };
   const MARKS = { reference: "Reference may be wrong", broken: "Right before fine-tuning, wrong now", mended: "Wrong before fine-tuning, right now" };
   const rows = JSON.parse(document.getElementById("data").textContent);
   const browser = document.getElementById("browser");
@@ -100,6 +100,7 @@
     for (const [name, title] of [["azure", "Hosted"], ["slm", "Small"]]) {
       const content = [element("pre", {}, ...marked(row[name].diff))];
       if (row[name].ended) content.unshift(element("p", { className: "note", textContent: `Ended by: ${row[name].ended}` }));
+      if (row[name].right && row[name].diff.length > 1) content.unshift(element("p", { className: "note", textContent: "Equal as JSON: order of keys and spacing do not count." }));
       if (!side(row[name].diff, 1)) content.unshift(element("p", { className: "note", textContent: "The reply is empty." }));
       part(`${title}: ${browser.dataset[name]}${row[name].right ? "" : `, ${plain(row[name].error ?? "not exact")}`}`, ...content);
     }

@@ -250,8 +250,8 @@ class Page:
 
     def further(self, need: dict[str, Any]) -> str:
         """`400 further rows (60 further tools)`"""
-        by = (self.decision["clusters"] or {}).get("by")
-        clusters = f" (of about {count(need['clusters'], f'further {by}s')})" if need["clusters"] is not None and by else ""
+        by = (self.decision["clusters"] or {}).get("by", "row")
+        clusters = f" (of about {count(need['clusters'], f'further {by}s')})" if need["clusters"] is not None and by != "row" else ""
         return f"about {count(need['rows'], 'further rows')}{clusters}"
 
     def compared_table(self, caption: str, metrics: dict[str, dict[str, Any]]) -> Table:
