@@ -3,8 +3,8 @@
     python benchmarks/report.py
     python benchmarks/report.py --rows 500 --out runs/report.json
 
-Rows are generated and really scored (tests/decision_files.py). Open: from the navigation's start to the load event, with the first page of
-rows in place and laid out; the median and the worst of ten cold starts of the browser's page.
+Rows are generated and really scored (tests/decision_files.py). Open: from the navigation's start to the load event with the first
+page of rows laid out, each time in a new browser context; the median and the worst of ten.
 """
 
 import argparse

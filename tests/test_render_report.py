@@ -1,4 +1,4 @@
-"""The HTML report: what it shows, that nothing in it acts, that everybody can read it; in headless Chromium where there is one."""
+"""The HTML report: what it shows, that nothing in it acts, that everybody can read it; with headless Chromium."""
 
 import base64
 import html
@@ -105,7 +105,14 @@ def hostile(tmp_path_factory) -> Path:
         examples[number] = Example(text, call("a", {}), examples[number].id)
         hashed = text_hash(text.encode("utf-8", "replace").decode())
         for line in (azure[number], slm[number]):
-            line |= {"id": f"{text} {number}", "group": text, "reference": text, "error": text, "reply_error": text, "prompt_sha256": hashed}
+            line |= {
+                "id": f"{text} {number}",
+                "group": text,
+                "reference": text,
+                "error": text,
+                "reply_error": text,
+                "prompt_sha256": hashed,
+            }
             line["scores"] = dict.fromkeys(line["scores"], 0.0)
         azure[number]["reply"], slm[number]["reply"] = f"{text} {text}", text
     return render(make_decision(tmp_path_factory.mktemp("hostile"), change=poison, lines=(examples, azure, slm)))
@@ -130,7 +137,7 @@ def poison(decision: dict) -> None:
         part |= {text: next(iter(part.values())) for text in HOSTILE}
 
 
-# -- Text ----------------------------------------------------------------------------------------------------------------------------
+# -- Text ------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -156,7 +163,7 @@ def test_nothing_acts_once_it_is_visible(text):
     shown.encode("utf-8")
 
 
-@given(st.recursive(st.text() | st.integers() | st.none(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
+@given(st.dictionaries(st.text(max_size=20), st.lists(st.text(max_size=20) | st.integers() | st.none(), max_size=5), max_size=5))
 def test_embedded_json_is_the_value_and_leaves_no_element(value):
     value = all_visible(value)
     text = embedded_json(value)
@@ -206,12 +213,17 @@ def test_one_line(text, shown):
     assert one_line(text, 5) == shown
 
 
-# -- Words ---------------------------------------------------------------------------------------------------------------------------
+# -- Words -----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("difference", "signed", "standing"),
-    [(0.0321, "+3.2", "3.2 points behind"), (-0.5, "−50.0", "50.0 points ahead"), (0.0004, "0.0", "level"), (-0.0004, "0.0", "level")],
+    [
+        (0.0321, "+3.2", "3.2 points behind"),
+        (-0.5, "−50.0", "50.0 points ahead"),
+        (0.0004, "0.0", "level"),
+        (-0.0004, "0.0", "level"),
+    ],
 )
 def test_points(difference, signed, standing):
     assert (words.signed(difference), words.standing(difference)) == (signed, standing)
@@ -241,7 +253,7 @@ def test_every_metric_error_and_matcher_has_words():
     assert set(ERRORS) <= set(words.ERROR_KINDS) and tuple(words.MATCHERS) == MATCHERS
 
 
-# -- Decisions -----------------------------------------------------------------------------------------------------------------------
+# -- Decisions -------------------------------------------------------------------------------------------------------------------
 
 
 def test_rows_are_put_side_by_side(tmp_path):
@@ -260,12 +272,21 @@ def test_rows_are_put_side_by_side(tmp_path):
 
     found = list(open_rows(read_decision(make_decision(tmp_path, lines=(examples, azure, slm), change=change))))
     assert [row["id"] for row in found] == [example.id for example in examples]
-    assert [(row["azure"]["right"], row["slm"]["right"]) for row in found] == [(True, True), (False, True), (True, False), (False, False)]
+    assert [(row["azure"]["right"], row["slm"]["right"]) for row in found] == [
+        (True, True),
+        (False, True),
+        (True, False),
+        (False, False),
+    ]
     assert [row["slm"]["error"] for row in found] == [None, None, "filtered", "truncated"]
     assert [row["marks"] for row in found] == [["mended"], [], ["broken"], ["reference", "mended"]]
     assert [row["prompt"] for row in found] == [example.prompt for example in examples]
-    assert found[0]["group"] in examples[0].completion and found[1]["group"] == examples[1].group  # the tool stands in for no group
-    assert (found[2]["slm"]["ended"], found[3]["azure"]["ended"]) == ("content_filter", "timeout") and "ended" not in found[0]["slm"]
+    assert (
+        found[0]["group"] in examples[0].completion and found[1]["group"] == examples[1].group
+    )  # the tool stands in for no group
+    assert (found[2]["slm"]["ended"], found[3]["azure"]["ended"]) == ("content_filter", "timeout") and "ended" not in found[0][
+        "slm"
+    ]
     assert put_together(found[1]["azure"]["diff"]) == (examples[1].completion, "no")
 
 
@@ -290,7 +311,8 @@ def test_prompts_are_shown_only_from_the_dataset_that_was_compared(tmp_path):
 
 
 POINT = (
-    "stage", "track", "verdict", "fine_tune", "rule", "delta", "rows", "models", "code", "created_at", "trace", "failing", "schema_version",
+    "stage", "track", "verdict", "fine_tune", "rule", "delta", "rows", "models", "code", "created_at", "trace", "failing",
+    "schema_version",
 )  # fmt: skip
 
 
@@ -306,12 +328,24 @@ def to_point_rule(decision: dict) -> None:
 def test_a_decision_of_the_point_rule_shows_what_it_has(tmp_path):
     page = render(make_decision(tmp_path, change=to_point_rule)).read_text()
     assert words.HEADLINES[FINE_TUNE] in page and "How good both models are" in page and "How it was measured" in page
-    for gone in ('id="settle"', 'id="gap"', 'id="groups"', 'id="cost"', 'id="before"', 'id="holds"', 'id="rows"', "<script", "None", "interval"):
+    for gone in (
+        'id="settle"',
+        'id="gap"',
+        'id="groups"',
+        'id="cost"',
+        'id="before"',
+        'id="holds"',
+        'id="rows"',
+        "<script",
+        "None",
+        "interval",
+    ):
         assert gone not in page, gone
 
 
 PARTS = (
-    "sentence", "need", "matchers", "gap", "groups", "gold_audit", "before", "cost", "sequential", "warnings", "trace", "labels", "models",
+    "sentence", "need", "matchers", "gap", "groups", "gold_audit", "before", "cost", "sequential", "warnings", "trace", "labels",
+    "models",
     "clusters", "inputs", "alpha", "rows", "code", "created_at", "flips", "failing",
 )  # fmt: skip
 
@@ -327,13 +361,24 @@ def test_any_part_may_be_absent_and_is_null_then(tmp_path, part):
 
 @pytest.mark.parametrize("parts", [PARTS[at::4] for at in range(4)])
 def test_what_is_null_is_left_out(tmp_path, parts):
-    page = SVG.sub("", render(make_decision(tmp_path, 8, change=lambda decision: decision.update(dict.fromkeys(parts)))).read_text())
+    page = SVG.sub(
+        "", render(make_decision(tmp_path, 8, change=lambda decision: decision.update(dict.fromkeys(parts)))).read_text()
+    )
     assert "None" not in page[: page.index('id="data"')]
-    for part, place in {"need": "settle", "gap": "gap", "groups": "groups", "before": "before", "cost": "cost", "warnings": "warnings"}.items():
+    for part, place in {
+        "need": "settle",
+        "gap": "gap",
+        "groups": "groups",
+        "before": "before",
+        "cost": "cost",
+        "warnings": "warnings",
+    }.items():
         assert (f'id="{place}"' in page) == (part not in parts)
 
 
-@pytest.mark.parametrize("parts", [("azure", "training", "on_demand", "currency"), ("slm", "always_on", "unknown"), ("azure", "slm")])
+@pytest.mark.parametrize(
+    "parts", [("azure", "training", "on_demand", "currency"), ("slm", "always_on", "unknown"), ("azure", "slm")]
+)
 def test_parts_of_the_cost_may_be_null(tmp_path, parts):
     change = lambda decision: decision["cost"].update(dict.fromkeys(parts))  # noqa: E731
     page = SVG.sub("", render(make_decision(tmp_path, 8, change=change)).read_text())
@@ -341,7 +386,8 @@ def test_parts_of_the_cost_may_be_null(tmp_path, parts):
 
 
 @pytest.mark.parametrize(
-    ("verdict", "told"), [(SWAP, "in steps"), (FINE_TUNE, "cheapest remedy"), (NEED_MORE_DATA, "about 240 further rows (of about 28 further tools)")]
+    ("verdict", "told"),
+    [(SWAP, "in steps"), (FINE_TUNE, "cheapest remedy"), (NEED_MORE_DATA, "about 240 further rows (of about 28 further tools)")],
 )
 def test_each_verdict_says_what_to_do(tmp_path, verdict, told):
     page = Page(read_decision(make_decision(tmp_path, 8, change=lambda decision: decision.update(verdict=verdict))))
@@ -353,11 +399,20 @@ def test_numbers_stand_where_they_belong(full):
     decision, page = json.loads(full.with_suffix(".json").read_text()), html.unescape(SVG.sub("", full.read_text()))
     exact = decision["metrics"]["args_exact_rate"]
     gap = words.range_of(exact["difference"], exact["interval"])
-    row = '<tr role="row"><th role="rowheader" scope="row">Fully right call</th><td role="cell" data-head="Hosted (90% interval)">'
+    row = (
+        '<tr role="row"><th role="rowheader" scope="row">Fully right call</th><td role="cell" data-head="Hosted (90% interval)">'
+    )
     told = [words.rate_of(exact[side], exact[f"{side}_interval"]) for side in ("azure", "slm")]
-    assert f'{row}{told[0]}</td><td role="cell" data-head="Small (90% interval)">{told[1]}</td>' in page and f">{gap}</td>" in page
+    assert (
+        f'{row}{told[0]}</td><td role="cell" data-head="Small (90% interval)">{told[1]}</td>' in page and f">{gap}</td>" in page
+    )
     assert "7,143 tasks" in page and "0.61 USD → 0.19 USD" in page and "2,393,443 tasks a month" in page
     assert "in 14 tools, worth 13 independent ones" in page and "That saved 120 calls, worth 0.07 USD" in page
+
+
+def test_two_models_that_miss_nothing(tmp_path):
+    page = SVG.sub("", render(make_decision(tmp_path, lines=make_rows(8, misses=(0, 0)))).read_text())
+    assert 'id="gap"' in page and "Points of the gap by kind" not in page and "There is no row in which both models agree" in page
 
 
 def test_findings_are_those_of_the_tests(tmp_path):
@@ -399,12 +454,20 @@ def test_plots_come_for_both_themes_and_widths(full):
     draw = plots.behind(["a $x^2$ <b>", ""], [0.01, -0.02], [None, [-0.05, 0.01]], 0.02, "points")
     found = plots.svgs(draw)
     assert "a $x^2$ &lt;b&gt;" in base64.b64decode(found["wide_light"].address.split(",", 1)[1]).decode()  # a dollar is a dollar
+    models = plots.svgs(
+        plots.both_models(
+            ["a"], [dict.fromkeys(("azure", "slm"), 0.5) | dict.fromkeys(("azure_interval", "slm_interval"))], ["_x", "y"]
+        )
+    )
+    assert (
+        "_x" in base64.b64decode(models["wide_light"].address.split(",", 1)[1]).decode()
+    )  # matplotlib's own mark for "not in the legend"
     assert found == plots.svgs(draw) and {name: picture.width for name, picture in found.items()} == {
         "wide_light": 720, "wide_dark": 720, "narrow_light": 340, "narrow_dark": 340,
     }  # fmt: skip
 
 
-# -- The script ----------------------------------------------------------------------------------------------------------------------
+# -- The script ------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_script_writes_beside_the_decision_or_elsewhere(run_script, render_script, tmp_path):
@@ -495,13 +558,16 @@ def test_usage_errors_are_one_line(run_script, render_script, flags):
     assert code == 2 and error.count("\n") == 1 and "--help" in error
 
 
-# -- The policy ----------------------------------------------------------------------------------------------------------------------
+# -- The policy ------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_policy_lets_only_this_script_and_style_run(full):
     page = full.read_text()
     policy = html.unescape(re.search(r'http-equiv="Content-Security-Policy" content="([^"]+)"', page)[1])
-    (style,), scripts = re.findall(r"<style>(.*?)</style>", page, re.DOTALL), re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    (style,), scripts = (
+        re.findall(r"<style>(.*?)</style>", page, re.DOTALL),
+        re.findall(r"<script>(.*?)</script>", page, re.DOTALL),
+    )
     assert policy == (
         f"default-src 'none'; script-src '{csp_hash(scripts[0])}'; style-src '{csp_hash(style)}'; img-src data:; "
         "base-uri 'none'; form-action 'none'"
@@ -512,7 +578,7 @@ def test_the_policy_lets_only_this_script_and_style_run(full):
     assert "innerHTML" not in page and not re.search(r"(src|href)=\"(?!data:|#|https://langfuse.example)", page)
 
 
-# -- In the browser ------------------------------------------------------------------------------------------------------------------
+# -- In the browser --------------------------------------------------------------------------------------------------------------
 
 
 @needs_chromium
@@ -547,7 +613,9 @@ def test_the_plot_fits_screen_and_theme_and_says_its_numbers(open_page, full, wi
         svg = base64.b64decode(shown[0].split(",", 1)[1]).decode()
         assert plots.THEMES[theme].slm in svg and plots.THEMES["dark" if theme == "light" else "light"].slm not in svg
         drawn = plots.WIDTHS["narrow" if width == 360 else "wide"]
-        assert shown[1] == round(drawn * 4 / 3) and shown[2] > 0.93 * drawn  # drawn in points; its text is shown as large as drawn
+        assert (
+            shown[1] == round(drawn * 4 / 3) and shown[2] > 0.93 * drawn
+        )  # drawn in points; its text is shown as large as drawn
         assert re.search(r"\d", image.get_attribute("alt"))
 
 
@@ -563,14 +631,25 @@ def test_a_hostile_decision_does_nothing_and_is_shown_as_it_is(open_page, hostil
         button.click()
     for number, text in enumerate(HOSTILE):
         row = page.locator("#body > tr:not(.detail)").nth(number)
-        assert row.locator(".id").text_content() == f"{visible(text)} {number}" and row.locator(".group").text_content() == visible(text)
+        assert row.locator(".id").text_content() == f"{visible(text)} {number}" and row.locator(
+            ".group"
+        ).text_content() == visible(text)
         blocks = page.locator("#body > tr.detail").nth(number).locator("pre")
-        shown = [block.evaluate("(pre) => [...pre.childNodes].filter((n) => n.nodeName !== 'DEL').map((n) => n.textContent).join('')") for block in blocks.all()]
+        shown = [
+            block.evaluate("(pre) => [...pre.childNodes].filter((n) => n.nodeName !== 'DEL').map((n) => n.textContent).join('')")
+            for block in blocks.all()
+        ]
         assert shown[-3:] == [visible(text), f"{visible(text)} {visible(text)}", visible(text)]
         assert f"Ended by: {visible(text)}" in page.locator("#body > tr.detail").nth(number).text_content()
     assert page.evaluate("window.ran") is None and page.title() == f"{words.HEADLINES[FINE_TUNE]} (toolcall)"
-    assert page.locator("script").count() == 2 and page.locator("iframe, svg, form, base, meta[http-equiv=refresh], [onerror], [onfocus]").count() == 0
-    assert page.locator("img[src='x'], a[href^='javascript'], link:not([rel=icon])").count() == 0 and page.locator("#measured a").count() == 0
+    assert (
+        page.locator("script").count() == 2
+        and page.locator("iframe, svg, form, base, meta[http-equiv=refresh], [onerror], [onfocus]").count() == 0
+    )
+    assert (
+        page.locator("img[src='x'], a[href^='javascript'], link:not([rel=icon])").count() == 0
+        and page.locator("#measured a").count() == 0
+    )
     assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
     assert heard == []
 
@@ -579,7 +658,11 @@ def test_a_hostile_decision_does_nothing_and_is_shown_as_it_is(open_page, hostil
 def test_what_slipped_in_would_not_run(open_page, full, tmp_path):
     """The policy holds even where escaping failed: the page's own text is changed to hold a script, a handler and an image."""
     page = tmp_path / "slipped.html"
-    page.write_text(full.read_text().replace("<main>", "<main><script>window.ran=1</script><img src='https://example.com/x.png' onerror='window.ran=2'>"))
+    page.write_text(
+        full.read_text().replace(
+            "<main>", "<main><script>window.ran=1</script><img src='https://example.com/x.png' onerror='window.ran=2'>"
+        )
+    )
     opened, heard = open_page(page)
     assert opened.evaluate("window.ran") is None and len([line for line in heard if "Content Security Policy" in line]) >= 2
     assert "failed: csp" in heard and opened.locator("#body tr").count() == 50  # our own script still runs
@@ -595,7 +678,10 @@ def test_filters(open_page, full):
 
     page, heard = open_page(full)
     rows = list(open_rows(read_decision(full.with_suffix(".json"))))
-    wrong = {"azure": [row for row in rows if row["slm"]["right"] < row["azure"]["right"]], "slm": [row for row in rows if row["azure"]["right"] < row["slm"]["right"]]}
+    wrong = {
+        "azure": [row for row in rows if row["slm"]["right"] < row["azure"]["right"]],
+        "slm": [row for row in rows if row["azure"]["right"] < row["slm"]["right"]],
+    }
     wrong |= {"neither": [row for row in rows if not row["azure"]["right"] and not row["slm"]["right"]]}
     assert all(wrong.values()) and page.locator("#count").text_content() == "Rows 1 to 50 of 120."
     for who, wanted in wrong.items():
@@ -613,7 +699,10 @@ def test_filters(open_page, full):
     page.click("#clear")
     page.select_option("#filter-group", f"={rows[0]['group']}")
     page.select_option("#filter-right", "=both")
-    assert shown_ids(page) == [r["id"] for r in rows if r["group"] == rows[0]["group"] and r["azure"]["right"] and r["slm"]["right"]][:50]
+    assert (
+        shown_ids(page)
+        == [r["id"] for r in rows if r["group"] == rows[0]["group"] and r["azure"]["right"] and r["slm"]["right"]][:50]
+    )
     page.click("#clear")
     page.select_option("#filter-mark", "=reference")
     assert shown_ids(page) == ["row-00039", "row-00079", "row-00119"]
@@ -638,8 +727,14 @@ def test_a_row_s_difference_is_marked(open_page, tmp_path):
     assert page.locator("#body td").all_text_contents()[:2] == ["✓ right", "✗ missing argument"]
     page.click("#body button")
     prompt, reference, left, right = page.locator("#body .detail pre").all()
-    assert (prompt.text_content(), reference.text_content(), left.text_content()) == (examples[0].prompt, examples[0].completion, azure[0]["reply"])
-    assert left.locator("ins").all_text_contents() == [" "] and page.locator(".note").all_text_contents() == ["Equal as JSON: order of keys and spacing do not count."]
+    assert (prompt.text_content(), reference.text_content(), left.text_content()) == (
+        examples[0].prompt,
+        examples[0].completion,
+        azure[0]["reply"],
+    )
+    assert left.locator("ins").all_text_contents() == [" "] and page.locator(".note").all_text_contents() == [
+        "Equal as JSON: order of keys and spacing do not count."
+    ]
     assert (right.locator("del").all_text_contents(), right.locator("ins").all_text_contents()) == (["count"], ["number"])
     for mark, line in (("del", "line-through"), ("ins", "underline")):
         assert right.locator(mark).evaluate("(mark) => getComputedStyle(mark).textDecorationLine") == line

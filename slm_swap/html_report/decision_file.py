@@ -1,4 +1,4 @@
-"""The decision file that compare.py writes, and the rows files and the dataset behind it: read, checked, nothing in them trusted."""
+"""The decision file that compare.py writes, the rows files and the dataset behind it: read, checked, nothing in them trusted."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from slm_swap.tracks import TRACKS, Track
 MADE_BY = "03_compare/compare.py"
 HALF_PAIR = re.compile("[\ud800-\udfff]")  # no text: it has no hash, and no row is made of it
 
-# -- The file's form, as JSON Schema. What may be null may be absent, too: then it is null. ----------------------------------------
+# -- The file's form, as JSON Schema. What may be null may be absent, too: then it is null. --------------------------------------
 
 
 def maybe(schema: dict) -> dict:
@@ -117,7 +117,9 @@ SCHEMA = record(
             metric=TEXT,
             mean=maybe(DIFFERENCE),
             between_sd=maybe(AMOUNT),
-            all=listed(record(group=TEXT, rows=COUNT, azure=RATE, slm=RATE, difference=DIFFERENCE, shrunk=DIFFERENCE, interval=INTERVAL)),
+            all=listed(
+                record(group=TEXT, rows=COUNT, azure=RATE, slm=RATE, difference=DIFFERENCE, shrunk=DIFFERENCE, interval=INTERVAL)
+            ),
         )
     ),
     gold_audit=maybe(
@@ -130,7 +132,9 @@ SCHEMA = record(
     ),
     before=maybe(
         record(
-            metrics=named(record(before=RATE, slm=RATE, gain=DIFFERENCE, interval=maybe(INTERVAL), p_value=maybe(RATE))),
+            metrics=named(
+                record(before=RATE, slm=RATE, gain=DIFFERENCE, interval=maybe(INTERVAL), p_value=maybe(RATE)), minProperties=1
+            ),
             worse=listed(TEXT),
             better=listed(TEXT),
             metric=maybe(TEXT),
@@ -213,7 +217,7 @@ def read_decision(path: Path) -> dict[str, Any]:
     return with_nulls(value, SCHEMA)
 
 
-# -- Rows --------------------------------------------------------------------------------------------------------------------------
+# -- Rows ------------------------------------------------------------------------------------------------------------------------
 
 
 class Rows:
@@ -243,7 +247,13 @@ class Rows:
             if not is_row(azure) or not is_row(slm) or azure["id"] != slm["id"]:
                 raise UserError(f"{where}: not the same row as in {display_path(self.slm)}: evaluate and compare again")
             marks = [mark for mark, ids in self.marks.items() if azure["id"] in ids]
-            row = {"id": azure["id"], "group": self.group(azure), "azure": self.side(azure), "slm": self.side(slm), "marks": marks}
+            row = {
+                "id": azure["id"],
+                "group": self.group(azure),
+                "azure": self.side(azure),
+                "slm": self.side(slm),
+                "marks": marks,
+            }
             if azure.get("prompt_sha256") in prompts:
                 row["prompt"] = prompts[azure["prompt_sha256"]]
             yield all_visible(row)

@@ -37,7 +37,10 @@
 
   // Both texts can be put together from a difference: parts in both, only in the reference, only in the reply, and so on.
   const side = (diff, left_out) => diff.filter((_, at) => at % 3 !== left_out).join("");
-  const textOf = (row) => (row.searched ??= [row.id, row.group, row.prompt ?? "", side(row.azure.diff, 2), side(row.azure.diff, 1), side(row.slm.diff, 1)].join("\n").toLowerCase());
+  function textOf(row) {
+    const texts = [row.id, row.group, row.prompt ?? "", side(row.azure.diff, 2), side(row.azure.diff, 1), side(row.slm.diff, 1)];
+    return (row.searched ??= texts.join("\n").toLowerCase());
+  }
 
   function search() {
     const wanted = text.value.toLowerCase();
@@ -56,7 +59,8 @@
   function show() {
     const shown = found.slice(first, first + PAGE);
     body.replaceChildren(...shown.map(rowElement));
-    const range = shown.length ? `Rows ${number.format(first + 1)} to ${number.format(first + shown.length)} of ${number.format(found.length)}` : "No row fits these filters";
+    const [from, to, all] = [first + 1, first + shown.length, found.length].map((at) => number.format(at));
+    const range = shown.length ? `Rows ${from} to ${to} of ${all}` : "No row fits these filters";
     count.textContent = found.length < rows.length ? `${range} (${number.format(rows.length)} in all).` : `${range}.`;
     previous.disabled = first === 0;
     next.disabled = first + PAGE >= found.length;
@@ -67,7 +71,7 @@
     button.setAttribute("aria-expanded", "false");
     const line = element(
       "tr", {},
-      element("th", { scope: "row" }, element("bdi", { className: "id" }, ...breakable(row.id)), element("bdi", { className: "group" }, ...breakable(row.group))),
+      element("th", { scope: "row" }, ...["id", "group"].map((name) => element("bdi", { className: name }, ...breakable(row[name])))),
       outcome(row.azure), outcome(row.slm), element("td", {}, button),
     );
     button.addEventListener("click", () => {
@@ -94,14 +98,15 @@
   function details(row, id) {
     const cell = element("td", { colSpan: 4 });
     const part = (title, ...content) => cell.append(element("h3", { textContent: title }), ...content);
-    if (row.prompt !== undefined) part("Prompt", element("pre", { textContent: row.prompt }));
-    else part("Prompt", element("p", { className: "note", textContent: browser.dataset.prompts === "yes" ? "Not in the dataset." : "Not stored: the dataset is not where it was, or has changed." }));
+    const note = (text) => element("p", { className: "note", textContent: text });
+    const gone = browser.dataset.prompts === "yes" ? "Not in the dataset." : "Not stored: the dataset is not where it was, or has changed.";
+    part("Prompt", row.prompt === undefined ? note(gone) : element("pre", { textContent: row.prompt }));
     part("Reference", element("pre", { textContent: side(row.azure.diff, 2) }));
     for (const [name, title] of [["azure", "Hosted"], ["slm", "Small"]]) {
       const content = [element("pre", {}, ...marked(row[name].diff))];
-      if (row[name].ended) content.unshift(element("p", { className: "note", textContent: `Ended by: ${row[name].ended}` }));
-      if (row[name].right && row[name].diff.length > 1) content.unshift(element("p", { className: "note", textContent: "Equal as JSON: order of keys and spacing do not count." }));
-      if (!side(row[name].diff, 1)) content.unshift(element("p", { className: "note", textContent: "The reply is empty." }));
+      if (row[name].ended) content.unshift(note(`Ended by: ${row[name].ended}`));
+      if (row[name].right && row[name].diff.length > 1) content.unshift(note("Equal as JSON: order of keys and spacing do not count."));
+      if (!side(row[name].diff, 1)) content.unshift(note("The reply is empty."));
       part(`${title}: ${browser.dataset[name]}${row[name].right ? "" : `, ${plain(row[name].error ?? "not exact")}`}`, ...content);
     }
     return element("tr", { className: "detail", id }, cell);

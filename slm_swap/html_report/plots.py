@@ -13,7 +13,7 @@ from slm_swap.html_report.words import range_of, short, signed
 
 
 class Theme(NamedTuple):
-    """Colours that keep a contrast of 4.5 (text) and 3 (marks) on the page's background, told apart by colour-blind readers too."""
+    """Colours with a contrast of at least 4.5 (text) and 3 (marks) on the page, which colour-blind readers can tell apart."""
 
     paper: str
     text: str
@@ -111,7 +111,7 @@ class Canvas:
         axes.set_ylim(len(names) - 0.5, -0.75 if self.narrow else -0.5)
         axes.set_yticks([])
         above = -0.42 if self.narrow else 0
-        sides = ((0, 1) if self.narrow else (-left / (self.width - left - right), 1 + right / (self.width - left - right)))
+        sides = (0, 1) if self.narrow else (-left / (self.width - left - right), 1 + right / (self.width - left - right))
         across = axes.get_yaxis_transform()
         for at, (name, value) in enumerate(zip(names, values, strict=True)):
             text = one_line(name, 21 if self.narrow else 27)
@@ -122,12 +122,12 @@ class Canvas:
     def x_label(self, axes, text: str) -> None:
         axes.set_xlabel(one_line(text, 50), color=self.theme.muted, labelpad=6)
 
-    def legend(self, axes, handles: Sequence[Any]) -> None:
-        found = axes.legend(
-            handles=handles, loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=self.columns, frameon=False, borderpad=0.2,
-            handletextpad=0.5, columnspacing=1.4, handlelength=1.8, labelspacing=0.35, fontsize=FONT, labelcolor=self.theme.text,
+    def legend(self, axes, handles: Sequence[Any], labels: Sequence[str]) -> None:
+        axes.legend(
+            handles, [f" {label}" for label in labels],  # matplotlib leaves out what begins with an underscore
+            loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=self.columns, frameon=False, borderpad=0.2, handletextpad=0.3,
+            columnspacing=1.4, handlelength=1.8, labelspacing=0.35, fontsize=FONT, labelcolor=self.theme.text,
         )  # fmt: skip
-        found.set_in_layout(False)
 
 
 # -- Plots -----------------------------------------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ def both_models(names: Sequence[str], metrics: Sequence[dict[str, Any]], labels:
             ends += dots(axes, points, shift, color, marker)
         axes.set_xlim(*room(min(ends), max(ends), 0, 100))
         canvas.x_label(axes, "points out of 100")
-        canvas.legend(axes, [mark(theme.azure, "o", legend[0]), mark(theme.slm, "s", legend[1])])
+        canvas.legend(axes, [mark(theme.azure, "o"), mark(theme.slm, "s")], legend)
 
     return draw
 
@@ -157,6 +157,7 @@ def behind(
     """How far the small model is behind on each line, in points, with intervals; with `delta`, the margin that is good enough."""
 
     def draw(canvas: Canvas) -> None:
+        from matplotlib.lines import Line2D
         from matplotlib.patches import Patch
 
         theme = canvas.theme
@@ -170,7 +171,7 @@ def behind(
             upright(canvas, axes, len(names), 100 * delta, **dashes)
             height = BAND if canvas.narrow else len(names)
             axes.barh(range(len(names)), 100 * delta - limits[0], height, limits[0], color=theme.fine, zorder=0, linewidth=0)
-            canvas.legend(axes, [line(label=legend[0], **dashes), Patch(color=theme.fine, label=legend[1])])
+            canvas.legend(axes, [Line2D([], [], **dashes), Patch(color=theme.fine)], legend)
         axes.set_xlim(*limits)
         canvas.x_label(axes, x_label)
 
@@ -212,8 +213,7 @@ def before_after(names: Sequence[str], metrics: Sequence[dict[str, Any]], azure:
         axes.plot(hosted, ats, color=theme.azure, linestyle="none", marker="|", markersize=16, markeredgewidth=2.5)
         axes.set_xlim(*room(min(ends), max(ends), 0, 100))
         canvas.x_label(axes, "points out of 100")
-        marks = ("s", theme.slm, theme.paper), ("s", theme.slm, theme.slm), ("|", theme.azure, None)
-        canvas.legend(axes, [mark(color, shape, label, face) for (shape, color, face), label in zip(marks, legend, strict=True)])
+        canvas.legend(axes, [mark(theme.slm, "s", theme.paper), mark(theme.slm, "s"), mark(theme.azure, "|")], legend)
 
     return draw
 
@@ -230,6 +230,7 @@ def cost_lines(
     """What both models cost in all for so many tasks: the hosted one `azure` a task, the small one `slm`, fixed and a task."""
 
     def draw(canvas: Canvas) -> None:
+        from matplotlib.lines import Line2D
         from matplotlib.ticker import FuncFormatter, MaxNLocator
 
         theme = canvas.theme
@@ -246,7 +247,15 @@ def cost_lines(
         axes.set_xlim(0, x_most)
         axes.set_ylim(0, 1.08 * max(azure * x_most, slm[0] + slm[1] * x_most) or 1)
         if meets is not None and meets <= x_most:
-            axes.plot([meets], [azure * meets], color=theme.text, marker="o", markersize=9, markerfacecolor=theme.paper, markeredgewidth=2)
+            axes.plot(
+                [meets],
+                [azure * meets],
+                color=theme.text,
+                marker="o",
+                markersize=9,
+                markerfacecolor=theme.paper,
+                markeredgewidth=2,
+            )
         if capacity is not None and capacity < x_most:
             axes.axvline(capacity, color=theme.muted, linewidth=1.5, linestyle=(0, (1, 2)))
         for axis in (axes.xaxis, axes.yaxis):
@@ -254,12 +263,12 @@ def cost_lines(
             axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
         axes.set_ylabel(axis_labels[1], color=theme.muted)
         canvas.x_label(axes, axis_labels[0])
-        canvas.legend(axes, [line(label=label, **style) for label, style in zip(legend, styles, strict=True)])
+        canvas.legend(axes, [Line2D([], [], **style) for style in styles], legend)
 
     return draw
 
 
-# -- Parts of plots ----------------------------------------------------------------------------------------------------------------
+# -- Parts of plots --------------------------------------------------------------------------------------------------------------
 
 
 def dots(axes, values: Sequence[tuple[float, list[float] | None]], shift: float, color: str, marker: str) -> list[float]:
@@ -278,19 +287,12 @@ def room(low: float, high: float, least: float, most: float) -> tuple[float, flo
     return max(low - margin, least - 1.5), min(high + margin, most + 1.5)
 
 
-def mark(color: str, marker: str, label: str, face: str | None = None):
+def mark(color: str, marker: str, face: str | None = None):
     """A mark of the legend."""
     from matplotlib.lines import Line2D
 
-    size = {"markersize": 8, "markerfacecolor": face or color, "markeredgewidth": 2}
-    return Line2D([], [], color=color, marker=marker, linestyle="none", label=label, **size)
-
-
-def line(**style: Any):
-    """A line of the legend."""
-    from matplotlib.lines import Line2D
-
-    return Line2D([], [], **style)
+    style = {"markersize": 8, "markerfacecolor": face or color, "markeredgewidth": 2}
+    return Line2D([], [], color=color, marker=marker, linestyle="none", **style)
 
 
 def upright(canvas: Canvas, axes, lines: int, x: float, **style: Any) -> None:
