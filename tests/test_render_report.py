@@ -41,6 +41,7 @@ HOSTILE = (
     "]]>&lt;b&gt;&amp; $x^2$ $\\frac{1}{0}$",
     "<style>*{display:none}</style><meta http-equiv=refresh content='0;url=https://example.com'>",
     "<iframe src=https://example.com></iframe><link rel=stylesheet href=https://example.com/x.css>",
+    "constructor",
 )
 
 
@@ -641,6 +642,7 @@ def test_a_hostile_decision_does_nothing_and_is_shown_as_it_is(open_page, hostil
         ]
         assert shown[-3:] == [visible(text), f"{visible(text)} {visible(text)}", visible(text)]
         assert f"Ended by: {visible(text)}" in page.locator("#body > tr.detail").nth(number).text_content()
+    assert {f"{visible(text)} (1)" for text in HOSTILE} <= set(page.locator("#filter-group option").all_text_contents())
     assert page.evaluate("window.ran") is None and page.title() == f"{words.HEADLINES[FINE_TUNE]} (toolcall)"
     assert (
         page.locator("script").count() == 2

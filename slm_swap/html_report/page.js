@@ -25,21 +25,24 @@
   // Names may break where their parts meet.
   const breakable = (name) => name.split(/(?<=[_./-])/).flatMap((part, at) => (at ? [document.createElement("wbr"), part] : [part]));
 
-  // A select with how many rows each of its values has, values that no row has left out.
+  // A select with how many rows each of its values has: those with names first, then the others by the alphabet.
   function fill(select, valuesOf, names, all) {
-    const counts = new Map(Object.keys(names).map((name) => [name, 0]));
+    const counts = new Map();
     for (const row of rows) for (const value of valuesOf(row)) counts.set(value, (counts.get(value) ?? 0) + 1);
     select.append(element("option", { value: "", textContent: all }));
-    for (const [value, rowsOfIt] of counts)
-      if (rowsOfIt) select.append(element("option", { value: `=${value}`, textContent: `${names[value] ?? value} (${number.format(rowsOfIt)})` }));
-    return counts.size > 0 && select.length > 1;
+    const others = [...counts.keys()].filter((value) => !Object.hasOwn(names, value)).sort();
+    for (const value of [...Object.keys(names), ...others].filter((value) => counts.has(value))) {
+      const name = Object.hasOwn(names, value) ? names[value] : value;
+      select.append(element("option", { value: `=${value}`, textContent: `${name} (${number.format(counts.get(value))})` }));
+    }
+    return counts.size > 0;
   }
 
   // Both texts can be put together from a difference: parts in both, only in the reference, only in the reply, and so on.
   const side = (diff, left_out) => diff.filter((_, at) => at % 3 !== left_out).join("");
   function textOf(row) {
-    const texts = [row.id, row.group, row.prompt ?? "", side(row.azure.diff, 2), side(row.azure.diff, 1), side(row.slm.diff, 1)];
-    return (row.searched ??= texts.join("\n").toLowerCase());
+    const texts = () => [row.id, row.group, row.prompt ?? "", side(row.azure.diff, 2), side(row.azure.diff, 1), side(row.slm.diff, 1)];
+    return (row.searched ??= texts().join("\n").toLowerCase());
   }
 
   function search() {
