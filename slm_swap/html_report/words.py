@@ -4,10 +4,10 @@ from slm_swap.decision import FINE_TUNE, NEED_MORE_DATA, SWAP
 
 HEADLINES = {
     SWAP: "Swap: the small model can take this task over",
-    FINE_TUNE: "Fine-tune first: the small model is not good enough yet",
+    FINE_TUNE: "Not yet: the small model falls short",
     NEED_MORE_DATA: "Not decided yet: more rows are needed",
 }
-VERDICTS = {SWAP: "Swap", FINE_TUNE: "Fine-tune first", NEED_MORE_DATA: "More rows needed"}
+VERDICTS = {SWAP: "Swap", FINE_TUNE: "Not yet", NEED_MORE_DATA: "More rows needed"}
 METRICS = {  # a metric's name, and what it is the share of
     "json_valid_rate": ("Valid JSON", "replies that are one JSON object and nothing else"),
     "exact_match_rate": ("Fully right reply", "replies that equal the reference in every field"),
