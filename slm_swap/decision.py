@@ -54,7 +54,9 @@ class Decision:
 
     @property
     def failing(self) -> list[str]:
-        """The metrics that the small model is too much worse on, the worst first."""
+        """The metrics that the small model is too much worse on, the worst first; none beside a SWAP that was certain before."""
+        if self.verdict == SWAP:
+            return []
         worse = [name for name, values in self.metrics.items() if self._is_worse(values)]
         return sorted(worse, key=lambda name: -self.metrics[name]["difference"])
 
