@@ -202,6 +202,13 @@ def test_plain_is_one_line_of_at_most_so_many_characters(text, length):
 
 def test_plain_cuts_and_keeps_letters():
     assert plain("Zürich 東京", 80) == "Zürich 東京" and plain("abcdef", 4) == "abc…" and plain(None) == "None"
+    assert plain("a\x1b[1m\u2028b\u2029c\u202ed\n") == "a�[1m�b�c�d�"
+
+
+def test_rows_that_got_worse_are_ten_at_most_and_cut(told):
+    told = deepcopy(told)
+    told["before"]["worse"] = ["x" * 100] * 12
+    assert f"wrong now: 12 ({', '.join(['x' * 39 + '…'] * 10)}, …)." in "\n".join(notes(told))
 
 
 def test_markdown_by_the_point_rule(make):
