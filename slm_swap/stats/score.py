@@ -55,8 +55,8 @@ class Sample:
     @cached_property
     def counted(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(totals, sizes, how many): clusters that are alike, once."""
-        units, counts = np.unique(np.stack([self.totals, self.sizes]), axis=1, return_counts=True)
-        return units[0], units[1], counts
+        units, counts = np.unique(self.totals + 1j * self.sizes, return_counts=True)  # far sooner than along an axis
+        return units.real, units.imag, counts
 
 
 def make_sample(
