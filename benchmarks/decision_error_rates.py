@@ -84,8 +84,8 @@ def cell(rng: np.random.Generator, trials: int, rows: int, kind: str, margin: fl
         return None
     totals, sizes, counts = drawn
     y, exact = totals - margin * sizes, kind == "yes-no"
-    typical = (counts @ sizes**2) / (counts @ sizes)
-    effective = (counts @ sizes) / typical
+    typical = (counts @ sizes**3) / (counts @ sizes**2)
+    effective = (counts @ sizes) ** 2 / (counts @ sizes**2)
     low = np.minimum((-1 - margin) * typical, np.where(counts > 0, y, np.inf).min(-1))
     high = np.maximum((1 - margin) * typical, np.where(counts > 0, y, -np.inf).max(-1))
     score = statistics(y, sizes, counts, low, high, exact)

@@ -188,7 +188,7 @@ def by_optimizer(values: list[float], labels: list, m: float) -> float:
         groups.setdefault(label, []).append(value)
     y = np.array([sum(value - m for value in group) for group in groups.values()])
     n, sizes = len(groups), np.array([len(group) for group in groups.values()])
-    typical = (sizes**2).sum() / sizes.sum()
+    typical = (sizes**3).sum() / (sizes**2).sum()
     low, high = min((-1 - m) * typical, y.min()), max((1 - m) * typical, y.max())
     bounds = (-1 / high * (1 - 1e-9), -1 / low * (1 - 1e-9))
     multiplier = optimize.minimize_scalar(lambda x: -np.log1p(x * y).sum(), bounds=bounds, method="bounded", options={"xatol": 1e-12}).x

@@ -123,11 +123,11 @@ def statistics(
 def _deviations(sample: Sample, m: float) -> tuple[np.ndarray, np.ndarray, float, float]:
     """What `tilted_variance` takes: each unit's sum of (value - m), how often, and the ends of the scale for it.
 
-    An end is a cluster of nothing but the scale's end, as large as the cluster of a row drawn at random: mean size would let
-    rare large clusters pass too often, the largest size hardly anything (benchmarks/decision_error_rates.py has unequal clusters).
+    An end is a cluster of nothing but the scale's end, as large as that of two rows drawn at random from one cluster: at the mean
+    size rare large clusters would pass too often, at the largest hardly anything (benchmarks/decision_error_rates.py has unequal ones).
     """
     totals, sizes, counts = sample.counted
-    y, typical = totals - m * sizes, (counts * sizes**2).sum() / (counts * sizes).sum()
+    y, typical = totals - m * sizes, (counts * sizes**3).sum() / (counts * sizes**2).sum()
     return y, counts, min((sample.low - m) * typical, y.min()), max((sample.high - m) * typical, y.max())
 
 
