@@ -34,14 +34,15 @@ ROWS = (30, 50, 100, 200, 500, 1000)
 DISCORDANCE = (0.05, 0.1, 0.2, 0.3, 0.4)
 MARGINS = (0.02, 0.05)
 GAPS = (0.0, 0.5, 1.0, 2.0)  # in margins
+COLUMNS = ("kind", "rows", "margin", "gap", "discordance", "swap", "fine_tune")
 CHECKED = 3  # trials of a cell that are decided again
 KINDS = {  # cluster sizes, intra-cluster correlation, sizes of a difference
     "yes-no": ((1,), 0.0, (1.0,)),
     "fractions": ((1,), 0.0, (0.25, 0.5, 0.75, 1.0)),
-    "clusters of 10, correlation 0.3": ((10,), 0.3, (1.0,)),
-    "clusters of 10, correlation 1": ((10,), 1.0, (1.0,)),
-    "clusters of 1 to 10, correlation 0.3": ((1, 2, 5, 10), 0.3, (1.0,)),
-    "clusters of 1 to 10, correlation 1": ((1, 2, 5, 10), 1.0, (1.0,)),
+    "clusters of 10 correlation 0.3": ((10,), 0.3, (1.0,)),
+    "clusters of 10 correlation 1": ((10,), 1.0, (1.0,)),
+    "clusters of 1 to 10 correlation 0.3": ((1, 2, 5, 10), 0.3, (1.0,)),
+    "clusters of 1 to 10 correlation 1": ((1, 2, 5, 10), 1.0, (1.0,)),
 }
 
 
@@ -83,8 +84,8 @@ def cell(rng: np.random.Generator, trials: int, rows: int, kind: str, margin: fl
         return None
     totals, sizes, counts = drawn
     y, exact = totals - margin * sizes, kind == "yes-no"
-    typical = (counts @ sizes**2) / (counts @ sizes)
-    effective = (counts @ sizes) / typical
+    typical = (counts @ sizes**3) / (counts @ sizes**2)
+    effective = (counts @ sizes) ** 2 / (counts @ sizes**2)
     low = np.minimum((-1 - margin) * typical, np.where(counts > 0, y, np.inf).min(-1))
     high = np.maximum((1 - margin) * typical, np.where(counts > 0, y, -np.inf).max(-1))
     score = statistics(y, sizes, counts, low, high, exact)
@@ -149,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     told = {
         "simulated": "pairs of replies drawn at random; no model was run", "created_at": now(), "code": code_version(), "hardware": hardware(),
         "seed": args.seed, "alpha": ALPHA, "trials": args.trials, "seconds": round(time.perf_counter() - started, 1),
-        "summary": summary, "cells": cells,
+        "summary": summary, "cells": [",".join(COLUMNS)] + [",".join(str(found[name]) for name in COLUMNS) for found in cells],
     }  # fmt: skip
     write_json(args.out, told)
     for kind, found in summary.items():

@@ -54,7 +54,9 @@ class Decision:
 
     @property
     def failing(self) -> list[str]:
-        """The metrics that the small model is too much worse on, the worst first."""
+        """The metrics that the small model is too much worse on, the worst first; none beside a SWAP that was certain before."""
+        if self.verdict == SWAP:
+            return []
         worse = [name for name, values in self.metrics.items() if self._is_worse(values)]
         return sorted(worse, key=lambda name: -self.metrics[name]["difference"])
 
@@ -205,8 +207,9 @@ def rows_needed(samples: Mapping[str, Any], delta: float, alpha: float) -> dict[
     """How many further rows (and clusters) would settle the verdict with 80% power, were the truth what the rows show.
 
     Towards FINE_TUNE where some metric is more than the margin worse: the metric that would be shown first, at Holm's first level.
-    Towards SWAP otherwise: the metric that would be shown last. `rows_if_equal`: towards SWAP, were both models equally good and
-    disagreed as often. None: no number of rows (below ten million) settles it.
+    Towards SWAP otherwise: the metric that would be shown last (all have to be: where several are as near, the power is less).
+    `rows_if_equal`: towards SWAP, were both models equally good and disagreed as often. None: no number of rows (below ten million)
+    settles it.
     """
     from slm_swap.stats.score import mirrored, units_needed
 

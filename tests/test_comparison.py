@@ -337,12 +337,11 @@ def test_a_verdict_that_flips_with_the_matcher_is_warned_of(sides):
 
 @pytest.mark.parametrize("rule", ["paired", "sequential"])
 @pytest.mark.parametrize("groups", [[None], ["a"], ["a", None]])
-@pytest.mark.parametrize("count", [2, 3])
-def test_two_rows(sides, rule, groups, count):
-    for azure, slm in ((["right"], ["right"]), (["right"], ["failed", "right"]), (["wrong_value"], ["right"]), (["no_json"], ["no_json"])):
-        told = look(sides(calls(count, groups), azure, slm, ["right", "no_json"]), rule)
-        assert told["verdict"] == "NEED_MORE_DATA"
-        json.dumps(told, allow_nan=False)
+@pytest.mark.parametrize(("azure", "slm"), [(["right"], ["failed", "right"]), (["no_json"], ["no_json"])])
+def test_two_rows(sides, rule, groups, azure, slm):
+    told = look(sides(calls(2, groups), azure, slm, ["right", "no_json"]), rule)
+    assert told["verdict"] == "NEED_MORE_DATA"
+    json.dumps(told, allow_nan=False)
 
 
 # -- Money -----------------------------------------------------------------------------------------------------------------------

@@ -188,7 +188,7 @@ def by_optimizer(values: list[float], labels: list, m: float) -> float:
         groups.setdefault(label, []).append(value)
     y = np.array([sum(value - m for value in group) for group in groups.values()])
     n, sizes = len(groups), np.array([len(group) for group in groups.values()])
-    typical = (sizes**2).sum() / sizes.sum()
+    typical = (sizes**3).sum() / (sizes**2).sum()
     low, high = min((-1 - m) * typical, y.min()), max((1 - m) * typical, y.max())
     bounds = (-1 / high * (1 - 1e-9), -1 / low * (1 - 1e-9))
     multiplier = optimize.minimize_scalar(lambda x: -np.log1p(x * y).sum(), bounds=bounds, method="bounded", options={"xatol": 1e-12}).x
@@ -371,6 +371,9 @@ def test_units_needed_by_hand():
     assert units_needed(paired(15, 15, 100), 0.05, 0.05, 0.8) == pytest.approx(expected)
     for b in (5, 15, 25):
         assert units_needed(paired(b, 30 - b, 100), 0.05, 0.05, 0.8, even=True) == pytest.approx(expected)
+    # Fractions whose own variance, 3/64, is larger than the 0.04 under m (test_fractions_by_hand)
+    both = z + stats.norm.ppf(0.8)
+    assert units_needed(make_sample([0] * 6 + [-0.5] * 2), -0.1, 0.05, 0.8) == pytest.approx((both / 0.025) ** 2 * 3 / 64)
 
 
 def test_no_number_of_units_shows_what_is_not_so():

@@ -12,10 +12,13 @@ from slm_swap.settings import PACKAGE, ROOT
 
 SCRIPTS = [
     "01_eval/eval.py", "01_eval/infer.py", "01_eval/live_compare.py", "02_dataset/prepare_data.py", "03_compare/compare.py",
-    "04_ft/train_unsloth.py", "train_unsloth.py", "demo/azure_simulator.py", "demo/make_sample_data.py", "demo/make_tiny_model.py",
-    "demo/quickstart.py",
+    "03_compare/render_report.py", "04_ft/train_unsloth.py", "train_unsloth.py", "demo/azure_simulator.py",
+    "demo/make_sample_data.py", "demo/make_tiny_model.py", "demo/quickstart.py",
 ]  # fmt: skip
-HEAVY = ("torch", "transformers", "peft", "trl", "unsloth", "vllm", "openai", "langfuse", "datasets", "numpy", "scipy", "pandas")
+HEAVY = (
+    "torch", "transformers", "peft", "trl", "unsloth", "vllm", "openai", "langfuse", "datasets", "numpy", "scipy", "pandas", "jinja2",
+    "matplotlib",
+)  # fmt: skip
 
 
 def run(script: str, *flags: str, cwd=ROOT, **environment: str) -> subprocess.CompletedProcess:
@@ -39,7 +42,7 @@ def test_help_answers_from_anywhere_without_heavy_imports(script, tmp_path):
     done = run(script, "--help", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("usage:") and ("--seed" in done.stdout) != (
-        script in ("03_compare/compare.py", "demo/quickstart.py")
+        script in ("03_compare/compare.py", "03_compare/render_report.py", "demo/quickstart.py")
     )
     imported = {
         line.rsplit("|", 1)[1].strip().split(".")[0] for line in done.stderr.splitlines() if line.startswith("import time:")

@@ -1,6 +1,7 @@
 """A decision as text: what the tables hold, how wide they are, and that names from outside do nothing."""
 
 import re
+from copy import deepcopy
 
 import pytest
 from evaluated import AZURE, REPLIES, SLM, TUNED, calls, replies, write_report
@@ -144,14 +145,19 @@ def test_the_tables_fit_a_terminal_of_80_columns(make, rule, capsys, monkeypatch
     assert told["sentence"] in text
 
 
-@pytest.mark.parametrize("hostile", HOSTILE)
-def test_hostile_names_do_nothing_in_a_terminal(make, hostile, capsys, monkeypatch):
-    told = make(count=40, groups=[hostile.replace("\ud800", ""), "b"], names=[hostile] * 3)
-    told["warnings"] = [hostile]
+def spoilt(told, hostile):
+    """The decision with a hostile text wherever a text comes from outside."""
+    told = deepcopy(told)
+    told["labels"], told["warnings"], told["cost"]["unknown"] = dict.fromkeys(told["labels"], hostile), [hostile], [hostile]
+    told["groups"]["all"][0]["group"] = hostile
     told["gold_audit"]["rows"] = [{"id": hostile, "group": None, "reference": hostile, "reply": hostile}]
     told["before"]["worse"] = [hostile] * 3
-    told["cost"]["unknown"] = [hostile]
-    shown = printed(told, capsys, monkeypatch)
+    return told
+
+
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_hostile_names_do_nothing_in_a_terminal(told, hostile, capsys, monkeypatch):
+    shown = printed(spoilt(told, hostile), capsys, monkeypatch)
     assert not ACTING.search(shown)
     assert max(map(len, shown.splitlines())) <= 80
     if hostile.startswith("[red]"):
@@ -159,13 +165,8 @@ def test_hostile_names_do_nothing_in_a_terminal(make, hostile, capsys, monkeypat
 
 
 @pytest.mark.parametrize("hostile", HOSTILE)
-def test_hostile_names_do_nothing_in_markdown(make, hostile):
-    told = make(count=40, groups=[hostile.replace("\ud800", ""), "b"], names=[hostile] * 3)
-    told["warnings"] = [hostile]
-    told["gold_audit"]["rows"] = [{"id": hostile, "group": None, "reference": hostile, "reply": hostile}]
-    told["before"]["worse"] = [hostile] * 3
-    told["cost"]["unknown"] = [hostile]
-    text = markdown(told)
+def test_hostile_names_do_nothing_in_markdown(told, hostile):
+    text = markdown(spoilt(told, hostile))
     assert not ACTING.search(text)
     check_inert(text, titles=len(tables(told)))
 
@@ -201,6 +202,13 @@ def test_plain_is_one_line_of_at_most_so_many_characters(text, length):
 
 def test_plain_cuts_and_keeps_letters():
     assert plain("Zürich 東京", 80) == "Zürich 東京" and plain("abcdef", 4) == "abc…" and plain(None) == "None"
+    assert plain("a\x1b[1m\u2028b\u2029c\u202ed\n") == "a�[1m�b�c�d�"
+
+
+def test_rows_that_got_worse_are_ten_at_most_and_cut(told):
+    told = deepcopy(told)
+    told["before"]["worse"] = ["x" * 100] * 12
+    assert f"wrong now: 12 ({', '.join(['x' * 39 + '…'] * 10)}, …)." in "\n".join(notes(told))
 
 
 def test_markdown_by_the_point_rule(make):

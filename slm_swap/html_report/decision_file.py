@@ -1,6 +1,7 @@
-"""The decision file that compare.py writes, and the rows files and the dataset behind it: read, checked, nothing in them trusted."""
+"""The decision file that compare.py writes, the rows files and the dataset behind it: read, checked, nothing in them trusted."""
 
 import json
+import re
 from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
@@ -15,8 +16,9 @@ from slm_swap.settings import display_path, find_path
 from slm_swap.tracks import TRACKS, Track
 
 MADE_BY = "03_compare/compare.py"
+HALF_PAIR = re.compile("[\ud800-\udfff]")  # no text: it has no hash, and no row is made of it
 
-# -- The file's form, as JSON Schema. What may be null may be absent, too: then it is null. ----------------------------------------
+# -- The file's form, as JSON Schema. What may be null may be absent, too: then it is null. --------------------------------------
 
 
 def maybe(schema: dict) -> dict:
@@ -115,7 +117,9 @@ SCHEMA = record(
             metric=TEXT,
             mean=maybe(DIFFERENCE),
             between_sd=maybe(AMOUNT),
-            all=listed(record(group=TEXT, rows=COUNT, azure=RATE, slm=RATE, difference=DIFFERENCE, shrunk=DIFFERENCE, interval=INTERVAL)),
+            all=listed(
+                record(group=TEXT, rows=COUNT, azure=RATE, slm=RATE, difference=DIFFERENCE, shrunk=DIFFERENCE, interval=INTERVAL)
+            ),
         )
     ),
     gold_audit=maybe(
@@ -128,7 +132,9 @@ SCHEMA = record(
     ),
     before=maybe(
         record(
-            metrics=named(record(before=RATE, slm=RATE, gain=DIFFERENCE, interval=maybe(INTERVAL), p_value=maybe(RATE))),
+            metrics=named(
+                record(before=RATE, slm=RATE, gain=DIFFERENCE, interval=maybe(INTERVAL), p_value=maybe(RATE)), minProperties=1
+            ),
             worse=listed(TEXT),
             better=listed(TEXT),
             metric=maybe(TEXT),
@@ -173,10 +179,6 @@ SCHEMA = record(
     warnings=maybe(listed(TEXT)),
     trace=maybe(record(id=maybe(TEXT), url=maybe(TEXT))),
 )
-ROW = record(
-    id=TEXT, group=maybe(TEXT), prompt_sha256=maybe(TEXT), reply=TEXT, reference=TEXT, scores=named(RATE), error=maybe(TEXT),
-    finish_reason=maybe(TEXT), reply_error=maybe(TEXT),
-)  # fmt: skip
 
 
 def with_nulls(value: Any, schema: dict) -> Any:
@@ -215,7 +217,7 @@ def read_decision(path: Path) -> dict[str, Any]:
     return with_nulls(value, SCHEMA)
 
 
-# -- Rows --------------------------------------------------------------------------------------------------------------------------
+# -- Rows ------------------------------------------------------------------------------------------------------------------------
 
 
 class Rows:
@@ -239,16 +241,19 @@ class Rows:
         Raises:
             UserError: a line is not a row, or the files hold other rows; the line is named.
         """
-        from jsonschema import Draft202012Validator
-
-        prompts = {text_hash(text): text for text in prompts_of(self.dataset)} if self.dataset else {}
-        valid = Draft202012Validator(ROW).is_valid
+        prompts = prompts_of(self.dataset) if self.dataset else {}
         end = (f"{display_path(self.azure)}, behind its end", None)
         for (where, azure), (_, slm) in zip_longest(read_jsonl(self.azure), read_jsonl(self.slm), fillvalue=end):
-            if not valid(azure) or not valid(slm) or azure["id"] != slm["id"]:
+            if not is_row(azure) or not is_row(slm) or azure["id"] != slm["id"]:
                 raise UserError(f"{where}: not the same row as in {display_path(self.slm)}: evaluate and compare again")
             marks = [mark for mark, ids in self.marks.items() if azure["id"] in ids]
-            row = {"id": azure["id"], "group": self.group(azure), "azure": self.side(azure), "slm": self.side(slm), "marks": marks}
+            row = {
+                "id": azure["id"],
+                "group": self.group(azure),
+                "azure": self.side(azure),
+                "slm": self.side(slm),
+                "marks": marks,
+            }
             if azure.get("prompt_sha256") in prompts:
                 row["prompt"] = prompts[azure["prompt_sha256"]]
             yield all_visible(row)
@@ -267,6 +272,15 @@ class Rows:
         if row.get("reply_error") or row.get("finish_reason") not in (None, "stop"):
             told["ended"] = row.get("reply_error") or row["finish_reason"]
         return told
+
+
+def is_row(value: Any) -> bool:
+    """Whether a decoded line has what is read of it here, of the right types."""
+    if not isinstance(value, dict) or not isinstance(value.get("scores"), dict):
+        return False
+    texts = all(isinstance(value.get(name), str) for name in ("id", "reply", "reference"))
+    perhaps = ("group", "prompt_sha256", "error", "finish_reason", "reply_error")
+    return texts and all(value.get(name) is None or isinstance(value[name], str) for name in perhaps)
 
 
 def open_rows(decision: dict[str, Any]) -> Rows | None:
@@ -303,11 +317,10 @@ def dataset(inputs: dict[str, Any] | None) -> Path | None:
     return path if path.is_file() and sha256_file(path) == inputs["sha256"] else None
 
 
-def prompts_of(path: Path) -> Iterator[str]:
-    """The prompts of a dataset."""
-    for _, row in read_jsonl(path):
-        if isinstance(row, dict) and isinstance(row.get("prompt"), str):
-            yield row["prompt"]
+def prompts_of(path: Path) -> dict[str, str]:
+    """The prompts of a dataset by the hash that rows files know them by."""
+    prompts = (row["prompt"] for _, row in read_jsonl(path) if isinstance(row, dict) and isinstance(row.get("prompt"), str))
+    return {text_hash(prompt): prompt for prompt in prompts if not HALF_PAIR.search(prompt)}
 
 
 def tool_of(track: Track, reference: str) -> str | None:

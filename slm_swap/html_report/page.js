@@ -2,7 +2,7 @@
 // The table of rows. Texts come from models and data sets: they are only ever set as text, never as HTML.
 (() => {
   const PAGE = 50;
-  const RIGHT = { both: "Both right", azure: "Only the hosted model right", slm: "Only the small model right", neither: "Neither right" };
+  const RIGHT = { both: "Both right", azure: "Only hosted right", slm: "Only small right", neither: "Neither right" };
   const MARKS = { reference: "Reference may be wrong", broken: "Right before fine-tuning, wrong now", mended: "Wrong before fine-tuning, right now" };
   const rows = JSON.parse(document.getElementById("data").textContent);
   const browser = document.getElementById("browser");
@@ -22,19 +22,28 @@
     return made;
   }
 
-  // A select with how many rows each of its values has, values that no row has left out.
+  // Names may break where their parts meet.
+  const breakable = (name) => name.split(/(?<=[_./-])/).flatMap((part, at) => (at ? [document.createElement("wbr"), part] : [part]));
+
+  // A select with how many rows each of its values has: those with names first, then the others by the alphabet.
   function fill(select, valuesOf, names, all) {
-    const counts = new Map(Object.keys(names).map((name) => [name, 0]));
+    const counts = new Map();
     for (const row of rows) for (const value of valuesOf(row)) counts.set(value, (counts.get(value) ?? 0) + 1);
     select.append(element("option", { value: "", textContent: all }));
-    for (const [value, rowsOfIt] of counts)
-      if (rowsOfIt) select.append(element("option", { value: `=${value}`, textContent: `${names[value] ?? value} (${number.format(rowsOfIt)})` }));
-    return counts.size > 0 && select.length > 1;
+    const others = [...counts.keys()].filter((value) => !Object.hasOwn(names, value)).sort();
+    for (const value of [...Object.keys(names), ...others].filter((value) => counts.has(value))) {
+      const name = Object.hasOwn(names, value) ? names[value] : value;
+      select.append(element("option", { value: `=${value}`, textContent: `${name} (${number.format(counts.get(value))})` }));
+    }
+    return counts.size > 0;
   }
 
   // Both texts can be put together from a difference: parts in both, only in the reference, only in the reply, and so on.
   const side = (diff, left_out) => diff.filter((_, at) => at % 3 !== left_out).join("");
-  const textOf = (row) => (row.searched ??= [row.id, row.group, row.prompt ?? "", side(row.azure.diff, 2), side(row.azure.diff, 1), side(row.slm.diff, 1)].join("\n").toLowerCase());
+  function textOf(row) {
+    const texts = () => [row.id, row.group, row.prompt ?? "", side(row.azure.diff, 2), side(row.azure.diff, 1), side(row.slm.diff, 1)];
+    return (row.searched ??= texts().join("\n").toLowerCase());
+  }
 
   function search() {
     const wanted = text.value.toLowerCase();
@@ -53,7 +62,8 @@
   function show() {
     const shown = found.slice(first, first + PAGE);
     body.replaceChildren(...shown.map(rowElement));
-    const range = shown.length ? `Rows ${number.format(first + 1)} to ${number.format(first + shown.length)} of ${number.format(found.length)}` : "No row fits these filters";
+    const [from, to, all] = [first + 1, first + shown.length, found.length].map((at) => number.format(at));
+    const range = shown.length ? `Rows ${from} to ${to} of ${all}` : "No row fits these filters";
     count.textContent = found.length < rows.length ? `${range} (${number.format(rows.length)} in all).` : `${range}.`;
     previous.disabled = first === 0;
     next.disabled = first + PAGE >= found.length;
@@ -64,7 +74,7 @@
     button.setAttribute("aria-expanded", "false");
     const line = element(
       "tr", {},
-      element("th", { scope: "row" }, element("bdi", { className: "id", textContent: row.id }), element("bdi", { className: "group", textContent: row.group })),
+      element("th", { scope: "row" }, ...["id", "group"].map((name) => element("bdi", { className: name }, ...breakable(row[name])))),
       outcome(row.azure), outcome(row.slm), element("td", {}, button),
     );
     button.addEventListener("click", () => {
@@ -91,13 +101,15 @@
   function details(row, id) {
     const cell = element("td", { colSpan: 4 });
     const part = (title, ...content) => cell.append(element("h3", { textContent: title }), ...content);
-    if (row.prompt !== undefined) part("Prompt", element("pre", { textContent: row.prompt }));
-    else part("Prompt", element("p", { className: "note", textContent: browser.dataset.prompts === "yes" ? "Not in the dataset." : "Not stored: the dataset is not where it was, or has changed." }));
+    const note = (text) => element("p", { className: "note", textContent: text });
+    const gone = browser.dataset.prompts === "yes" ? "Not in the dataset." : "Not stored: the dataset is not where it was, or has changed.";
+    part("Prompt", row.prompt === undefined ? note(gone) : element("pre", { textContent: row.prompt }));
     part("Reference", element("pre", { textContent: side(row.azure.diff, 2) }));
     for (const [name, title] of [["azure", "Hosted"], ["slm", "Small"]]) {
       const content = [element("pre", {}, ...marked(row[name].diff))];
-      if (row[name].ended) content.unshift(element("p", { className: "note", textContent: `Ended by: ${row[name].ended}` }));
-      if (!side(row[name].diff, 1)) content.unshift(element("p", { className: "note", textContent: "The reply is empty." }));
+      if (row[name].ended) content.unshift(note(`Ended by: ${row[name].ended}`));
+      if (row[name].right && row[name].diff.length > 1) content.unshift(note("Equal as JSON: order of keys and spacing do not count."));
+      if (!side(row[name].diff, 1)) content.unshift(note("The reply is empty."));
       part(`${title}: ${browser.dataset[name]}${row[name].right ? "" : `, ${plain(row[name].error ?? "not exact")}`}`, ...content);
     }
     return element("tr", { className: "detail", id }, cell);
@@ -127,6 +139,7 @@
   function turn(by) {
     first += by;
     show();
+    if (previous.disabled || next.disabled) (previous.disabled ? next : previous).focus(); // a disabled button loses the focus
     document.getElementById("table").scrollIntoView();
   }
   browser.hidden = false;

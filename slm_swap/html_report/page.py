@@ -1,4 +1,4 @@
-"""From a decision to one HTML page that needs nothing else: what it shows is worked out here, how it is put is in the template."""
+"""From a decision to one HTML page that needs nothing else: what it shows is worked out here, how is in the template."""
 
 import base64
 import hashlib
@@ -43,8 +43,17 @@ def write_page(decision: dict[str, Any]) -> Iterator[str]:
     """
     rows = open_rows(decision)
     page = Page(all_visible(decision))
-    return environment().get_template("template.html.j2").generate(
-        page=page, decision=page.decision, words=words, rows=rows and rows_json(rows), prompts=bool(rows and rows.dataset), **assets()
+    return (
+        environment()
+        .get_template("template.html.j2")
+        .generate(
+            page=page,
+            decision=page.decision,
+            words=words,
+            rows=rows and rows_json(rows),
+            prompts=bool(rows and rows.dataset),
+            **assets(),
+        )
     )
 
 
@@ -98,15 +107,15 @@ class Page:
         given = decision["labels"] or {}
         self.labels = {
             side: one_line(given.get(side) or name, 80)
-            for side, name in (("azure", "hosted model"), ("slm", "small model"), ("before", "before fine-tuning"))
+            for side, name in (("azure", "hosted model"), ("slm", "small model"), ("before", "small model"))
         }
         known = [name for name in self.track.gate if name in decision["metrics"]]
         self.metrics = known + [name for name in decision["metrics"] if name not in known]
         self.delta, self.alpha = decision["delta"], decision["alpha"]
         self.level = None if self.alpha is None else f"{100 * (1 - 2 * self.alpha):g}%"
-        self.currency = (decision["cost"] or {}).get("currency")
+        self.currency = one_line((decision["cost"] or {}).get("currency") or "", 12)
 
-    # -- The verdict ---------------------------------------------------------------------------------------------------------------
+    # -- The verdict -------------------------------------------------------------------------------------------------------------
 
     @property
     def headline(self) -> str:
@@ -117,12 +126,13 @@ class Page:
         decision, facts = self.decision, []
         if main := decision["metrics"].get(self.exact):
             told = f"{percent(main['azure'])} → {percent(main['slm'])}"
-            facts.append((self.name(self.exact) + "s: hosted → small", told, self.spelled(main["difference"], main["interval"])))
+            what = f"{self.name(self.exact)}s: hosted → small"
+            facts.append((what, told, self.spelled(main["difference"], main["interval"])))
         worst = (decision["failing"] or [None])[0] or max(self.metrics, key=lambda name: decision["metrics"][name]["difference"])
         if worst != self.exact and worst in decision["metrics"]:
             values = decision["metrics"][worst]
-            told = self.spelled(values["difference"], values["interval"])
-            facts.append((f"Largest gap: {self.name(worst)}", standing(values["difference"]), told))
+            told = f"{percent(values['azure'])} → {percent(values['slm'])}"
+            facts.append((f"{self.name(worst)}: hosted → small", told, self.spelled(values["difference"], values["interval"])))
         cost = decision["cost"]
         if cost and cost["azure"] and cost["slm"] and None not in (cost["azure"]["per_1000"], cost["slm"]["per_1000"]):
             told = f"{self.money(cost['azure']['per_1000'])} → {self.money(cost['slm']['per_1000'])}"
@@ -136,9 +146,8 @@ class Page:
 
     def spelled(self, difference: float, interval: list[float] | None) -> str:
         """A gap with its interval, in words."""
-        if interval is None:
-            return f"{standing(difference)}; the margin is {100 * self.delta:g} points"
-        return f"behind by {range_of(difference, interval)} points; the margin is {100 * self.delta:g}"
+        between = f" ({signed(interval[0])} to {signed(interval[1])})" if interval else ""
+        return f"{standing(difference)}{between}, margin {100 * self.delta:g}"
 
     def clusters(self) -> str:
         clusters = self.decision["clusters"]
@@ -153,7 +162,7 @@ class Page:
         decision, found = self.decision, []
         others = [words.MATCHERS[name][0].lower() for name, told in self.matchers() if told["verdict"] != decision["verdict"]]
         if others:
-            found.append(f"Counted another way ({', '.join(others)}) the verdict is another one: see “Does the verdict hold?”.")
+            found.append(f"Counted another way ({', '.join(others)}) the verdict is different: see “Does the verdict hold?”.")
         audit = decision["gold_audit"]
         if audit and audit["count"] and audit["verdict_without"] not in (None, decision["verdict"]):
             told = words.VERDICTS[audit["verdict_without"]]
@@ -183,7 +192,7 @@ class Page:
             more = "Look at the rows below: on these models more rows alone will hardly settle it."
         return [more, keep]
 
-    # -- Quality -------------------------------------------------------------------------------------------------------------------
+    # -- Quality -----------------------------------------------------------------------------------------------------------------
 
     def name(self, metric: str) -> str:
         return words.METRICS.get(metric, (metric, ""))[0]
@@ -211,7 +220,7 @@ class Page:
         told = "; ".join(f"{name} {range_of(*pair)}" for name, *pair in zip(names, *pairs, strict=True))
         caption = "Points by which the small model is behind; left of zero it is ahead."
         if self.level:
-            caption += f" Lines are {self.level} intervals: one wholly inside the shaded area is good enough, one wholly outside is too far behind."
+            caption += f" Lines are {self.level} intervals: wholly inside the shaded area is good enough, wholly outside is not."
         draw = plots.behind(names, *pairs, self.delta, "points that the small model is behind")
         return Figure(plots.svgs(draw), f"Gap on each metric against a margin of {100 * self.delta:g} points. {told}.", caption)
 
@@ -219,10 +228,13 @@ class Page:
         names = [self.name(name) for name in self.metrics]
         values = [self.values(name) for name in self.metrics]
         told = "; ".join(
-            f"{name}: {rate_of(value['azure'], value['azure_interval'])} hosted, {rate_of(value['slm'], value['slm_interval'])} small"
+            f"{name}: hosted {rate_of(value['azure'], value['azure_interval'])}, "
+            f"small {rate_of(value['slm'], value['slm_interval'])}"
             for name, value in zip(names, values, strict=True)
         )
-        caption = "Round: the hosted model. Square: the small one." + (f" Lines are {self.level} intervals." if self.level else "")
+        caption = "Round: the hosted model. Square: the small one." + (
+            f" Lines are {self.level} intervals." if self.level else ""
+        )
         draw = plots.both_models(names, values, [self.labels["azure"], self.labels["slm"]])
         return Figure(plots.svgs(draw), f"Both models on each metric. {told}.", caption)
 
@@ -246,13 +258,22 @@ class Page:
             split = value["discordant"]
             told = [count(split[side]) for side in ("azure_better", "slm_better", "equal")] if split else ["–"] * 3
             rows.append([self.name(name), p_value(value["p_value"]), p_value(value["p_worse_holm"]), *told])
-        head = ["Metric", "p, no worse than the margin", "p, worse than the margin (Holm)", "Rows: hosted better", "Rows: small better", "Rows: equal"]
+        head = [
+            "Metric",
+            "p, no worse than the margin",
+            "p, worse than the margin (Holm)",
+            "Rows: hosted better",
+            "Rows: small better",
+            "Rows: equal",
+        ]
         return Table("Tests", head, rows)
 
     def further(self, need: dict[str, Any]) -> str:
         """`400 further rows (60 further tools)`"""
-        by = (self.decision["clusters"] or {}).get("by")
-        clusters = f" (of about {count(need['clusters'], f'further {by}s')})" if need["clusters"] is not None and by else ""
+        by = (self.decision["clusters"] or {}).get("by", "row")
+        clusters = (
+            f" (of about {count(need['clusters'], f'further {by}s')})" if need["clusters"] is not None and by != "row" else ""
+        )
         return f"about {count(need['rows'], 'further rows')}{clusters}"
 
     def compared_table(self, caption: str, metrics: dict[str, dict[str, Any]]) -> Table:
@@ -264,14 +285,16 @@ class Page:
         ]  # fmt: skip
         return Table(caption, ["Metric", "Hosted", "Small", "Behind by, points"], rows)
 
-    # -- Gap and groups ------------------------------------------------------------------------------------------------------------
+    # -- Gap and groups ----------------------------------------------------------------------------------------------------------
 
     def kind(self, name: str) -> str:
-        return words.ERROR_KINDS.get(name, name)
+        return words.ERROR_KINDS.get(name, one_line(name, 40))
 
-    def gap_figure(self) -> Figure:
-        gap = self.decision["gap"]
-        errors = [error for error in gap["errors"] if error["azure_rows"] or error["slm_rows"]]
+    def gap_figure(self) -> Figure | None:
+        """None where neither model misses a row."""
+        errors = [error for error in self.decision["gap"]["errors"] if error["azure_rows"] or error["slm_rows"]]
+        if not errors:
+            return None
         errors.sort(key=lambda error: -error["difference"])
         names = [self.kind(error["kind"]) for error in errors]
         told = "; ".join(f"{name} {signed(error['difference'])}" for name, error in zip(names, errors, strict=True))
@@ -286,7 +309,9 @@ class Page:
             for error in gap["errors"]
         ]  # fmt: skip
         missed = [percent(1 - gap["azure"]), percent(1 - gap["slm"]), signed(gap["difference"])]
-        return Table("Misses by kind of error", ["Kind", "Hosted, rows", "Small, rows", "Points of the gap"], [*rows, ["All", *missed]])
+        return Table(
+            "Misses by kind of error", ["Kind", "Hosted, rows", "Small, rows", "Points of the gap"], [*rows, ["All", *missed]]
+        )
 
     def remedies_table(self) -> Table | None:
         remedies = self.decision["gap"]["remedies"]
@@ -294,7 +319,8 @@ class Page:
             return None
         rows = [
             [remedy["remedy"], ", ".join(self.kind(kind).lower() for kind in remedy["kinds"]), count(remedy["rows"]),
-             signed(remedy["gain_at_most"]), "not measured" if remedy["gain_measured"] is None else signed(remedy["gain_measured"])]
+             signed(remedy["gain_at_most"]),
+             "not measured" if remedy["gain_measured"] is None else signed(remedy["gain_measured"])]
             for remedy in remedies
         ]  # fmt: skip
         head = ["Remedy", "Against", "Rows", "Gain at most, points", "Gain measured, points"]
@@ -303,11 +329,14 @@ class Page:
     def groups_figure(self) -> Figure:
         groups = self.decision["groups"]
         worst = groups["all"][:MOST_GROUPS]
-        names = [f"{group['group'] or '(none)'}, {count(group['rows'], 'rows')}" for group in worst]
+        names = [f"{one_line(group['group'] or '(none)', 16)} ({count(group['rows'])})" for group in worst]
         pairs = [group["shrunk"] for group in worst], [group["interval"] for group in worst]
-        told = "; ".join(f"{one_line(name, 60)} {range_of(*pair)}" for name, *pair in zip(names[:5], *pairs, strict=False))
-        of = f"The {len(worst)} with the largest gap of {len(groups['all'])}; the table has all." if len(worst) < len(groups["all"]) else ""
-        caption = f"{of} Estimates are drawn towards the mean of all {groups['by']}s, the more the fewer rows there are.".strip()
+        told = "; ".join(f"{name} {range_of(*pair)}" for name, *pair in zip(names[:5], *pairs, strict=False))
+        caption = (
+            f"In brackets: rows. Estimates are drawn towards the mean of all {groups['by']}s, the more the fewer rows there are."
+        )
+        if len(worst) < len(groups["all"]):
+            caption = f"The {len(worst)} of {len(groups['all'])} with the largest gap; the table has all. {caption}"
         draw = plots.behind(names, *pairs, None, f"points behind on {self.name(groups['metric'])}")
         return Figure(plots.svgs(draw), f"Gap by {groups['by']}, the largest first. {told}.", caption)
 
@@ -321,7 +350,7 @@ class Page:
         head = [groups["by"].capitalize(), "Rows", "Hosted", "Small", "Behind by, points", "Estimate (interval), points"]
         return Table(f"Gap on {self.name(groups['metric'])} by {groups['by']}, the largest first", head, rows)
 
-    # -- Money ---------------------------------------------------------------------------------------------------------------------
+    # -- Money -------------------------------------------------------------------------------------------------------------------
 
     def money(self, amount: float) -> str:
         return f"{significant(amount)} {self.currency}" if self.currency else significant(amount)
@@ -342,7 +371,9 @@ class Page:
             ("Small, always on, a month", always.get("per_month"), self.money),
             ("Small, always on, tasks a month at most", always.get("capacity_tasks_per_month"), count),
         ]
-        return Table("What it costs", ["What", "Amount"], [[what, show(value)] for what, value, show in told if value is not None])
+        return Table(
+            "What it costs", ["What", "Amount"], [[what, show(value)] for what, value, show in told if value is not None]
+        )
 
     def cost_figures(self) -> list[Figure]:
         """In all, paid by work; and by month, always on. Only where both models' costs are known."""
@@ -355,10 +386,18 @@ class Page:
         if slm is not None:
             meets = (cost["on_demand"] or {}).get("break_even_tasks")
             most = 2 * meets if meets else HORIZON
-            draw = plots.cost_lines(most, azure / 1000, (training, slm / 1000), meets, None, labels, ("tasks in all", f"{unit}, in all"))
+            draw = plots.cost_lines(
+                most, azure / 1000, (training, slm / 1000), meets, None, labels, ("tasks in all", f"{unit}, in all")
+            )
             told = f"The lines meet at {count(meets, 'tasks')}." if meets else "The lines do not meet."
             begins = f"The small model's line begins at the {self.money(training)} that training costs. " if training else ""
-            figures.append(Figure(plots.svgs(draw), f"Cost in all against the number of tasks. {told}", f"Paid only while it works. {begins}{told}"))
+            figures.append(
+                Figure(
+                    plots.svgs(draw),
+                    f"Cost in all against the number of tasks. {told}",
+                    f"Paid only while it works. {begins}{told}",
+                )
+            )
         if always and always["per_month"] is not None:
             meets, capacity = always["break_even_tasks_per_month"], always["capacity_tasks_per_month"]
             most = 2 * meets if meets else capacity or HORIZON
@@ -366,11 +405,17 @@ class Page:
                 most, azure / 1000, (always["per_month"], 0), meets, capacity, labels, ("tasks a month", f"{unit} a month")
             )
             told = f"The lines meet at {count(meets, 'tasks')} a month." if meets else "The lines do not meet."
-            full = f" The dotted line marks the {count(capacity, 'tasks')} that the machine can do." if capacity and capacity < most else ""
-            figures.append(Figure(plots.svgs(draw), f"Cost a month against tasks a month, always on. {told}", f"Always on. {told}{full}"))
+            full = (
+                f" The dotted line marks the {count(capacity, 'tasks')} that the machine can do."
+                if capacity and capacity < most
+                else ""
+            )
+            figures.append(
+                Figure(plots.svgs(draw), f"Cost a month against tasks a month, always on. {told}", f"Always on. {told}{full}")
+            )
         return figures
 
-    # -- Before and after ----------------------------------------------------------------------------------------------------------
+    # -- Before and after --------------------------------------------------------------------------------------------------------
 
     def before_figure(self) -> Figure:
         metrics = self.decision["before"]["metrics"]
@@ -378,7 +423,9 @@ class Page:
         names, values = [self.name(name) for name in shown], [metrics[name] for name in shown]
         told = "; ".join(f"{name} {percent(v['before'])} → {percent(v['slm'])}" for name, v in zip(names, values, strict=True))
         draw = plots.before_after(names, values, [self.values(name)["azure"] for name in shown], [self.labels["azure"]])
-        caption = "Hollow: before. Filled: after. The upright line: the hosted model."
+        caption = (
+            f"Hollow: before ({self.labels['before']}). Filled: after ({self.labels['slm']}). The upright line: the hosted model."
+        )
         return Figure(plots.svgs(draw), f"The small model before and after fine-tuning. {told}.", caption)
 
     def before_table(self) -> Table:
@@ -390,7 +437,7 @@ class Page:
         ]  # fmt: skip
         return Table("Before and after fine-tuning", ["Metric", "Before", "After", "Gain (interval), points"], rows)
 
-    # -- Does it hold? -------------------------------------------------------------------------------------------------------------
+    # -- Does it hold? -----------------------------------------------------------------------------------------------------------
 
     def matchers(self) -> list[tuple[str, dict[str, Any]]]:
         """The three matchers, the strictest first."""
@@ -401,7 +448,11 @@ class Page:
         rows = []
         for name, told in self.matchers():
             main = told["metrics"].get(self.exact)
-            numbers = [percent(main["azure"]), percent(main["slm"]), range_of(main["difference"], main["interval"])] if main else ["–"] * 3
+            numbers = (
+                [percent(main["azure"]), percent(main["slm"]), range_of(main["difference"], main["interval"])]
+                if main
+                else ["–"] * 3
+            )
             rows.append([f"{words.MATCHERS[name][0]}: {words.MATCHERS[name][1]}", *numbers, words.VERDICTS[told["verdict"]]])
         head = ["Matcher", f"{self.name(self.exact)}: hosted", "Small", "Behind by, points", "Verdict"]
         return Table("The verdict by matcher", head, rows)
@@ -411,7 +462,7 @@ class Page:
         rows = self.decision["gold_audit"]["rows"][:MOST_AUDITED]
         return [row | {"diff": word_diff(row["reference"], row["reply"])} for row in rows]
 
-    # -- How it was measured -------------------------------------------------------------------------------------------------------
+    # -- How it was measured -----------------------------------------------------------------------------------------------------
 
     def provenance(self) -> list[tuple[str, str]]:
         decision, told = self.decision, []

@@ -13,7 +13,7 @@ from slm_swap.html_report.words import range_of, short, signed
 
 
 class Theme(NamedTuple):
-    """Colours that keep a contrast of 4.5 (text) and 3 (marks) on the page's background, told apart by colour-blind readers too."""
+    """Colours with a contrast of at least 4.5 (text) and 3 (marks) on the page, which colour-blind readers can tell apart."""
 
     paper: str
     text: str
@@ -30,7 +30,8 @@ THEMES = {
 }
 WIDTHS = {"wide": 720, "narrow": 340}
 FONT = 13.0
-LEGEND, AXIS, LINE = 30, 44, 46  # heights: above the plot, below it, of one labelled line
+AXIS = 44  # the height below the plot
+BAND = 0.5  # the share of a line's height that belongs to its marks where the name stands above them
 SETTINGS = {
     "svg.fonttype": "none",  # text stays text: small, and in the reader's own font
     "svg.hashsalt": "slm_swap",
@@ -86,9 +87,10 @@ class Canvas:
         address = "data:image/svg+xml;base64," + b64encode(svg.encode()).decode()
         return Picture(address, self.width, round(self.figure.get_figheight() * 72))
 
-    def axes(self, height: float, left: float = 8, right: float = 8, legend: bool = True):
-        """The figure's only axes, `height` high, with room around them."""
-        top = LEGEND if legend else 8
+    def axes(self, height: float, left: float, right: float, legend: Sequence[str] = ()):
+        """The figure's only axes, `height` high, with room around them; `legend` are the texts that `legend` will show above."""
+        self.columns = len(legend) if sum(map(len, legend)) < (28 if self.narrow else 90) else 1
+        top = 10 + (22 * -(-len(legend) // self.columns) if legend else 0)
         total = height + top + AXIS
         self.figure.set_size_inches(self.width / 72, total / 72)
         box = (left / self.width, AXIS / total, 1 - (left + right) / self.width, height / total)
@@ -99,29 +101,33 @@ class Canvas:
         axes.set_axisbelow(True)
         return axes
 
-    def x_label(self, axes, text: str) -> None:
-        axes.set_xlabel(text, color=self.theme.muted, labelpad=6)
+    def lines(self, names: Sequence[str], values: Sequence[str], legend: Sequence[str] = ()):
+        """Axes with one line for each name, from the top: marks are drawn at 0, 1 and so on.
 
-    def legend(self, axes, handles: Sequence[Any]) -> None:
-        found = axes.legend(
-            handles=handles, loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=len(handles), frameon=False, borderpad=0.2,
-            handletextpad=0.5, columnspacing=1.4, handlelength=1.6, fontsize=FONT,
-        )  # fmt: skip
-        for text in found.get_texts():
-            text.set_color(self.theme.text)
-
-    def label(self, text: str) -> str:
-        """A name as it fits a line of half the width, or a good part of it on a phone."""
-        return one_line(text, 26 if self.narrow else 60)
-
-    def lines(self, axes, names: Sequence[str], values: Sequence[str]) -> None:
-        """One line for each name, from the top: the name to the left, its numbers to the right, and room for marks below them."""
-        axes.set_ylim(len(names) - 0.4, -0.75)
+        On a wide screen the names stand to the left and their numbers to the right, on a narrow one both above the marks.
+        """
+        left, right = (14, 14) if self.narrow else (190, 160)
+        axes = self.axes(len(names) * (44 if self.narrow else 36), left, right, legend)
+        axes.set_ylim(len(names) - 0.5, -0.75 if self.narrow else -0.5)
         axes.set_yticks([])
+        above = -0.42 if self.narrow else 0
+        sides = (0, 1) if self.narrow else (-left / (self.width - left - right), 1 + right / (self.width - left - right))
         across = axes.get_yaxis_transform()
         for at, (name, value) in enumerate(zip(names, values, strict=True)):
-            axes.text(0, at - 0.34, self.label(name), transform=across, color=self.theme.text, va="center")
-            axes.text(1, at - 0.34, value, transform=across, color=self.theme.muted, va="center", ha="right")
+            text = one_line(name, 21 if self.narrow else 27)
+            axes.text(sides[0], at + above, text, transform=across, color=self.theme.text, va="center")
+            axes.text(sides[1], at + above, value, transform=across, color=self.theme.muted, va="center", ha="right")
+        return axes
+
+    def x_label(self, axes, text: str) -> None:
+        axes.set_xlabel(one_line(text, 50), color=self.theme.muted, labelpad=6)
+
+    def legend(self, axes, handles: Sequence[Any], labels: Sequence[str]) -> None:
+        axes.legend(
+            handles, [f" {label}" for label in labels],  # matplotlib leaves out what begins with an underscore
+            loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=self.columns, frameon=False, borderpad=0.2, handletextpad=0.3,
+            columnspacing=1.4, handlelength=1.8, labelspacing=0.35, fontsize=FONT, labelcolor=self.theme.text,
+        )  # fmt: skip
 
 
 # -- Plots -----------------------------------------------------------------------------------------------------------------------
@@ -132,18 +138,15 @@ def both_models(names: Sequence[str], metrics: Sequence[dict[str, Any]], labels:
 
     def draw(canvas: Canvas) -> None:
         theme = canvas.theme
-        axes = canvas.axes(len(names) * LINE)
-        canvas.lines(axes, names, [f"{100 * metric['azure']:.1f} and {100 * metric['slm']:.1f}" for metric in metrics])
+        legend = [one_line(label, 40) for label in labels]
+        axes = canvas.lines(names, [f"{100 * metric['azure']:.1f} and {100 * metric['slm']:.1f}" for metric in metrics], legend)
         ends = []
-        for at, metric in enumerate(metrics):
-            for side, color, marker, place in (("azure", theme.azure, "o", at), ("slm", theme.slm, "s", at + 0.24)):
-                low, high = (100 * end for end in metric[f"{side}_interval"] or [metric[side]] * 2)
-                ends += [low, high]
-                span(axes, low, high, place, color)
-                axes.plot([100 * metric[side]], [place], color=color, marker=marker, markersize=7)
+        for side, color, marker, shift in (("azure", theme.azure, "o", -0.13), ("slm", theme.slm, "s", 0.13)):
+            points = [(metric[side], metric[f"{side}_interval"]) for metric in metrics]
+            ends += dots(axes, points, shift, color, marker)
         axes.set_xlim(*room(min(ends), max(ends), 0, 100))
         canvas.x_label(axes, "points out of 100")
-        canvas.legend(axes, [mark(theme.azure, "o", canvas.label(labels[0])), mark(theme.slm, "s", canvas.label(labels[1]))])
+        canvas.legend(axes, [mark(theme.azure, "o"), mark(theme.slm, "s")], legend)
 
     return draw
 
@@ -154,22 +157,21 @@ def behind(
     """How far the small model is behind on each line, in points, with intervals; with `delta`, the margin that is good enough."""
 
     def draw(canvas: Canvas) -> None:
+        from matplotlib.lines import Line2D
+        from matplotlib.patches import Patch
+
         theme = canvas.theme
-        axes = canvas.axes(len(names) * (LINE - 8), legend=delta is not None)
-        canvas.lines(axes, names, [range_of(*pair) for pair in zip(differences, intervals, strict=True)])
-        ends = [0.0, 100 * (delta or 0)]
-        for at, (difference, interval) in enumerate(zip(differences, intervals, strict=True)):
-            low, high = (100 * end for end in interval or [difference] * 2)
-            ends += [low, high]
-            span(axes, low, high, at + 0.08, theme.slm)
-            axes.plot([100 * difference], [at + 0.08], color=theme.slm, marker="s", markersize=7)
+        legend = [] if delta is None else [f"margin: {100 * delta:g} points", "good enough"]
+        axes = canvas.lines(names, [range_of(*pair) for pair in zip(differences, intervals, strict=True)], legend)
+        ends = [*dots(axes, list(zip(differences, intervals, strict=True)), 0, theme.slm, "s"), 0, 100 * (delta or 0)]
         limits = room(min(ends), max(ends), -100, 100)
-        axes.axvline(0, color=theme.muted, linewidth=1)
+        upright(canvas, axes, len(names), 0, color=theme.muted, linewidth=1)
         if delta is not None:
-            margin = axes.axvline(100 * delta, color=theme.text, linewidth=1.5, linestyle=(0, (4, 3)))
-            margin.set_label(f"margin: {100 * delta:g} points")
-            shade = axes.axvspan(limits[0], 100 * delta, color=theme.fine, zorder=0, linewidth=0, label="good enough")
-            canvas.legend(axes, [margin, shade])
+            dashes = {"color": theme.text, "linewidth": 1.5, "linestyle": (0, (4, 3))}
+            upright(canvas, axes, len(names), 100 * delta, **dashes)
+            height = BAND if canvas.narrow else len(names)
+            axes.barh(range(len(names)), 100 * delta - limits[0], height, limits[0], color=theme.fine, zorder=0, linewidth=0)
+            canvas.legend(axes, [Line2D([], [], **dashes), Patch(color=theme.fine)], legend)
         axes.set_xlim(*limits)
         canvas.x_label(axes, x_label)
 
@@ -181,39 +183,37 @@ def error_bars(names: Sequence[str], errors: Sequence[dict[str, Any]]) -> Draw:
 
     def draw(canvas: Canvas) -> None:
         theme = canvas.theme
-        axes = canvas.axes(len(names) * (LINE - 6), legend=False)
-        canvas.lines(axes, names, [signed(error["difference"]) for error in errors])
+        axes = canvas.lines(names, [signed(error["difference"]) for error in errors])
         values = [100 * error["difference"] for error in errors]
-        for at, value in enumerate(values):  # filled where the small model is worse, hollow where it is better
-            color = theme.slm if value > 0 else theme.azure
-            axes.barh(at + 0.06, value, height=0.3, facecolor=color if value > 0 else "none", edgecolor=color, linewidth=1.5)
-        axes.axvline(0, color=theme.muted, linewidth=1)
+        colors = [theme.slm if value > 0 else theme.azure for value in values]
+        faces = [theme.slm if value > 0 else "none" for value in values]  # hollow where the small model is better
+        axes.barh(range(len(values)), values, height=0.3, color=faces, edgecolor=colors, linewidth=1.5)
+        upright(canvas, axes, len(names), 0, color=theme.muted, linewidth=1)
         axes.set_xlim(*room(min(0, *values), max(0, *values), -100, 100))
         canvas.x_label(axes, "points of the gap")
 
     return draw
 
 
-def before_after(names: Sequence[str], metrics: Sequence[dict[str, Any]], azure: Sequence[float | None], labels: Sequence[str]) -> Draw:
+def before_after(names: Sequence[str], metrics: Sequence[dict[str, Any]], azure: Sequence[float], labels: Sequence[str]) -> Draw:
     """Each metric before and after fine-tuning, and where the hosted model stands."""
 
     def draw(canvas: Canvas) -> None:
         theme = canvas.theme
-        axes = canvas.axes(len(names) * (LINE - 6))
-        canvas.lines(axes, names, [f"{100 * m['before']:.1f} → {100 * m['slm']:.1f}" for m in metrics])
-        ends = []
-        for at, (metric, target) in enumerate(zip(metrics, azure, strict=True)):
-            values = [100 * metric["before"], 100 * metric["slm"]]
-            ends += values
-            axes.plot(values, [at + 0.08] * 2, color=theme.slm, linewidth=2)
-            axes.plot(values[:1], [at + 0.08], color=theme.slm, marker="s", markersize=8, markerfacecolor=theme.paper, markeredgewidth=2)
-            axes.plot(values[1:], [at + 0.08], color=theme.slm, marker="s", markersize=8)
-            if target is not None:
-                ends.append(100 * target)
-                axes.plot([100 * target], [at + 0.08], color=theme.azure, marker="|", markersize=16, markeredgewidth=2.5)
+        legend = ["before", "after", one_line(labels[0], 40)]
+        axes = canvas.lines(names, [f"{100 * m['before']:.1f} → {100 * m['slm']:.1f}" for m in metrics], legend)
+        ats = range(len(names))
+        values = [[100 * metric[side] for metric in metrics] for side in ("before", "slm")]
+        hosted = [100 * target for target in azure]
+        ends = [*values[0], *values[1], *hosted]
+        axes.hlines(ats, *values, color=theme.slm, linewidth=2)
+        style = {"color": theme.slm, "linestyle": "none", "marker": "s", "markersize": 8}
+        axes.plot(values[0], ats, markerfacecolor=theme.paper, markeredgewidth=2, **style)
+        axes.plot(values[1], ats, **style)
+        axes.plot(hosted, ats, color=theme.azure, linestyle="none", marker="|", markersize=16, markeredgewidth=2.5)
         axes.set_xlim(*room(min(ends), max(ends), 0, 100))
         canvas.x_label(axes, "points out of 100")
-        canvas.legend(axes, [mark(theme.slm, "s", "before", theme.paper), mark(theme.slm, "s", "after"), mark(theme.azure, "|", canvas.label(labels[0]))])
+        canvas.legend(axes, [mark(theme.slm, "s", theme.paper), mark(theme.slm, "s"), mark(theme.azure, "|")], legend)
 
     return draw
 
@@ -230,18 +230,32 @@ def cost_lines(
     """What both models cost in all for so many tasks: the hosted one `azure` a task, the small one `slm`, fixed and a task."""
 
     def draw(canvas: Canvas) -> None:
+        from matplotlib.lines import Line2D
         from matplotlib.ticker import FuncFormatter, MaxNLocator
 
         theme = canvas.theme
-        axes = canvas.axes(240, left=58, right=20)
+        legend = [one_line(label, 40) for label in labels]
+        axes = canvas.axes(240, left=58, right=20, legend=legend)
         axes.grid(True, color=theme.grid, linewidth=1)
         xs = [0.0, x_most]
-        axes.plot(xs, [azure * x for x in xs], color=theme.azure, linewidth=2.5)
-        axes.plot(xs, [slm[0] + slm[1] * x for x in xs], color=theme.slm, linewidth=2.5, linestyle=(0, (6, 2)))
+        styles = [
+            {"color": theme.azure, "linewidth": 2.5, "linestyle": "-"},
+            {"color": theme.slm, "linewidth": 2.5, "linestyle": (0, (6, 2))},
+        ]
+        axes.plot(xs, [azure * x for x in xs], **styles[0])
+        axes.plot(xs, [slm[0] + slm[1] * x for x in xs], **styles[1])
         axes.set_xlim(0, x_most)
         axes.set_ylim(0, 1.08 * max(azure * x_most, slm[0] + slm[1] * x_most) or 1)
         if meets is not None and meets <= x_most:
-            axes.plot([meets], [azure * meets], color=theme.text, marker="o", markersize=9, markerfacecolor=theme.paper, markeredgewidth=2)
+            axes.plot(
+                [meets],
+                [azure * meets],
+                color=theme.text,
+                marker="o",
+                markersize=9,
+                markerfacecolor=theme.paper,
+                markeredgewidth=2,
+            )
         if capacity is not None and capacity < x_most:
             axes.axvline(capacity, color=theme.muted, linewidth=1.5, linestyle=(0, (1, 2)))
         for axis in (axes.xaxis, axes.yaxis):
@@ -249,37 +263,39 @@ def cost_lines(
             axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
         axes.set_ylabel(axis_labels[1], color=theme.muted)
         canvas.x_label(axes, axis_labels[0])
-        handles = [line(theme.azure, "-", canvas.label(labels[0])), line(theme.slm, (0, (6, 2)), canvas.label(labels[1]))]
-        canvas.legend(axes, handles)
+        canvas.legend(axes, [Line2D([], [], **style) for style in styles], legend)
 
     return draw
 
 
-# -- Parts of plots ----------------------------------------------------------------------------------------------------------------
+# -- Parts of plots --------------------------------------------------------------------------------------------------------------
 
 
-def span(axes, low: float, high: float, at: float, color: str) -> None:
-    """An interval with ends."""
-    axes.plot([low, high], [at, at], color=color, linewidth=2, solid_capstyle="butt")
-    axes.plot([low, high], [at, at], color=color, linestyle="none", marker="|", markersize=7, markeredgewidth=2)
+def dots(axes, values: Sequence[tuple[float, list[float] | None]], shift: float, color: str, marker: str) -> list[float]:
+    """One mark a line, `shift` below its middle, with its interval where there is one; gives everything's place in points."""
+    ats = [at + shift for at in range(len(values))]
+    lows, highs = ([100 * (interval[end] if interval else value) for value, interval in values] for end in (0, 1))
+    axes.hlines(ats, lows, highs, color=color, linewidth=2)
+    axes.plot(lows + highs, ats * 2, color=color, linestyle="none", marker="|", markersize=7, markeredgewidth=2)
+    axes.plot([100 * value for value, _ in values], ats, color=color, linestyle="none", marker=marker, markersize=7)
+    return lows + highs + [100 * value for value, _ in values]
 
 
 def room(low: float, high: float, least: float, most: float) -> tuple[float, float]:
     """Limits of an axis: some margin on both sides, hardly beyond what is possible."""
-    margin = max(1.0, 0.06 * (high - low))
+    margin = max(0.3, 0.06 * (high - low))
     return max(low - margin, least - 1.5), min(high + margin, most + 1.5)
 
 
-def mark(color: str, marker: str, label: str, face: str | None = None):
+def mark(color: str, marker: str, face: str | None = None):
     """A mark of the legend."""
     from matplotlib.lines import Line2D
 
-    size = {"markersize": 8, "markerfacecolor": face or color, "markeredgewidth": 2}
-    return Line2D([], [], color=color, marker=marker, linestyle="none", label=label, **size)
+    style = {"markersize": 8, "markerfacecolor": face or color, "markeredgewidth": 2}
+    return Line2D([], [], color=color, marker=marker, linestyle="none", **style)
 
 
-def line(color: str, style: Any, label: str):
-    """A line of the legend."""
-    from matplotlib.lines import Line2D
-
-    return Line2D([], [], color=color, linewidth=2.5, linestyle=style, label=label)
+def upright(canvas: Canvas, axes, lines: int, x: float, **style: Any) -> None:
+    """A vertical line; on a narrow screen only beside the marks, as the names stand between them."""
+    half = BAND / 2 if canvas.narrow else 0.5
+    axes.vlines([x] * lines, [at - half for at in range(lines)], [at + half for at in range(lines)], **style)

@@ -13,8 +13,8 @@ MOST_COMPARISONS = 1_000_000  # words of one text times words of the other, ends
 def visible(text: str) -> str:
     """The text with every character that acts instead of showing written as its escape: U+202E as `\\u202e`.
 
-    These are the characters that `str.isprintable` does not know as printable: control and ANSI characters, bidirectional controls,
-    zero-width and unusual spaces, line separators, halves of surrogate pairs. New lines, tabs and U+3000 stay.
+    These are the characters that are not `str.isprintable`: control and ANSI characters, bidirectional controls, zero-width and
+    unusual spaces, line separators, halves of surrogate pairs. New lines, tabs and U+3000 stay.
     """
     if text.isprintable():
         return text

@@ -4,25 +4,25 @@ from slm_swap.decision import FINE_TUNE, NEED_MORE_DATA, SWAP
 
 HEADLINES = {
     SWAP: "Swap: the small model can take this task over",
-    FINE_TUNE: "Fine-tune first: the small model is not good enough yet",
+    FINE_TUNE: "Not yet: the small model falls short",
     NEED_MORE_DATA: "Not decided yet: more rows are needed",
 }
-VERDICTS = {SWAP: "Swap", FINE_TUNE: "Fine-tune first", NEED_MORE_DATA: "More rows needed"}
+VERDICTS = {SWAP: "Swap", FINE_TUNE: "Not yet", NEED_MORE_DATA: "More rows needed"}
 METRICS = {  # a metric's name, and what it is the share of
     "json_valid_rate": ("Valid JSON", "replies that are one JSON object and nothing else"),
     "exact_match_rate": ("Fully right reply", "replies that equal the reference in every field"),
-    "field_precision": ("Precision of fields", "the given fields that are right, averaged over rows"),
-    "field_recall": ("Recall of fields", "the wanted fields that are given and right, averaged over rows"),
-    "field_f1": ("F1 of fields", "precision and recall in one number (harmonic mean)"),
+    "field_precision": ("Field precision", "the given fields that are right, averaged over rows"),
+    "field_recall": ("Field recall", "the wanted fields that are given and right, averaged over rows"),
+    "field_f1": ("Field F1", "precision and recall in one number (harmonic mean)"),
     "valid_call_rate": ("Well-formed call", "replies that are exactly one call, in the form that was asked for"),
     "name_match_rate": ("Right tool", "replies that call the right tool"),
     "args_exact_rate": ("Fully right call", "replies with the right tool and every argument right"),
-    "args_precision": ("Precision of arguments", "the given arguments that are right, averaged over rows"),
-    "args_recall": ("Recall of arguments", "the wanted arguments that are given and right, averaged over rows"),
-    "args_f1": ("F1 of arguments", "precision and recall in one number (harmonic mean)"),
+    "args_precision": ("Argument precision", "the given arguments that are right, averaged over rows"),
+    "args_recall": ("Argument recall", "the wanted arguments that are given and right, averaged over rows"),
+    "args_f1": ("Argument F1", "precision and recall in one number (harmonic mean)"),
 }
 ERROR_KINDS = {  # the kinds of the decision's gap, then the errors of single rows
-    "format": "Not in the form asked for",
+    "format": "Wrong form",
     "wrong_tool": "Wrong tool",
     "missing": "Something missing",
     "extra": "Something too much",
