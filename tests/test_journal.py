@@ -1,5 +1,6 @@
 """An evaluation that is interrupted: nothing is asked twice, nothing is lost, and the report is the same."""
 
+import asyncio
 import json
 import os
 import random
@@ -18,8 +19,9 @@ from slm_swap.errors import UserError
 from slm_swap.evaluation import check_rows, collect_replies, make_report, scored_rows, written
 from slm_swap.examples import Dataset, Example
 from slm_swap.journal import Journal, journal_path
+from slm_swap.prompts import SYSTEM_PROMPTS, toolcall_prompt
 from slm_swap.reports import write_atomically, write_jsonl
-from slm_swap.settings import PACKAGE, Settings
+from slm_swap.settings import Settings
 
 IDENTITY = {"track": "structured", "dataset_sha256": "d" * 64, "rows": 4, "model": {"kind": "azure", "parameters": {"seed": 42}}}
 REPLIES = [Reply('{"a":"\u00e4\u2028"}', "stop", 10, 2, 4, 0.1 + 0.2), Reply("", "content_filter"), Reply("", "error", error="500"), Reply("x", "length")]
@@ -175,7 +177,7 @@ def test_a_full_disk_is_told_in_one_line(path):
     journal = begun(path)
     journal.add(0, REPLIES[0], 0.5)
     os.dup2(os.open("/dev/full", os.O_WRONLY), journal._file.fileno())
-    with pytest.raises(UserError, match="No space left on device.*the same command"):
+    with pytest.raises(UserError, match=r"No space left on device.*the same command"):
         journal.add(1, REPLIES[1], 0.5)
     journal.__exit__()
     assert path.exists()
@@ -284,23 +286,21 @@ def test_what_the_journal_has_is_not_asked_again(tmp_path, write_rows):
     assert report["seconds"]["generate"] > 0 and report["seconds"]["total"] > report["seconds"]["generate"]
 
 
-def test_a_local_model_is_killed(tmp_path):
-    rows = PACKAGE / "02_dataset/sample/xlam_sample.jsonl"
-    tools = [{"name": "open_calendar", "description": "Open a calendar.", "parameters": {"type": "object", "properties": {"date": {"type": "string"}}}}]
+def test_a_local_model_is_killed(tmp_path, write_rows):
+    parameters = {"type": "object", "properties": {"date": {"type": "string"}}}
+    tool = {"name": "open_calendar", "description": "Open a calendar.", "parameters": parameters}
     examples = [
-        {"prompt": f"Tools:\n{json.dumps(tools[0])}\n\nRequest: Open the calendar on {day} May", "completion": f'<tool_call name="open_calendar">{{"date":"{day} May"}}</tool_call>'}
-        for day in range(1, 13)
+        Example(toolcall_prompt([tool], f"Open the calendar on {day} May"), f'<tool_call name="open_calendar">{{"date":"{day} May"}}</tool_call>')
+        for day in range(1, 9)
     ]
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in examples))
+    rows = write_rows("rows.jsonl", [example.to_json() for example in examples])
     flags = ("--track", "toolcall", "--model-kind", "slm", "--dataset", rows, "--precision", "fp32", "--batch-size", 2, "--max-new-tokens", 24)
     runs = Runs(tmp_path, {"LANGFUSE_DISABLED": "1", "SLM_MODEL_PATH": "models/phi-tiny", "OMP_NUM_THREADS": "1"}, *flags)
     expected, out = runs.finish(tmp_path / "whole/out.json"), tmp_path / "out.json"
     journal = journal_path(out)
-    for count in (3, 7):
-        assert runs.killed(out, 0, lambda count=count: journal.exists() and journal.read_bytes().count(b'"row"') >= count)
+    assert runs.killed(out, 0, lambda: journal.exists() and journal.read_bytes().count(b'"row"') >= 3)
     assert runs.finish(out) == expected
-    assert json.loads(out.read_text())["sessions"] == 3
+    assert json.loads(out.read_text())["sessions"] == 2
 
 
 def test_a_replay_is_killed(tmp_path, write_rows):
@@ -384,7 +384,7 @@ def test_another_command_is_refused(interrupted, tmp_path, write_rows, monkeypat
     elif what == "limit":
         changes["limit"], said = 3, "rows 4 there, 3 here"
     elif what == "prompt":
-        monkeypatch.setitem(__import__("slm_swap.prompts").prompts.SYSTEM_PROMPTS, "structured", "Another.")
+        monkeypatch.setitem(SYSTEM_PROMPTS, "structured", "Another.")
         said = "messages_sha256"
     else:
         calls = [replace(row, completion='<tool_call name="f">{}</tool_call>').to_json() for row in ROWS[:4]]
@@ -435,7 +435,7 @@ def test_requests_start_as_soon_as_a_slot_is_free():
     class OneSlow(AzureSimulator):
         async def handle(self, request):
             if b'"p1"' in await request.read():
-                await __import__("asyncio").sleep(1.5)
+                await asyncio.sleep(1.5)
             return await super().handle(request)
 
     settings = Settings(azure_deployment="simulator", azure_api_key=KEY, azure_api_version="2024-10-21")
@@ -466,7 +466,7 @@ class Instant:
 
 def peak_bytes(tmp_path, count):
     path, out = tmp_path / f"{count}.jsonl", tmp_path / "out.json"
-    write_jsonl(path, ({"id": f"r{n}", "prompt": f"{n} " + "x" * 5000, "completion": '{"a":1}'} for n in range(count)))
+    write_jsonl(path, ({"id": f"r{n}", "prompt": f"{n} " + "x" * 3000, "completion": '{"a":1}'} for n in range(count)))
     tracemalloc.start()
     dataset, client = Dataset(path), Instant()
     check_rows("structured", dataset)
