@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from slm_swap.langfuse_datasets import Experiment
     from slm_swap.reply_cache import ReplyCache
 
-TOKENS = ("input", "cached", "output")
-
 
 @dataclass(frozen=True)
 class Row:
@@ -37,7 +35,9 @@ class Row:
 
     def to_json(self, track: Track) -> dict[str, Any]:
         """The line of the rows file."""
-        by_matcher = {matcher: track.row_metrics(getattr(self.scored, matcher)) for matcher in MATCHERS}
+        matches = {matcher: getattr(self.scored, matcher) for matcher in MATCHERS}
+        metrics = {match: track.row_metrics(match) for match in set(matches.values())}  # mostly one and the same
+        by_matcher = {matcher: metrics[match] for matcher, match in matches.items()}
         return {
             "id": self.example.id,
             "group": self.example.group,
@@ -99,7 +99,8 @@ def check_rows(track_name: str, examples: Iterable[Example]) -> tuple[int, str]:
     count, messages = 0, hashlib.sha256()
     for example in examples:
         TRACKS[track_name].reference(example)
-        messages.update(text_hash(str(build_messages(track_name, example.prompt))).encode())
+        for message in build_messages(track_name, example.prompt):
+            messages.update(f"{message['role']}\0{message['content']}\0".encode())
         count += 1
     return count, messages.hexdigest()
 
@@ -292,11 +293,14 @@ def make_report(
     Raises:
         UserError: no request was answered: there is nothing to report.
     """
-    tally, tokens, first_error = Tally(), Counter(dict.fromkeys(TOKENS, 0)), None
+    tally, first_error = Tally(), None
+    tokens = dict.fromkeys(("input", "cached", "output"), 0)
     latencies, contents, prompts = array("d"), [], []
     for row in rows:
         tally.add(row)
-        tokens.update({name: getattr(row.reply, f"{name}_tokens") for name in TOKENS})
+        tokens["input"] += row.reply.input_tokens
+        tokens["cached"] += row.reply.cached_tokens
+        tokens["output"] += row.reply.output_tokens
         latencies.append(row.reply.seconds)
         contents.append(bytes.fromhex(row.example.content_hash))
         prompts.append(bytes.fromhex(text_hash(str(build_messages(track_name, row.example.prompt)))))
@@ -319,7 +323,7 @@ def make_report(
         # What was said to a model whose replies were recorded elsewhere is not known.
         "prompt_sha256": None if client.kind == "replay" else hash_of_hashes(prompts),
         **tally.summary(TRACKS[track_name]),
-        "tokens": dict(tokens),
+        "tokens": tokens,
         "sessions": sessions,
         "cached_replies": cached_replies,
         "seconds": {

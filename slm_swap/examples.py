@@ -1,17 +1,25 @@
 """Rows in and out: one JSON object a line, `prompt` and `completion` required."""
 
+import codecs
 import hashlib
 import json
+import os
+import pickle
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from slm_swap.errors import UserError
 from slm_swap.settings import display_path
 
 MAX_DEPTH = 100  # what walks through JSON here recurs, and needs some four of Python's frames a level
 OPTIONAL_FIELDS = {"id": str, "tools": list, "schema": dict, "accept": dict, "group": str, "source": str, "request": str}
+
+_COMPACT = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+_CANONICAL = json.JSONEncoder(ensure_ascii=False, sort_keys=True)
 
 
 @dataclass(frozen=True)
@@ -41,11 +49,18 @@ class Example:
         optional = {name: getattr(self, name) for name in OPTIONAL_FIELDS if name != "id"}
         return row | {name: value for name, value in optional.items() if value is not None}
 
-    @property
+    def scored_json(self) -> str:
+        """Everything that is scored: equal for equal rows, whatever file they came from."""
+        row: dict[str, Any] = {"prompt": self.prompt, "completion": self.completion}
+        for name, value in (("tools", self.tools), ("schema", self.schema), ("accept", self.accept)):
+            if value is not None:
+                row[name] = value
+        return _CANONICAL.encode(row)
+
+    @cached_property
     def content_hash(self) -> str:
-        """sha256 of everything that is scored: equal for equal rows, whatever file they came from."""
-        row = {name: value for name, value in self.to_json().items() if name not in {"id", "group", "source", "request"}}
-        return text_hash(json.dumps(row, sort_keys=True, ensure_ascii=False))
+        """sha256 of `scored_json`."""
+        return text_hash(self.scored_json())
 
 
 def text_hash(text: str) -> str:
@@ -55,7 +70,7 @@ def text_hash(text: str) -> str:
 
 def dump_json(value: Any) -> str:
     """Compact JSON as it stands in completions: no spaces, no NaN, non-ASCII text as itself."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return _COMPACT.encode(value)
 
 
 def nested_too_deeply(value: Any, text: str) -> bool:
@@ -95,17 +110,17 @@ def parse_example(row: Any, where: str) -> Example:
         if not isinstance(options, list):
             raise UserError(f"{where}: `accept` has no list for {name!r}: write {{argument: [acceptable values]}}")
     try:
-        text = json.dumps([row["prompt"], row["completion"], *known.values()], ensure_ascii=False)
-        text.encode("utf-8")
+        example = Example(prompt=row["prompt"], completion=row["completion"], where=where, **known)
+        text = example.scored_json()
+        f"{text}{example.id}{example.group}{example.source}".encode()
         if nested_too_deeply(known, text):
             raise RecursionError
+        vars(example)["content_hash"] = text_hash(text)  # as the property would, with the text at hand
     except RecursionError:
         raise UserError(f"{where}: nested deeper than {MAX_DEPTH} objects and lists: mend or drop the field") from None
     except UnicodeEncodeError:
         raise UserError(f"{where}: half of a surrogate pair, which is no text: mend the escape in that line") from None
-    if not known["id"]:
-        known["id"] = text_hash(json.dumps(row, sort_keys=True))[:16]
-    return Example(prompt=row["prompt"], completion=row["completion"], where=where, **known)
+    return example if example.id else replace(example, id=text_hash(json.dumps(row, sort_keys=True))[:16])
 
 
 def _number(digits: str) -> float:
@@ -129,7 +144,7 @@ def decode_line(line: bytes) -> Any:
         ValueError: the line is not UTF-8 or not JSON (NaN is not).
         RecursionError: it is nested too deeply.
     """
-    return _DECODER.decode(line.decode("utf-8-sig"))
+    return _DECODER.decode(line.removeprefix(codecs.BOM_UTF8).decode("utf-8"))
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[str, Any]]:
@@ -169,29 +184,37 @@ def read_examples(path: str | Path, limit: int | None = None) -> list[Example]:
 
 
 class Dataset:
-    """The rows of a file, or the first `limit`, read anew by every loop over them: memory holds one at a time.
+    """The rows of a file, or the first `limit`, for any number of loops over them with one row in memory at a time.
 
-    `lines` gives ("file:line", decoded row) for each line of `path`.
+    The first loop checks them and keeps them in a temporary file, in a form that is fast to read: the later ones do not see it where
+    the file is changed meanwhile. `lines` gives ("file:line", decoded row) for each line of `path`.
 
-    Raises (in a loop):
-        UserError: as `read_examples`; also where the file has changed since the Dataset was made.
+    Raises (in the first loop):
+        UserError: as `read_examples`.
     """
 
     def __init__(self, path: str | Path, limit: int | None = None, lines: Callable[..., Iterable[tuple[str, Any]]] = read_jsonl):
-        self.path, self._limit, self._lines = Path(path), limit, lines
-        self._version = self._stat()
-
-    def _stat(self) -> tuple[int, int] | None:
-        try:
-            found = self.path.stat()
-        except OSError:
-            return None  # reading it will say why
-        return found.st_mtime_ns, found.st_size
+        self._path, self._limit, self._lines = path, limit, lines
+        self._rows: IO[bytes] | None = None
 
     def __iter__(self) -> Iterator[Example]:
-        if self._stat() != self._version:
-            raise UserError(f"{display_path(self.path)} was changed while it was in use: run the same command again")
-        return parse_examples(self._lines(self.path), self.path, self._limit)
+        return self._read() if self._rows else self._check()
+
+    def _check(self) -> Iterator[Example]:
+        rows = tempfile.TemporaryFile()  # noqa: SIM115
+        for example in parse_examples(self._lines(self._path), self._path, self._limit):
+            rows.write(pickle.dumps(example, pickle.HIGHEST_PROTOCOL))
+            yield example
+        rows.flush()
+        self._rows = rows
+
+    def _read(self) -> Iterator[Example]:
+        end, position = self._rows.seek(0, os.SEEK_END), 0
+        while position < end:
+            self._rows.seek(position)  # another loop may have read since
+            example = pickle.load(self._rows)
+            position = self._rows.tell()
+            yield example
 
 
 def parse_examples(lines: Iterable[tuple[str, Any]], path: str | Path, limit: int | None = None) -> Iterator[Example]:

@@ -25,6 +25,7 @@ from slm_swap.reports import now, rows_path
 from slm_swap.settings import display_path
 
 SYNC_SECONDS = 1.0  # between two fsyncs: one a row would cost more than all else that a row costs
+REPLY_FIELDS = tuple(field.name for field in fields(Reply))
 RUN_KEYS = ("started_at", "run_id")  # of the header: what differs between two runs of the same command
 
 
@@ -210,7 +211,7 @@ def _decode(line: bytes) -> dict[str, Any] | None:
 
 
 def _reply(record: dict[str, Any]) -> Reply:
-    return Reply(*(record[field.name] for field in fields(Reply)))
+    return Reply(*[record[name] for name in REPLY_FIELDS])
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:

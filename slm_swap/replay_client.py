@@ -76,7 +76,7 @@ class ReplayClient:
 
     def _reply(self, index: int) -> Reply:
         self._file.seek(self._starts[index])
-        return _read_reply(decode_line(self._file.readline()), display_path(self.path))
+        return _read_reply(decode_line(self._file.readline()), self.identity["path"])
 
     def state(self) -> dict[str, Any]:
         return {}
