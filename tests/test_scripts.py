@@ -40,7 +40,7 @@ def test_help_answers_from_anywhere_without_heavy_imports(script, tmp_path):
     done = run(script, "--help", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("usage:") and ("--seed" in done.stdout) != (
-        script in ("03_compare/compare.py", "demo/quickstart.py")
+        script in ("02_dataset/pull_langfuse.py", "02_dataset/push_langfuse.py", "03_compare/compare.py", "demo/quickstart.py")
     )
     imported = {
         line.rsplit("|", 1)[1].strip().split(".")[0] for line in done.stderr.splitlines() if line.startswith("import time:")
