@@ -15,11 +15,14 @@ Names and postal addresses are not found: no pattern knows them.
 
 import math
 import re
+from bisect import bisect
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 KINDS = ("EMAIL", "PHONE", "CARD", "KEY")
+
+CARD_GROUPS = 6  # 19 digits in groups of at least three
 
 _PLACEHOLDER = re.compile(r"<(EMAIL|PHONE|CARD|KEY)_(\d{1,9})>")
 _EMAIL = re.compile(r"(?<![\w.%+'-])[\w%+'-][\w.%+'-]{0,63}@(?:[^\W_](?:[\w-]{0,61}[^\W_])?\.)+[^\W\d_]{2,24}(?!\w)")
@@ -160,9 +163,10 @@ def _apart(everything: list[Found]) -> list[Found]:
     """Those that overlap none before them in the list, in the order of the text."""
     kept: list[Found] = []
     for found in everything:
-        if all(found.end <= other.start or other.end <= found.start for other in kept):
-            kept.append(found)
-    return sorted(kept)
+        at = bisect(kept, found)
+        if (at == 0 or kept[at - 1].end <= found.start) and (at == len(kept) or found.end <= kept[at].start):
+            kept.insert(at, found)
+    return kept
 
 
 def _keys(text: str, name: str) -> Iterator[Found]:
@@ -194,7 +198,7 @@ def _cards(text: str) -> Iterator[Found]:
     for run in _DIGITS.finditer(text):
         groups = [(match.start(), match.end()) for match in re.finditer(r"\d+", run[0])]
         for first, (start, _) in enumerate(groups):
-            for last in range(len(groups), first, -1):
+            for last in range(min(first + CARD_GROUPS, len(groups)), first, -1):
                 end = groups[last - 1][1]
                 digits = re.sub(r"\D", "", run[0][start:end])
                 evenly = last - first == 1 or all(3 <= right - left <= 7 for left, right in groups[first:last])

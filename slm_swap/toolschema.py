@@ -195,26 +195,6 @@ def bfcl_tool(tool: Any) -> dict:
     return {"name": name, "description": description, "parameters": {"properties": {}, "required": []} | schema}
 
 
-# -- OpenAI ----------------------------------------------------------------------------------------------------------------------
-
-
-def openai_tool(tool: Any) -> dict:
-    """A tool as hosted APIs take it: OpenAI's chat form (`function` inside), its Responses and old `functions` forms (flat), or
-    with `input_schema`. Its parameters are JSON Schema already.
-
-    Raises:
-        ValueError: not such a tool, or its parameters are no JSON Schema of an object.
-    """
-    inner = tool.get("function", tool) if isinstance(tool, dict) else tool
-    if isinstance(inner, dict) and "parameters" not in inner:
-        inner = inner | {"parameters": inner.get("input_schema")}
-    name, description, parameters = _head(inner)
-    if parameters.get("type", "object") != "object":
-        raise ValueError(f"{name}: its parameters are {parameters.get('type')!r}, not an object")
-    _check(parameters, name)
-    return {"name": name, "description": description, "parameters": {"type": "object", "properties": {}, "required": []} | parameters}
-
-
 def _check(schema: dict, at: str) -> None:
     from jsonschema import Draft202012Validator
     from jsonschema.exceptions import SchemaError
@@ -257,6 +237,26 @@ def _head(tool: Any) -> tuple[str, str, dict]:
     if not isinstance(description, str) or not isinstance(parameters, dict):
         raise ValueError(f"{tool['name']}: its description is not a text or its parameters are not a map")
     return tool["name"], description, parameters
+
+
+# -- OpenAI ----------------------------------------------------------------------------------------------------------------------
+
+
+def openai_tool(tool: Any) -> dict:
+    """A tool as hosted APIs take it: OpenAI's chat form (`function` inside), its Responses and old `functions` forms (flat), or
+    with `input_schema`. Its parameters are JSON Schema already.
+
+    Raises:
+        ValueError: not such a tool, or its parameters are no JSON Schema of an object.
+    """
+    inner = tool.get("function", tool) if isinstance(tool, dict) else tool
+    if isinstance(inner, dict) and "parameters" not in inner:
+        inner = inner | {"parameters": inner.get("input_schema")}
+    name, description, parameters = _head(inner)
+    if parameters.get("type", "object") != "object":
+        raise ValueError(f"{name}: its parameters are {parameters.get('type')!r}, not an object")
+    _check(parameters, name)
+    return {"name": name, "description": description, "parameters": {"type": "object", "properties": {}, "required": []} | parameters}
 
 
 # -- Values against a schema -----------------------------------------------------------------------------------------------------

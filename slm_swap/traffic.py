@@ -12,6 +12,7 @@ import json
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from slm_swap.errors import UserError
@@ -228,13 +229,19 @@ def _tools(options: dict, offered: list[dict]) -> list[dict] | None:
         raise Unusable("schema_fault")
     given = [*listed[0], *listed[1], *offered]
     try:
-        tools = [openai_tool(tool) for tool in given]
+        tools = [_tool(json.dumps(tool)) for tool in given]
     except ValueError:
         raise Unusable("schema_fault") from None
     named = {tool["name"]: tool for tool in tools}
     if any(named[tool["name"]] != tool for tool in tools):
         raise Unusable("schema_fault")
     return list(named.values()) or None
+
+
+@lru_cache(maxsize=4096)
+def _tool(text: str) -> dict:
+    """One dict for each different tool: a project's generations share a few."""
+    return openai_tool(json.loads(text))
 
 
 def _schema(options: dict) -> dict | None:
@@ -245,7 +252,7 @@ def _schema(options: dict) -> dict | None:
         if isinstance(asked, dict) and asked.get("type") == "json_schema":
             schema = (asked.get("json_schema") or asked).get("schema")
             try:
-                openai_tool({"name": "reply", "parameters": schema})
+                _tool(json.dumps({"name": "reply", "parameters": schema}))
             except ValueError:
                 raise Unusable("schema_fault") from None
             return schema

@@ -143,7 +143,7 @@ def test_the_hash_of_a_row_is_of_what_is_scored():
     def hashed(**fields):
         return parse_example(ROW | fields, "x").content_hash
 
-    assert hashed() == hashed(id="1") == hashed(group="g", source="s") == hashed(unknown=5)
+    assert hashed() == hashed(id="1") == hashed(group="g", source="s") == hashed(request="p") == hashed(unknown=5)
     others = [hashed(prompt="q"), hashed(completion="[]"), hashed(tools=[]), hashed(schema={}), hashed(accept={"a": [1]})]
     assert len({hashed(), *others}) == 6
     assert hashed(schema={"a": 1, "b": 2}) == hashed(schema={"b": 2, "a": 1})

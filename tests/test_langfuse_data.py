@@ -440,6 +440,7 @@ def test_a_pull_that_was_killed_goes_on_and_ends_the_same(server, call, pull_scr
         stream.write(b'{"ids": ["o0')  # a line that the end of power cut off
     code, _, err = call(pull_script, *flags, "--name", "chat")
     assert code == 2 and "is of a pull with other flags" in err
+    assert journal.read_bytes().endswith(b"}\n"), "what follows must not be joined to the line that was cut off"
     server.rest.asked.clear()
     assert call(pull_script, *flags)[0] == 0
     assert sum(asked[1] == pages for asked in server.rest.asked) < 4, "pages that were read are not read again"
@@ -451,9 +452,18 @@ def test_a_pull_that_was_killed_goes_on_and_ends_the_same(server, call, pull_scr
 
 
 def test_rows_that_the_store_gives_twice_are_read_once(server, pull, tmp_path):
-    server.rest.observations = [booking(1, "Ann"), booking(1, "Ann"), booking(2, "Bo")]
+    again = booking(1, "Ann") | {"startTime": "2026-01-01T10:00:00.000Z"}  # on the first page and on the last
+    server.rest.observations = [*(booking(number, "Ann") for number in range(1, 121)), booking(1, "Ann"), again]
     assert pull("--track", "toolcall")[0] == 0
-    assert json.loads((tmp_path / "traffic.report.json").read_text())["counts"] == {"read": 2, "kept": 2, "dropped": {}}
+    assert json.loads((tmp_path / "traffic.report.json").read_text())["counts"] == {"read": 120, "kept": 120, "dropped": {}}
+
+
+def test_a_long_schema_in_the_metadata_comes_whole(server, pull, tmp_path):
+    schema = {"type": "object", "properties": {"n": {"type": "integer", "description": "How many. " * 50}}}
+    wanted = {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}}
+    server.rest.observations = [generation(1, [{"role": "user", "content": "How many?"}], '{"n": 4}', metadata=wanted)]
+    assert pull("--track", "structured")[0] == 0
+    assert rows_of(tmp_path / "traffic.jsonl")[0]["schema"] == schema
 
 
 def test_this_programs_own_runs_are_warned_of(server, pull):

@@ -40,10 +40,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--phone-regions", nargs="+", type=region, default=["US"], metavar="CC", help="countries whose national numbers count"
     )
     parser.add_argument(
-        "--out",
-        type=Path,
-        default=PACKAGE / "02_dataset/traffic.jsonl",
-        help="the rows; without --track, _<track> is put into the name",
+        "--out", type=Path, help="the rows; without --track, _<track> is put into the name (default: 02_dataset/traffic.jsonl)"
     )
     args = parser.parse_args(argv)
     if args.require_score and not args.min_score:
@@ -77,8 +74,9 @@ def region(text: str) -> str:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     tracks = [args.track] if args.track else list(TRACKS)
-    outs = {track: args.out if args.track else args.out.with_stem(f"{args.out.stem}_{track}") for track in tracks}
-    report_path, journal = args.out.with_suffix(".report.json"), args.out.with_suffix(".part")
+    out = args.out or PACKAGE / "02_dataset/traffic.jsonl"
+    outs = {track: out if args.track else out.with_stem(f"{out.stem}_{track}") for track in tracks}
+    report_path, journal = out.with_suffix(".report.json"), out.with_suffix(".part")
     check_out(*outs.values(), report_path, journal)
     query = Query(
         start=args.start.isoformat(),
