@@ -561,9 +561,12 @@ def test_a_run_whose_file_holds_another_trace_is_refused(server, traced, tmp_pat
 
 
 def test_two_runs_do_not_share_a_file(server, traced):
-    with traced(settings_for(server), seed="one"):
-        with pytest.raises(UserError, match="in use by another run"), traced(settings_for(server), seed="one"):
-            pytest.fail("the run began")
+    with (
+        traced(settings_for(server), seed="one"),
+        pytest.raises(UserError, match="in use by another run"),
+        traced(settings_for(server), seed="one"),
+    ):
+        pytest.fail("the run began")
 
 
 @pytest.mark.parametrize("trouble", ["refusing", 503, "wrong keys"])

@@ -19,6 +19,7 @@ VARIABLES = {
     "LANGFUSE_SECRET_KEY": "langfuse_secret_key",
     "LANGFUSE_BASE_URL": "langfuse_base_url",
     "PRICES_FILE": "prices_file",
+    "SLM_SWAP_SESSION": "session",
 }
 
 
