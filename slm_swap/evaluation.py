@@ -6,16 +6,16 @@ import time
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from slm_swap.clients import Client, Reply
 from slm_swap.errors import UserError
 from slm_swap.examples import Example, text_hash
 from slm_swap.metrics import ERRORS, MATCHERS, Match, Reference, Scored
 from slm_swap.prompts import Messages, build_messages
-from slm_swap.reports import SCHEMA_VERSION, code_version, hardware, json_line, now, package_versions
+from slm_swap.reports import SCHEMA_VERSION, code_version, hardware, now, package_versions
 from slm_swap.tracks import TRACKS, Track
 
 if TYPE_CHECKING:
@@ -103,28 +103,37 @@ def check_rows(track_name: str, examples: Iterable[Example]) -> tuple[int, str]:
     return count, messages.hexdigest()
 
 
-def collect_replies(
+def evaluate_rows(
     track_name: str,
     client: Client,
     examples: Iterable[Example],
     journal: "Journal",
     cache: "ReplyCache | None" = None,
-    on_reply: Callable[[Example, Reply], None] | None = None,
-) -> None:
-    """Get every row's reply into the journal that has none yet: from the cache, else from the client; `on_reply` sees each.
+    on_row: Callable[[Row], None] | None = None,
+) -> "Tally":
+    """Get every row into the journal that is not answered there: from the cache, else from the client; `on_row` sees each.
 
     Raises:
         UserError: the client cannot work as it is set up, or the journal cannot be written.
     """
-    if journal.state is not None:
-        client.restore(journal.state)
-    if cache:
-        for index, example in enumerate(examples):
-            if index not in journal and (found := cache.get(build_messages(track_name, example.prompt))):
-                journal.add(index, *found, from_cache=True)
-                if on_reply:
-                    on_reply(example, found[0])
-    asked: dict[int, Example] = {}
+    track, tally, asked = TRACKS[track_name], Tally(track_name), dict[int, Example]()
+
+    def finish(index: int, example: Example, reply: Reply, spent: float, from_cache: bool = False) -> None:
+        row = score_row(track, example, reply)
+        journal.add(index, row.to_json(track), spent, from_cache)
+        tally.add(row)
+        if on_row:
+            on_row(row)
+
+    def recall(index: int, example: Example) -> None:
+        """Count a row that is answered already; it is scored again, as the code may have changed since."""
+        if index in journal:
+            row = score_row(track, example, read_reply(line := journal.line(index)))
+            if row.to_json(track) != line:
+                journal.add(index, row.to_json(track), 0.0)
+            tally.add(row)
+        elif cache and (found := cache.get(build_messages(track_name, example.prompt))):
+            finish(index, example, *found, from_cache=True)
 
     def questions() -> Iterator[tuple[int, Messages]]:
         for index, example in enumerate(examples):
@@ -132,29 +141,31 @@ def collect_replies(
                 asked[index] = example
                 yield index, build_messages(track_name, example.prompt)
 
+    if journal.state is not None:
+        client.restore(journal.state)
+    if journal.answered or cache:
+        for index, example in enumerate(examples):
+            recall(index, example)
     clock = Stopwatch()
     for index, reply in client.stream(questions()):
         spent, example = clock.lap(), asked.pop(index)
-        journal.add(index, reply, spent)
+        finish(index, example, reply, spent)
         journal.note(client.state())
         if cache:
             cache.put(build_messages(track_name, example.prompt), reply, spent)
-        if on_reply:
-            on_reply(example, reply)
+    return tally
 
 
-def scored_rows(track_name: str, examples: Iterable[Example], replies: Iterable[Reply]) -> Iterator[Row]:
-    """Rows, replies and scores put together, in order."""
-    track = TRACKS[track_name]
-    for example, reply in zip(examples, replies, strict=True):
-        yield Row(example, reply, track.score(track.reference(example), reply.text, reply.finish_reason))
+def score_row(track: Track, example: Example, reply: Reply) -> Row:
+    """A row with its reply, scored."""
+    return Row(example, reply, track.score(track.reference(example), reply.text, reply.finish_reason))
 
 
-def written(track_name: str, rows: Iterable[Row], stream: IO[str]) -> Iterator[Row]:
-    """The same rows, each written to the stream as a line of the rows file as it passes."""
-    for row in rows:
-        stream.write(json_line(row.to_json(TRACKS[track_name])))
-        yield row
+def read_reply(line: dict[str, Any]) -> Reply:
+    """The reply of a line of `Row.to_json`."""
+    tokens = line["tokens"]
+    counts = tokens["input"], tokens["output"], tokens["cached"]
+    return Reply(line["reply"], line["finish_reason"], *counts, line["seconds"], line["reply_error"])
 
 
 def trace_rows(trace: Any, track_name: str, client: Client, rows: Iterable[Row]) -> None:
@@ -182,28 +193,46 @@ def model_name(told: dict[str, Any]) -> str:
     return str(told.get("deployment") or Path(told["path"]).name)
 
 
-@dataclass
 class Tally:
-    """What a summary says of rows, without the rows."""
+    """What a report says of rows, without the rows: of each, some 200 bytes are kept."""
 
-    matches: dict[str, Counter[Match]] = field(default_factory=lambda: {matcher: Counter() for matcher in MATCHERS})
-    errors: Counter[str | None] = field(default_factory=Counter)
-    failed_requests: int = 0
+    def __init__(self, track_name: str, rows: Iterable[Row] = ()):
+        self.track_name, self.track = track_name, TRACKS[track_name]
+        self.matches: dict[str, Counter[Match]] = {matcher: Counter() for matcher in MATCHERS}
+        self.errors: Counter[str | None] = Counter()
+        self.failed_requests, self.last_failure = 0, None
+        self.tokens = {"input": 0, "cached": 0, "output": 0}
+        self.latencies = array("d")
+        self.contents: list[bytes] = []
+        self.prompts: list[bytes] = []
+        for row in rows:
+            self.add(row)
+
+    def __len__(self) -> int:
+        return len(self.latencies)
 
     def add(self, row: Row) -> None:
+        example, reply, scored = row.example, row.reply, row.scored
         for matcher, counts in self.matches.items():
-            counts[getattr(row.scored, matcher)] += 1
-        self.errors[row.scored.error] += 1
-        self.failed_requests += row.reply.finish_reason == "error"
+            counts[getattr(scored, matcher)] += 1
+        self.errors[scored.error] += 1
+        if reply.finish_reason == "error":
+            self.failed_requests, self.last_failure = self.failed_requests + 1, reply.error
+        self.tokens["input"] += reply.input_tokens
+        self.tokens["cached"] += reply.cached_tokens
+        self.tokens["output"] += reply.output_tokens
+        self.latencies.append(reply.seconds)
+        self.contents.append(bytes.fromhex(example.content_hash))
+        self.prompts.append(bytes.fromhex(text_hash(str(build_messages(self.track_name, example.prompt)))))
 
-    def summary(self, track: Track) -> dict[str, Any]:
-        """Metrics and counts of the rows: what a report and a running display show."""
-        by_matcher = {matcher: track.summarize(counts) for matcher, counts in self.matches.items()}
+    def summary(self) -> dict[str, Any]:
+        """Metrics and counts: what a report and a running display show."""
+        by_matcher = {matcher: self.track.summarize(counts) for matcher, counts in self.matches.items()}
         return {
             "metrics": by_matcher["strict"],
             "metrics_by_matcher": by_matcher,
             "counts": {
-                "rows": self.errors.total(),
+                "rows": len(self),
                 "errors": {error: self.errors[error] for error in ERRORS},
                 "failed_requests": self.failed_requests,
             },
@@ -212,10 +241,7 @@ class Tally:
 
 def summary(track: Track, rows: Iterable[Row]) -> dict[str, Any]:
     """`Tally.summary` of some rows."""
-    tally = Tally()
-    for row in rows:
-        tally.add(row)
-    return tally.summary(track)
+    return Tally(track.title, rows).summary()
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -227,7 +253,7 @@ def percentile(values: Sequence[float], share: float) -> float:
 def make_report(
     track_name: str,
     client: Client,
-    rows: Iterable[Row],
+    rows: Tally | Iterable[Row],
     generate_seconds: float,
     total_seconds: float,
     inputs: dict,
@@ -237,26 +263,13 @@ def make_report(
 ) -> dict[str, Any]:
     """The report of one evaluation; every key of it is documented in slm_swap/README.md.
 
-    The rows are looped over once, and of each some 150 bytes are kept.
-
     Raises:
         UserError: no request was answered: there is nothing to report.
     """
-    tally, first_error = Tally(), None
-    tokens = dict.fromkeys(("input", "cached", "output"), 0)
-    latencies, contents, prompts = array("d"), [], []
-    for row in rows:
-        tally.add(row)
-        tokens["input"] += row.reply.input_tokens
-        tokens["cached"] += row.reply.cached_tokens
-        tokens["output"] += row.reply.output_tokens
-        latencies.append(row.reply.seconds)
-        contents.append(bytes.fromhex(row.example.content_hash))
-        prompts.append(bytes.fromhex(text_hash(str(build_messages(track_name, row.example.prompt)))))
-        first_error = first_error or row.reply.error
-    count = len(latencies)
+    tally = rows if isinstance(rows, Tally) else Tally(track_name, rows)
+    count, tokens = len(tally), tally.tokens
     if tally.failed_requests == count:
-        raise UserError(f"none of the {count} requests was answered ({first_error}): nothing to report")
+        raise UserError(f"none of the {count} requests was answered ({tally.last_failure}): nothing to report")
     cost = client.cost(tokens["input"], tokens["cached"], tokens["output"], generate_seconds)
     return {
         "schema_version": SCHEMA_VERSION,
@@ -268,10 +281,10 @@ def make_report(
         "packages": package_versions(),
         "hardware": hardware(),
         "model": client.describe(),
-        "inputs": inputs | {"rows": count, "rows_sha256": hash_of_hashes(contents)},
+        "inputs": inputs | {"rows": count, "rows_sha256": hash_of_hashes(tally.contents)},
         # What was said to a model whose replies were recorded elsewhere is not known.
-        "prompt_sha256": None if client.kind == "replay" else hash_of_hashes(prompts),
-        **tally.summary(TRACKS[track_name]),
+        "prompt_sha256": None if client.kind == "replay" else hash_of_hashes(tally.prompts),
+        **tally.summary(),
         "tokens": tokens,
         "sessions": sessions,
         "cached_replies": cached_replies,
@@ -279,7 +292,7 @@ def make_report(
             "load": round(client.load_seconds, 3),
             "generate": round(generate_seconds, 3),
             "total": round(total_seconds, 3),
-            "per_row": {"p50": round(percentile(latencies, 0.5), 6), "p95": round(percentile(latencies, 0.95), 6)},
+            "per_row": {"p50": round(percentile(tally.latencies, 0.5), 6), "p95": round(percentile(tally.latencies, 0.95), 6)},
         },
         "cost": {"total": cost, "per_1000_rows": None if cost is None else cost * 1000 / count},
     }

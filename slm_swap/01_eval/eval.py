@@ -12,14 +12,14 @@ import argparse
 import sys
 from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
 from slm_swap.cli import Parser, check_out, client_options, find_rows, progress, run, run_metadata, warn
-from slm_swap.clients import MODEL_KINDS, Client, Reply, make_client
-from slm_swap.evaluation import Stopwatch, check_rows, collect_replies, make_report, scored_rows, trace_rows, written
-from slm_swap.examples import Dataset, Example
+from slm_swap.clients import MODEL_KINDS, Client, make_client
+from slm_swap.evaluation import Row, Stopwatch, Tally, check_rows, evaluate_rows, make_report, trace_rows
+from slm_swap.examples import Dataset
 from slm_swap.journal import Journal, journal_path
 from slm_swap.langfuse_helpers import require_tracing, trace_run
 from slm_swap.reply_cache import ReplyCache
@@ -63,14 +63,9 @@ def main(argv: list[str] | None = None) -> int:
             asked = {"track": args.track, "dataset_sha256": inputs["sha256"], "rows": rows, "messages_sha256": messages_sha256}
             journal.begin({"schema_version": SCHEMA_VERSION, **asked, "model": client.identity}, rows)
             earlier = journal.seconds
-            ask(args, client, dataset, journal, trace, rows)
-
-            def write(lines: IO[str]) -> dict:
-                scored = written(args.track, scored_rows(args.track, dataset, journal.replies()), lines)
-                seconds, flags = (journal.seconds, clock.total + earlier), vars(args) | {"out": display_path(out)}
-                return make_report(args.track, client, scored, *seconds, inputs, flags, journal.sessions, journal.cached)
-
-            report = write_atomically(rows_path(out), write)
+            tally = ask(args, client, dataset, journal, trace, rows)
+            seconds, flags = (journal.seconds, clock.total + earlier), vars(args) | {"out": display_path(out)}
+            report = make_report(args.track, client, tally, *seconds, inputs, flags, journal.sessions, journal.cached)
         except BaseException:
             if journal.answered:
                 warn(f"{journal.answered} of {rows} rows are answered and kept: the same command goes on from there")
@@ -80,25 +75,26 @@ def main(argv: list[str] | None = None) -> int:
         trace.scores(report["metrics"])
         trace.update(output={"metrics": report["metrics"], "counts": report["counts"]}, metadata={"model": report["model"]})
         report["trace"] = {"id": trace.id, "url": trace.url}
+        write_atomically(rows_path(out), lambda stream: stream.writelines(journal.lines()))
         write_json(out, report)
         journal.remove()
     show(report, out)
     return 0
 
 
-def ask(args: argparse.Namespace, client: Client, dataset: Dataset, journal: Journal, trace: Any, rows: int) -> None:
-    """Get the replies that the journal has not, with a progress bar."""
+def ask(args: argparse.Namespace, client: Client, dataset: Dataset, journal: Journal, trace: Any, rows: int) -> Tally:
+    """Get the rows that the journal has not, with a progress bar."""
     if journal.answered:
         print(f"{journal.answered} of {rows} rows are answered already: going on with the others", file=sys.stderr)
     cache = ReplyCache(args.cache, client.identity) if args.cache else None
     with progress(f"{args.track} {args.model_kind}", rows, journal.answered) as bar, closing(cache) if cache else nullcontext():
 
-        def on_reply(example: Example, reply: Reply) -> None:
+        def on_row(row: Row) -> None:
             bar.update()
             if trace.id is not None:
-                trace_rows(trace, args.track, client, scored_rows(args.track, [example], [reply]))
+                trace_rows(trace, args.track, client, [row])
 
-        collect_replies(args.track, client, dataset, journal, cache, on_reply)
+        return evaluate_rows(args.track, client, dataset, journal, cache, on_row)
 
 
 def show(report: dict, out: Path) -> None:
