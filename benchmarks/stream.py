@@ -69,11 +69,12 @@ def measure(path: Path, replies: list[str]) -> dict:
     """Milliseconds a row of each stage, and the peak memory of this process, which does nothing else."""
     client, dataset, out, clock = Instant(replies), Dataset(path), path.with_name("report.json"), Stopwatch()
     before, processor = peak_mib(), time.process_time()
-    rows, _ = check_rows(TRACK, dataset)
+    tally = check_rows(TRACK, dataset)
+    rows = len(tally.contents)
     seconds = {"check": clock.lap()}
     with Journal(journal_path(out)) as journal:
         journal.begin({}, rows)
-        tally = evaluate_rows(TRACK, client, dataset, journal)
+        evaluate_rows(tally, client, dataset, journal)
         seconds["ask"] = clock.lap()
         report = make_report(TRACK, client, tally, journal.seconds, clock.total, {}, {})
         write_atomically(rows_path(out), lambda stream: stream.writelines(journal.lines()))

@@ -1,12 +1,13 @@
 """The one loop over rows: ask, score, and say what came out."""
 
-import hashlib
+import json
 import math
 import time
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from slm_swap.errors import UserError
 from slm_swap.examples import Example, text_hash
 from slm_swap.metrics import ERRORS, MATCHERS, Match, Reference, Scored
 from slm_swap.prompts import Messages, build_messages
-from slm_swap.reports import SCHEMA_VERSION, code_version, hardware, now, package_versions
+from slm_swap.reports import SCHEMA_VERSION, code_version, hardware, json_line, now, package_versions
 from slm_swap.tracks import TRACKS, Track
 
 if TYPE_CHECKING:
@@ -32,24 +33,35 @@ class Row:
     scored: Scored
 
     def to_json(self, track: Track) -> dict[str, Any]:
-        """The line of the rows file."""
-        matches = {matcher: getattr(self.scored, matcher) for matcher in MATCHERS}
-        metrics = {match: track.row_metrics(match) for match in set(matches.values())}  # mostly one and the same
-        by_matcher = {matcher: metrics[match] for matcher, match in matches.items()}
-        return {
-            "id": self.example.id,
-            "group": self.example.group,
-            "prompt_sha256": text_hash(self.example.prompt),
-            "reply": self.reply.text,
-            "reference": self.example.completion,
-            "scores": by_matcher["strict"],
-            "scores_by_matcher": by_matcher,
-            "error": self.scored.error,
-            "finish_reason": self.reply.finish_reason,
-            "reply_error": self.reply.error,
-            "tokens": {"input": self.reply.input_tokens, "cached": self.reply.cached_tokens, "output": self.reply.output_tokens},
-            "seconds": round(self.reply.seconds, 6),
+        """What the rows file says of it."""
+        return json.loads(self.line(track))
+
+    def line(self, track: Track) -> str:
+        """Its line of the rows file, put together by hand: rows have few different scores, and they are the most of it."""
+        example, reply, scored = self.example, self.reply, self.scored
+        told = {
+            "id": example.id,
+            "group": example.group,
+            "prompt_sha256": text_hash(example.prompt),
+            "reply": reply.text,
+            "reference": example.completion,
         }
+        outcome = {
+            "error": scored.error,
+            "finish_reason": reply.finish_reason,
+            "reply_error": reply.error,
+            "tokens": {"input": reply.input_tokens, "cached": reply.cached_tokens, "output": reply.output_tokens},
+            "seconds": round(reply.seconds, 6),
+        }
+        metrics = [_metrics_json(track, getattr(scored, matcher)) for matcher in MATCHERS]
+        by_matcher = ", ".join(f'"{matcher}": {values}' for matcher, values in zip(MATCHERS, metrics, strict=True))
+        scores = f'"scores": {metrics[0]}, "scores_by_matcher": {{{by_matcher}}}'
+        return f"{json_line(told)[:-2]}, {scores}, {json_line(outcome)[1:]}"
+
+
+@lru_cache(maxsize=4096)
+def _metrics_json(track: Track, match: Match) -> str:
+    return json_line(track.row_metrics(match))[:-1]
 
 
 def references(track: Track, examples: list[Example]) -> list[Reference]:
@@ -88,39 +100,39 @@ def evaluate(
     return rows
 
 
-def check_rows(track_name: str, examples: Iterable[Example]) -> tuple[int, str]:
-    """(how many rows, a hash of all messages in order), every row's gold looked at before a model is asked anything.
+def check_rows(track_name: str, examples: Iterable[Example]) -> "Tally":
+    """Look at every row's gold before a model is asked anything: the tally that `evaluate_rows` goes on with.
 
     Raises:
         UserError: as `references`.
     """
-    count, messages = 0, hashlib.sha256()
+    tally = Tally(track_name)
     for example in examples:
-        TRACKS[track_name].reference(example)
-        for message in build_messages(track_name, example.prompt):
-            messages.update(f"{message['role']}\0{message['content']}\0".encode())
-        count += 1
-    return count, messages.hexdigest()
+        tally.track.reference(example)
+        tally.expect(example)
+    return tally
 
 
 def evaluate_rows(
-    track_name: str,
+    tally: "Tally",
     client: Client,
     examples: Iterable[Example],
     journal: "Journal",
     cache: "ReplyCache | None" = None,
     on_row: Callable[[Row], None] | None = None,
-) -> "Tally":
+) -> None:
     """Get every row into the journal that is not answered there: from the cache, else from the client; `on_row` sees each.
+
+    All rows are added to the tally, those that were answered before too.
 
     Raises:
         UserError: the client cannot work as it is set up, or the journal cannot be written.
     """
-    track, tally, asked = TRACKS[track_name], Tally(track_name), dict[int, Example]()
+    track_name, track, asked = tally.track.title, tally.track, dict[int, Example]()
 
     def finish(index: int, example: Example, reply: Reply, spent: float, from_cache: bool = False) -> None:
         row = score_row(track, example, reply)
-        journal.add(index, row.to_json(track), spent, from_cache)
+        journal.add(index, row.line(track), reply, spent, from_cache)
         tally.add(row)
         if on_row:
             on_row(row)
@@ -128,9 +140,9 @@ def evaluate_rows(
     def recall(index: int, example: Example) -> None:
         """Count a row that is answered already; it is scored again, as the code may have changed since."""
         if index in journal:
-            row = score_row(track, example, read_reply(line := journal.line(index)))
-            if row.to_json(track) != line:
-                journal.add(index, row.to_json(track), 0.0)
+            row = score_row(track, example, read_reply(json.loads(journal.line(index))))
+            if row.line(track) != journal.line(index):
+                journal.add(index, row.line(track), row.reply, 0.0)
             tally.add(row)
         elif cache and (found := cache.get(build_messages(track_name, example.prompt))):
             finish(index, example, *found, from_cache=True)
@@ -153,7 +165,6 @@ def evaluate_rows(
         journal.note(client.state())
         if cache:
             cache.put(build_messages(track_name, example.prompt), reply, spent)
-    return tally
 
 
 def score_row(track: Track, example: Example, reply: Reply) -> Row:
@@ -196,8 +207,8 @@ def model_name(told: dict[str, Any]) -> str:
 class Tally:
     """What a report says of rows, without the rows: of each, some 200 bytes are kept."""
 
-    def __init__(self, track_name: str, rows: Iterable[Row] = ()):
-        self.track_name, self.track = track_name, TRACKS[track_name]
+    def __init__(self, track_name: str):
+        self.track = TRACKS[track_name]
         self.matches: dict[str, Counter[Match]] = {matcher: Counter() for matcher in MATCHERS}
         self.errors: Counter[str | None] = Counter()
         self.failed_requests, self.last_failure = 0, None
@@ -205,14 +216,22 @@ class Tally:
         self.latencies = array("d")
         self.contents: list[bytes] = []
         self.prompts: list[bytes] = []
-        for row in rows:
-            self.add(row)
 
     def __len__(self) -> int:
         return len(self.latencies)
 
+    def expect(self, example: Example) -> None:
+        """Note what a row says and asks; its reply comes with `add`."""
+        self.contents.append(bytes.fromhex(example.content_hash))
+        self.prompts.append(bytes.fromhex(text_hash(str(build_messages(self.track.title, example.prompt)))))
+
+    @property
+    def prompt_sha256(self) -> str:
+        """One hash for all messages, in any order."""
+        return hash_of_hashes(self.prompts)
+
     def add(self, row: Row) -> None:
-        example, reply, scored = row.example, row.reply, row.scored
+        reply, scored = row.reply, row.scored
         for matcher, counts in self.matches.items():
             counts[getattr(scored, matcher)] += 1
         self.errors[scored.error] += 1
@@ -222,8 +241,6 @@ class Tally:
         self.tokens["cached"] += reply.cached_tokens
         self.tokens["output"] += reply.output_tokens
         self.latencies.append(reply.seconds)
-        self.contents.append(bytes.fromhex(example.content_hash))
-        self.prompts.append(bytes.fromhex(text_hash(str(build_messages(self.track_name, example.prompt)))))
 
     def summary(self) -> dict[str, Any]:
         """Metrics and counts: what a report and a running display show."""
@@ -241,7 +258,10 @@ class Tally:
 
 def summary(track: Track, rows: Iterable[Row]) -> dict[str, Any]:
     """`Tally.summary` of some rows."""
-    return Tally(track.title, rows).summary()
+    tally = Tally(track.title)
+    for row in rows:
+        tally.add(row)
+    return tally.summary()
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -266,7 +286,10 @@ def make_report(
     Raises:
         UserError: no request was answered: there is nothing to report.
     """
-    tally = rows if isinstance(rows, Tally) else Tally(track_name, rows)
+    tally = rows if isinstance(rows, Tally) else Tally(track_name)
+    for row in rows if tally is not rows else ():
+        tally.expect(row.example)
+        tally.add(row)
     count, tokens = len(tally), tally.tokens
     if tally.failed_requests == count:
         raise UserError(f"none of the {count} requests was answered ({tally.last_failure}): nothing to report")
@@ -283,7 +306,7 @@ def make_report(
         "model": client.describe(),
         "inputs": inputs | {"rows": count, "rows_sha256": hash_of_hashes(tally.contents)},
         # What was said to a model whose replies were recorded elsewhere is not known.
-        "prompt_sha256": None if client.kind == "replay" else hash_of_hashes(tally.prompts),
+        "prompt_sha256": None if client.kind == "replay" else tally.prompt_sha256,
         **tally.summary(),
         "tokens": tokens,
         "sessions": sessions,

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from slm_swap.clients import Reply
 from slm_swap.errors import UserError
 from slm_swap.examples import decode_line, dump_json
 from slm_swap.reports import json_line, now, rows_path
@@ -133,16 +134,16 @@ class Journal:
         """Whether a row is answered."""
         return self._offsets[index] >= 0 and index not in self._failed
 
-    def add(self, index: int, line: dict[str, Any], spent: float, from_cache: bool = False) -> None:
-        """Write a row down; `spent` are the seconds since the one before it, their sum is what the run took.
+    def add(self, index: int, line: str, reply: Reply, spent: float, from_cache: bool = False) -> None:
+        """Write a row's line down; `spent` are the seconds since the row before it, their sum is what the run took.
 
         Raises:
             UserError: the file cannot be written.
         """
         spent = round(float(spent), 6)
         cached = ', "from_cache": true' if from_cache else ""
-        size = self._write(f'{{"row": {index}, "spent": {spent}{cached}, "line": {json_line(line)[:-1]}}}\n')
-        self._note_row(index, spent, line["finish_reason"] == "error", from_cache)
+        size = self._write(f'{{"row": {index}, "spent": {spent}{cached}, "line": {line[:-1]}}}\n')
+        self._note_row(index, spent, reply.finish_reason == "error", from_cache)
         self._end += size
 
     def note(self, state: dict[str, Any]) -> None:
@@ -174,18 +175,15 @@ class Journal:
         os.fsync(self._file.fileno())
         self._synced = time.monotonic()
 
-    def line(self, index: int) -> dict[str, Any]:
+    def line(self, index: int) -> str:
         """The line that was written down for a row."""
         self._file.seek(self._offsets[index])
-        return json.loads(self._file.readline())["line"]
+        _, _, line = self._file.readline().partition(b'"line": ')
+        return line[:-2].decode() + "\n"
 
     def lines(self) -> Iterator[str]:
         """The lines of the rows file, in the dataset's order."""
-        with open(self.path, "rb") as records:
-            for offset in self._offsets:
-                records.seek(offset)
-                _, _, line = records.readline().partition(b'"line": ')
-                yield line[:-2].decode() + "\n"
+        return map(self.line, range(len(self._offsets)))
 
     def remove(self) -> None:
         """The report is written, and the journal has done its work."""

@@ -50,7 +50,8 @@ def main(argv: list[str] | None = None) -> int:
     clock, settings = Stopwatch(), load_settings()
     require_tracing(settings)
     dataset, inputs, name = find_rows(args, [args.model_kind])
-    rows, messages_sha256 = check_rows(args.track, dataset)
+    tally = check_rows(args.track, dataset)
+    rows = len(tally.contents)
     out = args.out or PACKAGE / f"01_eval/reports/{args.track}_{args.model_kind}_{name}.json"
     check_out(out, rows_path(out), journal_path(out), inputs=[inputs["path"], args.replies])
     if args.model_kind == "slm":
@@ -60,10 +61,10 @@ def main(argv: list[str] | None = None) -> int:
     with Journal(journal_path(out)) as journal, trace_run(settings, title, metadata, tags=tags) as trace:
         client = make_client(args.model_kind, settings, dataset, seed=args.seed, **client_options(args))
         try:
-            asked = {"track": args.track, "dataset_sha256": inputs["sha256"], "rows": rows, "messages_sha256": messages_sha256}
+            asked = {"track": args.track, "dataset_sha256": inputs["sha256"], "rows": rows, "prompt_sha256": tally.prompt_sha256}
             journal.begin({"schema_version": SCHEMA_VERSION, **asked, "model": client.identity}, rows)
             earlier = journal.seconds
-            tally = ask(args, client, dataset, journal, trace, rows)
+            ask(args, tally, client, dataset, journal, trace)
             seconds, flags = (journal.seconds, clock.total + earlier), vars(args) | {"out": display_path(out)}
             report = make_report(args.track, client, tally, *seconds, inputs, flags, journal.sessions, journal.cached)
         except BaseException:
@@ -82,8 +83,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def ask(args: argparse.Namespace, client: Client, dataset: Dataset, journal: Journal, trace: Any, rows: int) -> Tally:
+def ask(args: argparse.Namespace, tally: Tally, client: Client, dataset: Dataset, journal: Journal, trace: Any) -> None:
     """Get the rows that the journal has not, with a progress bar."""
+    rows = len(tally.contents)
     if journal.answered:
         print(f"{journal.answered} of {rows} rows are answered already: going on with the others", file=sys.stderr)
     cache = ReplyCache(args.cache, client.identity) if args.cache else None
@@ -94,7 +96,7 @@ def ask(args: argparse.Namespace, client: Client, dataset: Dataset, journal: Jou
             if trace.id is not None:
                 trace_rows(trace, args.track, client, [row])
 
-        return evaluate_rows(args.track, client, dataset, journal, cache, on_row)
+        evaluate_rows(tally, client, dataset, journal, cache, on_row)
 
 
 def show(report: dict, out: Path) -> None:
