@@ -26,7 +26,7 @@ from metrics import make_examples, make_reply
 
 from slm_swap.cli import Parser, positive, run
 from slm_swap.clients import Reply
-from slm_swap.evaluation import Stopwatch, check_rows, collect_replies, make_report, scored_rows, written
+from slm_swap.evaluation import Stopwatch, check_rows, evaluate_rows, make_report
 from slm_swap.examples import Dataset, Example
 from slm_swap.journal import Journal, journal_path
 from slm_swap.prompts import Messages
@@ -69,18 +69,16 @@ def measure(path: Path, replies: list[str]) -> dict:
     """Milliseconds a row of each stage, and the peak memory of this process, which does nothing else."""
     client, dataset, out, clock = Instant(replies), Dataset(path), path.with_name("report.json"), Stopwatch()
     before, processor = peak_mib(), time.process_time()
-    rows, _ = check_rows(TRACK, dataset)
+    tally = check_rows(TRACK, dataset)
+    rows = len(tally.contents)
     seconds = {"check": clock.lap()}
     with Journal(journal_path(out)) as journal:
         journal.begin({}, rows)
-        collect_replies(TRACK, client, dataset, journal)
+        evaluate_rows(tally, client, dataset, journal)
         seconds["ask"] = clock.lap()
-
-        def write(lines) -> dict:
-            scored = written(TRACK, scored_rows(TRACK, dataset, journal.replies()), lines)
-            return make_report(TRACK, client, scored, journal.seconds, clock.total, {}, {})
-
-        write_json(out, write_atomically(rows_path(out), write))
+        report = make_report(TRACK, client, tally, journal.seconds, clock.total, {}, {})
+        write_atomically(rows_path(out), lambda stream: stream.writelines(journal.lines()))
+        write_json(out, report)
         seconds["report"] = clock.lap()
         journal_mib = journal.path.stat().st_size >> 20
         journal.remove()

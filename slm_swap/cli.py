@@ -155,11 +155,11 @@ def run_metadata(args: argparse.Namespace) -> dict[str, Any]:
     return flags | {"commit": code_version()["commit"] or ""}
 
 
-def progress(title: str, total: int, done: int = 0) -> Any:
+def progress(title: str, total: int) -> Any:
     """A progress bar with rate and time left, quiet where standard error is not a terminal."""
     from tqdm import tqdm
 
-    return tqdm(total=total, initial=done, desc=title, unit="row", disable=not sys.stderr.isatty())
+    return tqdm(total=total, desc=title, unit="row", disable=not sys.stderr.isatty())
 
 
 def warn(message: str) -> None:

@@ -1,15 +1,15 @@
 """The one loop over rows: ask, score, and say what came out."""
 
-import hashlib
+import json
 import math
 import time
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from slm_swap.clients import Client, Reply
 from slm_swap.errors import UserError
@@ -34,24 +34,35 @@ class Row:
     scored: Scored
 
     def to_json(self, track: Track) -> dict[str, Any]:
-        """The line of the rows file."""
-        matches = {matcher: getattr(self.scored, matcher) for matcher in MATCHERS}
-        metrics = {match: track.row_metrics(match) for match in set(matches.values())}  # mostly one and the same
-        by_matcher = {matcher: metrics[match] for matcher, match in matches.items()}
-        return {
-            "id": self.example.id,
-            "group": self.example.group,
-            "prompt_sha256": text_hash(self.example.prompt),
-            "reply": self.reply.text,
-            "reference": self.example.completion,
-            "scores": by_matcher["strict"],
-            "scores_by_matcher": by_matcher,
-            "error": self.scored.error,
-            "finish_reason": self.reply.finish_reason,
-            "reply_error": self.reply.error,
-            "tokens": {"input": self.reply.input_tokens, "cached": self.reply.cached_tokens, "output": self.reply.output_tokens},
-            "seconds": round(self.reply.seconds, 6),
+        """What the rows file says of it."""
+        return json.loads(self.line(track))
+
+    def line(self, track: Track) -> str:
+        """Its line of the rows file, put together by hand: rows have few different scores, and they are the most of it."""
+        example, reply, scored = self.example, self.reply, self.scored
+        told = {
+            "id": example.id,
+            "group": example.group,
+            "prompt_sha256": text_hash(example.prompt),
+            "reply": reply.text,
+            "reference": example.completion,
         }
+        outcome = {
+            "error": scored.error,
+            "finish_reason": reply.finish_reason,
+            "reply_error": reply.error,
+            "tokens": {"input": reply.input_tokens, "cached": reply.cached_tokens, "output": reply.output_tokens},
+            "seconds": round(reply.seconds, 6),
+        }
+        metrics = [_metrics_json(track, getattr(scored, matcher)) for matcher in MATCHERS]
+        by_matcher = ", ".join(f'"{matcher}": {values}' for matcher, values in zip(MATCHERS, metrics, strict=True))
+        scores = f'"scores": {metrics[0]}, "scores_by_matcher": {{{by_matcher}}}'
+        return f"{json_line(told)[:-2]}, {scores}, {json_line(outcome)[1:]}"
+
+
+@lru_cache(maxsize=4096)
+def _metrics_json(track: Track, match: Match) -> str:
+    return json_line(track.row_metrics(match))[:-1]
 
 
 def references(track: Track, examples: list[Example]) -> list[Reference]:
@@ -90,44 +101,54 @@ def evaluate(
     return rows
 
 
-def check_rows(track_name: str, examples: Iterable[Example]) -> tuple[int, str]:
-    """(how many rows, a hash of all messages in order), every row's gold looked at before a model is asked anything.
+def check_rows(track_name: str, examples: Iterable[Example]) -> "Tally":
+    """Look at every row's gold before a model is asked anything: the tally that `evaluate_rows` goes on with.
 
     Raises:
         UserError: as `references`.
     """
-    count, messages = 0, hashlib.sha256()
+    tally = Tally(track_name)
     for example in examples:
-        TRACKS[track_name].reference(example)
-        for message in build_messages(track_name, example.prompt):
-            messages.update(f"{message['role']}\0{message['content']}\0".encode())
-        count += 1
-    return count, messages.hexdigest()
+        tally.track.reference(example)
+        tally.expect(example)
+    return tally
 
 
-def collect_replies(
-    track_name: str,
+def evaluate_rows(
+    tally: "Tally",
     client: Client,
     examples: Iterable[Example],
     journal: "Journal",
     cache: "ReplyCache | None" = None,
-    on_reply: Callable[[int, Example, Reply], None] | None = None,
+    on_row: Callable[[int, Row], None] | None = None,
 ) -> None:
-    """Get every row's reply into the journal that has none yet: from the cache, else from the client; `on_reply` sees each with its
-    row's index.
+    """Get every row into the journal that is not answered there: from the cache, else from the client.
+
+    All rows are added to the tally, and shown to `on_row` with their index, those that were answered before too.
 
     Raises:
         UserError: the client cannot work as it is set up, or the journal cannot be written.
     """
-    if journal.state is not None:
-        client.restore(journal.state)
-    if cache:
-        for index, example in enumerate(examples):
-            if index not in journal and (found := cache.get(build_messages(track_name, example.prompt))):
-                journal.add(index, *found, from_cache=True)
-                if on_reply:
-                    on_reply(index, example, found[0])
-    asked: dict[int, Example] = {}
+    track_name, track, asked = tally.track.title, tally.track, dict[int, Example]()
+
+    def finish(index: int, example: Example, reply: Reply, spent: float, from_cache: bool = False) -> None:
+        row = score_row(track, example, reply)
+        journal.add(index, row.line(track), reply, spent, from_cache)
+        tally.add(row)
+        if on_row:
+            on_row(index, row)
+
+    def recall(index: int, example: Example) -> None:
+        """Count a row that is answered already; it is scored again, as the code may have changed since."""
+        if index in journal:
+            row = score_row(track, example, read_reply(json.loads(journal.line(index))))
+            if row.line(track) != journal.line(index):
+                journal.add(index, row.line(track), row.reply, 0.0)
+            tally.add(row)
+            if on_row:
+                on_row(index, row)
+        elif cache and (found := cache.get(build_messages(track_name, example.prompt))):
+            finish(index, example, *found, from_cache=True)
 
     def questions() -> Iterator[tuple[int, Messages]]:
         for index, example in enumerate(examples):
@@ -135,29 +156,30 @@ def collect_replies(
                 asked[index] = example
                 yield index, build_messages(track_name, example.prompt)
 
+    if journal.state is not None:
+        client.restore(journal.state)
+    if journal.answered or cache:
+        for index, example in enumerate(examples):
+            recall(index, example)
     clock = Stopwatch()
     for index, reply in client.stream(questions()):
         spent, example = clock.lap(), asked.pop(index)
-        journal.add(index, reply, spent)
+        finish(index, example, reply, spent)
         journal.note(client.state())
         if cache:
             cache.put(build_messages(track_name, example.prompt), reply, spent)
-        if on_reply:
-            on_reply(index, example, reply)
 
 
-def scored_rows(track_name: str, examples: Iterable[Example], replies: Iterable[Reply]) -> Iterator[Row]:
-    """Rows, replies and scores put together, in order."""
-    track = TRACKS[track_name]
-    for example, reply in zip(examples, replies, strict=True):
-        yield Row(example, reply, track.score(track.reference(example), reply.text, reply.finish_reason))
+def score_row(track: Track, example: Example, reply: Reply) -> Row:
+    """A row with its reply, scored."""
+    return Row(example, reply, track.score(track.reference(example), reply.text, reply.finish_reason))
 
 
-def written(track_name: str, rows: Iterable[Row], stream: IO[str]) -> Iterator[Row]:
-    """The same rows, each written to the stream as a line of the rows file as it passes."""
-    for row in rows:
-        stream.write(json_line(row.to_json(TRACKS[track_name])))
-        yield row
+def read_reply(line: dict[str, Any]) -> Reply:
+    """The reply of a line of `Row.to_json`."""
+    tokens = line["tokens"]
+    counts = tokens["input"], tokens["output"], tokens["cached"]
+    return Reply(line["reply"], line["finish_reason"], *counts, line["seconds"], line["reply_error"])
 
 
 def trace_rows(
@@ -190,42 +212,32 @@ def trace_rows(
 
 
 class RowTracer:
-    """Tells a trace of each row of an evaluation as its reply comes: local rows under a span of their batch.
+    """Tells a trace of each row of an evaluation: local rows under a span of their batch.
 
-    A failed request waits for `finish`: it is asked again where the run is interrupted and goes on.
+    A failed request waits for `finish`, as it is asked again where the run is interrupted and goes on.
     """
 
     def __init__(self, trace: Any, track_name: str, client: Client, batch_size: int, experiment: "Experiment | None" = None):
-        self._told, self._experiment = (trace, track_name, client), experiment
-        self._trace, self._size = trace, batch_size if client.kind == "slm" else None
+        self._told, self._trace, self._experiment = (trace, track_name, client), trace, experiment
+        self._size = batch_size if client.kind == "slm" else None
         self._batch, self._since, self._parent = -1, time.time_ns(), None
+        self._failed: list[Row] = []
 
-    def __call__(self, index: int, example: Example, reply: Reply) -> None:
-        if self._trace.id is None or reply.finish_reason == "error":
+    def __call__(self, index: int, row: Row) -> None:
+        if self._trace.id is None:
+            return
+        if row.reply.finish_reason == "error":
+            self._failed.append(row)
             return
         if self._size and self._batch != index // self._size:
             self._batch, now = index // self._size, time.time_ns()
             self._parent = self._trace.span(f"batch {self._batch}", self._since, now, {"batch_size": self._size})
             self._since = now
-        self._tell(example, reply, self._parent)
+        trace_rows(*self._told, [row], self._parent, self._experiment)
 
-    def earlier(self, examples: Iterable[Example], journal: "Journal") -> None:
-        """Tell of the rows that an interrupted run answered: the trace passes over those that it has."""
-        if self._trace.id is not None and journal.answered:
-            for index, example in enumerate(examples):
-                if index in journal:
-                    self._tell(example, journal.reply(index))
-
-    def finish(self, examples: Iterable[Example], journal: "Journal") -> None:
+    def finish(self) -> None:
         """Tell of the requests that failed for good."""
-        if self._trace.id is not None and journal.failed:
-            for index, example in enumerate(examples):
-                if index in journal.failed:
-                    self._tell(example, journal.reply(index))
-
-    def _tell(self, example: Example, reply: Reply, parent: str | None = None) -> None:
-        trace, track, client = self._told
-        trace_rows(trace, track, client, scored_rows(track, [example], [reply]), parent, self._experiment)
+        trace_rows(*self._told, self._failed, experiment=self._experiment)
 
 
 def model_name(told: dict[str, Any]) -> str:
@@ -233,28 +245,52 @@ def model_name(told: dict[str, Any]) -> str:
     return str(told.get("deployment") or Path(told["path"]).name)
 
 
-@dataclass
 class Tally:
-    """What a summary says of rows, without the rows."""
+    """What a report says of rows, without the rows: of each, some 200 bytes are kept."""
 
-    matches: dict[str, Counter[Match]] = field(default_factory=lambda: {matcher: Counter() for matcher in MATCHERS})
-    errors: Counter[str | None] = field(default_factory=Counter)
-    failed_requests: int = 0
+    def __init__(self, track_name: str):
+        self.track = TRACKS[track_name]
+        self.matches: dict[str, Counter[Match]] = {matcher: Counter() for matcher in MATCHERS}
+        self.errors: Counter[str | None] = Counter()
+        self.failed_requests, self.last_failure = 0, None
+        self.tokens = {"input": 0, "cached": 0, "output": 0}
+        self.latencies = array("d")
+        self.contents: list[bytes] = []
+        self.prompts: list[bytes] = []
+
+    def __len__(self) -> int:
+        return len(self.latencies)
+
+    def expect(self, example: Example) -> None:
+        """Note what a row says and asks; its reply comes with `add`."""
+        self.contents.append(bytes.fromhex(example.content_hash))
+        self.prompts.append(bytes.fromhex(text_hash(str(build_messages(self.track.title, example.prompt)))))
+
+    @property
+    def prompt_sha256(self) -> str:
+        """One hash for all messages, in any order."""
+        return hash_of_hashes(self.prompts)
 
     def add(self, row: Row) -> None:
+        reply, scored = row.reply, row.scored
         for matcher, counts in self.matches.items():
-            counts[getattr(row.scored, matcher)] += 1
-        self.errors[row.scored.error] += 1
-        self.failed_requests += row.reply.finish_reason == "error"
+            counts[getattr(scored, matcher)] += 1
+        self.errors[scored.error] += 1
+        if reply.finish_reason == "error":
+            self.failed_requests, self.last_failure = self.failed_requests + 1, reply.error
+        self.tokens["input"] += reply.input_tokens
+        self.tokens["cached"] += reply.cached_tokens
+        self.tokens["output"] += reply.output_tokens
+        self.latencies.append(reply.seconds)
 
-    def summary(self, track: Track) -> dict[str, Any]:
-        """Metrics and counts of the rows: what a report and a running display show."""
-        by_matcher = {matcher: track.summarize(counts) for matcher, counts in self.matches.items()}
+    def summary(self) -> dict[str, Any]:
+        """Metrics and counts: what a report and a running display show."""
+        by_matcher = {matcher: self.track.summarize(counts) for matcher, counts in self.matches.items()}
         return {
             "metrics": by_matcher["strict"],
             "metrics_by_matcher": by_matcher,
             "counts": {
-                "rows": self.errors.total(),
+                "rows": len(self),
                 "errors": {error: self.errors[error] for error in ERRORS},
                 "failed_requests": self.failed_requests,
             },
@@ -263,10 +299,10 @@ class Tally:
 
 def summary(track: Track, rows: Iterable[Row]) -> dict[str, Any]:
     """`Tally.summary` of some rows."""
-    tally = Tally()
+    tally = Tally(track.title)
     for row in rows:
         tally.add(row)
-    return tally.summary(track)
+    return tally.summary()
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -278,7 +314,7 @@ def percentile(values: Sequence[float], share: float) -> float:
 def make_report(
     track_name: str,
     client: Client,
-    rows: Iterable[Row],
+    rows: Tally | Iterable[Row],
     generate_seconds: float,
     total_seconds: float,
     inputs: dict,
@@ -288,26 +324,16 @@ def make_report(
 ) -> dict[str, Any]:
     """The report of one evaluation; every key of it is documented in slm_swap/README.md.
 
-    The rows are looped over once, and of each some 150 bytes are kept.
-
     Raises:
         UserError: no request was answered: there is nothing to report.
     """
-    tally, first_error = Tally(), None
-    tokens = dict.fromkeys(("input", "cached", "output"), 0)
-    latencies, contents, prompts = array("d"), [], []
-    for row in rows:
+    tally = rows if isinstance(rows, Tally) else Tally(track_name)
+    for row in rows if tally is not rows else ():
+        tally.expect(row.example)
         tally.add(row)
-        tokens["input"] += row.reply.input_tokens
-        tokens["cached"] += row.reply.cached_tokens
-        tokens["output"] += row.reply.output_tokens
-        latencies.append(row.reply.seconds)
-        contents.append(bytes.fromhex(row.example.content_hash))
-        prompts.append(bytes.fromhex(text_hash(str(build_messages(track_name, row.example.prompt)))))
-        first_error = first_error or row.reply.error
-    count = len(latencies)
+    count, tokens = len(tally), tally.tokens
     if tally.failed_requests == count:
-        raise UserError(f"none of the {count} requests was answered ({first_error}): nothing to report")
+        raise UserError(f"none of the {count} requests was answered ({tally.last_failure}): nothing to report")
     cost = client.cost(tokens["input"], tokens["cached"], tokens["output"], generate_seconds)
     return {
         "schema_version": SCHEMA_VERSION,
@@ -319,10 +345,10 @@ def make_report(
         "packages": package_versions(),
         "hardware": hardware(),
         "model": client.describe(),
-        "inputs": inputs | {"rows": count, "rows_sha256": hash_of_hashes(contents)},
+        "inputs": inputs | {"rows": count, "rows_sha256": hash_of_hashes(tally.contents)},
         # What was said to a model whose replies were recorded elsewhere is not known.
-        "prompt_sha256": None if client.kind == "replay" else hash_of_hashes(prompts),
-        **tally.summary(TRACKS[track_name]),
+        "prompt_sha256": None if client.kind == "replay" else tally.prompt_sha256,
+        **tally.summary(),
         "tokens": tokens,
         "sessions": sessions,
         "cached_replies": cached_replies,
@@ -330,7 +356,7 @@ def make_report(
             "load": round(client.load_seconds, 3),
             "generate": round(generate_seconds, 3),
             "total": round(total_seconds, 3),
-            "per_row": {"p50": round(percentile(latencies, 0.5), 6), "p95": round(percentile(latencies, 0.95), 6)},
+            "per_row": {"p50": round(percentile(tally.latencies, 0.5), 6), "p95": round(percentile(tally.latencies, 0.95), 6)},
         },
         "cost": {"total": cost, "per_1000_rows": None if cost is None else cost * 1000 / count},
     }

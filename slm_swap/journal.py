@@ -1,9 +1,10 @@
-"""The journal of an evaluation under way: every reply is in a file before the next row is looked at, so that nothing is asked twice.
+"""The journal of an evaluation under way: every row is in a file as soon as it is answered, so that nothing is asked twice.
 
 The file, `<report>.rows.jsonl.part`, has one JSON object a line. The first is the header: what is asked of which model, when the
-run began, and its `run_id`. Then, as they come: `{"session": when}` each time that the program starts, `{"row": index, "spent": ...}`
-with a reply's fields, and `{"state": ...}` whenever the client has learned something (see `clients.Client`). A line is with the
-operating system at once, so that it outlives the process; a power cut costs the lines of a second at most.
+run began, and its `run_id`. Then, as they come: `{"session": when}` each time that the program starts, `{"row": index, "spent":
+seconds, "line": {...}}` with a line of the rows file, and `{"state": ...}` whenever the client has learned something (see
+`clients.Client`). A line is with the operating system at once, so that it outlives the process; a power cut costs the lines of a
+second at most.
 """
 
 import contextlib
@@ -14,18 +15,16 @@ import time
 import uuid
 from array import array
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import IO, Any
 
 from slm_swap.clients import Reply
 from slm_swap.errors import UserError
 from slm_swap.examples import decode_line, dump_json
-from slm_swap.reports import now, rows_path
+from slm_swap.reports import json_line, now, rows_path
 from slm_swap.settings import display_path
 
 SYNC_SECONDS = 1.0  # between two fsyncs: one a row would cost more than all else that a row costs
-REPLY_FIELDS = tuple(field.name for field in fields(Reply))
 RUN_KEYS = ("started_at", "run_id")  # of the header: what differs between two runs of the same command
 
 
@@ -37,7 +36,7 @@ def journal_path(report: str | Path) -> Path:
 class Journal:
     """One run's journal, opened for this process alone; `begin` comes before everything else.
 
-    `answered` counts the rows that are not asked again, which are those with a reply other than a failed request (its rows are in `failed`); `cached` those
+    `answered` counts the rows that are not asked again, which are those with a reply other than a failed request; `cached` those
     whose reply came from a reply cache. `seconds` is the time that all sessions together spent on replies. As a context manager it
     closes the file in the end, and removes it where nothing was answered.
 
@@ -84,7 +83,7 @@ class Journal:
         Raises:
             UserError: the file is of another run, by its `identity`, or no journal at all.
         """
-        self._offsets, self.failed = array("q", [-1]) * rows, set[int]()
+        self._offsets, self._failed = array("q", [-1]) * rows, set[int]()
         self._end = 0
         self._file.seek(0)
         for line in self._file:
@@ -116,38 +115,36 @@ class Journal:
 
     def _take(self, record: dict[str, Any]) -> None:
         """What one line of the file says; it begins at `_end`."""
-        if "session" in record:
-            self.sessions += 1
-        elif "state" in record:
-            self.state = record["state"]
-        else:
-            try:
-                reply = _reply(record)
-                index, spent = record["row"], float(record["spent"])
-                known = self._offsets[index] >= 0 and index not in self.failed
-            except (LookupError, TypeError, ValueError):
-                return
-            self._offsets[index] = self._end
-            self.seconds += spent
-            self.cached += bool(record.get("from_cache"))
-            if reply.finish_reason == "error":
-                self.failed.add(index)
-            else:
-                self.failed.discard(index)
-                self.answered += not known
+        match record:
+            case {"session": str()}:
+                self.sessions += 1
+            case {"state": dict(state)}:
+                self.state = state
+            case {"row": int(index), "spent": float(spent), "line": {"finish_reason": str(reason)}} if index < len(self._offsets):
+                self._note_row(index, spent, reason == "error", "from_cache" in record)
+
+    def _note_row(self, index: int, spent: float, failed: bool, from_cache: bool) -> None:
+        self.answered += index not in self and not failed
+        self._offsets[index] = self._end
+        (self._failed.add if failed else self._failed.discard)(index)
+        self.seconds += spent
+        self.cached += from_cache
 
     def __contains__(self, index: int) -> bool:
         """Whether a row is answered."""
-        return self._offsets[index] >= 0 and index not in self.failed
+        return self._offsets[index] >= 0 and index not in self._failed
 
-    def add(self, index: int, reply: Reply, spent: float, from_cache: bool = False) -> None:
-        """Write a reply down; `spent` are the seconds since the one before it, their sum is what the run took.
+    def add(self, index: int, line: str, reply: Reply, spent: float, from_cache: bool = False) -> None:
+        """Write a row's line down; `spent` are the seconds since the row before it, their sum is what the run took.
 
         Raises:
             UserError: the file cannot be written.
         """
-        record = {"row": index, "spent": round(spent, 6), **vars(reply)} | ({"from_cache": True} if from_cache else {})
-        self._append(record)
+        spent = round(float(spent), 6)
+        cached = ', "from_cache": true' if from_cache else ""
+        size = self._write(f'{{"row": {index}, "spent": {spent}{cached}, "line": {line[:-1]}}}\n')
+        self._note_row(index, spent, reply.finish_reason == "error", from_cache)
+        self._end += size
 
     def note(self, state: dict[str, Any]) -> None:
         """Write the client's state down where it is a new one.
@@ -159,34 +156,34 @@ class Journal:
             self._append({"state": state})
 
     def _append(self, record: dict[str, Any]) -> None:
-        line = dump_json(record).encode() + b"\n"
+        size = self._write(json_line(record))
+        self._take(record)
+        self._end += size
+
+    def _write(self, line: str) -> int:
         try:
-            self._file.write(line)
+            size = self._file.write(line.encode())
             self._file.flush()
             if time.monotonic() - self._synced > SYNC_SECONDS:
                 self.sync()
         except OSError as error:
             raise UserError(f"cannot write {self._shown} ({error.strerror}): make room and run the same command again") from None
-        self._take(record)
-        self._end += len(line)
+        return size
 
     def sync(self) -> None:
         """Wait until everything is on the disk."""
         os.fsync(self._file.fileno())
         self._synced = time.monotonic()
 
-    def replies(self) -> Iterator[Reply]:
-        """Every row's reply, in the dataset's order."""
-        with open(self.path, "rb") as lines:
-            for offset in self._offsets:
-                lines.seek(offset)
-                yield _reply(json.loads(lines.readline()))
+    def line(self, index: int) -> str:
+        """The line that was written down for a row."""
+        self._file.seek(self._offsets[index])
+        _, _, line = self._file.readline().partition(b'"line": ')
+        return line[:-2].decode() + "\n"
 
-    def reply(self, index: int) -> Reply:
-        """The reply of one row that has one, a failed one too."""
-        with open(self.path, "rb") as lines:
-            lines.seek(self._offsets[index])
-            return _reply(json.loads(lines.readline()))
+    def lines(self) -> Iterator[str]:
+        """The lines of the rows file, in the dataset's order."""
+        return map(self.line, range(len(self._offsets)))
 
     def remove(self) -> None:
         """The report is written, and the journal has done its work."""
@@ -208,10 +205,6 @@ def _decode(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
-
-
-def _reply(record: dict[str, Any]) -> Reply:
-    return Reply(*[record[name] for name in REPLY_FIELDS])
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:

@@ -9,12 +9,11 @@ import tempfile
 from collections.abc import Callable, Iterable
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
 from slm_swap.errors import UserError
 from slm_swap.settings import PACKAGE, ROOT, display_path
 
-Result = TypeVar("Result")
 SCHEMA_VERSION = 1
 PACKAGES = (
     "torch",
@@ -39,10 +38,8 @@ def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def write_atomically(path: str | Path, write: Callable[[IO[str]], Result]) -> Result:
+def write_atomically(path: str | Path, write: Callable[[IO[str]], object]) -> None:
     """Write a text file beside its place and rename it: readers see the old file or the new one, never half of one.
-
-    Gives what `write` gives.
 
     Raises:
         UserError: the folder cannot be made or written.
@@ -56,14 +53,13 @@ def write_atomically(path: str | Path, write: Callable[[IO[str]], Result]) -> Re
     try:
         os.fchmod(handle, 0o644)  # mkstemp's own mode would hide the file from the team
         with open(handle, "w", encoding="utf-8") as stream:
-            result = write(stream)
+            write(stream)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    return result
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -16,15 +16,25 @@ from slm_swap.azure_client import AzureClient
 from slm_swap.clients import Reply, stream_batches
 from slm_swap.demo.azure_simulator import AzureSimulator, Faults
 from slm_swap.errors import UserError
-from slm_swap.evaluation import check_rows, collect_replies, make_report, scored_rows, written
+from slm_swap.evaluation import Tally, check_rows, evaluate_rows, make_report, read_reply, score_row
 from slm_swap.examples import Dataset, Example
 from slm_swap.journal import Journal, journal_path
 from slm_swap.prompts import SYSTEM_PROMPTS, toolcall_prompt
 from slm_swap.reports import write_atomically, write_jsonl
 from slm_swap.settings import Settings
+from slm_swap.tracks import TRACKS
 
 IDENTITY = {"track": "structured", "dataset_sha256": "d" * 64, "rows": 4, "model": {"kind": "azure", "parameters": {"seed": 42}}}
-REPLIES = [Reply('{"a":"\u00e4\u2028"}', "stop", 10, 2, 4, 0.1 + 0.2), Reply("", "content_filter"), Reply("", "error", error="500"), Reply("x", "length")]
+STRUCTURED = TRACKS["structured"]
+REPLIES = [
+    Reply('{"line": "\u00e4\u2028"}', "stop", 10, 2, 4, 0.25), Reply("", "content_filter"), Reply("", "error", error="500"),
+    Reply("x", "length"),
+]  # fmt: skip
+ENTRIES = [  # what Journal.add is given of each row
+    (score_row(STRUCTURED, Example(f"p{number}", '{"line": ["a"]}', id=f"r{number}"), reply).line(STRUCTURED), reply)
+    for number, reply in enumerate(REPLIES)
+]
+LINES = [line for line, _ in ENTRIES]
 
 
 @pytest.fixture
@@ -45,29 +55,30 @@ def begun(path, identity=IDENTITY, rows=4):
 # The file
 
 
-def test_replies_come_back_in_the_dataset_s_order(path):
+def test_the_rows_come_back_in_the_dataset_s_order(path):
     with begun(path) as journal:
         for index in (2, 0, 3, 1):
-            journal.add(index, REPLIES[index], 0.5)
+            journal.add(index, *ENTRIES[index], 0.5)
     header = journal.header
     assert path.name == "out.rows.jsonl.part" and (journal.sessions, journal.answered, journal.seconds) == (1, 3, 2.0)
     with begun(path) as journal:
-        assert list(journal.replies()) == REPLIES
+        assert list(journal.lines()) == LINES and journal.line(3) == LINES[3]
         assert [index in journal for index in range(4)] == [True, True, False, True]
         assert (journal.sessions, journal.answered, journal.seconds) == (2, 3, 2.0)
         assert journal.header == header and len(header["run_id"]) == 32
 
 
 def test_a_failed_row_is_asked_again_and_its_time_counts_twice(path):
+    failed = ENTRIES[2]
     with begun(path) as journal:
-        journal.add(0, Reply("", "error", error="500"), 2.0)
-        journal.add(1, Reply("b"), 0.5)
-        journal.add(0, Reply("a"), 1.0)
-        journal.add(2, Reply("", "error", error="429"), 0.25)
-        journal.add(3, Reply("d"), 0.0)
+        journal.add(0, *failed, 2.0)
+        journal.add(1, *ENTRIES[1], 0.5)
+        journal.add(0, *ENTRIES[0], 1.0)
+        journal.add(2, *failed, 0.25)
+        journal.add(3, *ENTRIES[3], 0.0)
     for _ in range(2):
         with begun(path) as journal:
-            assert [reply.text for reply in journal.replies()] == ["a", "b", "", "d"]
+            assert list(journal.lines()) == LINES
             assert (journal.answered, journal.seconds, 0 in journal, 2 in journal) == (3, 3.75, True, False)
 
 
@@ -86,7 +97,7 @@ def test_the_last_state_and_the_cached_rows_are_known_again(path):
         size = path.stat().st_size
         journal.note({"dropped": ["seed"]})
         assert path.stat().st_size == size
-        journal.add(0, REPLIES[0], 1.5, from_cache=True)
+        journal.add(0, *ENTRIES[0], 1.5, from_cache=True)
     with begun(path) as journal:
         assert (journal.state, journal.cached, journal.seconds) == ({"dropped": ["seed"]}, 1, 1.5)
 
@@ -94,22 +105,22 @@ def test_the_last_state_and_the_cached_rows_are_known_again(path):
 def test_a_line_that_is_torn_at_any_byte_costs_its_row_alone(path):
     with begun(path) as journal:
         for index in (1, 0, 3):
-            journal.add(index, REPLIES[index], 0.5)
+            journal.add(index, *ENTRIES[index], 0.5)
     whole = path.read_bytes()
     last = whole.rstrip(b"\n").rindex(b"\n") + 1
     for end in range(last, len(whole)):
         path.write_bytes(whole[:end])
         with begun(path) as journal:
             assert [index in journal for index in range(4)] == [True, True, False, False], end
-            journal.add(2, Reply("two"), 0.5)
-            journal.add(3, REPLIES[3], 0.5)
-            assert [reply.text for reply in journal.replies()] == [REPLIES[0].text, "", "two", "x"]
+            journal.add(2, *ENTRIES[2], 0.5)
+            journal.add(3, *ENTRIES[3], 0.5)
+            assert list(journal.lines()) == LINES
         assert path.read_bytes().startswith(whole[:last])
 
 
 def test_a_torn_header_is_a_new_journal(path):
     with begun(path) as journal:
-        journal.add(0, REPLIES[0], 0.5)
+        journal.add(0, *ENTRIES[0], 0.5)
     whole = path.read_bytes()
     for end in range(whole.index(b"\n") + 1):
         path.write_bytes(whole[:end])
@@ -122,7 +133,7 @@ def test_a_torn_header_is_a_new_journal(path):
 def test_a_damaged_line_in_the_middle_costs_its_row_alone(path, damage):
     with begun(path) as journal:
         for index in (1, 0, 3):
-            journal.add(index, REPLIES[index], 0.5)
+            journal.add(index, *ENTRIES[index], 0.5)
     lines = path.read_bytes().split(b"\n")
     path.write_bytes(b"\n".join([*lines[:2], damage, *lines[3:]]))
     with begun(path) as journal:
@@ -141,7 +152,7 @@ CHANGED = {
 @pytest.mark.parametrize(("changes", "said"), CHANGED.values(), ids=CHANGED)
 def test_a_journal_of_another_run_is_refused_and_kept(path, changes, said):
     with begun(path) as journal:
-        journal.add(0, REPLIES[0], 0.5)
+        journal.add(0, *ENTRIES[0], 0.5)
     before = path.read_bytes()
     with pytest.raises(UserError) as refused:
         begun(path, IDENTITY | changes)
@@ -169,16 +180,16 @@ def test_a_journal_without_an_answer_is_removed(path):
         pass
     assert not path.exists()
     with begun(path) as journal:
-        journal.add(0, Reply("", "error", error="500"), 1.0)
+        journal.add(0, *ENTRIES[2], 1.0)
     assert not path.exists()
 
 
 def test_a_full_disk_is_told_in_one_line(path):
     journal = begun(path)
-    journal.add(0, REPLIES[0], 0.5)
+    journal.add(0, *ENTRIES[0], 0.5)
     os.dup2(os.open("/dev/full", os.O_WRONLY), journal._file.fileno())
     with pytest.raises(UserError, match=r"No space left on device.*the same command"):
-        journal.add(1, REPLIES[1], 0.5)
+        journal.add(1, *ENTRIES[1], 0.5)
     journal.__exit__()
     assert path.exists()
 
@@ -360,7 +371,7 @@ def interrupted(tmp_path, write_rows, run_script, eval_script, monkeypatch):
         return run_script(eval_script, *(word for pair in given.items() for word in pair))
 
     with monkeypatch.context() as patch:
-        patch.setattr(eval_script, "written", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(eval_script, "make_report", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         code, _, error = again()
     assert code == 130 and "4 of 4 rows are answered and kept" in error
     return again
@@ -385,13 +396,29 @@ def test_another_command_is_refused(interrupted, tmp_path, write_rows, monkeypat
         changes["limit"], said = 3, "rows 4 there, 3 here"
     elif what == "prompt":
         monkeypatch.setitem(SYSTEM_PROMPTS, "structured", "Another.")
-        said = "messages_sha256"
+        said = "prompt_sha256"
     else:
         calls = [replace(row, completion='<tool_call name="f">{}</tool_call>').to_json() for row in ROWS[:4]]
         changes |= {"track": "toolcall", "dataset": write_rows("other.jsonl", calls)}
     code, _, error = interrupted(**changes)
     assert code == 2 and said in error and "is of another run" in error and error.count("\n") == 1
     assert journal_path(tmp_path / "out.json").read_bytes() == before and not (tmp_path / "out.json").exists()
+
+
+def test_kept_rows_are_scored_by_the_code_that_writes_the_report(path):
+    example, client = Example("p", '{"a":1}', id="r0"), Instant()
+    with begun(path, rows=1) as journal:
+        reply = Reply('{"a":1}', "stop", 3, 2, 1, 0.5)
+        right = score_row(STRUCTURED, example, reply).line(STRUCTURED)
+        journal.add(0, right.replace('"error": null', '"error": "wrong_value"', 1), reply, 0.5)
+    with begun(path, rows=1) as journal:
+        evaluate_rows(tally := Tally("structured"), client, [example], journal)
+        assert list(journal.lines()) == [right] and journal.seconds == 0.5
+    assert tally.summary()["metrics"]["exact_match_rate"] == 1 and tally.tokens == {"input": 3, "cached": 1, "output": 2}
+
+
+def test_a_line_tells_its_reply():
+    assert [read_reply(json.loads(line)) for line in LINES] == REPLIES
 
 
 # As it streams
@@ -402,13 +429,13 @@ def test_a_client_s_failure_keeps_the_rows_before_it(tmp_path, path):
     with AzureSimulator(ROWS, key=KEY) as server:
         client = AzureClient(replace(settings, azure_endpoint=server.url), concurrency=4)
 
-        def withdraw(example, reply):
-            if example.id == "r0":
+        def withdraw(row):
+            if row.example.id == "r0":
                 server.key = "another"
 
         try:
             with begun(path, rows=len(ROWS)) as journal, pytest.raises(UserError, match="401"):
-                collect_replies("structured", client, ROWS, journal, on_reply=withdraw)
+                evaluate_rows(Tally("structured"), client, ROWS, journal, on_row=withdraw)
         finally:
             client.close()
     assert 1 <= journal.answered < len(ROWS) and path.exists()
@@ -469,16 +496,12 @@ def peak_bytes(tmp_path, count):
     write_jsonl(path, ({"id": f"r{n}", "prompt": f"{n} " + "x" * 3000, "completion": '{"a":1}'} for n in range(count)))
     tracemalloc.start()
     dataset, client = Dataset(path), Instant()
-    check_rows("structured", dataset)
+    tally = check_rows("structured", dataset)
     with Journal(journal_path(out)) as journal:
         journal.begin({}, count)
-        collect_replies("structured", client, dataset, journal)
-
-        def write(lines):
-            rows = written("structured", scored_rows("structured", dataset, journal.replies()), lines)
-            return make_report("structured", client, rows, 1.0, 1.0, {}, {})
-
-        report = write_atomically(tmp_path / "rows.jsonl", write)
+        evaluate_rows(tally, client, dataset, journal)
+        report = make_report("structured", client, tally, 1.0, 1.0, {}, {})
+        write_atomically(tmp_path / "rows.jsonl", lambda stream: stream.writelines(journal.lines()))
         journal.remove()
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()

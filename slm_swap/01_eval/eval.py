@@ -12,15 +12,15 @@ import argparse
 import sys
 from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
 from slm_swap.cli import Parser, check_out, client_options, find_rows, progress, run, run_metadata, tracing_options, warn
-from slm_swap.clients import MODEL_KINDS, Client, Reply, make_client
+from slm_swap.clients import MODEL_KINDS, Client, make_client
 from slm_swap.errors import UserError
-from slm_swap.evaluation import RowTracer, Stopwatch, check_rows, collect_replies, make_report, scored_rows, written
-from slm_swap.examples import Dataset, Example
+from slm_swap.evaluation import Row, RowTracer, Stopwatch, Tally, check_rows, evaluate_rows, make_report
+from slm_swap.examples import Dataset
 from slm_swap.journal import Journal, journal_path
 from slm_swap.langfuse_api import LangfuseApi
 from slm_swap.langfuse_datasets import Experiment, dataset_name, open_experiment
@@ -55,7 +55,8 @@ def main(argv: list[str] | None = None) -> int:
     clock, settings = Stopwatch(), load_settings()
     connection = connect(settings, tracing_options(args, settings))
     dataset, inputs, name = find_rows(args, [args.model_kind])
-    rows, messages_sha256 = check_rows(args.track, dataset)
+    tally = check_rows(args.track, dataset)
+    rows = len(tally.contents)
     out = args.out or PACKAGE / f"01_eval/reports/{args.track}_{args.model_kind}_{name}.json"
     check_out(out, rows_path(out), journal_path(out), inputs=[inputs["path"], args.replies])
     experiment = find_experiment(args, settings, dataset, inputs, name) if args.langfuse_experiment else None
@@ -64,23 +65,20 @@ def main(argv: list[str] | None = None) -> int:
     with Journal(journal_path(out)) as journal:
         client = make_client(args.model_kind, settings, dataset, seed=args.seed, **client_options(args))
         try:
-            asked = {"track": args.track, "dataset_sha256": inputs["sha256"], "rows": rows, "messages_sha256": messages_sha256}
+            asked = {"track": args.track, "dataset_sha256": inputs["sha256"], "rows": rows, "prompt_sha256": tally.prompt_sha256}
             journal.begin({"schema_version": SCHEMA_VERSION, **asked, "model": client.identity}, rows)
             metadata = run_metadata(args) | {"dataset": inputs["path"], "dataset_sha256": inputs["sha256"], "report": display_path(out)}
             title, tags = f"eval-{args.track}-{args.model_kind}", ["eval", args.track, args.model_kind]
             with trace_run(connection, title, out, metadata, tags, seed=journal.header["run_id"]) as trace:
                 earlier = journal.seconds
-                ask(args, client, dataset, journal, trace, rows, experiment)
-
-                def write(lines: IO[str]) -> dict:
-                    scored = written(args.track, scored_rows(args.track, dataset, journal.replies()), lines)
-                    seconds, flags = (journal.seconds, clock.total + earlier), vars(args) | {"out": display_path(out)}
-                    return make_report(args.track, client, scored, *seconds, inputs, flags, journal.sessions, journal.cached)
-
-                report = write_atomically(rows_path(out), write)
+                tell = RowTracer(trace, args.track, client, args.batch_size, experiment)
+                ask(args, tally, client, dataset, journal, tell)
+                seconds, flags = (journal.seconds, clock.total + earlier), vars(args) | {"out": display_path(out)}
+                report = make_report(args.track, client, tally, *seconds, inputs, flags, journal.sessions, journal.cached)
                 trace.scores(report["metrics"])
                 trace.update(output={"metrics": report["metrics"], "counts": report["counts"]}, metadata={"model": report["model"]})
                 report["trace"] = {"id": trace.id, "url": trace.url}
+                write_atomically(rows_path(out), lambda stream: stream.writelines(journal.lines()))
                 write_json(out, report)
             if experiment:
                 link(experiment, settings, dataset, trace)
@@ -113,23 +111,20 @@ def link(experiment: Experiment, settings: Settings, dataset: Dataset, trace: An
         warn(f"the experiment {experiment.name} may lack rows: {error}")
 
 
-def ask(
-    args: argparse.Namespace, client: Client, dataset: Dataset, journal: Journal, trace: Any, rows: int, experiment: Experiment | None
-) -> None:
-    """Get the replies that the journal has not, with a progress bar."""
-    tell = RowTracer(trace, args.track, client, args.batch_size, experiment)
+def ask(args: argparse.Namespace, tally: Tally, client: Client, dataset: Dataset, journal: Journal, tell: RowTracer) -> None:
+    """Get the rows that the journal has not, with a progress bar."""
+    rows = len(tally.contents)
     if journal.answered:
         print(f"{journal.answered} of {rows} rows are answered already: going on with the others", file=sys.stderr)
-        tell.earlier(dataset, journal)
     cache = ReplyCache(args.cache, client.identity) if args.cache else None
-    with progress(f"{args.track} {args.model_kind}", rows, journal.answered) as bar, closing(cache) if cache else nullcontext():
+    with progress(f"{args.track} {args.model_kind}", rows) as bar, closing(cache) if cache else nullcontext():
 
-        def on_reply(index: int, example: Example, reply: Reply) -> None:
+        def on_row(index: int, row: Row) -> None:
             bar.update()
-            tell(index, example, reply)
+            tell(index, row)
 
-        collect_replies(args.track, client, dataset, journal, cache, on_reply)
-    tell.finish(dataset, journal)
+        evaluate_rows(tally, client, dataset, journal, cache, on_row)
+    tell.finish()
 
 
 def show(report: dict, out: Path) -> None:
