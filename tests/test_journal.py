@@ -429,7 +429,7 @@ def test_a_client_s_failure_keeps_the_rows_before_it(tmp_path, path):
     with AzureSimulator(ROWS, key=KEY) as server:
         client = AzureClient(replace(settings, azure_endpoint=server.url), concurrency=4)
 
-        def withdraw(row):
+        def withdraw(index, row):
             if row.example.id == "r0":
                 server.key = "another"
 
