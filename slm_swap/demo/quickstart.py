@@ -156,6 +156,7 @@ def main(argv: list[str] | None = None) -> int:
         "SLM_MODEL_PATH": "models/phi-tiny",
         "OMP_NUM_THREADS": threads,
         "TOKENIZERS_PARALLELISM": "false",
+        "SLM_SWAP_SESSION": settings.session or f"quickstart-{time.strftime('%Y%m%d-%H%M%S')}",
     }
     if not traced:
         demo.environment["LANGFUSE_DISABLED"] = "1"
