@@ -10,7 +10,7 @@ import queue
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from itertools import islice, pairwise
@@ -254,7 +254,7 @@ class AzureClient:
         replies = dict(self.stream(enumerate(batch)))
         return [replies[index] for index in range(len(batch))]
 
-    def stream(self, rows: Iterable[tuple[int, Messages]]) -> Iterator[tuple[int, Reply]]:
+    def stream(self, rows: Iterable[tuple[int, Messages]]) -> Generator[tuple[int, Reply]]:
         """Each row's Reply as its request ends; the next row is asked in its place.
 
         Leaving early, Ctrl-C and a fault of the set-up cancel the requests that are under way.

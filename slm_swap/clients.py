@@ -1,6 +1,6 @@
 """The protocol that every model speaks, and the factory."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -44,7 +44,7 @@ class Client(Protocol):
 
     def generate(self, batch: list[Messages]) -> list[Reply]: ...
 
-    def stream(self, rows: Iterable[tuple[int, Messages]]) -> Iterator[tuple[int, Reply]]:
+    def stream(self, rows: Iterable[tuple[int, Messages]]) -> Generator[tuple[int, Reply]]:
         """One Reply a row as it comes, in any order; rows are taken as they can be asked."""
         ...
 
@@ -72,7 +72,7 @@ class Client(Protocol):
 
 def stream_batches(
     generate: Callable[[list[Messages]], list[Reply]], rows: Iterable[tuple[int, Messages]], size: int
-) -> Iterator[tuple[int, Reply]]:
+) -> Generator[tuple[int, Reply]]:
     """`Client.stream` by `generate`. Rows of equal index // size are asked together, so that what is left of an interrupted run is
     asked in the batches of an uninterrupted one."""
     for _, batch in groupby(rows, key=lambda row: row[0] // size):

@@ -1,4 +1,4 @@
-"""The one loop over rows: ask, score, and say what came out."""
+"""The loop over rows: ask, score, and say what came out."""
 
 import json
 import math
@@ -6,6 +6,7 @@ import time
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -162,12 +163,13 @@ def evaluate_rows(
         for index, example in enumerate(examples):
             recall(index, example)
     clock = Stopwatch()
-    for index, reply in client.stream(questions()):
-        spent, example = clock.lap(), asked.pop(index)
-        finish(index, example, reply, spent)
-        journal.note(client.state())
-        if cache:
-            cache.put(build_messages(track_name, example.prompt), reply, spent)
+    with closing(client.stream(questions())) as replies:
+        for index, reply in replies:
+            spent, example = clock.lap(), asked.pop(index)
+            finish(index, example, reply, spent)
+            journal.note(client.state())
+            if cache:  # after the journal: a kill in between costs the cache an entry, not the report its count
+                cache.put(build_messages(track_name, example.prompt), reply, spent)
 
 
 def score_row(track: Track, example: Example, reply: Reply) -> Row:

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -232,7 +232,7 @@ class SLMClient:
         spent = len(kept) + (stop is not None)  # the end token was generated too
         return Reply(text, "length" if stop is None else "stop", len(prompt), spent, 0, seconds)
 
-    def stream(self, rows: Iterable[tuple[int, Messages]]) -> Iterator[tuple[int, Reply]]:
+    def stream(self, rows: Iterable[tuple[int, Messages]]) -> Generator[tuple[int, Reply]]:
         return stream_batches(self.generate, rows, self.batch_size)
 
     @cached_property

@@ -25,6 +25,7 @@ from slm_swap.evaluation import (
 from slm_swap.examples import Example, text_hash
 from slm_swap.metrics import ERRORS, MATCHERS
 from slm_swap.prompts import SYSTEM_PROMPTS
+from slm_swap.reports import json_line
 from slm_swap.tracks import TRACKS
 
 STRUCTURED = TRACKS["structured"]
@@ -249,4 +250,8 @@ def test_model_name():
 
 def test_a_row_is_written_as_json():
     _, rows = run()
-    assert all(json.loads(json.dumps(row.to_json(STRUCTURED), allow_nan=False)) for row in rows) and isinstance(rows[0], Row)
+    for row in rows:
+        assert isinstance(row, Row) and row.line(STRUCTURED) == json_line(row.to_json(STRUCTURED))
+        assert row.to_json(STRUCTURED)["scores_by_matcher"] == {
+            matcher: STRUCTURED.row_metrics(getattr(row.scored, matcher)) for matcher in MATCHERS
+        }
