@@ -180,7 +180,7 @@ def read_examples(path: str | Path, limit: int | None = None) -> list[Example]:
     Raises:
         UserError: as `read_jsonl` and `parse_example`; also where the file has no row or an id stands twice.
     """
-    return list(Dataset(path, limit))
+    return list(parse_examples(read_jsonl(path), path, limit))
 
 
 class Dataset:
