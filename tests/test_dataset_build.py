@@ -309,7 +309,7 @@ def test_every_built_completion_is_gold_of_its_track(arguments):
     structured = TRACKS["structured"].parse_reference(make_example(source, "structured", 1).completion)
     assert call.name == structured.value["tool_name"] == "f"
     assert call.value == structured.value["arguments"]
-    assert json.loads(json.dumps(arguments)) == json.loads(json.dumps(call.value, default=float))
+    assert json.loads(json.dumps(arguments)) == json.loads(json.dumps(call.value, default=lambda number: int(number) if number == int(number) else float(number)))
 
 
 def files(folder):
