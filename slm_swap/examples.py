@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -202,6 +203,7 @@ class Dataset:
 
     def _check(self) -> Iterator[Example]:
         rows = tempfile.TemporaryFile()  # noqa: SIM115
+        weakref.finalize(self, rows.close)
         for example in parse_examples(self._lines(self._path), self._path, self._limit):
             rows.write(pickle.dumps(example, pickle.HIGHEST_PROTOCOL))
             yield example

@@ -68,11 +68,14 @@ def mask(parts: Sequence[Any], regions: Sequence[str] = ("US",)) -> tuple[list[A
     `regions` are the countries (ISO 3166, two letters) whose national telephone numbers count. JSON stays JSON; a number that is a
     card or a telephone number becomes a text. Masking again changes nothing.
     """
-    row = _Row(regions)
-    for part in parts:
-        for text, name in _texts(part):
-            row.learn(text, name)
-    return [row.masked(part) for part in parts], Counter(kind for kind, _ in row.placeholders)
+    row, found = _Row(regions), -1
+    while len(row.placeholders) > found:  # what stood beside a number may be one of its own without it
+        found = len(row.placeholders)
+        for part in parts:
+            for text, name in _texts(part):
+                row.learn(text, name)
+        parts = [row.masked(part) for part in parts]
+    return list(parts), Counter(kind for kind, _ in row.placeholders)
 
 
 class _Row:

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from slm_swap.masking import mask
@@ -107,6 +107,7 @@ def shape(value):
 
 @settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(texts, json_values)
+@example("", "+14155552671 2012000000")
 def test_masking_keeps_the_shape_is_done_after_once_and_leaves_no_value(text, value):
     masked, counts = mask([text, value])
     assert mask(masked) == (masked, {})
