@@ -26,7 +26,8 @@ from slm_swap.settings import ROOT, Settings, display_path
 
 RATE = 500  # rows a second
 SERVER = """
-import sys
+import os, sys
+os.nice(19)  # a real server has a machine of its own
 sys.path[:0] = [{root!r}, {tests!r}]
 from langfuse_server import LangfuseServer
 with LangfuseServer("pk-lf-benchmark") as server:

@@ -5,7 +5,6 @@ holds its end up by at most `CLOSE_SECONDS`; what did not arrive stays in the fi
 """
 
 import hashlib
-import json
 import math
 import sys
 import time
@@ -19,7 +18,7 @@ from urllib.parse import urlsplit
 
 from slm_swap.errors import UserError
 from slm_swap.langfuse_outbox import SUFFIX, Outbox
-from slm_swap.langfuse_wire import UNTRACED, NoLangfuse, Server
+from slm_swap.langfuse_wire import UNTRACED, NoLangfuse, Server, as_text
 from slm_swap.settings import Settings, display_path
 
 if TYPE_CHECKING:
@@ -129,19 +128,18 @@ class RunTrace:
     """The trace of one run. Calls may come from any thread and never fail for Langfuse's sake."""
 
     def __init__(self, connection: Connection, name: str, beside: Path, metadata: dict[str, Any], tags: list[str], seed: str):
-        self._secrets, self._content, session = connection.secrets, connection.tracing.content, connection.tracing.session
+        self._content, session = connection.tracing.content, connection.tracing.session
         server, self._host = connection.server, connection.server.host
         self.id: str = hashlib.sha256(seed.encode()).digest()[:16].hex()  # as the SDK's create_trace_id
         self.url = f"{server.base_url}/project/{connection.project}/traces/{self.id}" if connection.project else None
-        name, metadata = self._clean(name), self._clean(metadata)
         shared = {
             "langfuse.trace.name": name,
-            "langfuse.trace.tags": [str(tag) for tag in self._clean(tags)],
-            **({"session.id": self._clean(session)} if session else {}),
-            **{f"langfuse.trace.metadata.{key}": _text(value) for key, value in metadata.items()},
+            "langfuse.trace.tags": [str(tag) for tag in tags],
+            **({"session.id": session} if session else {}),
+            **{f"langfuse.trace.metadata.{key}": value for key, value in metadata.items()},
         }
         header = {"trace": self.id, "base_url": server.base_url, "attributes": shared}
-        self._outbox = Outbox(outbox_path(beside), header, server if connection.project else None)
+        self._outbox = Outbox(outbox_path(beside), header, server if connection.project else None, connection.secrets)
         self._root = _span_id(self.id, ROOT_SPAN)
         self._start = time.time_ns()
         self._root_facts: dict[str, Any] = {"type": "chain", "metadata": dict(metadata)}
@@ -255,40 +253,16 @@ class RunTrace:
         facts: dict[str, Any],
         attributes: dict[str, str] | None = None,
     ) -> dict[str, Any]:
-        """A record of a span, as the outbox keeps it."""
-        told = {key: self._clean(value) for key, value in facts.items() if value is not None}
-        metadata = told.pop("metadata", {})
-        span = {
-            "id": identity, "parent": parent, "name": self._clean(name), "start": start, "end": end,
-            "attributes": {
-                **{f"langfuse.observation.{key}": _text(value) for key, value in told.items()},
-                **{f"langfuse.observation.metadata.{key}": json.dumps(value, ensure_ascii=False) for key, value in metadata.items()},
-                **(self._clean(attributes) if attributes else {}),
-            },
-        }  # fmt: skip
-        return {"span": span}
+        """A record of a span, as the outbox keeps it; `langfuse_wire.encode` makes attributes of the facts."""
+        span = {"id": identity, "parent": parent, "name": name, "start": start, "end": end, "facts": facts}
+        return {"span": span | ({"attributes": attributes} if attributes else {})}
 
     def _scores(self, of: str | None, values: dict[str, float | str]) -> list[dict[str, Any]]:
         """A record of an observation's scores, or of the trace's; without None, NaN and infinity, which Langfuse rejects."""
         good = {
-            self._clean(name): self._clean(value)
-            for name, value in values.items()
-            if isinstance(value, str) or (value is not None and math.isfinite(value))
+            name: value for name, value in values.items() if isinstance(value, str) or (value is not None and math.isfinite(value))
         }
         return [{"scores": good, "of": of, "at": time.time_ns()}] if good else []
-
-    def _clean(self, value: Any) -> Any:
-        """The value as JSON types, without secrets and without half surrogate pairs (one would cost its whole batch)."""
-        if value is None or isinstance(value, bool | int | float):
-            return value
-        if isinstance(value, dict):
-            return {self._clean(str(key)): self._clean(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [self._clean(item) for item in value]
-        text = str(value)
-        for secret in self._secrets:
-            text = text.replace(secret, "***")
-        return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
 def outbox_path(report: Path) -> Path:
@@ -300,12 +274,7 @@ def _span_id(trace: str, name: str) -> str:
     return hashlib.sha256(f"{trace}:{name}".encode("utf-8", "replace")).digest()[:8].hex()
 
 
-def _text(value: Any) -> str:
-    """As Langfuse wants an attribute: a text as it is, anything else as JSON."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
 def _digest(value: Any) -> dict[str, Any]:
     """What stands for a text that is not sent: its length and sha256."""
-    text = _text(value)
+    text = as_text(value)
     return {"sha256": hashlib.sha256(text.encode("utf-8", "replace")).hexdigest(), "characters": len(text)}

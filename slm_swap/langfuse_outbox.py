@@ -8,10 +8,11 @@ a record is sent again under the same ids, so that Langfuse keeps one. Nothing h
 
 import fcntl
 import json
+import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -21,7 +22,7 @@ from slm_swap.langfuse_wire import Answer, Server, timestamp
 from slm_swap.settings import display_path
 
 SUFFIX = ".traces.jsonl"
-BATCH = 256  # spans or scores in one request
+BATCH = {"spans": 256, "scores": 1024}  # in one request: a quarter of a megabyte or so
 PAUSES = (0.2, 0.5, 1.0, 2.0, 5.0)  # seconds before what failed is tried again; the last one from then on
 LAST_TRIES = 3  # of what fails while the run ends
 REFUSALS = 3  # so many refused alone, one after the other, and nothing taken: it is the server, not they
@@ -48,8 +49,9 @@ class Outbox:
         UserError: the file cannot be written, is another process's, or is of another trace.
     """
 
-    def __init__(self, path: Path, header: dict[str, Any] | None, server: Server | None):
-        """`server` None: nothing is delivered, all of it is kept. `header` None: whatever trace the file holds."""
+    def __init__(self, path: Path, header: dict[str, Any] | None, server: Server | None, secrets: Sequence[str] = ()):
+        """`server` None: nothing is delivered, all of it is kept. `header` None: whatever trace the file holds. `secrets` stay out."""
+        self._secrets = [json.dumps(secret, ensure_ascii=False)[1:-1] for secret in secrets]
         self.path, self.reason, self.turned_down = path, "", 0
         self.known: set[str] = set()  # ids of the spans that the file held already
         self._at = dict.fromkeys(KINDS, 0)
@@ -63,12 +65,14 @@ class Outbox:
         self._queue: deque[Callable[[], list[dict[str, Any]]]] = deque()
         self._closing = self._written = self._failing = False
         if not self.header:
-            self.header = header or {}
+            self.header = json.loads(self._line(header or {}))  # without secrets, as it is in the file
             self._append({"header": self.header})
             self._at = dict.fromkeys(KINDS, self._end)
         self._writer = threading.Thread(target=self._write, name="langfuse-writer", daemon=True)
         posts = {"spans": server.send_spans, "scores": server.send_scores} if server else {}
         self._senders = [threading.Thread(target=self._send, args=post, name=f"langfuse-{post[0]}", daemon=True) for post in posts.items()]
+        # A run that waits for replies wakes up hundreds of times a second, each time behind these threads for up to this interval.
+        sys.setswitchinterval(min(sys.getswitchinterval(), 0.0005))
         for thread in (self._writer, *self._senders):
             thread.start()
 
@@ -120,10 +124,17 @@ class Outbox:
         return header, end
 
     def _append(self, value: dict[str, Any]) -> None:
-        line = _line(value)
+        line = self._line(value)
         self._file.seek(self._end)
         self._file.write(line)
         self._end += len(line)
+
+    def _line(self, value: dict[str, Any]) -> bytes:
+        """A record as a line, without secrets and without half surrogate pairs (one would cost its whole batch)."""
+        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=str)
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return text.encode("utf-8", "replace") + b"\n"
 
     def _write(self) -> None:
         """The writer's thread: from the queue to the file."""
@@ -137,7 +148,7 @@ class Outbox:
                     self._written = True
                     self._change.notify_all()
                     return
-            lines = b"".join(_line(record) for make in waiting for record in make())
+            lines = b"".join(self._line(record) for make in waiting for record in make())
             with self._change:
                 self._file.seek(self._end)
                 self._file.write(lines)
@@ -157,7 +168,7 @@ class Outbox:
         missing = {kind: len(self._refused[kind]) for kind in KINDS}
         for kind in KINDS:
             at = self._at[kind]
-            while items := self._read(kind, at, 10 * BATCH)[0]:
+            while items := self._read(kind, at, 10 * BATCH[kind])[0]:
                 missing[kind] += len(items)
                 at = items[-1].end
         return missing
@@ -207,8 +218,8 @@ class Outbox:
                 at, over = self._at[kind], self._written and self._at[kind] >= self._end
             if over or self._file.closed:
                 return
-            items, end = self._read(kind, at, BATCH)
-            more = len(items) >= BATCH
+            items, end = self._read(kind, at, BATCH[kind])
+            more = len(items) >= BATCH[kind]
             if not items:
                 with self._change:
                     self._at[kind] = end
@@ -253,10 +264,6 @@ class Outbox:
             if post([item.value for item in items]).taken:
                 self._refused[kind].remove(place)
                 self._mark(kind, self._at[kind], [])
-
-
-def _line(value: dict[str, Any]) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n"
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

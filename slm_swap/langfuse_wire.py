@@ -136,11 +136,11 @@ def encode(spans: Sequence[dict[str, Any]]) -> bytes:
 
     def add(span: Span, attributes: dict[str, Any]) -> None:
         for key, value in attributes.items():
-            if isinstance(value, list):
+            if key == "langfuse.trace.tags":
                 array = ArrayValue(values=[AnyValue(string_value=item) for item in value])
                 span.attributes.add(key=key, value=AnyValue(array_value=array))
             else:
-                span.attributes.add(key=key).value.string_value = value
+                span.attributes.add(key=key).value.string_value = as_text(value)
 
     shared = Span(trace_id=bytes.fromhex(spans[0]["trace"]))
     add(shared, spans[0]["shared"])
@@ -150,11 +150,23 @@ def encode(spans: Sequence[dict[str, Any]]) -> bytes:
         span.CopyFrom(shared)  # far sooner than encoding anew what is the same in all
         span.span_id, span.parent_span_id = bytes.fromhex(record["id"]), bytes.fromhex(record["parent"])
         span.name, span.start_time_unix_nano, span.end_time_unix_nano = record["name"], record["start"], record["end"]
-        add(span, record["attributes"])
+        add(span, _attributes(record["facts"]) | record.get("attributes", {}))
         encoded.append(span)
     scope = ScopeSpans(scope=InstrumentationScope(name="slm_swap"), spans=encoded)
     resource = Resource(attributes=[KeyValue(key="service.name", value=AnyValue(string_value="slm_swap"))])
     return ExportTraceServiceRequest(resource_spans=[ResourceSpans(resource=resource, scope_spans=[scope])]).SerializeToString()
+
+
+def _attributes(facts: dict[str, Any]) -> dict[str, str]:
+    """What is told of an observation under Langfuse's names, every metadata key an attribute of its own."""
+    told = {f"langfuse.observation.{key}": as_text(value) for key, value in facts.items() if key != "metadata" and value is not None}
+    metadata = facts.get("metadata") or {}
+    return told | {f"langfuse.observation.metadata.{key}": json.dumps(value, ensure_ascii=False) for key, value in metadata.items()}
+
+
+def as_text(value: Any) -> str:
+    """As Langfuse wants an attribute: a text as it is, anything else as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def timestamp(nanoseconds: int) -> str:
