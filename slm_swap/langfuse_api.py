@@ -15,9 +15,10 @@ from collections.abc import Iterator
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 from slm_swap.errors import UserError
+from slm_swap.langfuse_wire import address
 from slm_swap.settings import Settings
 
 TIMEOUT = 30  # seconds for one answer; a page of long prompts takes the server a while
@@ -40,27 +41,10 @@ class LangfuseApi:
 
         if settings.langfuse_disabled:
             raise UserError("LANGFUSE_DISABLED=1 is set, and this works with Langfuse: unset it")
-        variables = {
-            "LANGFUSE_PUBLIC_KEY": settings.langfuse_public_key,
-            "LANGFUSE_SECRET_KEY": settings.langfuse_secret_key,
-            "LANGFUSE_BASE_URL": settings.langfuse_base_url,
-        }
-        missing = [name for name, value in variables.items() if not value]
-        if missing:
-            raise UserError(f"this works with Langfuse, and {', '.join(missing)} not set: set what is missing")
-        try:
-            parts = urlsplit(settings.langfuse_base_url.rstrip("/"))
-            self.host = parts.netloc.rpartition("@")[2]
-            if parts.scheme not in {"http", "https"} or not parts.hostname or parts.port == 0:
-                raise ValueError
-            self.base_url = parts._replace(netloc=self.host).geturl()  # a password in it would replace the keys
-            self._http = httpx.Client(
-                base_url=self.base_url,
-                auth=(settings.langfuse_public_key, settings.langfuse_secret_key),
-                timeout=TIMEOUT,
-            )
-        except (ValueError, httpx.InvalidURL):
-            raise UserError("LANGFUSE_BASE_URL is not an address: set it to one such as https://cloud.langfuse.com") from None
+        self.base_url, self.host = address(settings, "this works with Langfuse", "")
+        self._http = httpx.Client(
+            base_url=self.base_url, auth=(settings.langfuse_public_key, settings.langfuse_secret_key), timeout=TIMEOUT
+        )
         self._secrets = settings.secrets
 
     def __enter__(self) -> "LangfuseApi":

@@ -14,11 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
-from slm_swap.errors import UserError
 from slm_swap.langfuse_outbox import SUFFIX, Outbox
-from slm_swap.langfuse_wire import UNTRACED, NoLangfuse, Server, as_text
+from slm_swap.langfuse_wire import NoLangfuse, Server, as_text
 from slm_swap.settings import Settings, display_path
 
 if TYPE_CHECKING:
@@ -52,27 +50,12 @@ def connect(settings: Settings, tracing: Tracing | None = None) -> Connection | 
     """Where this run is traced to, None where it is not; called before any model is loaded.
 
     Raises:
-        UserError: tracing is on, and variables are missing (all are named), the base URL is no address, the server gives no answer or
-            rejects the keys (the last two not where tracing is optional).
+        UserError: tracing is on, and as `langfuse_wire.address`; or the server gives no answer or rejects the keys (not where tracing is
+            optional).
     """
     tracing = tracing or Tracing()
     if settings.langfuse_disabled:
         return None
-    variables = {
-        "LANGFUSE_PUBLIC_KEY": settings.langfuse_public_key,
-        "LANGFUSE_SECRET_KEY": settings.langfuse_secret_key,
-        "LANGFUSE_BASE_URL": settings.langfuse_base_url,
-    }
-    missing = [name for name, value in variables.items() if not value]
-    if missing:
-        raise UserError(f"runs are traced to Langfuse, and {', '.join(missing)} not set: set what is missing, or {UNTRACED}")
-    try:
-        parts = urlsplit(settings.langfuse_base_url)
-        good = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        good = False
-    if not good:
-        raise UserError(f"LANGFUSE_BASE_URL is not an address: set it to one such as https://cloud.langfuse.com, or {UNTRACED}")
     server, project = Server(settings), None
     try:
         project = server.project()

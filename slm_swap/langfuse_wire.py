@@ -38,19 +38,47 @@ class Answer:
     turned_down: int = 0
 
 
+def address(settings: Settings, what: str, advice: str) -> tuple[str, str]:
+    """(base URL, host) of the Langfuse that the settings name, without a password that would be shown and would replace the keys.
+
+    `what` begins the message of an error and `advice` ends it.
+
+    Raises:
+        UserError: variables are missing (all are named), or the base URL is no address.
+    """
+    variables = {
+        "LANGFUSE_PUBLIC_KEY": settings.langfuse_public_key,
+        "LANGFUSE_SECRET_KEY": settings.langfuse_secret_key,
+        "LANGFUSE_BASE_URL": settings.langfuse_base_url,
+    }
+    missing = [name for name, value in variables.items() if not value]
+    if missing:
+        raise UserError(f"{what}, and {', '.join(missing)} not set: set what is missing{advice}")
+    try:
+        parts = urlsplit(settings.langfuse_base_url.rstrip("/"))
+        if parts.scheme not in {"http", "https"} or not parts.hostname or parts.port == 0:
+            raise ValueError
+    except ValueError:
+        raise UserError(f"LANGFUSE_BASE_URL is not an address: set it to one such as https://cloud.langfuse.com{advice}") from None
+    host = parts.netloc.rpartition("@")[2]
+    return parts._replace(netloc=host).geturl(), host
+
+
 class Server:
-    """One Langfuse project: its address and keys; the keys are in the header alone."""
+    """One Langfuse project: its address and keys; the keys are in the header alone.
+
+    Raises:
+        UserError: as `address`.
+    """
 
     def __init__(self, settings: Settings):
         import httpx
 
-        parts = urlsplit((settings.langfuse_base_url or "").rstrip("/"))
-        self.host = parts.netloc.rpartition("@")[2]
-        self.base_url = parts._replace(netloc=self.host).geturl()  # a password in it would be shown, and would replace the keys
+        self.base_url, self.host = address(settings, "runs are traced to Langfuse", f", or {UNTRACED}")
         self.client = httpx.Client(
-            auth=httpx.BasicAuth(settings.langfuse_public_key or "", settings.langfuse_secret_key or ""),
+            auth=httpx.BasicAuth(settings.langfuse_public_key, settings.langfuse_secret_key),
             timeout=REQUEST_SECONDS,
-            headers={"x-langfuse-public-key": settings.langfuse_public_key or "", "x-langfuse-ingestion-version": "4"},
+            headers={"x-langfuse-public-key": settings.langfuse_public_key, "x-langfuse-ingestion-version": "4"},
         )
         self._scores_as_events = False
 
