@@ -15,6 +15,7 @@ from slm_swap.dataset_build import Sizes, build, components, make_example, near_
 from slm_swap.errors import UserError
 from slm_swap.examples import parse_example
 from slm_swap.importers import Dropped, Row
+from slm_swap.metrics import parse_json, same
 from slm_swap.reports import write_jsonl
 from slm_swap.tracks import TRACKS
 
@@ -309,7 +310,7 @@ def test_every_built_completion_is_gold_of_its_track(arguments):
     structured = TRACKS["structured"].parse_reference(make_example(source, "structured", 1).completion)
     assert call.name == structured.value["tool_name"] == "f"
     assert call.value == structured.value["arguments"]
-    assert json.loads(json.dumps(arguments)) == json.loads(json.dumps(call.value, default=lambda number: int(number) if number == int(number) else float(number)))
+    assert same(call.value, parse_json(json.dumps(arguments)))
 
 
 def files(folder):
