@@ -178,7 +178,7 @@ def test_scores_belong_to_their_row_or_to_the_trace(server, traced):
 
 
 def test_five_thousand_rows_arrive_each_once_though_the_server_is_slow(server, capfd, traced):
-    server.delay = 0.3  # slower than the rows come, so that they must wait: the SDK's queue would drop the oldest
+    server.delay = 0.1  # slower than the rows come, so that they must wait: the SDK's queue would drop the oldest
     with traced(settings_for(server)) as trace:
         send_rows(trace, 5000)
     rows = {span.id: span.name for span in server.spans if span.kind == "generation"}
