@@ -148,7 +148,11 @@ class Outbox:
                     self._written = True
                     self._change.notify_all()
                     return
-            lines = b"".join(self._line(record) for make in waiting for record in make())
+            made = []
+            for make in waiting:
+                made += [self._line(record) for record in make()]
+                time.sleep(0)  # lets the run's own thread go first
+            lines = b"".join(made)
             with self._change:
                 self._file.seek(self._end)
                 self._file.write(lines)
@@ -184,6 +188,7 @@ class Outbox:
                 if line.startswith(BEGINS[kind]):
                     values = self._expand(kind, json.loads(line))
                     items += [Item(start, index, at, value) for index, value in enumerate(values)]
+                    time.sleep(0)  # lets the run's own thread go first
         return items, at
 
     def _expand(self, kind: str, record: dict[str, Any]) -> list[dict[str, Any]]:
