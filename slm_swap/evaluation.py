@@ -364,13 +364,8 @@ def make_report(
     }
 
 
-def rows_hash(examples: Iterable[Example]) -> str:
-    """One hash for a set of rows, whatever file and order they came in: two reports compare only where it is equal."""
-    return hash_of_hashes(bytes.fromhex(example.content_hash) for example in examples)
-
-
 def hash_of_hashes(hashes: Iterable[bytes]) -> str:
-    """One hash for hashes in any order."""
+    """One hash for a set of hashes, such as the rows' contents, whatever order they came in."""
     return text_hash("\n".join(digest.hex() for digest in sorted(hashes)))
 
 

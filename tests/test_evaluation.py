@@ -13,11 +13,11 @@ from slm_swap.evaluation import (
     Row,
     Stopwatch,
     evaluate,
+    hash_of_hashes,
     make_report,
     model_name,
     percentile,
     references,
-    rows_hash,
     score_replies,
     summary,
     trace_rows,
@@ -185,6 +185,10 @@ def test_what_a_replayed_model_was_asked_is_not_known():
     client, rows = run()
     client.kind = "replay"
     assert make_report("structured", client, rows, 1.0, 1.0, {}, {})["prompt_sha256"] is None
+
+
+def rows_hash(rows):
+    return hash_of_hashes(bytes.fromhex(row.content_hash) for row in rows)
 
 
 def test_rows_hash():
