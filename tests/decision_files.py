@@ -202,7 +202,7 @@ def make_cost() -> dict:
             "break_even_tasks_per_month": 2393443,
             "why": "Below that the machine costs more than the calls that it replaces.",
         },
-        "unknown": ["The price of cached tokens is not known: set cached in [hosted."gpt-4o"] in slm_swap/prices.toml."],
+        "unknown": ["The price of cached tokens is not known: cached in [hosted.simulator] in slm_swap/prices.toml."],
     }
 
 
