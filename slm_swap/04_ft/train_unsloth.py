@@ -12,11 +12,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
 from slm_swap.cli import Parser, positive, run, run_metadata, tracing_options, warn
+from slm_swap.engines import PRECISIONS
 from slm_swap.examples import read_examples, read_jsonl
 from slm_swap.langfuse_helpers import connect, trace_run
 from slm_swap.reports import sha256_file
 from slm_swap.settings import display_path, find_path, load_settings
-from slm_swap.slm_client import PRECISIONS, model_path
+from slm_swap.slm_client import model_path
 from slm_swap.tracks import TRACKS
 from slm_swap.training import BACKENDS, Hyperparameters, choose_backend, train
 
@@ -37,7 +38,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         if isinstance(field.default, bool):
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help="hyperparameter")
         elif field.name == "precision":
-            parser.add_argument(flag, choices=PRECISIONS, default=field.default, help="weights of the frozen base model")
+            parser.add_argument(flag, choices=PRECISIONS["transformers"], default=field.default, help="weights of the frozen base model")
         else:
             parser.add_argument(flag, type=type(field.default), default=field.default, help="hyperparameter")
     parser.add_tracing()
