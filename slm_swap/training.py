@@ -197,6 +197,7 @@ def trainer_arguments(parameters: Hyperparameters, backend: str, output_dir: str
         eval_strategy="no",
         logging_steps=0.05,  # of all steps
         logging_nan_inf_filter=False,
+        ddp_find_unused_parameters=False,
         accelerator_config={"non_blocking": cuda},
         report_to="none",
         disable_tqdm=not sys.stderr.isatty(),
