@@ -10,6 +10,7 @@ from typing import Any
 from slm_swap.errors import UserError
 from slm_swap.evaluation import Stopwatch
 from slm_swap.examples import Example
+from slm_swap.packing import IGNORED, PackCollator, add_targets, packed_rows
 from slm_swap.prompts import build_messages
 from slm_swap.reports import SCHEMA_VERSION, code_version, hardware, now, package_versions, sha256_file, write_json, write_jsonl
 from slm_swap.seeds import set_seed
@@ -18,7 +19,7 @@ from slm_swap.slm_client import encode_prompt, load_model, load_tokenizer
 from slm_swap.tracks import TRACKS
 
 BACKENDS = ("auto", "unsloth", "trl")
-IGNORED = -100  # the label of tokens that carry no loss
+COMPILE = ("auto", "yes", "no")
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,37 @@ class Hyperparameters:
     scheduler: str = "cosine"
     weight_decay: float = 0.0
     gradient_checkpointing: bool = True
+    packing: bool = False  # a step's micro-batch is one pack of whole rows; gradient_accumulation then counts packs
+    pack_length: int = 8192  # tokens in a pack
+    compile: str = "auto"  # the layers, by torch.compile; auto: where it pays
     seed: int = 42
 
+    def __post_init__(self):
+        if self.packing and self.pack_length < self.max_length:
+            raise UserError(
+                f"rows of up to {self.max_length} tokens do not fit into packs of {self.pack_length}: raise --pack-length or lower --max-length"
+            )
 
-def choose_backend(wanted: str) -> str:
-    """`auto` is Unsloth where there is a CUDA GPU, and TRL + PEFT elsewhere.
+    @property
+    def compiled(self) -> bool:
+        """Whether layers are compiled: it takes a minute, and pays where all micro-batches have one shape."""
+        import torch
+
+        where_it_pays = self.packing and self.precision == "bf16" and torch.cuda.is_available()
+        return self.compile == "yes" or (self.compile == "auto" and where_it_pays)
+
+
+PRESETS = {  # what each changes in the documented setting
+    "documented": {},
+    "fast": {"precision": "bf16", "packing": True, "gradient_accumulation": 1, "gradient_checkpointing": False},
+    "rtx3090": {
+        "precision": "bf16", "packing": True, "pack_length": 2048, "gradient_accumulation": 4, "gradient_checkpointing": False
+    },
+}  # fmt: skip
+
+
+def choose_backend(wanted: str, packing: bool = False) -> str:
+    """`auto` is Unsloth where there is a CUDA GPU, and TRL + PEFT elsewhere, and where rows are packed: there it is faster.
 
     Raises:
         UserError: Unsloth is asked for and cannot work here.
@@ -53,7 +80,7 @@ def choose_backend(wanted: str) -> str:
 
     installed = importlib.util.find_spec("unsloth") is not None
     if wanted == "auto":
-        return "unsloth" if torch.cuda.is_available() and installed else "trl"
+        return "unsloth" if torch.cuda.is_available() and installed and not packing else "trl"
     if wanted == "unsloth" and not torch.cuda.is_available():
         raise UserError("--backend unsloth needs a CUDA GPU and there is none: use --backend trl")
     if wanted == "unsloth" and not installed:
@@ -91,16 +118,13 @@ def end_token(tokenizer: Any) -> int:
     return behind[0] if behind else tokenizer.eos_token_id
 
 
-def load_trainable(path: Path, tokenizer: Any, parameters: Hyperparameters, backend: str) -> tuple[Any, Any]:
-    """The base model, frozen, with fresh LoRA weights on all linear layers: (model, tokenizer)."""
+def load_trainable(path: Path, parameters: Hyperparameters, backend: str, device: Any) -> Any:
+    """The base model on `device` (a torch.device), frozen, with fresh LoRA weights on all linear layers."""
     if backend == "unsloth":
-        return _load_unsloth(path, parameters), tokenizer
-    import torch
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+        return _load_unsloth(path, parameters)
+    from peft import LoraConfig, get_peft_model
 
-    model = load_model(path, parameters.precision, device_map={"": 0} if torch.cuda.is_available() else None)
-    if parameters.precision in ("int8", "nf4"):
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=parameters.gradient_checkpointing)
+    model = load_model(path, parameters.precision, device_map={"": device})
     lora = LoraConfig(
         r=parameters.lora_r,
         lora_alpha=parameters.lora_alpha,
@@ -108,7 +132,7 @@ def load_trainable(path: Path, tokenizer: Any, parameters: Hyperparameters, back
         target_modules=linear_names(model),
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, lora), tokenizer
+    return get_peft_model(model, lora)
 
 
 def _load_unsloth(path: Path, parameters: Hyperparameters) -> Any:
@@ -117,7 +141,7 @@ def _load_unsloth(path: Path, parameters: Hyperparameters) -> Any:
 
     model, _ = FastLanguageModel.from_pretrained(
         model_name=str(path),
-        max_seq_length=parameters.max_length,
+        max_seq_length=parameters.pack_length if parameters.packing else parameters.max_length,
         dtype=torch.float32 if parameters.precision == "fp32" else torch.bfloat16,
         load_in_4bit=parameters.precision == "nf4",
         load_in_8bit=parameters.precision == "int8",
@@ -141,35 +165,91 @@ def linear_names(model: Any) -> list[str]:
     return sorted(names - {"lm_head"})
 
 
-def trainer_arguments(parameters: Hyperparameters, output_dir: str, steps: int) -> Any:
-    """TRL's configuration: no checkpoints of its own, no reporting, rows of like length together."""
+def trainer_arguments(parameters: Hyperparameters, backend: str, output_dir: str) -> Any:
+    """TRL's configuration: no checkpoints of its own, no reporting, no waiting for the GPU between steps."""
     import torch
     from trl import SFTConfig
 
-    cuda = torch.cuda.is_available()
+    cuda, packing = torch.cuda.is_available(), parameters.packing
+    if cuda:
+        torch.set_float32_matmul_precision("high")
+    # Unsloth has its own loss and packed attention; on the other back end TRL's would take the place of ours.
+    own = {"loss_type": "nll"} if backend == "trl" else {"packing": True, "padding_free": True} if packing else {}
     return SFTConfig(
         output_dir=output_dir,
         learning_rate=parameters.learning_rate,
         num_train_epochs=parameters.epochs,
-        per_device_train_batch_size=parameters.batch_size,
-        per_device_eval_batch_size=max(8, parameters.batch_size),
+        per_device_train_batch_size=1 if packing else parameters.batch_size,
+        per_device_eval_batch_size=1 if packing else max(8, parameters.batch_size),
         gradient_accumulation_steps=parameters.gradient_accumulation,
-        warmup_steps=round(parameters.warmup_share * steps),
+        warmup_steps=parameters.warmup_share,
         lr_scheduler_type=parameters.scheduler,
         weight_decay=parameters.weight_decay,
         gradient_checkpointing=parameters.gradient_checkpointing,
         seed=parameters.seed,
         max_length=None,  # the rows are measured already
         dataset_kwargs={"skip_prepare_dataset": True},
-        train_sampling_strategy="group_by_length",
+        remove_unused_columns=False,
+        train_sampling_strategy="random" if packing else "group_by_length",
         bf16=cuda and parameters.precision != "fp32",
         use_cpu=not cuda,
         save_strategy="no",
         eval_strategy="no",
-        logging_steps=max(1, steps // 20),
+        logging_steps=0.05,  # of all steps
+        logging_nan_inf_filter=False,
+        ddp_find_unused_parameters=False,
+        accelerator_config={"non_blocking": cuda},
         report_to="none",
         disable_tqdm=not sys.stderr.isatty(),
+        **own,
     )
+
+
+def make_trainer(
+    model: Any,
+    tokenizer: Any,
+    arguments: Any,
+    train_rows: list[dict[str, list[int]]],
+    val_rows: list[dict[str, list[int]]],
+    parameters: Hyperparameters,
+    backend: str,
+) -> Any:
+    """A trainer for rows of {"input_ids", "labels"}, packed where that is wanted; its `train` and `evaluate` are ready to be called."""
+    from datasets import Dataset
+
+    if parameters.packing:
+        train_rows, val_rows = (packed_rows(rows, parameters.pack_length, parameters.seed) for rows in (train_rows, val_rows))
+    given = {
+        "model": model,
+        "args": arguments,
+        "train_dataset": Dataset.from_list(train_rows),
+        "eval_dataset": Dataset.from_list(val_rows) if val_rows else None,
+        "processing_class": tokenizer,
+    }
+    if backend == "unsloth":
+        from trl import SFTTrainer
+
+        return SFTTrainer(**given)
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    from slm_swap.fast_training import CHUNK, VARLEN, CompletionTrainer, compile_layers, give_completion_loss
+
+    base, compiled = model.get_base_model(), parameters.compiled
+    give_completion_loss(base, compiled)
+    if compiled:
+        compile_layers(base)
+    if parameters.packing:
+        multiple_of = CHUNK if compiled else 1
+        collator = PackCollator.for_packs([*train_rows, *val_rows], parameters.pack_length, tokenizer.pad_token_id, multiple_of)
+        if model.device.type == "cuda" and parameters.precision != "fp32":
+            base.set_attn_implementation(VARLEN)
+    else:
+        pad = DataCollatorForLanguageModeling(tokenizer.pad_token_id)
+
+        def collator(rows: list[dict]) -> dict:
+            return add_targets(pad(rows))
+
+    return CompletionTrainer(**given, data_collator=collator)
 
 
 def train(
@@ -181,6 +261,7 @@ def train(
     parameters: Hyperparameters,
     backend: str,
     inputs: dict[str, dict],
+    preset: str = "documented",
 ) -> dict[str, Any]:
     """Fine-tune a LoRA adapter and put it, with the story of its making, in the folder `out`: all of it or nothing.
 
@@ -192,25 +273,16 @@ def train(
     clock = Stopwatch()
     if backend == "unsloth":
         import unsloth  # noqa: F401  it patches transformers and TRL, so it must come before them
-    from datasets import Dataset
-    from trl import SFTTrainer
-
     set_seed(parameters.seed)
     tokenizer = load_tokenizer(base)
     rows, too_long = tokenize(tokenizer, track, train_rows, parameters.max_length)
     held_out, _ = tokenize(tokenizer, track, val_rows, parameters.max_length)
     if not rows:
         raise UserError(f"every train row is longer than {parameters.max_length} tokens: raise --max-length")
-    model, tokenizer = load_trainable(base, tokenizer, parameters, backend)
-    steps = max(1, round(len(rows) / (parameters.batch_size * parameters.gradient_accumulation) * parameters.epochs))
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = SFTTrainer(
-            model=model,
-            args=trainer_arguments(parameters, scratch, steps),
-            train_dataset=Dataset.from_list(rows),
-            eval_dataset=Dataset.from_list(held_out) if held_out else None,
-            processing_class=tokenizer,
-        )
+        arguments = trainer_arguments(parameters, backend, scratch)
+        model = load_trainable(base, parameters, backend, arguments.device)
+        trainer = make_trainer(model, tokenizer, arguments, rows, held_out, parameters, backend)
         before = trainer.evaluate()["eval_loss"] if held_out else None
         clock.lap()
         trainer.train()
@@ -224,6 +296,7 @@ def train(
         "track": track,
         "backend": backend,
         "base_model": {"path": display_path(base), "config_sha256": sha256_file(base / "config.json")},
+        "preset": preset,
         "hyperparameters": asdict(parameters),
         "inputs": inputs,
         "rows": {"train": len(rows), "val": len(held_out), "too_long": too_long},

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -10,7 +11,7 @@ from slm_swap.examples import Example
 from slm_swap.prompts import build_messages, structured_prompt, structured_schema
 from slm_swap.settings import PACKAGE, Settings
 from slm_swap.slm_client import SLMClient, encode_prompt, load_tokenizer
-from slm_swap.training import IGNORED, Hyperparameters, choose_backend, end_token, tokenize, train
+from slm_swap.training import IGNORED, PRESETS, Hyperparameters, choose_backend, end_token, tokenize, train
 
 BASE = PACKAGE / "models/phi-tiny"
 QUICK = Hyperparameters(
@@ -98,6 +99,38 @@ def test_the_same_seed_gives_the_same_adapter(trained, tmp_path):
     assert (again / "adapter_model.safetensors").read_bytes() == (trained[0] / "adapter_model.safetensors").read_bytes()
 
 
+def one_step(out, **changed) -> dict:
+    """What the log says of one optimizer step over all rows."""
+    parameters = replace(QUICK, epochs=1, lora_dropout=0.0, max_length=512, **changed)
+    info = train("structured", BASE, ROWS, ROWS[:3], out, parameters, "trl", INPUTS)
+    (point,) = map(json.loads, (out / "training_log.jsonl").read_text().splitlines())
+    assert info["steps"] == 1
+    return {"before": info["eval_loss"]["before"], "loss": point["loss"], "grad_norm": point["grad_norm"]}
+
+
+def test_a_step_is_the_same_however_its_rows_are_batched(tmp_path):
+    wanted = one_step(tmp_path / "together", batch_size=8)
+    others = {
+        "one by one": one_step(tmp_path / "alone", batch_size=1, gradient_accumulation=8),
+        "packed": one_step(tmp_path / "packed", packing=True, pack_length=2048),
+        "in several packs": one_step(tmp_path / "packs", packing=True, pack_length=600, gradient_accumulation=8),
+        "checkpointed": one_step(tmp_path / "checkpointed", packing=True, pack_length=2048, gradient_checkpointing=True),
+    }
+    assert wanted["grad_norm"] > 0.01
+    for name, found in others.items():
+        assert found == pytest.approx(wanted, rel=1e-3), name
+
+
+def test_rows_that_do_not_fit_into_packs_are_refused():
+    with pytest.raises(UserError, match="raise --pack-length or lower --max-length"):
+        Hyperparameters(packing=True, pack_length=1024)
+
+
+def test_presets_are_hyperparameters():
+    assert Hyperparameters(**PRESETS["documented"]) == Hyperparameters()
+    assert all(Hyperparameters(**preset).packing for name, preset in PRESETS.items() if name != "documented")
+
+
 def test_an_older_adapter_is_replaced_only_by_a_whole_one(tmp_path, monkeypatch):
     out = tmp_path / "adapter"
     out.mkdir()
@@ -132,8 +165,6 @@ def test_an_adapter_of_another_base_is_refused(trained, tmp_path, tokenizer):
 
 
 def test_nothing_short_enough_to_train_on_is_said(tmp_path):
-    from dataclasses import replace
-
     with pytest.raises(UserError, match="every train row is longer than 16 tokens: raise --max-length"):
         train("structured", BASE, ROWS, [], tmp_path / "adapter", replace(QUICK, max_length=16), "trl", INPUTS)
     assert not (tmp_path / "adapter").exists()
@@ -163,11 +194,14 @@ def test_the_script_runs_from_its_short_form(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as left:
         run_script(
             monkeypatch, "--track", "structured", "--train", tmp_path / "train.jsonl", "--val", tmp_path / "val.jsonl", "--out", tmp_path / "adapter",
-            "--model", BASE, "--precision", "fp32", "--batch-size", 4, "--gradient-accumulation", 1, "--no-gradient-checkpointing", "--limit", 4,
+            "--model", BASE, "--preset", "fast", "--precision", "fp32", "--pack-length", 2048, "--learning-rate", "1e-3", "--limit", 4,
         )  # fmt: skip
     captured = capsys.readouterr()
     assert left.value.code == 0 and "4 rows, 1 steps" in captured.out and "1 prompts stand in both files" in captured.err
-    assert json.loads((tmp_path / "adapter/training_info.json").read_text())["hyperparameters"]["batch_size"] == 4
+    info = json.loads((tmp_path / "adapter/training_info.json").read_text())
+    told = {name: info["hyperparameters"][name] for name in ("precision", "packing", "pack_length", "gradient_accumulation", "learning_rate")}
+    assert told == {"precision": "fp32", "packing": True, "pack_length": 2048, "gradient_accumulation": 1, "learning_rate": 1e-3}
+    assert info["preset"] == "fast"
 
 
 @pytest.mark.parametrize(

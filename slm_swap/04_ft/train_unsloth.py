@@ -19,7 +19,7 @@ from slm_swap.reports import sha256_file
 from slm_swap.settings import display_path, find_path, load_settings
 from slm_swap.slm_client import model_path
 from slm_swap.tracks import TRACKS
-from slm_swap.training import BACKENDS, Hyperparameters, choose_backend, train
+from slm_swap.training import BACKENDS, COMPILE, PRESETS, Hyperparameters, choose_backend, train
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -30,17 +30,19 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the adapter's folder")
     parser.add_argument("--model", metavar="DIR", help="the base model (default: SLM_MODEL_PATH)")
     parser.add_argument(
-        "--backend", choices=BACKENDS, default="auto", help="auto: unsloth where there is a CUDA GPU, trl elsewhere"
+        "--backend", choices=BACKENDS, default="auto", help="auto: unsloth where there is a CUDA GPU and no packing, trl elsewhere"
+    )
+    parser.add_argument(
+        "--preset", choices=PRESETS, default="documented", help="what the hyperparameters are where no flag says otherwise"
     )
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N rows of --train")
-    for field in fields(Hyperparameters):
-        flag = f"--{field.name.replace('_', '-')}"
-        if isinstance(field.default, bool):
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help="hyperparameter")
-        elif field.name == "precision":
-            parser.add_argument(flag, choices=PRECISIONS["transformers"], default=field.default, help="weights of the frozen base model")
-        else:
-            parser.add_argument(flag, type=type(field.default), default=field.default, help="hyperparameter")
+    choices = {"precision": PRECISIONS["transformers"], "compile": COMPILE}
+    for field in fields(Hyperparameters):  # left out of the result where the flag is not given: the preset decides then
+        kind = {"action": argparse.BooleanOptionalAction} if isinstance(field.default, bool) else {"type": type(field.default)}
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS, choices=choices.get(field.name),
+            help=f"hyperparameter (documented: {field.default})", **kind,
+        )  # fmt: skip
     parser.add_tracing()
     return parser.parse_args(argv)
 
@@ -61,11 +63,12 @@ def main(argv: list[str] | None = None) -> int:
     inputs = {
         name: {"path": display_path(path), "sha256": sha256_file(path), "rows": len(rows[name])} for name, path in paths.items()
     }
-    parameters = Hyperparameters(**{field.name: getattr(args, field.name) for field in fields(Hyperparameters)})
-    backend = choose_backend(args.backend)
+    given = {field.name: getattr(args, field.name) for field in fields(Hyperparameters) if hasattr(args, field.name)}
+    parameters = Hyperparameters(**PRESETS[args.preset] | given)
+    backend = choose_backend(args.backend, parameters.packing)
     metadata, tags = run_metadata(args) | {"backend": backend}, ["train", args.track]
     with trace_run(connection, f"train-{args.track}", args.out, metadata, tags) as trace:
-        info = train(args.track, base, rows["train"], rows["val"], args.out, parameters, backend, inputs)
+        info = train(args.track, base, rows["train"], rows["val"], args.out, parameters, backend, inputs, args.preset)
         for _, point in read_jsonl(args.out / "training_log.jsonl"):
             trace.event("loss", point)
         adapter = {"adapter": display_path(args.out), "adapter_sha256": sha256_file(args.out / "adapter_model.safetensors")}

@@ -1,0 +1,57 @@
+"""The training benchmark runs, on a tiny model; its figures are for GPUs."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+
+from slm_swap.errors import UserError
+from slm_swap.packing import IGNORED
+from slm_swap.settings import ROOT
+from slm_swap.training import Hyperparameters
+
+SCRIPT = ROOT / "benchmarks/train.py"
+BROKEN = "fast:precision=fp32,pack_length=2048,scheduler=none"
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    spec = importlib.util.spec_from_file_location("train_benchmark", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_tiny_model_is_measured_and_a_failure_is_told(tmp_path):
+    flags = ["--shape", "tiny", "--configs", "fast:precision=fp32,pack_length=2048", BROKEN, "--rows", "24", "--seconds", "0.2"]
+    done = subprocess.run(
+        [sys.executable, SCRIPT, *flags, "--scratch", tmp_path, "--out", tmp_path / "train.json"], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = json.loads((tmp_path / "train.json").read_text())
+    fast = told["configurations"]["fast:precision=fp32,pack_length=2048"]
+    assert fast["tokens_per_second"] > fast["rows_per_second"] > 0 and fast["steps"] > 0
+    assert 12 * 60 < fast["tokens_per_micro_batch"] <= 2048 and 0 < fast["mean_loss"] < 20
+    assert fast["hyperparameters"]["packing"] is True and told["hardware"]["cores"]
+    assert "ValueError" in told["configurations"][BROKEN]["error"] and "failed" in done.stdout
+
+
+def test_the_workload_is_the_documented_one(benchmark):
+    rows = benchmark.make_rows(2000, 200_064)
+    lengths = [len(row["input_ids"]) for row in rows]
+    completions = [sum(label != IGNORED for label in row["labels"]) for row in rows]
+    assert 200 < sum(lengths) / len(rows) < 215 and 46 < sum(completions) / len(rows) < 52
+    assert min(completions) >= 12 and max(completions) <= 256 and max(lengths) <= 856
+    assert rows == benchmark.make_rows(2000, 200_064)
+
+
+def test_a_configuration_may_be_changed(benchmark):
+    assert benchmark.parse_config("documented") == ("trl", Hyperparameters(epochs=1000.0))
+    backend, parameters = benchmark.parse_config("fast:pack_length=4096,gradient_checkpointing=true,compile=no")
+    assert backend == "trl" and parameters.packing and parameters.gradient_checkpointing
+    assert (parameters.pack_length, parameters.compile) == (4096, "no")
+    for wrong in ("slow", "fast:speed=9"):
+        with pytest.raises(UserError, match="choose among"):
+            benchmark.parse_config(wrong)
