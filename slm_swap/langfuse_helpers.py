@@ -215,6 +215,8 @@ class RunTrace:
         end = time.time_ns()
         self._outbox.add(lambda: [self._span(self._root, "", self._name, self._start, end, self._root_facts)])
         missing = {kind: count for kind, count in self._outbox.close(CLOSE_SECONDS, keep).items() if count}
+        if self._outbox.unwritten:
+            print(f"warning: {display_path(self._outbox.path)} could not take all of the trace ({self._outbox.unwritten})", file=sys.stderr)
         if self._outbox.turned_down:
             print(f"warning: Langfuse at {self._host} turned {self._outbox.turned_down:,} scores down as not valid", file=sys.stderr)
         if missing:
