@@ -686,8 +686,8 @@ def test_without_content_no_text_of_a_row_leaves(server, traced):
 def test_batches_and_retries_are_spans_with_the_rows_under_them(server, traced):
     with traced(settings_for(server)) as trace:
         batch = trace.span("batch 1", 10**18, 10**18 + 5, {"rows": 2})
-        row = trace.generation("row", "m", MESSAGES, REPLY, parent=batch)
-        trace.span("retry", 10**18 + 1, 10**18 + 2, {"status": 429}, parent=row, level="WARNING")
+        trace.generation("row", "m", MESSAGES, REPLY, parent=batch)
+        trace.span("retry", 10**18 + 1, 10**18 + 2, {"status": 429}, parent=trace.row_id("row"), level="WARNING")
     spans = by_name(server)
     assert spans["row"].parent == spans["batch 1"].id and spans["retry"].parent == spans["row"].id
     assert (spans["batch 1"].kind, spans["batch 1"].start, spans["batch 1"].end) == ("span", 10**18, 10**18 + 5)
