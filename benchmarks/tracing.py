@@ -40,7 +40,7 @@ WELL = "server.delay = server.flaky = 0; server.hanging = False; server.status =
 COUNT = "print(*(len(x) for ids in ([s.id for s in server.spans], [s['id'] for s in server.scores]) for x in (ids, set(ids))), flush=True)"
 SERVER = """
 import os, sys
-os.nice(19)  # a real server has a machine of its own
+os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))  # a real server has a machine of its own
 sys.path[:0] = [{root!r}, {tests!r}]
 from langfuse_server import LangfuseServer
 with LangfuseServer("pk-lf-benchmark") as server:
