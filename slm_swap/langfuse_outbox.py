@@ -132,7 +132,7 @@ class Outbox:
         """From the queue to the file; where the disk takes no more, `unwritten` says why."""
         with self._writing:
             made: list[dict[str, Any]] = []
-            while self._queue:
+            for _ in range(len(self._queue)):  # and no more, however fast others come
                 made += self._queue.popleft()()
             try:
                 self._file.append(made, self._secrets)
@@ -217,7 +217,7 @@ def _start_sender(descriptor: int, server: Server) -> subprocess.Popen | None:
     task = {"descriptor": descriptor, "account": server.account, "request_seconds": server.seconds, "pauses": PAUSES}
     try:
         sender = subprocess.Popen(
-            [sys.executable, "-m", "slm_swap.langfuse_sender"],
+            [sys.executable, "-c", "from slm_swap.langfuse_sender import main; main()"],
             stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, bufsize=0, cwd=ROOT, pass_fds=[descriptor], start_new_session=True,
         )  # fmt: skip
         sender.stdin.write(json.dumps(task).encode() + b"\n")

@@ -122,6 +122,7 @@ class Sender:
 
 
 def main() -> None:
+    """Deliver as standard input says, until all is delivered or the run is gone."""
     os.nice(10)  # the run goes first where it needs every core
     task = json.loads(sys.stdin.buffer.readline())
     server = Server(Settings(**task["account"]), task["request_seconds"])
@@ -137,7 +138,3 @@ def main() -> None:
     sender.end(0)
     time.sleep(KILLED_SECONDS)
     os._exit(0)
-
-
-if __name__ == "__main__":
-    main()

@@ -534,7 +534,9 @@ def test_an_interrupt_from_the_terminal_stops_the_run_and_not_the_sending(server
 def test_the_keys_are_on_no_command_line(server, tmp_path):
     process = begin(server, tmp_path)
     assert process.stdout.readline() == "begun\n"
-    command = Path(f"/proc/{sender_of(process)}/cmdline").read_text()
+    line = Path(f"/proc/{sender_of(process)}/cmdline")
+    wait_until(line.read_text)  # empty for a moment while the program is being loaded
+    command = line.read_text()
     assert "slm_swap.langfuse_sender" in command and "-lf-" not in command
     process.communicate("go\n")
 
