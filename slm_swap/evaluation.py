@@ -196,7 +196,7 @@ def trace_rows(
     for row in rows:
         reply, ended = row.reply, time.time_ns()
         used = (reply.input_tokens, reply.cached_tokens, reply.output_tokens, reply.seconds)
-        generation = trace.generation(
+        trace.generation(
             name=row.example.id,
             model=model_name(told),
             messages=build_messages(track_name, row.example.prompt),
@@ -210,7 +210,7 @@ def trace_rows(
         )
         for begun, seconds, status in reply.retries:
             start = ended - int((reply.seconds - begun) * 1e9)
-            trace.span("retry", start, start + int(seconds * 1e9), {"status": status}, parent=generation, level="WARNING")
+            trace.span("retry", start, start + int(seconds * 1e9), {"status": status}, parent=trace.row_id(row.example.id), level="WARNING")
 
 
 class RowTracer:

@@ -104,7 +104,7 @@ class NoTrace:
 
     def generation(self, *_: Any, **__: Any) -> None: ...
 
-    scores = event = span = update = generation
+    scores = event = span = update = row_id = generation
 
 
 class RunTrace:
@@ -141,25 +141,24 @@ class RunTrace:
         parent: str | None = None,
         attributes: Callable[[str], dict[str, str]] | None = None,
         ended: int | None = None,
-    ) -> str:
-        """One row, and the id of its span, which `name` decides within the trace; gone over where the trace has it already.
+    ) -> None:
+        """One row, whose span has the id `row_id(name)`; gone over where the trace has it already.
 
         A failed request (`reply.error`) is level ERROR, a reply that misses (`error`) level WARNING. Without `cost` Langfuse may show
         a price of its own for a model that it knows by name. `attributes` gives, for the span's id, attributes of OpenTelemetry's own, such as an experiment's.
         """
-        identity = self.row_id(name)
-        if identity in self._outbox.known:
-            return identity
         end = ended or time.time_ns()
-        told = {"finish_reason": reply.finish_reason, "seconds": reply.seconds, "error": error, **(metadata or {})}
 
         def records() -> list[dict[str, Any]]:
+            identity = self.row_id(name)
+            if identity in self._outbox.known:
+                return []
             facts = {
                 "type": "generation",
                 "input": messages if self._content else _digest(messages),
                 "output": reply.text if self._content else _digest(reply.text),
                 "model.name": model,
-                "metadata": told,
+                "metadata": {"finish_reason": reply.finish_reason, "seconds": reply.seconds, "error": error, **(metadata or {})},
                 "level": "ERROR" if reply.error else "WARNING" if error else "DEFAULT",
                 "status_message": reply.error or error,
                 "usage_details": {  # the keys must not overlap, and the server adds them up
@@ -175,7 +174,6 @@ class RunTrace:
             return [span, *self._scores(identity, scores or {})]
 
         self._outbox.add(records)
-        return identity
 
     def row_id(self, name: str) -> str:
         """The id of a row's span."""
@@ -215,6 +213,8 @@ class RunTrace:
         end = time.time_ns()
         self._outbox.add(lambda: [self._span(self._root, "", self._name, self._start, end, self._root_facts)])
         missing = {kind: count for kind, count in self._outbox.close(CLOSE_SECONDS, keep).items() if count}
+        if self._outbox.unwritten:
+            print(f"warning: {display_path(self._outbox.path)} could not take all of the trace ({self._outbox.unwritten})", file=sys.stderr)
         if self._outbox.turned_down:
             print(f"warning: Langfuse at {self._host} turned {self._outbox.turned_down:,} scores down as not valid", file=sys.stderr)
         if missing:
@@ -254,7 +254,7 @@ def outbox_path(report: Path) -> Path:
 
 
 def _span_id(trace: str, name: str) -> str:
-    return hashlib.sha256(f"{trace}:{name}".encode("utf-8", "replace")).digest()[:8].hex()
+    return hashlib.blake2b(f"{trace}:{name}".encode("utf-8", "replace"), digest_size=8).hexdigest()
 
 
 def _digest(value: Any) -> dict[str, Any]:

@@ -8,7 +8,6 @@ they hold what they have in memory and drop it in an outage.
 import gzip
 import json
 import threading
-import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,13 +71,17 @@ class Server:
         UserError: as `address`.
     """
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: Settings, seconds: float | None = None):
+        """`seconds`: what one request may take (default: REQUEST_SECONDS)."""
         import httpx
 
         self.base_url, self.host = address(settings, "runs are traced to Langfuse", f", or {UNTRACED}")
+        self.seconds = seconds or REQUEST_SECONDS
+        names = ("langfuse_public_key", "langfuse_secret_key", "langfuse_base_url")
+        self.account = {name: getattr(settings, name) for name in names}  # for `Settings` in the sender's process
         self.client = httpx.Client(
             auth=httpx.BasicAuth(settings.langfuse_public_key, settings.langfuse_secret_key),
-            timeout=REQUEST_SECONDS,
+            timeout=self.seconds,
             headers={"x-langfuse-public-key": settings.langfuse_public_key, "x-langfuse-ingestion-version": "4"},
         )
         self._scores_as_events = False
@@ -181,7 +184,6 @@ def encode(spans: Sequence[dict[str, Any]]) -> bytes:
         span.name, span.start_time_unix_nano, span.end_time_unix_nano = record["name"], record["start"], record["end"]
         add(span, _attributes(record["facts"]) | record.get("attributes", {}))
         encoded.append(span)
-        time.sleep(0)  # lets the run's own thread go first
     scope = ScopeSpans(scope=InstrumentationScope(name="slm_swap"), spans=encoded)
     resource = Resource(attributes=[KeyValue(key="service.name", value=AnyValue(string_value="slm_swap"))])
     return ExportTraceServiceRequest(resource_spans=[ResourceSpans(resource=resource, scope_spans=[scope])]).SerializeToString()

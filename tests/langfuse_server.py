@@ -39,10 +39,9 @@ class Span:
 
 class LangfuseServer:
     """Use as a context manager. Switches, at any time: `status` (answer this to everything), `hanging` (take requests
-    and never answer), `delay` (seconds before a batch of spans is
-    answered), `largest` (bytes of a body; more is 413), `rejected_score` (the name
-    of a score that is turned down), `busy` (answers that come first: status and headers), `refuse()` and `accept()` (close and
-    reopen the port). `rest` holds datasets and traffic."""
+    and never answer), `delay` (seconds before a post is answered), `flaky` (share of posts that are answered by 503), `largest` (bytes
+    of a body; more is 413), `rejected_score` (the name of a score that is turned down), `busy` (answers that come first: status and
+    headers), `refuse()` and `accept()` (close and reopen the port). `rest` holds datasets and traffic."""
 
     def __init__(self, public_key: str, secret_key: str = "sk-lf-right"):
         self.keys = f"{public_key}:{secret_key}"
@@ -51,7 +50,7 @@ class LangfuseServer:
         self.delay = 0.0
         self.largest: int | None = None
         self.rejected_score: str | None = None
-        self.flaky = 0.0  # share of posts that are answered by 503
+        self.flaky = 0.0
         self._random = Random(7)
         self.generation = 5  # of the server: 4 knows no list of scores
         self.busy: list[tuple[int, dict[str, str]]] = []
@@ -102,7 +101,7 @@ class LangfuseServer:
         """(status, JSON) for one request, and headers where the answer has its own."""
         if self.hanging:
             self._released.wait(120)
-        if path == TRACES:
+        if method == "POST":
             time.sleep(self.delay)
         if headers.get("authorization") != "Basic " + base64.b64encode(self.keys.encode()).decode():
             return 401, {"message": "Invalid credentials. Confirm that you've configured the correct host."}

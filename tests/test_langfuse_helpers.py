@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -389,7 +390,10 @@ def test_an_outage_fails_no_run_and_is_said_in_one_line_with_exact_counts(server
         send_rows(trace, 5)
         wait_until(lambda: len(server.spans) == 5 and len(server.scores) == 5)
         outage(server, trouble)
+        begun = time.monotonic()
         send_rows(trace, 7, first=5)
+        assert time.monotonic() - begun < 0.1
+    assert time.monotonic() - begun < langfuse_helpers.CLOSE_SECONDS + 0.5
     assert len(server.spans) == 5 and len(server.scores) == 5
     lines = capfd.readouterr().err.splitlines()
     reason = f"HTTP {trouble}" if isinstance(trouble, int) else "no answer"
@@ -455,12 +459,17 @@ print("report written", flush=True)
 """
 
 
+def begin(server, tmp_path, script=SCRIPT):
+    """The script in a process (and session) of its own, its trace begun."""
+    command = [sys.executable, "-c", script, *server.keys.split(":"), server.url, str(tmp_path / "report.json")]
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True
+    )
+
+
 @pytest.mark.parametrize("trouble", ["hanging", "refusing"])
 def test_a_process_ends_though_the_server_is_gone(server, tmp_path, trouble):
-    command = [sys.executable, "-c", SCRIPT, *server.keys.split(":"), server.url, str(tmp_path / "report.json")]
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=dict(os.environ)
-    )
+    process = begin(server, tmp_path)
     try:
         assert process.stdout.readline() == "begun\n"
         outage(server, trouble)
@@ -470,6 +479,87 @@ def test_a_process_ends_though_the_server_is_gone(server, tmp_path, trouble):
     assert (process.returncode, output) == (0, "report written\n")
     assert len(errors.splitlines()) == 1
     assert "1,501 spans and 1,500 scores" in errors and len(kept(tmp_path)[0]) == 1501
+
+
+WAITING = SCRIPT.replace('print("report written", flush=True)', "    print('told', flush=True)\n    sys.stdin.readline()")
+
+
+def sender_of(process):
+    """The id of a run's sender."""
+    return int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text())
+
+
+def alive(process):
+    try:
+        return "State:	Z" not in Path(f"/proc/{process}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("hanging", [False, True])
+def test_a_killed_run_leaves_no_sender_and_its_file_to_the_next(server, tmp_path, hanging, traced):
+    process = begin(server, tmp_path, WAITING.replace("Path(report))", 'Path(report), seed="s")'))
+    process.stdin.write("go\n")
+    process.stdin.flush()
+    assert (process.stdout.readline(), process.stdout.readline()) == ("begun\n", "told\n")
+    wait_until(lambda: server.spans)
+    server.hanging = hanging
+    sender = sender_of(process)
+    process.kill()
+    killed = time.monotonic()
+    assert process.communicate()[1] == ""
+    wait_until(lambda: not alive(sender))
+    assert time.monotonic() - killed < 3
+    server.hanging = False
+    with traced(settings_for(server), seed="s") as trace:
+        send_rows(trace, 1501)
+    assert {span.name for span in server.spans} == {"run", *(f"row-{number}" for number in range(1501))}
+    if not hanging:  # where no answer came, Langfuse makes one of what comes twice
+        assert len(server.spans) == 1502 and len(server.scores) == 1501
+
+
+def test_an_interrupt_from_the_terminal_stops_the_run_and_not_the_sending(server, tmp_path):
+    process = begin(server, tmp_path, WAITING.replace("CLOSE_SECONDS = 1", "CLOSE_SECONDS = 10"))
+    process.stdin.write("go\n")
+    process.stdin.flush()
+    assert (process.stdout.readline(), process.stdout.readline()) == ("begun\n", "told\n")
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: to everything in the foreground
+    errors = process.communicate(timeout=20)[1]
+    assert process.returncode != 0 and errors.count("Traceback") == 1 and errors.endswith("KeyboardInterrupt\n")
+    root = by_name(server)["run"]
+    assert root.attributes["langfuse.observation.level"] == "ERROR" and len(server.spans) == 1501 and len(server.scores) == 1500
+    assert kept(tmp_path) is None
+
+
+def test_the_keys_are_on_no_command_line(server, tmp_path):
+    process = begin(server, tmp_path)
+    assert process.stdout.readline() == "begun\n"
+    line = Path(f"/proc/{sender_of(process)}/cmdline")
+    wait_until(line.read_text)  # empty for a moment while the program is being loaded
+    command = line.read_text()
+    assert "slm_swap.langfuse_sender" in command and "-lf-" not in command
+    process.communicate("go\n")
+
+
+def test_a_full_disk_fails_no_run_and_is_said(server, tmp_path):
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))"
+    process = begin(server, tmp_path, SCRIPT.replace("    sys.stdin.readline()", f"    sys.stdin.readline(); {limit}"))
+    output, errors = process.communicate("go\n", timeout=25)
+    assert (process.returncode, output) == (0, "begun\nreport written\n")
+    assert "report.traces.jsonl could not take all of the trace (" in errors
+
+
+def test_an_answer_that_would_come_too_late_is_not_asked_for(server, traced, impatient, monkeypatch, capsys, resend, tmp_path):
+    monkeypatch.setattr(langfuse_wire, "REQUEST_SECONDS", 5)
+    server.delay = 0.7  # of the two seconds that the end of a run has here: a third request of 256 would be cut off
+    with traced(settings_for(server)) as trace:
+        send_rows(trace, 1)
+        wait_until(lambda: server.spans)
+        send_rows(trace, 2000, first=1)
+    assert "spans have not reached Langfuse" in capsys.readouterr().err
+    server.delay = 0
+    assert resend(server, tmp_path)[0] == 0
+    assert len({span.id for span in server.spans}) == len(server.spans) == 2002
 
 
 def test_nothing_heavy_is_imported_before_a_run():
@@ -598,8 +688,8 @@ def test_without_content_no_text_of_a_row_leaves(server, traced):
 def test_batches_and_retries_are_spans_with_the_rows_under_them(server, traced):
     with traced(settings_for(server)) as trace:
         batch = trace.span("batch 1", 10**18, 10**18 + 5, {"rows": 2})
-        row = trace.generation("row", "m", MESSAGES, REPLY, parent=batch)
-        trace.span("retry", 10**18 + 1, 10**18 + 2, {"status": 429}, parent=row, level="WARNING")
+        trace.generation("row", "m", MESSAGES, REPLY, parent=batch)
+        trace.span("retry", 10**18 + 1, 10**18 + 2, {"status": 429}, parent=trace.row_id("row"), level="WARNING")
     spans = by_name(server)
     assert spans["row"].parent == spans["batch 1"].id and spans["retry"].parent == spans["row"].id
     assert (spans["batch 1"].kind, spans["batch 1"].start, spans["batch 1"].end) == ("span", 10**18, 10**18 + 5)

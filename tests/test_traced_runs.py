@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections import Counter
 
 import pytest
 from langfuse_server import LangfuseServer
@@ -13,7 +14,7 @@ from langfuse_server import LangfuseServer
 from slm_swap.demo.azure_simulator import AzureSimulator, Faults
 from slm_swap.examples import Example
 from slm_swap.prompts import structured_prompt
-from slm_swap.reports import sha256_file
+from slm_swap.reports import code_version, sha256_file
 from slm_swap.settings import PACKAGE
 
 ROWS = [
@@ -50,7 +51,7 @@ def run(server, script: str, *flags: object) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | keys, timeout=240)
 
 
-def evaluate(server, files) -> dict:
+def evaluate(server, files, *more: object) -> dict:
     rows, replies = files / "rows.jsonl", files / "replies.jsonl"
     flags = (
         "--track",
@@ -64,7 +65,7 @@ def evaluate(server, files) -> dict:
         "--out",
         files / "report.json",
     )
-    done = run(server, "01_eval/eval.py", *flags)
+    done = run(server, "01_eval/eval.py", *flags, *more)
     assert done.returncode == 0, done.stderr
     return json.loads((files / "report.json").read_text())
 
@@ -84,6 +85,36 @@ def test_an_evaluation_is_one_trace_with_a_generation_a_row(server, files):
     assert of_run == pytest.approx(report["metrics"])
 
 
+def test_a_trace_tells_what_was_run_on_what(server, files):
+    evaluate(server, files, "--session", "pipeline-7")
+    told = {
+        "track": "structured", "split": "rows", "model_kind": "replay", "model": "replies.jsonl", "engine": "replay",
+        "dataset_sha256": sha256_file(files / "rows.jsonl"), "commit": code_version()["commit"] or "",
+    }  # fmt: skip
+    for span in server.spans:
+        assert {name: span.attributes[f"langfuse.trace.metadata.{name}"] for name in told} == told
+        assert span.attributes["session.id"] == "pipeline-7" and span.attributes["langfuse.trace.tags"] == ["eval", "structured", "replay"]
+
+
+def test_local_rows_are_under_their_batch_and_the_trace_names_model_and_engine(server, files, monkeypatch):
+    monkeypatch.setenv("SLM_MODEL_PATH", "models/phi-tiny")
+    flags = ("--track", "structured", "--model-kind", "slm", "--dataset", files / "rows.jsonl", "--out", files / "report.json")
+    done = run(server, "01_eval/eval.py", *flags, "--batch-size", 4, "--precision", "fp32", "--max-new-tokens", 4)
+    assert done.returncode == 0, done.stderr
+    batches = {span.id: span for span in server.spans if span.kind == "span"}
+    rows = [span for span in server.spans if span.kind == "generation"]
+    assert sorted(batch.name for batch in batches.values()) == ["batch 0", "batch 1"]
+    assert Counter(batches[row.parent].name for row in rows) == {"batch 0": 4, "batch 1": 2}
+    assert {row.attributes["langfuse.trace.metadata.model"] for row in rows} == {"phi-tiny"}
+    assert {row.attributes["langfuse.trace.metadata.engine"] for row in rows} == {"transformers"}
+
+
+def test_without_content_nothing_of_a_row_leaves_an_evaluation(server, files):
+    evaluate(server, files, "--no-trace-content")
+    assert len([span for span in server.spans if span.kind == "generation"]) == len(ROWS)
+    assert not [path for path, body in server.bodies if b"Say " in body or b"{\"number" in body or b'{\\"number' in body]
+
+
 def test_an_experiment_is_items_of_a_pushed_dataset(server, files):
     flags = ("--track", "structured", "--model-kind", "replay", "--dataset", files / "rows.jsonl", "--replies", files / "replies.jsonl")
     out = ("--out", files / "report.json", "--langfuse-experiment", "tiny-1")
@@ -96,6 +127,13 @@ def test_an_experiment_is_items_of_a_pushed_dataset(server, files):
     assert {span.attributes["langfuse.experiment.name"] for span in generations} == {"tiny-1"}
     assert len({span.attributes["langfuse.experiment.item.id"] for span in generations}) == len(ROWS)
     assert all(span.attributes["langfuse.experiment.item.root_observation_id"] == span.id for span in generations)
+    assert run(server, "01_eval/eval.py", *flags, *out[:-1], "tiny-2").returncode == 0  # the other model, to be seen beside it
+    items = {span.attributes["langfuse.experiment.item.id"] for span in generations}
+    others = [span for span in server.spans if span.attributes.get("langfuse.experiment.name") == "tiny-2"]
+    assert {span.attributes["langfuse.experiment.item.id"] for span in others} == items and len(others) == len(ROWS)
+    assert not {span.attributes["langfuse.experiment.id"] for span in others} & {
+        span.attributes["langfuse.experiment.id"] for span in generations
+    }
 
 
 def test_a_killed_and_resumed_evaluation_is_one_trace_with_a_generation_a_row(server, files):
@@ -122,9 +160,9 @@ def test_a_killed_and_resumed_evaluation_is_one_trace_with_a_generation_a_row(se
     generations = [span for span in server.spans if span.kind == "generation"]
     assert report["counts"]["rows"] == 60 and report["sessions"] == 3
     assert {span.trace for span in server.spans} == {report["trace"]["id"]}
-    assert len({span.id for span in generations}) == len({span.name for span in generations}) == 60
-    of_rows = {score["id"] for score in server.scores if score.get("observationId")}
-    assert len(of_rows) == 60 * 6
+    assert len(generations) == len({span.id for span in generations}) == len({span.name for span in generations}) == 60
+    of_rows = [score["id"] for score in server.scores if score.get("observationId")]
+    assert len(of_rows) == len(set(of_rows)) == 60 * 6
     assert not list(files.glob("*.traces.jsonl")) and not list(files.glob("*.part"))
     retries = [span for span in server.spans if span.name == "retry"]
     assert retries and {span.parent for span in retries} <= {span.id for span in generations}
@@ -149,6 +187,8 @@ def test_a_comparison_is_a_trace_with_its_decision(server, files):
     (event,) = [span for span in spans if span.kind == "event"]
     assert event.name == "decision" and decision["verdict"] == "NEED_MORE_DATA"
     assert "6 rows are too few" in json.dumps(event.attributes)
+    told = event.json("metadata.metrics")
+    assert {name: told[name]["difference"] for name in told} == dict.fromkeys(decision["metrics"], 0)
     scores = {score["name"]: score["value"] for score in server.scores if score.get("traceId") == decision["trace"]["id"]}
     assert scores == {"verdict": "NEED_MORE_DATA"} | {f"{name}_difference": 0 for name in decision["metrics"]}
 

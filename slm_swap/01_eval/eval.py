@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywher
 from slm_swap.cli import Parser, check_out, client_options, find_rows, progress, run, run_metadata, tracing_options, warn
 from slm_swap.clients import MODEL_KINDS, Client, make_client
 from slm_swap.errors import UserError
-from slm_swap.evaluation import Row, RowTracer, Stopwatch, Tally, check_rows, evaluate_rows, make_report
+from slm_swap.evaluation import Row, RowTracer, Stopwatch, Tally, check_rows, evaluate_rows, make_report, model_name
 from slm_swap.examples import Dataset
 from slm_swap.journal import Journal, journal_path
 from slm_swap.langfuse_api import LangfuseApi
@@ -77,7 +77,9 @@ def main(argv: list[str] | None = None) -> int:
         try:
             asked = {"track": args.track, "dataset_sha256": inputs["sha256"], "rows": rows, "prompt_sha256": tally.prompt_sha256}
             journal.begin({"schema_version": SCHEMA_VERSION, **asked, "model": client.identity}, rows)
-            metadata = run_metadata(args) | {"dataset": inputs["path"], "dataset_sha256": inputs["sha256"], "report": display_path(out)}
+            told, read = client.describe(), {"split": name, "dataset": inputs["path"], "dataset_sha256": inputs["sha256"]}
+            model = {"model": model_name(told), "engine": told.get("engine", args.model_kind)}
+            metadata = run_metadata(args) | read | model | {"report": display_path(out)}
             title, tags = f"eval-{args.track}-{args.model_kind}", ["eval", args.track, args.model_kind]
             with trace_run(connection, title, out, metadata, tags, seed=journal.header["run_id"]) as trace:
                 earlier = journal.seconds
