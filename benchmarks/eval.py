@@ -178,15 +178,15 @@ def main(argv: list[str] | None = None) -> int:
     make_checkpoint(checkpoint, args.shape)
     write_rows(rows, WORKLOAD, json.loads((checkpoint / "config.json").read_text())["vocab_size"])
     torch.cuda.empty_cache()
+    out = args.out or ROOT / "benchmarks/results/eval.json"
+    told = {"created_at": now(), "code": code_version(), "hardware": hardware(), "packages": package_versions(), "shape": args.shape}
     results: dict[str, Any] = {}
     for name in args.only:
         results[name] = {"flags": SETTINGS[name]["flags"], "once_started": child(args, "once_started", name, args.timeout)}
         if SETTINGS[name]["command"]:
             results[name]["command"] = child(args, "command", name, args.timeout)
         print(name, json.dumps({key: value for key, value in results[name].items() if key != "flags"}), flush=True)
-    out = args.out or ROOT / "benchmarks/results/eval.json"
-    told = {"created_at": now(), "code": code_version(), "hardware": hardware(), "packages": package_versions(), "shape": args.shape}
-    write_json(out, told | {"settings": results})
+        write_json(out, told | {"settings": results})  # each time: a machine may be taken away
     print(f"report: {display_path(out)}")
     return 0
 

@@ -58,10 +58,10 @@ class TransformersEngine:
             window.sort(key=lambda prompt: (-len(prompt.tokens), prompt.index))  # the longest first: if it fits, all do
             for start in range(0, len(window), self.batch_size):
                 batch = window[start : start + self.batch_size]
-                self._batches += 1
                 if any(prompt.index not in answered for prompt in batch):
                     made = self._halving(batch, str(self._batches))
                     yield from (one for one in made if one.index not in answered)
+                self._batches += 1
 
     def _halving(self, batch: Sequence[Prompt], name: str) -> list[Generated]:
         import torch

@@ -1,0 +1,162 @@
+"""Evaluation by several processes, each with a replica of the tiny model: the report of one process, whatever happens to them."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+import eval_process
+from slm_swap.examples import Example
+from slm_swap.journal import journal_path
+from slm_swap.replicas import take_one_gpu
+from slm_swap.reports import rows_path, write_jsonl
+from slm_swap.settings import PACKAGE, Launch
+
+ROWS = [Example(f"Say {number} {'and again ' * (number % 7)}", f'{{"a":{number}}}', id=f"r{number}").to_json() for number in range(64)]
+TIMES = ("created_at", "seconds", "args", "sessions")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    write_jsonl(path, ROWS)
+    return path
+
+
+def flags(rows, out, *more) -> list:
+    return ["--track", "structured", "--model-kind", "slm", "--dataset", rows, "--precision", "fp32", "--max-new-tokens", 6, "--out", out, *more]
+
+
+def environment(rank: int = 0, world: int = 1, port: int = 0) -> dict[str, str]:
+    told = {"LANGFUSE_DISABLED": "1", "SLM_MODEL_PATH": "models/phi-tiny", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return told | ({name: str(value) for name, value in ranks.items()} if world > 1 else {})
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(tmp_path, world: int, argv: list, **changed: dict[str, str]) -> list:
+    """The ranks' processes, as a launcher would start them; `changed` by rank is other environment, as rank1={...}."""
+    port = free_port() if world > 1 else 0
+    settings = [environment(rank, world, port) | changed.get(f"rank{rank}", {}) for rank in range(world)]
+    return [eval_process.start(argv, told, tmp_path / f"log{rank}") for rank, told in enumerate(settings)]
+
+
+def finish(processes: list) -> list[int]:
+    for process in processes:
+        process.join(90)
+    return [process.exitcode for process in processes]
+
+
+def outcome(out) -> tuple:
+    report = {name: value for name, value in json.loads(out.read_text()).items() if name not in TIMES}
+    lines = [json.loads(line) for line in rows_path(out).read_text().splitlines()]
+    return report, [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def whole(rows, tmp_path_factory):
+    """What one process makes of the rows."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert finish(start(folder, 1, flags(rows, folder / "out.json"))) == [0], (folder / "log0").read_text()
+    return outcome(folder / "out.json")
+
+
+def test_three_processes_end_in_the_report_of_one(tmp_path, rows, whole):
+    out = tmp_path / "three/out.json"
+    assert finish(start(tmp_path, 3, flags(rows, out, "--batch-size", 8))) == [0, 0, 0], (tmp_path / "log0").read_text()
+    assert outcome(out) == whole
+    assert [(tmp_path / f"log{rank}").read_text() for rank in (1, 2)] == ["", ""], "only rank 0 prints"
+    assert sorted(path.name for path in out.parent.iterdir()) == ["out.json", "out.rows.jsonl"]
+
+
+def test_killed_with_all_processes_it_goes_on_with_another_number_of_them(tmp_path, rows, whole):
+    out = tmp_path / "killed/out.json"
+    journal = journal_path(out)
+    processes = start(tmp_path, 2, flags(rows, out))
+    answered(journal, 16)
+    for process in processes:
+        process.kill()
+    finish(processes)
+    kept = journal.read_bytes().count(b'"row"')
+    assert 16 <= kept < len(ROWS)
+    assert finish(start(tmp_path, 3, flags(rows, out))) == [0, 0, 0]
+    assert outcome(out) == whole and json.loads(out.read_text())["sessions"] == 2
+
+
+def answered(journal, rows: int) -> None:
+    """Wait until so many rows are in the journal."""
+    deadline = time.monotonic() + 90
+    while not (journal.exists() and journal.read_bytes().count(b'"row"') >= rows):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_a_process_that_dies_ends_the_run_and_costs_none_of_its_rows(tmp_path, rows, whole):
+    out = tmp_path / "dies/out.json"
+    processes = start(tmp_path, 2, flags(rows, out))
+    answered(journal_path(out), 8)
+    processes[1].kill()
+    assert finish(processes) == [2, -signal.SIGKILL]
+    said = (tmp_path / "log0").read_text()
+    assert "error: rank 1 has ended (what it said stands above): run the same command again to go on" in said
+    assert "rows are answered and kept: the same command goes on from there" in said
+    assert finish(start(tmp_path, 1, flags(rows, out))) == [0] and outcome(out) == whole
+
+
+def test_when_rank_0_dies_the_others_end(tmp_path, rows):
+    processes = start(tmp_path, 2, flags(rows, tmp_path / "out.json"))
+    answered(journal_path(tmp_path / "out.json"), 8)
+    processes[0].kill()
+    assert finish(processes) == [-signal.SIGKILL, 0]
+
+
+def test_rank_0_says_what_another_one_lacks(tmp_path, rows):
+    processes = start(tmp_path, 2, flags(rows, tmp_path / "out.json"), rank1={"SLM_MODEL_PATH": "models/none"})
+    assert finish(processes) == [2, 2]
+    assert "error: rank 1: no checkpoint at models/none" in (tmp_path / "log0").read_text()
+    assert (tmp_path / "log1").read_text() == "" and not journal_path(tmp_path / "out.json").exists()
+
+
+def test_mistakes_are_said_once(tmp_path, rows):
+    for argv, said in (
+        (["--track", "structured", "--model-kind", "azure"], "only the local model has use for several processes"),
+        (["--track", "none"], "invalid choice: 'none'"),
+    ):
+        assert finish(start(tmp_path, 2, argv)) == [2, 2]
+        assert said in (tmp_path / "log0").read_text() and (tmp_path / "log1").read_text() == ""
+
+
+def test_the_real_launchers_start_it(tmp_path, rows, whole):
+    """accelerate launch, and the wrapper where two GPUs seem to be there."""
+    accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", "2", "--main_process_port", "0"]
+    accelerate += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", str(PACKAGE / "01_eval/eval.py")]
+    wrapper = [str(PACKAGE / "eval_parallel.sh")]
+    found = os.environ | environment() | {"PATH": f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"}
+    for number, (command, told) in enumerate(((accelerate, {}), (wrapper, {"CUDA_VISIBLE_DEVICES": "0,1"}))):
+        out = tmp_path / f"launched{number}/out.json"
+        words = [*command, *map(str, flags(rows, out))]
+        done = subprocess.run(words, capture_output=True, text=True, env=found | told, timeout=180)
+        assert done.returncode == 0, done.stderr
+        assert outcome(out) == whole and done.stdout.count("report: ") == 1
+
+
+@pytest.mark.parametrize(
+    ("visible", "rank", "taken"),
+    [(None, 1, "1"), ("2,3", 0, "2"), ("2,3", 1, "3"), ("2,3", 2, ""), ("GPU-ab,GPU-cd", 1, "GPU-cd"), ("", 1, "")],
+)
+def test_each_process_sees_one_gpu(visible, rank, taken, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    take_one_gpu(Launch(rank, 4, rank))
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == taken
