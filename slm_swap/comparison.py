@@ -375,6 +375,8 @@ def examine(
     if flips:
         told = ", ".join(f"{matcher} {verdict}" for matcher, verdict in verdicts.items())
         warnings.append(f"the verdict depends on how replies are compared with references ({told}): look at the rows before you decide")
+    if "before" in sides:
+        warnings += run_otherwise(sides["before"].report, slm.report)
     if decision.need:
         decision.need.update(
             {f"{name}_cost": _cost_of(decision.need["rows"], row_cost(sides[name].report, prices)) for name in ("azure", "slm")}
@@ -395,6 +397,15 @@ def examine(
         "sequential": _saved(decision, stopped, len(azure.rows), row_cost(azure.report, prices)) if rule == "sequential" else None,
         "warnings": warnings,
     }
+
+
+def run_otherwise(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """A warning where two reports of the small model come from another engine or precision: the gain is not the training's alone."""
+    models = [report.get("model") if isinstance(report.get("model"), dict) else {} for report in (before, after)]
+    ways = [" in ".join(str(model[name]) for name in ("engine", "precision") if model.get(name)) for model in models]
+    if not all(ways) or ways[0] == ways[1]:
+        return []
+    return [f"the small model was run by {ways[0]} before and by {ways[1]} now: a part of the gain may come from that (benchmarks/parity.py)"]
 
 
 def examine_means(track: Track, sides: dict[str, Evaluation], delta: float) -> dict[str, Any]:

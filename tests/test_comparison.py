@@ -335,6 +335,17 @@ def test_a_verdict_that_flips_with_the_matcher_is_warned_of(sides):
     assert not told["flips"] and told["warnings"] == []
 
 
+def test_a_gain_across_engines_or_precisions_is_warned_of(sides):
+    found = sides(calls(40), before=["right", "no_json"])
+    ways = [{"engine": "transformers", "precision": "int8"}, {"engine": "vllm", "precision": "bf16"}]
+    for name, way in zip(("before", "slm"), ways, strict=True):
+        found[name].report["model"] = found[name].report["model"] | way
+    (warning,) = look(found)["warnings"]
+    assert "run by transformers in int8 before and by vllm in bf16 now" in warning
+    found["before"].report["model"] |= ways[1]
+    assert look(found)["warnings"] == []
+
+
 @pytest.mark.parametrize("rule", ["paired", "sequential"])
 @pytest.mark.parametrize("groups", [[None], ["a"], ["a", None]])
 @pytest.mark.parametrize(("azure", "slm"), [(["right"], ["failed", "right"]), (["no_json"], ["no_json"])])
