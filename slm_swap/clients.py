@@ -22,8 +22,9 @@ class Reply:
 
     `finish_reason` is "stop", "length" (cut off, or a prompt longer than the context), "content_filter", "refusal" or
     "error" (an exhausted retry; `error` says which). `input_tokens` includes `cached_tokens`. `seconds` is the wall time
-    from handing the row over to having its reply. `retries` are the tries before the last one: seconds after the row was handed
-    over, seconds that the try took, and its HTTP status (None: no answer).
+    from handing the row over to having its reply, tries that failed and the waits after them included; not included is how long
+    we held its requests back to keep within the quota, as that says nothing of the model. `retries` are the tries before the last
+    one: seconds (counted likewise) after the row was handed over, seconds that the try took, and its HTTP status (None: no answer).
     """
 
     text: str
@@ -92,6 +93,7 @@ def make_client(
     batch_size: int = 8,
     seed: int = 42,
     trust_remote_code: bool = False,
+    concurrency: int = 32,
 ) -> Client:
     """The client of one of MODEL_KINDS; options that a kind has no use for are ignored.
 
@@ -101,7 +103,7 @@ def make_client(
     if kind == "azure":
         from slm_swap.azure_client import AzureClient
 
-        return AzureClient(settings, max_new_tokens=max_new_tokens, seed=seed)
+        return AzureClient(settings, max_new_tokens=max_new_tokens, seed=seed, concurrency=concurrency)
     if kind == "replay":
         from slm_swap.replay_client import ReplayClient
 
