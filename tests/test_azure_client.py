@@ -244,7 +244,7 @@ def test_no_more_requests_than_asked_for_are_under_way():
 def test_the_flag_says_how_many_are_asked_at_a_time():
     parser = Parser()
     parser.add_client()
-    with AzureSimulator(ROWS, key=KEY, faults=Faults(slow=1.0, slow_seconds=0.02)) as server:
+    with AzureSimulator(ROWS, key=KEY, faults=Faults(slow=1.0, slow_seconds=0.3)) as server:
         for flags, most in (([], 32), (["--concurrency", "2"], 2)):
             client = make_client("azure", settings_for(server.url), [], **client_options(parser.parse_args(flags)))
             server.most_in_flight = 0
