@@ -17,7 +17,7 @@ from slm_swap.errors import UserError
 from slm_swap.examples import Example, text_hash
 from slm_swap.metrics import ERRORS, MATCHERS, Match, Reference, Scored
 from slm_swap.prompts import Messages, build_messages
-from slm_swap.reports import SCHEMA_VERSION, code_version, hardware, json_line, now, package_versions
+from slm_swap.reports import SCHEMA_VERSION, code_version, hardware, json_line, json_text, now, package_versions
 from slm_swap.tracks import TRACKS, Track
 
 if TYPE_CHECKING:
@@ -40,30 +40,22 @@ class Row:
 
     def line(self, track: Track) -> str:
         """Its line of the rows file, put together by hand: rows have few different scores, and they are the most of it."""
-        example, reply, scored = self.example, self.reply, self.scored
-        told = {
-            "id": example.id,
-            "group": example.group,
-            "prompt_sha256": text_hash(example.prompt),
-            "reply": reply.text,
-            "reference": example.completion,
-        }
-        outcome = {
-            "error": scored.error,
-            "finish_reason": reply.finish_reason,
-            "reply_error": reply.error,
-            "tokens": {"input": reply.input_tokens, "cached": reply.cached_tokens, "output": reply.output_tokens},
-            "seconds": round(reply.seconds, 6),
-        }
-        metrics = [_metrics_json(track, getattr(scored, matcher)) for matcher in MATCHERS]
-        by_matcher = ", ".join(f'"{matcher}": {values}' for matcher, values in zip(MATCHERS, metrics, strict=True))
-        scores = f'"scores": {metrics[0]}, "scores_by_matcher": {{{by_matcher}}}'
-        return f"{json_line(told)[:-2]}, {scores}, {json_line(outcome)[1:]}"
+        example, reply = self.example, self.reply
+        return (
+            f'{{"id": {json_text(example.id)}, "group": {json_text(example.group)}, "prompt_sha256": "{text_hash(example.prompt)}", '
+            f'"reply": {json_text(reply.text)}, "reference": {json_text(example.completion)}, '
+            f'{_scores_json(track.title, self.scored)}, "finish_reason": {json_text(reply.finish_reason)}, '
+            f'"reply_error": {json_text(reply.error)}, '
+            f'"tokens": {{"input": {reply.input_tokens}, "cached": {reply.cached_tokens}, "output": {reply.output_tokens}}}, '
+            f'"seconds": {round(reply.seconds, 6)}}}\n'
+        )
 
 
 @lru_cache(maxsize=4096)
-def _metrics_json(track: Track, match: Match) -> str:
-    return json_line(track.row_metrics(match))[:-1]
+def _scores_json(track_name: str, scored: Scored) -> str:
+    """The scores and the error of a line, without the braces around them."""
+    by_matcher = {matcher: TRACKS[track_name].row_metrics(getattr(scored, matcher)) for matcher in MATCHERS}
+    return json_line({"scores": by_matcher["strict"], "scores_by_matcher": by_matcher, "error": scored.error})[1:-2]
 
 
 def references(track: Track, examples: list[Example]) -> list[Reference]:

@@ -113,7 +113,7 @@ def parse_example(row: Any, where: str) -> Example:
     try:
         example = Example(prompt=row["prompt"], completion=row["completion"], where=where, **known)
         text = example.scored_json()
-        f"{text}{example.id}{example.group}{example.source}".encode()
+        f"{example.id}{example.group}{example.source}".encode()
         if nested_too_deeply(known, text):
             raise RecursionError
         vars(example)["content_hash"] = text_hash(text)  # as the property would, with the text at hand
