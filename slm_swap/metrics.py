@@ -291,11 +291,15 @@ class Match(NamedTuple):
 
 @dataclass(frozen=True)
 class Reference:
-    """A row's gold, parsed once, with what the looser matchers need: worked out when the first miss asks for it."""
+    """A row's gold, parsed once, with what the looser matchers need: worked out when the first miss asks for it.
+
+    `text` is what it was parsed from: a reply that is the same letter by letter needs no parsing.
+    """
 
     parsed: Parsed
     schema: dict | None = None
     accept: dict[str, list] | None = None
+    text: str | None = None
 
     @cached_property
     def leaves(self) -> frozenset[Leaf]:
@@ -353,7 +357,7 @@ def score(parse: Parser, reference: Reference, text: str, finish_reason: str = "
         missed = _missed(reference)
         return Scored(missed, missed, missed, UNSCORED[finish_reason])
     try:
-        parsed = parse(text)
+        parsed = reference.parsed if text == reference.text else parse(text)
     except InvalidReply as invalid:
         strict, error, parsed = _missed(reference), invalid.error, _leniently(parse, text)
         schema, lenient = strict, _loose_matches(parsed, reference)[1] if parsed else strict
