@@ -22,7 +22,7 @@ MAX_DEPTH = 100  # what walks through JSON here recurs, and needs some four of P
 OPTIONAL_FIELDS = {"id": str, "tools": list, "schema": dict, "accept": dict, "group": str, "source": str, "request": str}
 
 _COMPACT = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-_CANONICAL = json.JSONEncoder(ensure_ascii=False, sort_keys=True)
+_CANONICAL = json.JSONEncoder(ensure_ascii=False, sort_keys=True, check_circular=False)  # of what was read as JSON
 
 
 @dataclass(frozen=True)
