@@ -42,6 +42,11 @@ class Mark:
     before: float
     after: float = 0.0
 
+    @property
+    def unsure(self) -> float:
+        """By how much the answer may be off."""
+        return self.before + self.after
+
 
 class Refill:
     """How fast a bucket fills: between two answers, what it has more and what was spent."""
@@ -57,15 +62,16 @@ class Refill:
         return max((self._gained + stated) / (self._seconds + 1), stated / 20)
 
     def measure(self, mark: Mark, remaining: float, full: bool, rate: float) -> None:
-        """Take an answer in; a bucket that was full in between may have lost some, so that its gain is only a lower bound."""
+        """Take an answer in; a bucket that was full in between may have lost some, so that its gain is only a lower bound. From a request
+        that was sent in a crowd on nothing is measured if one can be found that was not."""
         since, total = self._since, remaining + mark.spent
         self._full |= full
         if since is not None:
             seconds, gain = mark.at - since.at, total - self._total
-            unsure = mark.before + mark.after + since.before + since.after
-            if seconds < max(INTERVAL, 5 * unsure / rate):
+            long_enough = seconds >= max(INTERVAL, 5 * (mark.unsure + since.unsure) / rate)
+            if not long_enough and mark.unsure >= since.unsure / 2:
                 return
-            if not self._full or gain > rate * seconds:
+            if long_enough and (not self._full or gain > rate * seconds):
                 kept = math.exp(-seconds / MEMORY)
                 self._gained, self._seconds = self._gained * kept + gain, self._seconds * kept + seconds
         self._since, self._total, self._full = mark, total, full
@@ -86,7 +92,8 @@ class Gauge:
     def __init__(self) -> None:
         self._capacity = self._limit = self._spent = 0.0
         self._level, self._at = 0.0, -math.inf  # of the model, without corrections
-        self._errors: deque[tuple[float, float]] = deque()  # by how much more was left, at least, when a request was sent
+        self._errors: deque[tuple[float, float, float]] = deque()  # sent when; by how much more was left than expected; at least
+        self.under_way = 0  # requests that were sent and not heard of
         self._sent: deque[Mark] = deque()
         self._refill = Refill()
         self._refused_spent, self._refused_at, self._care = 0.0, -math.inf, 0.0
@@ -102,7 +109,10 @@ class Gauge:
 
     @property
     def _correction(self) -> float:
-        return max(error for _, error in self._errors)
+        """By how much more is left than the model has. Of requests sent together one cannot say which came first until all were heard of."""
+        if self.under_way:
+            return max(least for _, _, least in self._errors)
+        return sum(error for _, error, _ in self._errors) / len(self._errors)
 
     def _reserve(self, now: float) -> float:
         return self._capacity * (RESERVE + self._care * math.exp((self._refused_at - now) / FORGIVEN))
@@ -126,6 +136,7 @@ class Gauge:
         self._run(now)
         if self.known:
             self._level = min(self._level, self._capacity - self._correction)
+        self.under_way += 1
         self._spent += amount
         self._level -= amount
         while self._sent and self._sent[0].at < now - TOGETHER:
@@ -140,9 +151,10 @@ class Gauge:
         self._limit, self._capacity = limit or 0.0, max(self._capacity, remaining + mark.amount)
         full = remaining + mark.amount >= self._capacity * (1 - RESERVE)
         self._refill.measure(mark, remaining, full, self._rate)
-        newest = max((at for at, _ in self._errors), default=mark.at)
+        newest = max((at for at, _, _ in self._errors), default=mark.at)
         if mark.spent > self._refused_spent and mark.at >= newest - TOGETHER:
-            self._errors.append((mark.at, remaining - mark.before - mark.expected))
+            error = remaining - mark.expected
+            self._errors.append((mark.at, error, error - mark.before))
             while self._errors[0][0] < mark.at - TOGETHER:
                 self._errors.popleft()
 
@@ -155,7 +167,8 @@ class Gauge:
         if mark.at > self._refused_at:
             self._care, self._refused_at = self._care * math.exp((self._refused_at - now) / FORGIVEN) + CARE, now
         self._refused_spent = mark.spent
-        self._errors = deque([(mark.at, mark.amount - self._rate * wait - mark.expected)])
+        error = mark.amount - self._rate * wait - mark.expected
+        self._errors = deque([(mark.at, error, error)])
 
     def forget(self) -> None:
         """The server does not tell of this quota any more."""
@@ -192,6 +205,7 @@ class Quota:
         if wait is not None and wait <= LONGEST_WAIT:
             self._paused_until, self._welcome = max(self._paused_until, now + wait), marks[-1].amount
         for (name, gauge), mark in zip(self._gauges.items(), marks, strict=True):
+            gauge.under_way -= 1
             remaining, limit = (_count(headers.get(f"x-ratelimit-{what}-{name}")) for what in ("remaining", "limit"))
             if status == 429 and (remaining is None or remaining < mark.amount):
                 gauge.refused(mark, min(wait or 0.0, LONGEST_WAIT), now)

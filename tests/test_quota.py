@@ -211,6 +211,13 @@ def test_one_who_is_told_to_wait_makes_all_wait_and_one_goes_ahead(quota, clock)
     assert quota.wait(1) > 0  # the others only as it refills
 
 
+def test_all_wait_too_where_only_the_refusal_tells_anything(quota, clock):
+    quota.told(quota.take(100), 429, {"retry-after-ms": "2500"})
+    assert quota.wait(1) == quota.wait(1000) == 2.5
+    clock.now += 2.5
+    assert quota.wait(1000) == 0
+
+
 def test_a_refusal_of_one_quota_says_nothing_against_the_other(quota, clock):
     quota.told(quota.take(100), 200, headers(1000, "tokens") | headers(50))
     quota.told(quota.take(2000), 429, headers(1000, "tokens", retry_after_ms="1500") | headers(49))
