@@ -126,7 +126,7 @@ def measure(path: Path, examples: list[Example], case: tuple, seconds: int) -> d
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
-    parser.add_argument("--seconds", type=positive, default=30, help="how long each case runs")
+    parser.add_argument("--seconds", type=positive, default=20, help="how long each case runs")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the file to write (default: benchmarks/results/quota.json)")
     parser.add_seed()
     return parser.parse_args(argv)
