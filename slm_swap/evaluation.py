@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from slm_swap.langfuse_datasets import Experiment
     from slm_swap.reply_cache import ReplyCache
 
+PERCENTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}  # of a row's seconds
+
 
 @dataclass(frozen=True)
 class Row:
@@ -325,7 +327,7 @@ def make_report(
     for row in rows if tally is not rows else ():
         tally.expect(row.example)
         tally.add(row)
-    count, tokens = len(tally), tally.tokens
+    count, tokens, latencies = len(tally), tally.tokens, sorted(tally.latencies)
     if tally.failed_requests == count:
         raise UserError(f"none of the {count} requests was answered ({tally.last_failure}): nothing to report")
     cost = client.cost(tokens["input"], tokens["cached"], tokens["output"], generate_seconds)
@@ -350,7 +352,7 @@ def make_report(
             "load": round(client.load_seconds, 3),
             "generate": round(generate_seconds, 3),
             "total": round(total_seconds, 3),
-            "per_row": {"p50": round(percentile(tally.latencies, 0.5), 6), "p95": round(percentile(tally.latencies, 0.95), 6)},
+            "per_row": {name: round(percentile(latencies, share), 6) for name, share in PERCENTILES.items()},
         },
         "cost": {"total": cost, "per_1000_rows": None if cost is None else cost * 1000 / count},
     }
