@@ -2,6 +2,7 @@
 
 HTTP, retries and back-off are the openai package's: 408, 409, 429, 5xx, time-outs and broken connections are tried again after
 `retry-after-ms` or `Retry-After` (up to 120 seconds; a longer wait ends the row), else after 0.5, 1, 2, 4, 8, 8... seconds.
+When a request may be sent, a first or a later try, is the quota's to say, where the server tells of one: see `quota`.
 """
 
 import asyncio
@@ -21,6 +22,7 @@ from slm_swap.clients import Reply
 from slm_swap.errors import UserError
 from slm_swap.pricing import load_prices, to_float
 from slm_swap.prompts import Messages
+from slm_swap.quota import Mark, Quota
 from slm_swap.settings import Settings
 
 FORMS = "https://R.openai.azure.com, .../openai/deployments/NAME, .../openai/v1, or https://R.services.ai.azure.com/models"
@@ -29,6 +31,8 @@ OTHER_LIMIT = {"max_completion_tokens": "max_tokens", "max_tokens": "max_complet
 REJECTIONS = {"unsupported_parameter", "unsupported_value", "unknown_parameter"}
 UNREACHABLE = {"ConnectError", "ConnectTimeout", "ProxyError"}  # what httpx calls a server that was never spoken to
 CONNECT_SECONDS = 10.0
+LOOK_SECONDS = 0.05  # between two looks at the quota: answers that come meanwhile may allow more
+TYPICAL_CHARACTERS, TYPICAL_TOKENS = 4000, 1000  # of English prompts, until the answers tell
 SHORTEST_SECRET = 16  # in replies: "test" as a key must not be cut out of a model's text; Azure's keys have 32 or 84 characters
 PLAIN_HEADERS = re.compile("host|accept|accept-encoding|connection|content-.*|user-agent|x-stainless-.*")
 
@@ -144,7 +148,31 @@ def entra_token() -> Callable[[], str] | None:
     return get_bearer_token_provider(DefaultAzureCredential(), TOKEN_SCOPE)
 
 
-_tries: ContextVar[list[list]] = ContextVar("tries")  # of the request that this task is at: when it began, when it ended, its status
+@dataclass
+class _Try:
+    """One HTTP request: when it was sent, when its answer's head came (both by the row's clock), and with which status."""
+
+    marks: list[Mark]
+    sent: float
+    answered: float | None = None
+    status: int | None = None
+
+
+@dataclass
+class _Row:
+    """What a task is asking: its charge in tokens, its tries, and how long the quota held them back."""
+
+    tokens: float
+    started: float = field(default_factory=time.perf_counter)
+    held: float = 0.0
+    tries: list[_Try] = field(default_factory=list)
+
+    def clock(self) -> float:
+        """Seconds since the row was begun, those left out in which it was held back."""
+        return time.perf_counter() - self.started - self.held
+
+
+_row: ContextVar[_Row] = ContextVar("row")  # of this task
 
 
 class AzureClient:
@@ -194,7 +222,8 @@ class AzureClient:
         self._secrets = set(settings.secrets)
         self._answered = self._tried = False
         self._concurrency = concurrency
-        self._first, self._token_lock = asyncio.Lock(), asyncio.Lock()
+        self._quota, self._characters, self._prompt_tokens = Quota(), TYPICAL_CHARACTERS, TYPICAL_TOKENS
+        self._first, self._turn, self._token_lock = asyncio.Lock(), asyncio.Lock(), asyncio.Lock()
         self._openai = self._connect(timeout, max_retries)
         ready = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._live(ready)), name="azure-client", daemon=True)
@@ -209,7 +238,7 @@ class AzureClient:
             timeout=openai.Timeout(timeout, connect=min(timeout, CONNECT_SECONDS)),
             follow_redirects=False,  # the key stays with the host that it was meant for
             trust_env=not is_loopback(self.endpoint.host),  # no proxy between this machine and itself
-            event_hooks={"request": [self._sign], "response": [self._note_answer]},
+            event_hooks={"request": [self._sign, self._wait_for_quota], "response": [self._note_answer]},
         )
         return openai.AsyncOpenAI(
             api_key="set by _sign",
@@ -222,7 +251,6 @@ class AzureClient:
 
     async def _sign(self, request: Any) -> None:
         """Send the one credential, and none of the headers that the openai package takes from OPENAI_* variables."""
-        _tries.get().append([time.perf_counter(), None, None])
         for name in [name for name in request.headers if not PLAIN_HEADERS.fullmatch(name)]:
             del request.headers[name]
         if self._token is None:
@@ -239,9 +267,26 @@ class AzureClient:
         self._secrets.add(token)
         request.headers["Authorization"] = f"Bearer {token}"
 
+    async def _wait_for_quota(self, request: Any) -> None:
+        """Hold a request back until the quota has room for it; first come, first served."""
+        row, since = _row.get(), time.perf_counter()
+        async with self._turn:
+            while (wait := self._quota.wait(row.tokens)) > 0:
+                await asyncio.sleep(min(wait, LOOK_SECONDS))
+            marks = self._quota.take(row.tokens)
+        row.held += time.perf_counter() - since
+        row.tries.append(_Try(marks, row.clock()))
+
     async def _note_answer(self, response: Any) -> None:
-        self._answered = True
-        _tries.get()[-1][1:] = time.perf_counter(), response.status_code
+        self._answered, this = True, _row.get().tries[-1]
+        this.answered, this.status = _row.get().clock(), response.status_code
+        self._quota.told(this.marks, response.status_code, response.headers)
+
+    def _charge(self, messages: Messages) -> float:
+        """What Azure will charge for a request when it comes in: the prompt's tokens, by the rate of characters so far, and the limit."""
+        characters = sum(len(message["content"]) for message in messages)
+        limits = (self._parameters.get(name, 0) for name in OTHER_LIMIT)
+        return characters * self._prompt_tokens / self._characters + sum(limits)
 
     async def _live(self, ready: threading.Event) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
@@ -307,9 +352,8 @@ class AzureClient:
         import openai
 
         create = self._openai.chat.completions.with_raw_response.create
-        started, tries = time.perf_counter(), []
-        _tries.set(tries)
-        reply = None
+        row, reply = _Row(self._charge(messages)), None
+        _row.set(row)
         while reply is None:
             sent, failure = dict(self._parameters), None
             try:
@@ -321,8 +365,13 @@ class AzureClient:
                 reply = Reply("", "error", error="the request cannot be encoded, or its reply is not JSON")
             if failure and not self._drop_rejected(failure, sent):
                 reply = self._fail(failure)
-        retries = [[round(begun - started, 6), round((ended or later[0]) - begun, 6), status] for (begun, ended, status), later in pairwise(tries)]
-        return replace(reply, seconds=time.perf_counter() - started, retries=retries)
+        if reply.input_tokens:
+            self._prompt_tokens += reply.input_tokens
+            self._characters += sum(len(message["content"]) for message in messages)
+        retries = [
+            [round(this.sent, 6), round((this.answered or later.sent) - this.sent, 6), this.status] for this, later in pairwise(row.tries)
+        ]
+        return replace(reply, seconds=row.clock(), retries=retries)
 
     def _accept(self, body: Any) -> Reply:
         reply = read_completion(body)

@@ -60,6 +60,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--precision", choices=precisions, help=f"weights of the local model (default: {defaults})")
         self.add_argument("--adapter", metavar="DIR", help="LoRA adapter for the local model")
         self.add_argument("--max-new-tokens", type=positive, default=256, help="longest reply")
+        self.add_argument("--concurrency", type=positive, default=32, help="rows that the hosted model is asked at a time")
         if replay:
             self.add_argument("--replies", metavar="FILE", help="recorded replies, for replay")
         self.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
@@ -137,8 +138,8 @@ def load_rows(args: argparse.Namespace, kinds: Sequence[str]) -> tuple[list[Exam
 
 def client_options(args: argparse.Namespace) -> dict[str, Any]:
     """The flags of `Parser.add_client` as options of `clients.make_client`."""
-    names = ("replies", "engine", "engine_start", "precision", "adapter", "max_new_tokens", "batch_size", "trust_remote_code")
-    options = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
+    local = ("engine", "engine_start", "precision", "adapter", "max_new_tokens", "batch_size", "trust_remote_code")
+    options = {name: getattr(args, name) for name in (*local, "replies", "concurrency") if getattr(args, name, None) is not None}
     return options | ({"replies": find_path(args.replies)} if options.get("replies") else {})
 
 

@@ -21,8 +21,10 @@ class Reply:
 
     `finish_reason` is "stop", "length" (cut off, or a prompt longer than the context), "content_filter", "refusal" or
     "error" (an exhausted retry; `error` says which). `input_tokens` includes `cached_tokens`. `seconds` is the wall time
-    from handing the row over to having its reply. `retries` are the tries before the last one: seconds after the row was handed
-    over, seconds that the try took, and its HTTP status (None: no answer). `batch` names the local model's batch that the row was in.
+    from handing the row over to having its reply, tries that failed and the waits after them included; not included is how long
+    we held its requests back to keep within the quota, as that says nothing of the model. `retries` are the tries before the last
+    one: seconds (counted likewise) after the row was handed over, seconds that the try took, and its HTTP status (None: no answer). `batch`
+    names the local model's batch that the row was in.
     """
 
     text: str
@@ -80,6 +82,7 @@ def make_client(
     replies: str | Path | None = None,
     max_new_tokens: int = 256,
     seed: int = 42,
+    concurrency: int = 32,
     **local: Any,
 ) -> Client:
     """The client of one of MODEL_KINDS for those rows; `local` are options of `slm_client.SLMClient`, which other kinds have no use for.
@@ -92,7 +95,7 @@ def make_client(
     if kind == "azure":
         from slm_swap.azure_client import AzureClient
 
-        return AzureClient(settings, max_new_tokens=max_new_tokens, seed=seed)
+        return AzureClient(settings, max_new_tokens=max_new_tokens, seed=seed, concurrency=concurrency)
     if kind == "replay":
         from slm_swap.replay_client import ReplayClient
 

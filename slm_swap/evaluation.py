@@ -17,13 +17,15 @@ from slm_swap.errors import UserError
 from slm_swap.examples import Example, text_hash
 from slm_swap.metrics import ERRORS, MATCHERS, Match, Reference, Scored
 from slm_swap.prompts import Messages, build_messages
-from slm_swap.reports import SCHEMA_VERSION, code_version, hardware, json_line, now, package_versions
+from slm_swap.reports import SCHEMA_VERSION, code_version, hardware, json_line, json_text, now, package_versions
 from slm_swap.tracks import TRACKS, Track
 
 if TYPE_CHECKING:
     from slm_swap.journal import Journal
     from slm_swap.langfuse_datasets import Experiment
     from slm_swap.reply_cache import ReplyCache
+
+PERCENTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}  # of a row's seconds
 
 
 @dataclass(frozen=True)
@@ -40,30 +42,22 @@ class Row:
 
     def line(self, track: Track) -> str:
         """Its line of the rows file, put together by hand: rows have few different scores, and they are the most of it."""
-        example, reply, scored = self.example, self.reply, self.scored
-        told = {
-            "id": example.id,
-            "group": example.group,
-            "prompt_sha256": text_hash(example.prompt),
-            "reply": reply.text,
-            "reference": example.completion,
-        }
-        outcome = {
-            "error": scored.error,
-            "finish_reason": reply.finish_reason,
-            "reply_error": reply.error,
-            "tokens": {"input": reply.input_tokens, "cached": reply.cached_tokens, "output": reply.output_tokens},
-            "seconds": round(reply.seconds, 6),
-        }
-        metrics = [_metrics_json(track, getattr(scored, matcher)) for matcher in MATCHERS]
-        by_matcher = ", ".join(f'"{matcher}": {values}' for matcher, values in zip(MATCHERS, metrics, strict=True))
-        scores = f'"scores": {metrics[0]}, "scores_by_matcher": {{{by_matcher}}}'
-        return f"{json_line(told)[:-2]}, {scores}, {json_line(outcome)[1:]}"
+        example, reply = self.example, self.reply
+        return (
+            f'{{"id": {json_text(example.id)}, "group": {json_text(example.group)}, "prompt_sha256": "{text_hash(example.prompt)}", '
+            f'"reply": {json_text(reply.text)}, "reference": {json_text(example.completion)}, '
+            f'{_scores_json(track.title, self.scored)}, "finish_reason": {json_text(reply.finish_reason)}, '
+            f'"reply_error": {json_text(reply.error)}, '
+            f'"tokens": {{"input": {reply.input_tokens}, "cached": {reply.cached_tokens}, "output": {reply.output_tokens}}}, '
+            f'"seconds": {round(reply.seconds, 6)}}}\n'
+        )
 
 
 @lru_cache(maxsize=4096)
-def _metrics_json(track: Track, match: Match) -> str:
-    return json_line(track.row_metrics(match))[:-1]
+def _scores_json(track_name: str, scored: Scored) -> str:
+    """The scores and the error of a line, without the braces around them."""
+    by_matcher = {matcher: TRACKS[track_name].row_metrics(getattr(scored, matcher)) for matcher in MATCHERS}
+    return json_line({"scores": by_matcher["strict"], "scores_by_matcher": by_matcher, "error": scored.error})[1:-2]
 
 
 def references(track: Track, examples: list[Example]) -> list[Reference]:
@@ -334,7 +328,7 @@ def make_report(
     for row in rows if tally is not rows else ():
         tally.expect(row.example)
         tally.add(row)
-    count, tokens = len(tally), tally.tokens
+    count, tokens, latencies = len(tally), tally.tokens, sorted(tally.latencies)
     if tally.failed_requests == count:
         raise UserError(f"none of the {count} requests was answered ({tally.last_failure}): nothing to report")
     cost = client.cost(tokens["input"], tokens["cached"], tokens["output"], generate_seconds)
@@ -359,7 +353,7 @@ def make_report(
             "load": round(client.load_seconds, 3),
             "generate": round(generate_seconds, 3),
             "total": round(total_seconds, 3),
-            "per_row": {"p50": round(percentile(tally.latencies, 0.5), 6), "p95": round(percentile(tally.latencies, 0.95), 6)},
+            "per_row": {name: round(percentile(latencies, share), 6) for name, share in PERCENTILES.items()},
         },
         "cost": {"total": cost, "per_1000_rows": None if cost is None else cost * 1000 / count},
     }

@@ -3,13 +3,15 @@
 import codecs
 import hashlib
 import json
+import marshal
 import os
-import pickle
 import tempfile
 import weakref
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,7 +22,7 @@ MAX_DEPTH = 100  # what walks through JSON here recurs, and needs some four of P
 OPTIONAL_FIELDS = {"id": str, "tools": list, "schema": dict, "accept": dict, "group": str, "source": str, "request": str}
 
 _COMPACT = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-_CANONICAL = json.JSONEncoder(ensure_ascii=False, sort_keys=True)
+_CANONICAL = json.JSONEncoder(ensure_ascii=False, sort_keys=True, check_circular=False)  # of what was read as JSON
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def parse_example(row: Any, where: str) -> Example:
     try:
         example = Example(prompt=row["prompt"], completion=row["completion"], where=where, **known)
         text = example.scored_json()
-        f"{text}{example.id}{example.group}{example.source}".encode()
+        f"{example.id}{example.group}{example.source}".encode()
         if nested_too_deeply(known, text):
             raise RecursionError
         vars(example)["content_hash"] = text_hash(text)  # as the property would, with the text at hand
@@ -197,25 +199,24 @@ class Dataset:
     def __init__(self, path: str | Path, limit: int | None = None, lines: Callable[..., Iterable[tuple[str, Any]]] = read_jsonl):
         self._path, self._limit, self._lines = path, limit, lines
         self._rows: IO[bytes] | None = None
+        self._ends = array("q", [0])  # of the rows in it
 
     def __iter__(self) -> Iterator[Example]:
         return self._read() if self._rows else self._check()
 
     def _check(self) -> Iterator[Example]:
-        rows = tempfile.TemporaryFile()  # noqa: SIM115
+        rows, ends = tempfile.TemporaryFile(), array("q", [0])  # noqa: SIM115
         weakref.finalize(self, rows.close)
         for example in parse_examples(self._lines(self._path), self._path, self._limit):
-            rows.write(pickle.dumps(example, pickle.HIGHEST_PROTOCOL))
+            ends.append(ends[-1] + rows.write(marshal.dumps(vars(example))))
             yield example
         rows.flush()
-        self._rows = rows
+        self._rows, self._ends = rows, ends
 
     def _read(self) -> Iterator[Example]:
-        end, position = self._rows.seek(0, os.SEEK_END), 0
-        while position < end:
-            self._rows.seek(position)  # another loop may have read since
-            example = pickle.load(self._rows)
-            position = self._rows.tell()
+        for start, end in pairwise(self._ends):
+            example = object.__new__(Example)
+            vars(example).update(marshal.loads(os.pread(self._rows.fileno(), end - start, start)))
             yield example
 
 

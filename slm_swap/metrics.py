@@ -291,11 +291,15 @@ class Match(NamedTuple):
 
 @dataclass(frozen=True)
 class Reference:
-    """A row's gold, parsed once, with what the looser matchers need: worked out when the first miss asks for it."""
+    """A row's gold, parsed once, with what the looser matchers need: worked out when the first miss asks for it.
+
+    `text` is what it was parsed from: a reply that is the same letter by letter needs no parsing.
+    """
 
     parsed: Parsed
     schema: dict | None = None
     accept: dict[str, list] | None = None
+    text: str | None = None
 
     @cached_property
     def leaves(self) -> frozenset[Leaf]:
@@ -352,19 +356,20 @@ def score(parse: Parser, reference: Reference, text: str, finish_reason: str = "
     if finish_reason in UNSCORED:
         missed = _missed(reference)
         return Scored(missed, missed, missed, UNSCORED[finish_reason])
+    gold = reference.parsed
     try:
-        parsed = parse(text)
+        parsed = gold if text == reference.text else parse(text)
     except InvalidReply as invalid:
         strict, error, parsed = _missed(reference), invalid.error, _leniently(parse, text)
         schema, lenient = strict, _loose_matches(parsed, reference)[1] if parsed else strict
     else:
-        if parsed.name == reference.parsed.name and same(parsed.value, reference.parsed.value):
+        if parsed is gold or (parsed.name == gold.name and same(parsed.value, gold.value)):
             count = size(parsed.value)
             exact = Match(True, True, True, count, count, count)
             return Scored(exact, exact, exact, None)  # equal by value is equal under the looser matchers too
-        strict = _match(leaves(parsed.value), reference.leaves, parsed.name == reference.parsed.name)
+        strict = _match(leaves(parsed.value), reference.leaves, parsed.name == gold.name)
         schema, lenient = _loose_matches(parsed, reference)
-        error = _difference_error(parsed, reference.parsed)
+        error = _difference_error(parsed, gold)
     return Scored(strict, schema, lenient, "truncated" if finish_reason == "length" else error)
 
 

@@ -73,6 +73,11 @@ def json_line(row: dict) -> str:
     return _LINE_ENCODER.encode(row) + "\n"
 
 
+def json_text(text: str | None) -> str:
+    """A text as it stands in `json_line`."""
+    return "null" if text is None else _LINE_ENCODER.encode(text)
+
+
 def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
     """One JSON object a line: no NaN."""
 

@@ -305,8 +305,11 @@ def local_client(settings: Settings, rows: Iterable[Messages], max_new_tokens: i
     return open_replicas(settings.launch, workload, make)
 
 
-def serve_rows(settings: Settings, **options: Any) -> int:
-    """What the other processes of a launch do until the first one, with its `local_client`, is done; gives the exit status."""
+def serve_rows(settings: Settings, concurrency: int | None = None, **options: Any) -> int:
+    """What the other processes of a launch do until the first one, with its `local_client`, is done; gives the exit status.
+
+    `options` are those of `clients.make_client`; `concurrency` has no meaning here.
+    """
     from slm_swap.replicas import serve
 
     return serve(settings.launch, lambda workload: SLMClient(settings, workload=workload, **options))

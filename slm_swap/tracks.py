@@ -107,7 +107,7 @@ class Track:
         if parsed.name is not None:
             tools = [tool for tool in example.tools or [] if isinstance(tool, dict) and tool.get("name") == parsed.name]
             schema = tools[0].get("parameters") if tools else None
-        return Reference(parsed, schema, example.accept)
+        return Reference(parsed, schema, example.accept, example.completion)
 
     def score(self, reference: Reference, text: str, finish_reason: str = "stop") -> Scored:
         """One reply against its reference: see `metrics.score`."""

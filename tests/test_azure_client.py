@@ -19,7 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slm_swap.azure_client import AzureClient, Endpoint, parse_endpoint, read_completion, rejected_parameter
-from slm_swap.clients import Reply
+from slm_swap.cli import Parser, client_options
+from slm_swap.clients import Reply, make_client
 from slm_swap.demo.azure_simulator import AzureSimulator, Faults
 from slm_swap.errors import UserError
 from slm_swap.examples import Example
@@ -240,6 +241,22 @@ def test_no_more_requests_than_asked_for_are_under_way():
         assert server.most_in_flight == 3
 
 
+def test_the_flag_says_how_many_are_asked_at_a_time():
+    parser = Parser()
+    parser.add_client()
+    with AzureSimulator(ROWS, key=KEY, faults=Faults(slow=1.0, slow_seconds=0.3)) as server:
+        for flags, most in (([], 32), (["--concurrency", "2"], 2)):
+            client = make_client("azure", settings_for(server.url), [], **client_options(parser.parse_args(flags)))
+            server.most_in_flight = 0
+            assert len(client.generate(chat(*ROWS))) == len(ROWS) and server.most_in_flight == most
+            client.close()
+
+
+def test_how_many_are_asked_at_a_time_is_no_part_of_the_identity():
+    with connected(None, settings=settings_for(R), concurrency=1) as few, connected(None, settings=settings_for(R)) as many:
+        assert few.identity == many.identity
+
+
 def test_the_limit_is_sent_and_a_cut_reply_kept():
     with talking(client={"max_new_tokens": 4}) as (_, client):
         reply = one(client)
@@ -331,9 +348,9 @@ def test_the_server_says_how_long_to_wait(monkeypatch):
         await sleep(0)
 
     monkeypatch.setattr("openai._base_client.anyio.sleep", counted_sleep)
-    with talking(client={"max_retries": 3}, faults=Faults(rate_limit=1.0, retry_after_seconds=7.5)) as (_, client):
+    with talking(client={"max_retries": 3}, faults=Faults(rate_limit=1.0, retry_after_seconds=0.075)) as (_, client):
         reply = one(client)
-    assert waits == [7.5] * 3
+    assert waits == [0.075] * 3
     assert (reply.text, reply.finish_reason) == ("", "error")
     assert reply.error.startswith("429 after 4 tries: Requests have exceeded the rate limit")
 
@@ -356,6 +373,72 @@ def test_an_exhausted_retry_is_a_reply(faults, error):
         replies = client.generate(chat(*ROWS[:3]))
         assert sum(server.counts.values()) == 9
     assert all(reply.error.startswith(error) and reply.finish_reason == "error" for reply in replies)
+
+
+# The quota
+
+
+@pytest.mark.parametrize(
+    "rows, quota, window",
+    [
+        (260, {"requests_per_minute": 1200}, 10.0),  # 200 at once, then 20 a second
+        (90, {"requests_per_minute": 1200}, 1.0),  # 20 at once
+        (280, {"tokens_per_minute": 300_000}, 12.0),  # 60,000 tokens at once, then 5,000 a second; each row is charged about 274
+        (240, {"requests_per_minute": 1200, "tokens_per_minute": 300_000}, 10.0),
+    ],
+)
+def test_the_quota_is_used_up_without_a_storm(rows, quota, window, capsys):
+    rows = [Example(f"{'a long prompt ' * (n % 7)}{n}", f"reply {n}") for n in range(rows)]
+    with talking(rows, **quota, window_seconds=window) as (server, client):
+        assert [reply.text for reply in client.generate(chat(*rows))] == [row.completion for row in rows]
+        share = max(bucket.used / bucket.permitted for bucket in server.buckets.values())
+        refused = server.counts["quota"] / sum(server.counts.values())
+    with capsys.disabled():
+        print(f"\n{quota}, window {window:g} s: {share:.1%} of the quota used, {refused:.1%} refused")
+    assert share >= 0.95 and refused <= 0.01
+
+
+def test_time_that_the_quota_takes_is_in_no_rows_seconds():
+    """Three a second: all but the first wait for their turn, the last for two seconds, and are answered at once."""
+    with talking(requests_per_minute=180, window_seconds=0.4) as (server, client):
+        started = time.perf_counter()
+        replies = client.generate(chat(*ROWS[:7]))
+        assert time.perf_counter() - started > 1.8
+        assert server.counts["answered"] == 7
+    assert sum(reply.seconds for reply in replies) < 1.2
+
+
+def test_a_refused_try_is_in_its_rows_seconds():
+    class Full(AzureSimulator):
+        async def handle(self, request):
+            self.asked = getattr(self, "asked", 0) + 1
+            if self.asked == 2:
+                return web.json_response({"error": {"code": "429"}}, status=429, headers={"retry-after-ms": "400"})
+            return await super().handle(request)
+
+    with talking(kind=Full, client={"concurrency": 4}) as (_, client):
+        one(client)
+        refused, *others = sorted(client.generate(chat(*ROWS[:8])), key=lambda reply: -len(reply.retries))
+    ((begun, seconds, status),) = refused.retries
+    assert status == 429 and 0 <= begun < begun + seconds < refused.seconds and refused.seconds >= 0.4
+    assert all(not reply.retries and reply.seconds < 0.4 for reply in others)
+
+
+def test_one_who_is_told_to_wait_makes_all_wait():
+    """The server is full for half a second: of many rows only those that were under way already learn it from a 429."""
+
+    class Full(AzureSimulator):
+        async def handle(self, request):
+            now, self.seen = time.monotonic(), [*getattr(self, "seen", []), time.monotonic()]
+            until = self.seen[1] + 0.5 if len(self.seen) > 1 else 0.0
+            if now < until:
+                wait = {"retry-after-ms": str(int((until - now) * 1000) + 1)}
+                return web.json_response({"error": {"code": "429"}}, status=429, headers=wait)
+            return await super().handle(request)
+
+    with talking(kind=Full, client={"concurrency": 8}) as (server, client):
+        assert all(reply.error is None for reply in client.generate(chat(*ROWS)))
+        assert len(server.seen) <= len(ROWS) + 8
 
 
 # Faults of the set-up

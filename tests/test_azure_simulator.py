@@ -380,7 +380,7 @@ def test_a_rate_out_of_bounds_is_refused():
     for wrong in ({"slow": 1.1}, {"refusal": -0.1}, {"slow_seconds": -1.0}, {"cut_off": math.nan}):
         with pytest.raises(UserError, match=next(iter(wrong))):
             Faults(**wrong)
-    for wrong in ({"mistake_rate": 2.0}, {"requests_per_minute": 0}, {"tokens_per_minute": -1}):
+    for wrong in ({"mistake_rate": 2.0}, {"requests_per_minute": 0}, {"tokens_per_minute": -1}, {"window_seconds": 0}, {"window_seconds": math.nan}):
         with pytest.raises(UserError, match=next(iter(wrong))):
             AzureSimulator([], **wrong)
 
@@ -390,7 +390,7 @@ def test_a_rate_out_of_bounds_is_refused():
 
 def test_a_bucket_refills_evenly():
     now = 0.0
-    bucket = Bucket(60, lambda: now)
+    bucket = Bucket(60, clock=lambda: now)
     assert bucket.wait(60) == 0
     bucket.take(50)
     assert (bucket.level, bucket.wait(15), bucket.wait(1000)) == (10, 5, 50)
@@ -402,10 +402,26 @@ def test_a_bucket_refills_evenly():
     assert bucket.level == 60
 
 
+def test_a_window_is_what_may_be_used_at_once():
+    now = 50.0
+    bucket = Bucket(600, 10.0, clock=lambda: now)
+    assert (bucket.capacity, bucket.level, bucket.used, bucket.permitted) == (100, 100, 0, 100)
+    now = 53.0
+    bucket.take(100)
+    assert (bucket.wait(1), bucket.wait(1000), bucket.permitted) == (0.1, 10, 100)
+    now = 55.0
+    bucket.take(5)
+    now = 99.0
+    assert (bucket.used, bucket.permitted) == (105, 120)  # what comes after the last request does not count
+    assert Bucket(30, 1.0).capacity == 1
+
+
 def test_a_quota_of_requests():
     with serving(requests_per_minute=2) as server:
         replies = [ask(server, "toolcall 1") for _ in range(3)]
         assert server.counts == {"answered": 2, "quota": 1}
+        assert server.buckets["requests"].used == 2
+        assert call(server, "/simulator/stats", b"", {}, method="GET")[2]["quotas"]["requests"]["used"] == 2
     assert [status for status, _, _ in replies] == [200, 200, 429]
     assert [headers["x-ratelimit-remaining-requests"] for _, headers, _ in replies] == ["1", "0", "0"]
     assert replies[0][1]["x-ratelimit-limit-requests"] == "2" and replies[0][1]["x-ratelimit-remaining-tokens"] is None

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_slm_client import BATCH, ask
 
 from slm_swap import engines
 from slm_swap.engines import Prompt, Workload, choose_engine
@@ -14,7 +15,6 @@ from slm_swap.engines.vllm_engine import end_tokens, lora_rank, start_for
 from slm_swap.errors import UserError
 from slm_swap.settings import PACKAGE, Settings
 from slm_swap.slm_client import SLMClient, encode_prompt, measure_workload
-from test_slm_client import BATCH, ask
 
 SETTINGS = Settings(slm_model_path="models/phi-tiny")
 

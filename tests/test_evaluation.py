@@ -148,7 +148,7 @@ def test_the_report_has_the_design_s_keys():
     assert report["inputs"] == {"path": "x", "sha256": "y", "rows": 5, "rows_sha256": rows_hash(EXAMPLES)}
     assert set(report["code"]) == {"commit", "dirty"} and len(report["prompt_sha256"]) == 64
     assert report["tokens"] == {"input": 65, "cached": 9, "output": 10}
-    assert report["seconds"] == {"load": 0.25, "generate": 2.5, "total": 3.0, "per_row": {"p50": 1.0, "p95": 2.0}}
+    assert report["seconds"] == {"load": 0.25, "generate": 2.5, "total": 3.0, "per_row": {"p50": 1.0, "p95": 2.0, "p99": 2.0, "max": 2.0}}
     assert report["cost"] == {"total": 65 + 90 + 1000, "per_1000_rows": 231_000}
     json.dumps(report, allow_nan=False)
 

@@ -290,6 +290,7 @@ def test_what_the_journal_has_is_not_asked_again(tmp_path, write_rows):
         kept = journal.read_bytes().count(b'"row"')
         assert 40 <= kept < len(ROWS)
         before = server.counts.copy()
+        runs.flags += ("--concurrency", 3)  # how fast it is asked makes no other run
         runs.finish(out)
     assert (server.counts - before).total() == len(ROWS) - kept
     report = json.loads(out.read_text())

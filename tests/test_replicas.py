@@ -8,9 +8,9 @@ import subprocess
 import sys
 import time
 
+import eval_process
 import pytest
 
-import eval_process
 from slm_swap.examples import Example
 from slm_swap.journal import journal_path
 from slm_swap.replicas import take_one_gpu

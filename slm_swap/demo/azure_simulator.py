@@ -174,27 +174,38 @@ class Faults:
 
 
 class Bucket:
-    """A token bucket that holds `per_minute` at most and refills evenly; `clock` gives seconds."""
+    """A token bucket that holds the quota of `window` seconds at most and refills evenly; `clock` gives seconds.
 
-    def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self.per_minute, self._clock = per_minute, clock
-        self._level, self._at = float(per_minute), clock()
+    `used` counts what was taken.
+    """
+
+    def __init__(self, per_minute: int, window: float = 60.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self.per_minute, self.capacity, self._clock = per_minute, max(1.0, per_minute * window / 60), clock
+        self._level, self._at = self.capacity, clock()
+        self._first: float | None = None
+        self.used, self._last = 0.0, 0.0
 
     @property
     def level(self) -> float:
         """What is left now."""
         now = self._clock()
-        self._level = min(self.per_minute, self._level + (now - self._at) * self.per_minute / 60)
+        self._level = min(self.capacity, self._level + (now - self._at) * self.per_minute / 60)
         self._at = now
         return self._level
 
     def wait(self, amount: float) -> float:
         """Seconds until `amount` can be taken, 0 if now; a request larger than the bucket waits for a full one."""
-        return max(0.0, min(amount, self.per_minute) - self.level) * 60 / self.per_minute
+        return max(0.0, min(amount, self.capacity) - self.level) * 60 / self.per_minute
 
     def take(self, amount: float) -> None:
         """Take it (down to an empty bucket)."""
         self._level = max(0.0, self.level - amount)
+        self._first, self._last, self.used = self._at if self._first is None else self._first, self._at, self.used + amount
+
+    @property
+    def permitted(self) -> float:
+        """What could have been used from the first request that was let in to the last: a full bucket and the refill."""
+        return self.capacity + (self._last - (self._first or self._last)) * self.per_minute / 60
 
 
 # The server
@@ -235,7 +246,8 @@ class AzureSimulator:
     """The server, in a thread of its own: `with AzureSimulator(read_examples(path)) as server: server.url`.
 
     `key` is accepted as `api-key` or as a bearer token. `counts` holds the requests by outcome. The quotas charge one
-    request, and the prompt's tokens plus the reply's limit, as Azure does; None is no quota.
+    request, and the prompt's tokens plus the reply's limit, as Azure does; None is no quota. `window_seconds` of it may be used at
+    once: Azure watches requests over 1 or 10 seconds and tokens over a minute.
 
     Raises:
         UserError: a rate or a quota out of bounds, or (on start) a port that is taken.
@@ -252,6 +264,7 @@ class AzureSimulator:
         faults: Faults | None = None,
         requests_per_minute: int | None = None,
         tokens_per_minute: int | None = None,
+        window_seconds: float = 60.0,
         port: int = 0,
     ) -> None:
         if not 0 <= mistake_rate <= 1:
@@ -260,6 +273,8 @@ class AzureSimulator:
         for name, quota in quotas.items():
             if quota is not None and quota < 1:
                 raise UserError(f"{name}_per_minute={quota} lets nothing through: give 1 or more, or leave it out")
+        if not 0 < window_seconds <= 60:
+            raise UserError(f"window_seconds={window_seconds} is not a part of a minute: give more than 0 and at most 60")
         self.key, self.deployment, self.mistake_rate, self.seed = key, deployment, mistake_rate, seed
         self.faults = faults or Faults()
         self.port = port
@@ -270,7 +285,7 @@ class AzureSimulator:
         for example in references:
             self._references.setdefault(example.prompt, example.completion)
         self._names = sorted({call.name for call in map(parse_call, self._references.values()) if call})
-        self._buckets = {name: Bucket(quota) for name, quota in quotas.items() if quota is not None}
+        self.buckets = {name: Bucket(quota, window_seconds) for name, quota in quotas.items() if quota is not None}
         self._attempts: Counter[str] = Counter()
         self._cached: set[bytes] = set()
 
@@ -380,19 +395,19 @@ class AzureSimulator:
         return _bad_request(text, name, code, "unsupported_parameter")
 
     def _check_quota(self, charges: dict[str, float]) -> Answer | None:
-        wait = max((bucket.wait(charges[name]) for name, bucket in self._buckets.items()), default=0.0)
+        wait = max((bucket.wait(charges[name]) for name, bucket in self.buckets.items()), default=0.0)
         if wait > 0:
             return _too_many("quota", wait)
-        for name, bucket in self._buckets.items():
+        for name, bucket in self.buckets.items():
             bucket.take(charges[name])
         return None
 
     def _quota_headers(self) -> dict[str, str]:
         headers = {}
-        for name, bucket in self._buckets.items():
+        for name, bucket in self.buckets.items():
             headers[f"x-ratelimit-limit-{name}"] = str(bucket.per_minute)
             headers[f"x-ratelimit-remaining-{name}"] = str(int(bucket.level))
-            headers[f"x-ratelimit-reset-{name}"] = str(math.ceil(bucket.wait(bucket.per_minute)))
+            headers[f"x-ratelimit-reset-{name}"] = str(math.ceil(bucket.wait(bucket.capacity)))
         return headers
 
     def _check_faults(self, prompt: str) -> Answer | None:
@@ -472,7 +487,8 @@ class AzureSimulator:
     async def _stats(self, request: "web.Request") -> "web.Response":
         from aiohttp import web
 
-        return web.json_response({"counts": dict(self.counts), "most_in_flight": self.most_in_flight})
+        quotas = {name: {"used": bucket.used, "permitted": bucket.permitted} for name, bucket in self.buckets.items()}
+        return web.json_response({"counts": dict(self.counts), "most_in_flight": self.most_in_flight, "quotas": quotas})
 
     async def _serve(self, started: "Future[int]") -> None:
         from aiohttp import web
@@ -521,6 +537,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--mistake-rate", type=float, default=0.0, help="share of prompts answered wrongly, 0..1")
     add("--requests-per-minute", type=positive, metavar="N", help="quota; none unless given")
     add("--tokens-per-minute", type=positive, metavar="N", help="quota; none unless given")
+    add("--window-seconds", type=float, default=60.0, help="how much of a minute's quota may be used at once, in seconds of it")
     parser.add_seed()
     for item in fields(Faults):
         names = item.name.endswith("_parameters")
@@ -534,7 +551,7 @@ def main(argv: list[str] | None = None) -> int:
     given = {item.name: getattr(args, item.name) for item in fields(Faults)}
     faults = Faults(**{name: value for name, value in given.items() if value is not None})
     examples = [example for path in args.references for example in read_examples(path)]
-    names = ("key", "deployment", "mistake_rate", "seed", "requests_per_minute", "tokens_per_minute", "port")
+    names = ("key", "deployment", "mistake_rate", "seed", "requests_per_minute", "tokens_per_minute", "window_seconds", "port")
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
