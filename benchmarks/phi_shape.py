@@ -28,7 +28,7 @@ def lengths(rows: int, seed: int) -> tuple[list[int], list[int]]:
 
 def make_checkpoint(folder: Path, shape: str = "phi-4-mini", seed: int = 0) -> Path:
     """A checkpoint that transformers and vLLM load, in bfloat16; made once, on the GPU where there is one."""
-    if (folder / "config.json").exists():
+    if (folder / "model.done").exists():
         return folder
     import torch
     from transformers import AutoModelForCausalLM, Phi3Config
@@ -50,7 +50,8 @@ def make_checkpoint(folder: Path, shape: str = "phi-4-mini", seed: int = 0) -> P
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = 0
     _tokenizer(config.vocab_size).save_pretrained(folder)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size="4GB")
+    (folder / "model.done").touch()
     return folder
 
 

@@ -25,11 +25,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere
 
+from phi_shape import SHAPES, lengths, make_checkpoint
+
 from slm_swap.cli import Parser, positive, run
 from slm_swap.errors import UserError
 from slm_swap.packing import IGNORED
 from slm_swap.reports import code_version, hardware, now, package_versions, read_json, write_json
-from slm_swap.settings import PACKAGE, ROOT, display_path
+from slm_swap.settings import ROOT, display_path
 from slm_swap.training import PRESETS, Hyperparameters, load_trainable, make_trainer, trainer_arguments
 
 WARM_UP = 3  # optimizer steps
@@ -42,48 +44,14 @@ CONFIGS = {  # back end and hyperparameters; "stock" is TRL's own trainer
     "fast": ("trl", PRESETS["fast"]),
     "rtx3090": ("trl", PRESETS["rtx3090"]),
 }
-SHAPES = {
-    "phi4-mini": {
-        "vocab_size": 200_064, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32, "num_attention_heads": 24,
-        "num_key_value_heads": 8,
-    },
-    "tiny": {
-        "vocab_size": 4096, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    },
-}  # fmt: skip
-
-
-def make_model(shape: str, folder: Path) -> None:
-    """Write a checkpoint of random weights, bf16, with the embedded model's tokenizer; made on a GPU where there is one."""
-    import torch
-    from transformers import Phi3Config, Phi3ForCausalLM
-
-    from slm_swap.slm_client import load_tokenizer
-
-    tokenizer = load_tokenizer(PACKAGE / "models/phi-tiny")
-    config = Phi3Config(
-        **SHAPES[shape], max_position_embeddings=4096, original_max_position_embeddings=4096, tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}, dtype=torch.bfloat16,
-        bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = Phi3ForCausalLM(config)
-    model.save_pretrained(folder, max_shard_size="4GB")
-    tokenizer.save_pretrained(folder)
 
 
 def make_rows(count: int, vocabulary: int) -> list[dict[str, list[int]]]:
     """Random token ids; prompts of ~160 and completions of ~50 tokens, lognormal."""
     import numpy as np
 
-    rng = np.random.default_rng(3)
-    prompts = np.clip(rng.lognormal(5.0, 0.35, count), 60, 600).astype(int)
-    completions = np.clip(rng.lognormal(3.8, 0.5, count), 12, 256).astype(int)
-    rows = []
-    for prompt, completion in zip(prompts.tolist(), completions.tolist(), strict=True):
+    rng, rows = np.random.default_rng(4), []
+    for prompt, completion in zip(*lengths(count, 3), strict=True):
         ids = rng.integers(16, vocabulary, prompt + completion).tolist()
         rows.append({"input_ids": ids, "labels": [IGNORED] * prompt + ids[prompt:]})
     return rows
@@ -246,7 +214,7 @@ def in_own_process(flags: list[str], limit: float, log: Path, processes: int = 1
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--configs", nargs="+", default=list(CONFIGS), metavar="NAME", help="what to measure (default: all)")
-    parser.add_argument("--shape", choices=SHAPES, default="phi4-mini", help="the model (default: phi4-mini)")
+    parser.add_argument("--shape", choices=SHAPES, default="phi-4-mini", help="the model (default: phi-4-mini)")
     parser.add_argument("--rows", type=positive, default=4096, help="training rows, gone through again and again (default: 4096)")
     parser.add_argument("--seconds", type=float, default=20, help="seconds measured (default: 20)")
     parser.add_argument("--limit", type=float, default=240, help="seconds that a configuration may take in all (default: 240)")
@@ -261,7 +229,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     folder, result = args.scratch / args.shape, args.scratch / "result.json"
     if args.measure == "model":
-        make_model(args.shape, folder)
+        make_checkpoint(folder, args.shape)
         return 0
     if args.measure:
         measure(args.measure, folder, args.rows, args.seconds, result)
@@ -270,7 +238,7 @@ def main(argv: list[str] | None = None) -> int:
         parse_config(config)
     args.scratch.mkdir(parents=True, exist_ok=True)
     flags = ["--shape", args.shape, "--rows", str(args.rows), "--seconds", str(args.seconds), "--scratch", str(args.scratch)]
-    if not (folder / "tokenizer_config.json").exists():  # written last
+    if not (folder / "model.done").exists():
         error = in_own_process([*flags, "--measure", "model"], args.limit, args.scratch / "model.log")
         if error:
             raise UserError(f"cannot make the model ({error}): see {display_path(args.scratch / 'model.log')}")
