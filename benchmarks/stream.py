@@ -15,7 +15,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from random import Random
@@ -45,7 +45,7 @@ class Instant:
     def __init__(self, replies: list[str]):
         self.replies = replies
 
-    def stream(self, rows: Iterable[tuple[int, Messages]]) -> Iterator[tuple[int, Reply]]:
+    def stream(self, rows: Iterable[tuple[int, Messages]], answered: Container[int] = ()) -> Iterator[tuple[int, Reply]]:
         for index, _ in rows:
             yield index, Reply(self.replies[index % len(self.replies)], "stop", 300, 30, 0, 0.5)
 

@@ -10,7 +10,7 @@ import queue
 import re
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Container, Generator, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from itertools import islice, pairwise
@@ -254,14 +254,14 @@ class AzureClient:
         replies = dict(self.stream(enumerate(batch)))
         return [replies[index] for index in range(len(batch))]
 
-    def stream(self, rows: Iterable[tuple[int, Messages]]) -> Generator[tuple[int, Reply]]:
+    def stream(self, rows: Iterable[tuple[int, Messages]], answered: Container[int] = ()) -> Generator[tuple[int, Reply]]:
         """Each row's Reply as its request ends; the next row is asked in its place.
 
         Leaving early, Ctrl-C and a fault of the set-up cancel the requests that are under way.
         """
         if not self._thread.is_alive():
             raise RuntimeError("this client is closed")
-        rows, under_way = iter(rows), 0
+        rows, under_way = (row for row in rows if row[0] not in answered), 0
         ended: queue.SimpleQueue[tuple[int, asyncio.Task[Reply]]] = queue.SimpleQueue()
         tasks: set[asyncio.Task[Reply]] = set()  # touched in the loop's thread alone
 

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from slm_swap.engines import ENGINES, PRECISIONS, STARTS
 from slm_swap.errors import UserError
 from slm_swap.examples import Dataset, Example
 from slm_swap.langfuse_helpers import Tracing
 from slm_swap.reports import code_version, sha256_file
-from slm_swap.settings import PACKAGE, Settings, display_path, find_path
-from slm_swap.slm_client import PRECISIONS
+from slm_swap.settings import PACKAGE, Settings, display_path, find_path, load_launch
 from slm_swap.tracks import TRACKS
 
 
@@ -24,6 +24,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
+        if load_launch().rank:
+            sys.exit(2)  # rank 0 says it
         self.exit(2, f"{self.prog}: {' '.join(message.split())}: see {self.prog} --help\n")
 
     def add_track(self) -> None:
@@ -48,8 +50,14 @@ class Parser(argparse.ArgumentParser):
 
     def add_client(self, replay: bool = True) -> None:
         """How a model is run: see clients.make_client."""
-        self.add_argument("--batch-size", type=positive, default=8, help="rows in one batch of the local model")
-        self.add_argument("--precision", choices=PRECISIONS, default="int8", help="weights of the local model")
+        self.add_argument("--engine", choices=ENGINES, default="auto", help="auto: vllm where it can run, else transformers")
+        self.add_argument(
+            "--engine-start", choices=STARTS, default="auto", help="vllm: up soon, or faster then; auto: what ends sooner"
+        )
+        self.add_argument("--batch-size", type=batch_size, default=8, help="transformers: rows in one batch, or auto: what fits")
+        precisions = dict.fromkeys(precision for known in PRECISIONS.values() for precision in known)
+        defaults = ", ".join(f"{known[0]} for {engine}" for engine, known in PRECISIONS.items())
+        self.add_argument("--precision", choices=precisions, help=f"weights of the local model (default: {defaults})")
         self.add_argument("--adapter", metavar="DIR", help="LoRA adapter for the local model")
         self.add_argument("--max-new-tokens", type=positive, default=256, help="longest reply")
         if replay:
@@ -71,6 +79,11 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is less than 1")
     return number
+
+
+def batch_size(text: str) -> int | str:
+    """`positive`, or "auto"."""
+    return text if text == "auto" else positive(text)
 
 
 def not_negative(text: str) -> int:
@@ -124,8 +137,8 @@ def load_rows(args: argparse.Namespace, kinds: Sequence[str]) -> tuple[list[Exam
 
 def client_options(args: argparse.Namespace) -> dict[str, Any]:
     """The flags of `Parser.add_client` as options of `clients.make_client`."""
-    names = ("replies", "precision", "adapter", "max_new_tokens", "batch_size", "trust_remote_code")
-    options = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    names = ("replies", "engine", "engine_start", "precision", "adapter", "max_new_tokens", "batch_size", "trust_remote_code")
+    options = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
     return options | ({"replies": find_path(args.replies)} if options.get("replies") else {})
 
 
@@ -167,14 +180,22 @@ def warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 
-def run(main: Callable[[], int]) -> NoReturn:
-    """Run a script's `main` and leave: the user's mistake is one line and exit 2; a bug keeps its traceback."""
+def run(main: Callable[[], int], launched: bool = False) -> NoReturn:
+    """Run a script's `main` and leave: the user's mistake is one line and exit 2; a bug keeps its traceback.
+
+    `launched` scripts can be started as several processes; of those, the first one speaks for all.
+    """
+    launch = load_launch()
     try:
+        if launch.world > 1 and not launched:
+            raise UserError("this script is one process: start it by python, not by accelerate launch or torchrun")
         code = main()
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        if launch.rank == 0:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        if launch.rank == 0:
+            print("interrupted", file=sys.stderr)
         code = 130
     sys.exit(code)

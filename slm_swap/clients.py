@@ -1,13 +1,12 @@
 """The protocol that every model speaks, and the factory."""
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Container, Generator, Iterable
 from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from slm_swap.errors import UserError
-from slm_swap.prompts import Messages
+from slm_swap.prompts import Messages, build_messages
 
 if TYPE_CHECKING:
     from slm_swap.examples import Example
@@ -23,7 +22,7 @@ class Reply:
     `finish_reason` is "stop", "length" (cut off, or a prompt longer than the context), "content_filter", "refusal" or
     "error" (an exhausted retry; `error` says which). `input_tokens` includes `cached_tokens`. `seconds` is the wall time
     from handing the row over to having its reply. `retries` are the tries before the last one: seconds after the row was handed
-    over, seconds that the try took, and its HTTP status (None: no answer).
+    over, seconds that the try took, and its HTTP status (None: no answer). `batch` names the local model's batch that the row was in.
     """
 
     text: str
@@ -34,6 +33,7 @@ class Reply:
     seconds: float = 0.0
     error: str | None = None
     retries: list[list[float | int | None]] = field(default_factory=list)
+    batch: str | None = None
 
 
 class Client(Protocol):
@@ -44,8 +44,9 @@ class Client(Protocol):
 
     def generate(self, batch: list[Messages]) -> list[Reply]: ...
 
-    def stream(self, rows: Iterable[tuple[int, Messages]]) -> Generator[tuple[int, Reply]]:
-        """One Reply a row as it comes, in any order; rows are taken as they can be asked."""
+    def stream(self, rows: Iterable[tuple[int, Messages]], answered: Container[int] = ()) -> Generator[tuple[int, Reply]]:
+        """One Reply a row as it comes, in any order; rows are taken as they can be asked. Those that are `answered` get none, and
+        are there for the sake of the others: a batch is the same whether a part of it was answered before or not."""
         ...
 
     @property
@@ -70,30 +71,20 @@ class Client(Protocol):
     def close(self) -> None: ...
 
 
-def stream_batches(
-    generate: Callable[[list[Messages]], list[Reply]], rows: Iterable[tuple[int, Messages]], size: int
-) -> Generator[tuple[int, Reply]]:
-    """`Client.stream` by `generate`. Rows of equal index // size are asked together, so that what is left of an interrupted run is
-    asked in the batches of an uninterrupted one."""
-    for _, batch in groupby(rows, key=lambda row: row[0] // size):
-        indices, messages = zip(*batch, strict=True)
-        yield from zip(indices, generate(list(messages)), strict=True)
-
-
 def make_client(
     kind: str,
     settings: "Settings",
+    track: str,
     examples: "Iterable[Example]",
     *,
     replies: str | Path | None = None,
-    precision: str = "int8",
-    adapter: str | Path | None = None,
     max_new_tokens: int = 256,
-    batch_size: int = 8,
     seed: int = 42,
-    trust_remote_code: bool = False,
+    **local: Any,
 ) -> Client:
-    """The client of one of MODEL_KINDS; options that a kind has no use for are ignored.
+    """The client of one of MODEL_KINDS for those rows; `local` are options of `slm_client.SLMClient`, which other kinds have no use for.
+
+    Where a launcher has started several processes and this is the first of them, the local model is asked through all of them.
 
     Raises:
         UserError: the kind is not set up (a variable, a checkpoint, a file is missing).
@@ -108,13 +99,6 @@ def make_client(
         if replies is None:
             raise UserError("--model-kind replay needs --replies FILE: the recorded replies")
         return ReplayClient(replies, examples)
-    from slm_swap.slm_client import SLMClient
+    from slm_swap.slm_client import local_client
 
-    return SLMClient(
-        settings,
-        precision=precision,
-        adapter=adapter,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        trust_remote_code=trust_remote_code,
-    )
+    return local_client(settings, (build_messages(track, example.prompt) for example in examples), max_new_tokens, **local)

@@ -155,7 +155,7 @@ def evaluate_rows(
         for index, example in enumerate(examples):
             if index not in journal:
                 asked[index] = example
-                yield index, build_messages(track_name, example.prompt)
+            yield index, build_messages(track_name, example.prompt)
 
     if journal.state is not None:
         client.restore(journal.state)
@@ -163,7 +163,7 @@ def evaluate_rows(
         for index, example in enumerate(examples):
             recall(index, example)
     clock = Stopwatch()
-    with closing(client.stream(questions())) as replies:
+    with closing(client.stream(questions(), journal)) as replies:
         for index, reply in replies:
             spent, example = clock.lap(), asked.pop(index)
             finish(index, example, reply, spent)
@@ -214,15 +214,14 @@ def trace_rows(
 
 
 class RowTracer:
-    """Tells a trace of each row of an evaluation: local rows under a span of their batch.
+    """Tells a trace of each row of an evaluation: rows that were in a batch under a span of it.
 
     A failed request waits for `finish`, as it is asked again where the run is interrupted and goes on.
     """
 
-    def __init__(self, trace: Any, track_name: str, client: Client, batch_size: int, experiment: "Experiment | None" = None):
+    def __init__(self, trace: Any, track_name: str, client: Client, experiment: "Experiment | None" = None):
         self._told, self._trace, self._experiment = (trace, track_name, client), trace, experiment
-        self._size = batch_size if client.kind == "slm" else None
-        self._batch, self._since, self._parent = -1, time.time_ns(), None
+        self._batches: dict[str, str] = {}
         self._failed: list[Row] = []
 
     def __call__(self, index: int, row: Row) -> None:
@@ -231,11 +230,13 @@ class RowTracer:
         if row.reply.finish_reason == "error":
             self._failed.append(row)
             return
-        if self._size and self._batch != index // self._size:
-            self._batch, now = index // self._size, time.time_ns()
-            self._parent = self._trace.span(f"batch {self._batch}", self._since, now, {"batch_size": self._size})
-            self._since = now
-        trace_rows(*self._told, [row], self._parent, self._experiment)
+        batch, parent = row.reply.batch, None
+        if batch is not None:
+            if batch not in self._batches:
+                now = time.time_ns()
+                self._batches[batch] = self._trace.span(f"batch {batch}", now - int(row.reply.seconds * 1e9), now)
+            parent = self._batches[batch]
+        trace_rows(*self._told, [row], parent, self._experiment)
 
     def finish(self) -> None:
         """Tell of the requests that failed for good."""

@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 from array import array
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Container, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +70,9 @@ class ReplayClient:
         """The recorded replies of rows that are asked for in the order of `examples`, each once."""
         return [self._reply(next(self._next)) for _ in batch]
 
-    def stream(self, rows: Iterable[tuple[int, Messages]]) -> Generator[tuple[int, Reply]]:
+    def stream(self, rows: Iterable[tuple[int, Messages]], answered: Container[int] = ()) -> Generator[tuple[int, Reply]]:
         """The recorded replies of rows that are asked for by their index in `examples`."""
-        return ((index, self._reply(index)) for index, _ in rows)
+        return ((index, self._reply(index)) for index, _ in rows if index not in answered)
 
     def _reply(self, index: int) -> Reply:
         self._file.seek(self._starts[index])

@@ -50,7 +50,7 @@ class ReplyCache:
     def put(self, messages: Messages, reply: Reply, spent: float) -> None:
         """Keep a reply, if it is one that may be kept."""
         if reply.finish_reason in KEPT and reply.error is None:
-            told = dump_json({"reply": vars(reply), "spent": round(spent, 6)})
+            told = dump_json({"reply": vars(reply) | {"batch": None}, "spent": round(spent, 6)})
             self._run("INSERT OR REPLACE INTO replies VALUES (?, ?)", self._key(messages), told)
 
     def _key(self, messages: Messages) -> bytes:

@@ -14,6 +14,16 @@ ROOT = PACKAGE.parent
 
 
 @dataclass(frozen=True)
+class Launch:
+    """This process among those that `accelerate launch` or `torchrun` started; alone it is rank 0 of 1."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    master: str = "127.0.0.1"
+
+
+@dataclass(frozen=True)
 class Settings:
     """What the environment says. Secrets are kept out of `repr`."""
 
@@ -28,6 +38,7 @@ class Settings:
     langfuse_base_url: str | None = None
     langfuse_disabled: bool = False
     session: str | None = None
+    launch: Launch = Launch()
 
     @property
     def secrets(self) -> list[str]:
@@ -63,7 +74,16 @@ def load_settings() -> Settings:
         langfuse_base_url=text("LANGFUSE_BASE_URL", "LANGFUSE_HOST"),
         langfuse_disabled=disabled in {"1", "true", "yes"},
         session=text("SLM_SWAP_SESSION"),
+        launch=load_launch(),
     )
+
+
+def load_launch() -> Launch:
+    """What the launcher of several processes says of this one."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return Launch()
+    ranks = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    return Launch(*ranks, os.environ["MASTER_ADDR"])
 
 
 def find_path(path: str | Path) -> Path:

@@ -1,14 +1,15 @@
-"""The local small model, on transformers."""
+"""The local small model: loading it, and asking it through one of the engines."""
 
 import json
 import math
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import Container, Generator, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from slm_swap.clients import Reply, stream_batches
+from slm_swap.clients import Client, Reply
+from slm_swap.engines import Engine, Generated, Prompt, Workload, choose_engine
 from slm_swap.errors import UserError
 from slm_swap.examples import text_hash
 from slm_swap.pricing import load_prices, to_float
@@ -16,7 +17,6 @@ from slm_swap.prompts import Messages
 from slm_swap.reports import sha256_file
 from slm_swap.settings import Settings, display_path, find_path
 
-PRECISIONS = ("int8", "bf16", "fp32", "nf4")
 DOWNLOAD = "hf download microsoft/Phi-4-mini-instruct --local-dir slm_swap/models/phi-4-mini"
 
 
@@ -75,7 +75,7 @@ def quantization(precision: str) -> Any:
 
 
 def load_model(path: Path, precision: str, device_map: Any = "auto", trust_remote_code: bool = False) -> Any:
-    """A causal language model of one of PRECISIONS: the one loader of evaluation and training.
+    """A causal language model in one of transformers' precisions: the one loader of evaluation and training.
 
     Raises:
         UserError: the folder does not hold a model that transformers can load.
@@ -129,18 +129,42 @@ def encode_prompt(tokenizer: Any, messages: Messages) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-class SLMClient:
-    """The local model: greedy decoding in left-padded batches, only the new tokens decoded.
+def placement(path: Path, precision: str) -> Any:
+    """transformers' device_map: the first GPU where the model fits on it, so that no layer waits for another GPU's; else "auto"."""
+    import torch
 
-    The same rows give the same replies whatever the batch size, up to numeric ties. A batch that does not fit in memory is
-    halved and tried again. A prompt that leaves no room in the context gives a `length` reply instead of being cut.
+    if not torch.cuda.is_available():
+        return "auto"
+    share = {"int8": 0.5, "nf4": 0.3, "fp32": 2.0}.get(precision, 1.0)  # of a checkpoint in 16 bits
+    weights = share * sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    return {"": 0} if 1.2 * weights < torch.cuda.mem_get_info(0)[0] else "auto"
+
+
+def measure_workload(tokenizer: Any, rows: Iterable[Messages], max_new_tokens: int) -> Workload:
+    """How many rows there are, and how many tokens the longest prompt has with its reply."""
+    count = longest = 0
+    for messages in rows:
+        count += 1
+        if sum(len(message["content"].encode("utf-8", "replace")) for message in messages) > longest - 64:  # a token is a byte or more
+            longest = max(longest, len(encode_prompt(tokenizer, messages)))
+    return Workload(count, longest + max_new_tokens)
+
+
+class SLMClient:
+    """The local model: greedy decoding by one of `engines.ENGINES`, only the new tokens decoded.
+
+    The same rows give the same replies whatever the engine and the batch size, up to numeric ties. A prompt that leaves no room in
+    the context gives a `length` reply instead of being cut.
 
     Args:
-        precision: "int8" (LLM.int8(), the documented setting), "nf4", "bf16" or "fp32".
+        precision: one of the engine's `engines.PRECISIONS`; None takes its first ("int8" is LLM.int8(), the documented setting).
         adapter: folder of a PEFT adapter.
+        batch_size: rows in one batch of the transformers engine, or "auto".
+        workload: what vLLM is started for.
 
     Raises:
-        UserError: no checkpoint or adapter, one that does not fit the other, or prices that cannot be read.
+        UserError: no checkpoint or adapter, one that does not fit the other, an engine that cannot run here, or prices that
+            cannot be read.
     """
 
     kind = "slm"
@@ -149,106 +173,82 @@ class SLMClient:
         self,
         settings: Settings,
         model: str | Path | None = None,
-        precision: str = "int8",
+        precision: str | None = None,
         adapter: str | Path | None = None,
         max_new_tokens: int = 256,
-        batch_size: int = 8,
+        batch_size: int | str = 8,
         trust_remote_code: bool = False,
+        engine: str = "auto",
+        engine_start: str = "auto",
+        workload: Workload | None = None,
     ):
-        self.precision, self.max_new_tokens, self.batch_size = precision, max_new_tokens, batch_size
+        self.max_new_tokens = max_new_tokens
         self.prices = load_prices(settings.prices_file)
         self.path, self.adapter = model_path(settings, model), adapter_path(adapter)
-        self.training_seconds = training_seconds(self.adapter) if self.adapter else None
+        name, self.precision = choose_engine(engine, precision)
+        self.training_seconds = training_seconds(self.adapter or self.path)
         started = time.perf_counter()
         self.tokenizer = load_tokenizer(self.path, trust_remote_code)
-        self.model = load_model(self.path, precision, trust_remote_code=trust_remote_code)
-        if self.adapter:
-            self.model = _with_adapter(self.model, self.adapter, self.path)
-        self.model.eval()
-        self.context = self.model.config.max_position_embeddings
-        self.halved = 0
+        if name == "vllm":
+            from slm_swap.engines.vllm_engine import VllmEngine
+
+            self.engine: Engine = VllmEngine(self.path, self.precision, self.adapter, engine_start, workload, trust_remote_code)
+            self._parameters = {"max_new_tokens": max_new_tokens, "do_sample": False}
+        else:
+            from slm_swap.engines.transformers_engine import TransformersEngine
+
+            loaded = load_model(self.path, self.precision, placement(self.path, self.precision), trust_remote_code)
+            if self.adapter:
+                loaded = _with_adapter(loaded, self.adapter, self.path)
+            self.engine = TransformersEngine(loaded.eval(), self.tokenizer, batch_size)
+            self._parameters = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "do_sample": False}
         self.load_seconds = time.perf_counter() - started
 
     def generate(self, batch: list[Messages]) -> list[Reply]:
-        """Replies in the rows' order; `batch_size` rows at a time."""
-        prompts = [encode_prompt(self.tokenizer, messages) for messages in batch]
-        replies: dict[int, Reply] = {}
-        whole, tight = [], []
-        for index, prompt in enumerate(prompts):
-            room = self.context - len(prompt)
-            if room < 1:
-                error = f"the prompt has {len(prompt)} tokens, the context {self.context}"
-                replies[index] = Reply("", "length", input_tokens=len(prompt), error=error)
-            else:
-                # A row with less room than the others goes alone, so that it does not shorten their replies.
-                (whole if room >= self.max_new_tokens else tight).append(index)
-        groups = [whole[at : at + self.batch_size] for at in range(0, len(whole), self.batch_size)] + [[index] for index in tight]
-        for group in groups:
-            replies.update(zip(group, self._generate_group([prompts[index] for index in group]), strict=True))
+        """Replies in the rows' order."""
+        replies = dict(self.stream(enumerate(batch)))
         return [replies[index] for index in range(len(batch))]
 
-    def _generate_group(self, prompts: list[list[int]]) -> list[Reply]:
-        import torch
+    def stream(self, rows: Iterable[tuple[int, Messages]], answered: Container[int] = ()) -> Generator[tuple[int, Reply]]:
+        lengths: dict[int, int] = {}
+        refused: list[tuple[int, Reply]] = []
 
-        try:
-            return self._generate_once(prompts)
-        except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(error):
-                raise
-        if len(prompts) == 1:
-            raise UserError(
-                f"a prompt of {len(prompts[0])} tokens alone does not fit in memory: use --precision nf4 or a larger GPU"
-            )
-        self.halved += 1
-        torch.cuda.empty_cache()
-        half = len(prompts) // 2
-        return self._generate_group(prompts[:half]) + self._generate_group(prompts[half:])
+        def prompts() -> Iterator[Prompt]:
+            for index, messages in rows:
+                tokens = encode_prompt(self.tokenizer, messages)
+                room = self.engine.context - len(tokens)
+                if room > 0:
+                    if index not in answered:
+                        lengths[index] = len(tokens)
+                    yield Prompt(index, tokens, min(self.max_new_tokens, room))
+                elif index not in answered:
+                    error = f"the prompt has {len(tokens)} tokens, the context {self.engine.context}"
+                    refused.append((index, Reply("", "length", input_tokens=len(tokens), error=error)))
 
-    def _generate_once(self, prompts: list[list[int]]) -> list[Reply]:
-        import torch
+        for made in self.engine.generate(prompts(), answered):
+            yield made.index, self._reply(lengths.pop(made.index), made)
+            yield from refused
+            refused.clear()
+        yield from refused
 
-        started = time.perf_counter()
-        padded = self.tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(self.model.device)
-        width = padded["input_ids"].shape[1]
-        with torch.inference_mode():
-            output = self.model.generate(
-                **padded,
-                max_new_tokens=min(self.max_new_tokens, self.context - width),
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                pad_token_id=self.tokenizer.pad_token_id,
-            )
-        ends = self.model.generation_config.eos_token_id
-        ends = set(ends if isinstance(ends, list) else [ends])
-        seconds = time.perf_counter() - started
-        return [self._reply(prompt, new.tolist(), ends, seconds) for prompt, new in zip(prompts, output[:, width:], strict=True)]
-
-    def _reply(self, prompt: list[int], new: list[int], ends: set[int], seconds: float) -> Reply:
-        stop = next((index for index, token in enumerate(new) if token in ends), None)
-        kept = new if stop is None else new[:stop]
-        text = self.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        spent = len(kept) + (stop is not None)  # the end token was generated too
-        return Reply(text, "length" if stop is None else "stop", len(prompt), spent, 0, seconds)
-
-    def stream(self, rows: Iterable[tuple[int, Messages]]) -> Generator[tuple[int, Reply]]:
-        return stream_batches(self.generate, rows, self.batch_size)
+    def _reply(self, length: int, made: Generated) -> Reply:
+        text = self.tokenizer.decode(made.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        spent = len(made.tokens) + made.stopped  # the end token was generated too
+        reason = "stop" if made.stopped else "length"
+        return Reply(text, reason, length, spent, made.cached, made.seconds, batch=made.batch)
 
     @cached_property
     def _told(self) -> dict[str, Any]:
-        config = self.model.config.to_dict()
-        parameters = {"max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size, "do_sample": False}
         return {
             "kind": self.kind,
             "path": display_path(self.path),
-            "config_sha256": text_hash(json.dumps(config, sort_keys=True, default=str)),
+            "config_sha256": sha256_file(self.path / "config.json"),
             "precision": self.precision,
-            "engine": "transformers",
+            "engine": self.engine.name,
             "adapter": display_path(self.adapter) if self.adapter else None,
             "training_seconds": self.training_seconds,
-            "device": str(self.model.device),
-            "parameters": parameters,
+            "parameters": self._parameters,
+            **self.engine.describe(),
         }
 
     @cached_property
@@ -257,10 +257,10 @@ class SLMClient:
         return self._told | {"files_sha256": [_files_hash(folder) for folder in folders]}
 
     def state(self) -> dict[str, Any]:
-        return {"batches_halved": self.halved}
+        return self.engine.state()
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.halved = state["batches_halved"]
+        self.engine.restore(state)
 
     def describe(self) -> dict[str, Any]:
         return self._told | self.state()
@@ -269,7 +269,37 @@ class SLMClient:
         """The machine's price an hour times the seconds that it worked."""
         return to_float(self.prices.local.cost(seconds))
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        self.engine.close()
+
+
+def local_client(settings: Settings, rows: Iterable[Messages], max_new_tokens: int, **options: Any) -> Client:
+    """The local model for those rows: here, or in all processes of a launch where this is the first one.
+
+    Raises:
+        UserError: as `SLMClient`.
+    """
+
+    def make(workload: Workload | None) -> SLMClient:
+        return SLMClient(settings, max_new_tokens=max_new_tokens, workload=workload, **options)
+
+    engine, _ = choose_engine(options.get("engine", "auto"), options.get("precision"))
+    workload = None
+    if engine == "vllm":
+        path, trust = model_path(settings, options.get("model")), options.get("trust_remote_code", False)
+        workload = measure_workload(load_tokenizer(path, trust), rows, max_new_tokens)
+    if settings.launch.world == 1:
+        return make(workload)
+    from slm_swap.replicas import open_replicas
+
+    return open_replicas(settings.launch, workload, make)
+
+
+def serve_rows(settings: Settings, **options: Any) -> int:
+    """What the other processes of a launch do until the first one, with its `local_client`, is done; gives the exit status."""
+    from slm_swap.replicas import serve
+
+    return serve(settings.launch, lambda workload: SLMClient(settings, workload=workload, **options))
 
 
 def _with_adapter(model: Any, adapter: Path, base: Path) -> Any:

@@ -13,7 +13,7 @@ import eval_process
 import pytest
 
 from slm_swap.azure_client import AzureClient
-from slm_swap.clients import Reply, stream_batches
+from slm_swap.clients import Reply
 from slm_swap.demo.azure_simulator import AzureSimulator, Faults
 from slm_swap.errors import UserError
 from slm_swap.evaluation import Tally, check_rows, evaluate_rows, make_report, read_reply, score_row
@@ -441,20 +441,6 @@ def test_a_client_s_failure_keeps_the_rows_before_it(tmp_path, path):
     assert 1 <= journal.answered < len(ROWS) and path.exists()
 
 
-def test_batches_are_those_of_an_uninterrupted_run():
-    batches = []
-
-    def generate(batch):
-        batches.append([messages[0] for messages in batch])
-        return [Reply(str(messages[0])) for messages in batch]
-
-    left = [(index, [index]) for index in (1, 2, 5, 6, 7, 8)]
-    assert [(index, reply.text) for index, reply in stream_batches(generate, left, 3)] == [(i, str(i)) for i, _ in left]
-    assert batches == [[1, 2], [5], [6, 7, 8]]
-    with pytest.raises(ValueError):
-        list(stream_batches(lambda batch: [], left, 3))
-
-
 def test_requests_start_as_soon_as_a_slot_is_free():
     """One slow request holds up none of the others, and a reply is given as it comes."""
     rows = [Example(f"p{n}", "{}") for n in range(30)]
@@ -479,7 +465,7 @@ class Instant:
 
     kind, load_seconds, identity = "azure", 0.0, {"kind": "azure"}
 
-    def stream(self, rows):
+    def stream(self, rows, answered):
         return ((index, Reply('{"a":1}')) for index, _ in rows)
 
     def state(self):

@@ -7,7 +7,7 @@ import pytest
 
 from slm_swap import settings as module
 from slm_swap.errors import UserError
-from slm_swap.settings import PACKAGE, Settings, display_path, find_path, load_settings
+from slm_swap.settings import PACKAGE, Launch, Settings, display_path, find_path, load_settings
 
 VARIABLES = {
     "SLM_MODEL_PATH": "slm_model_path",
@@ -42,7 +42,14 @@ def test_every_variable_has_its_field(monkeypatch):
     monkeypatch.setenv("LANGFUSE_DISABLED", "1")
     found = dataclasses.asdict(load_settings())
     assert found.pop("langfuse_disabled") is True
+    assert found.pop("launch") == dataclasses.asdict(Launch())
     assert found == {field: f"the {name}" for name, field in VARIABLES.items()}
+
+
+def test_what_a_launcher_says(monkeypatch):
+    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node-0"}.items():
+        monkeypatch.setenv(name, value)
+    assert load_settings().launch == Launch(5, 8, 1, "node-0")
 
 
 def test_the_file_is_read_and_the_environment_wins(checkout, monkeypatch):

@@ -53,12 +53,12 @@ def alone(client) -> list:
 
 
 def same(left, right) -> bool:
-    return [replace(reply, seconds=0) for reply in left] == [replace(reply, seconds=0) for reply in right]
+    return [replace(reply, seconds=0, batch=None) for reply in left] == [replace(reply, seconds=0, batch=None) for reply in right]
 
 
 @pytest.mark.parametrize("size", [2, 3, 8])
 def test_replies_do_not_depend_on_the_batch_size(client, alone, size, monkeypatch):
-    monkeypatch.setattr(client, "batch_size", size)
+    monkeypatch.setattr(client.engine, "batch_size", size)
     lengths = {len(encode_prompt(client.tokenizer, messages)) for messages in BATCH}
     assert len(lengths) > 2, "rows of one length would need no padding"
     assert same(client.generate(BATCH), alone)
@@ -86,7 +86,7 @@ def test_a_reply_that_reaches_the_limit_is_marked(client, monkeypatch):
 def test_a_prompt_longer_than_the_context_is_not_cut(client, alone, monkeypatch):
     needed = len(encode_prompt(client.tokenizer, BATCH[0]))
     long = ask("Check the weather in Oslo " + "and Rome " * 400)
-    monkeypatch.setattr(client, "context", needed + 200)
+    monkeypatch.setattr(client.engine, "context", needed + 200)
     replies = client.generate([BATCH[0], long, BATCH[1]])
     assert (replies[1].text, replies[1].finish_reason) == ("", "length")
     assert f"the context {needed + 200}" in replies[1].error
@@ -96,7 +96,7 @@ def test_a_prompt_longer_than_the_context_is_not_cut(client, alone, monkeypatch)
 def test_a_row_with_little_room_does_not_shorten_its_neighbours(client, alone, monkeypatch):
     lengths = [len(encode_prompt(client.tokenizer, messages)) for messages in BATCH]
     longest = lengths.index(max(lengths))
-    monkeypatch.setattr(client, "context", max(lengths) + 4)
+    monkeypatch.setattr(client.engine, "context", max(lengths) + 4)
     monkeypatch.setattr(client, "max_new_tokens", 48)
     roomy = [index for index, length in enumerate(lengths) if max(lengths) + 4 - length >= alone[index].output_tokens]
     replies = client.generate(BATCH)
@@ -108,21 +108,21 @@ def run_out_of_memory(client, monkeypatch, rows: int) -> list[int]:
     """Let `generate` run out of memory for more than `rows` rows; gives the sizes that were tried."""
     import torch
 
-    tried, generate = [], client.model.generate
+    tried, decode = [], client.engine._decode
 
-    def limited(**inputs):
-        tried.append(len(inputs["input_ids"]))
+    def limited(batch):
+        tried.append(len(batch))
         if tried[-1] > rows:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return generate(**inputs)
+        return decode(batch)
 
-    monkeypatch.setattr(client.model, "generate", limited)
+    monkeypatch.setattr(client.engine, "_decode", limited)
     return tried
 
 
 def test_a_batch_that_does_not_fit_is_halved(client, alone, monkeypatch):
     tried = run_out_of_memory(client, monkeypatch, 2)
-    monkeypatch.setattr(client, "halved", 0)
+    monkeypatch.setattr(client.engine, "halved", 0)
     assert same(client.generate(BATCH), alone)
     assert tried == [8, 4, 2, 2, 4, 2, 2] and client.describe()["batches_halved"] == 3
 
@@ -134,10 +134,10 @@ def test_a_single_row_that_does_not_fit_ends_the_run(client, monkeypatch):
 
 
 def test_other_errors_of_the_model_are_not_hidden(client, monkeypatch):
-    def broken(**inputs):
+    def broken(batch):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(client.model, "generate", broken)
+    monkeypatch.setattr(client.engine, "_decode", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         client.generate(BATCH[:2])
 
@@ -177,7 +177,7 @@ def test_eight_bit_runs_on_a_cpu():
     client = SLMClient(SETTINGS, max_new_tokens=8)
     told = client.describe()
     (reply,) = client.generate([BATCH[0]])
-    assert told["precision"] == "int8" and client.model.config.quantization_config.load_in_8bit
+    assert told["precision"] == "int8" and client.engine.model.config.quantization_config.load_in_8bit
     assert reply.output_tokens == 8 or reply.finish_reason == "stop"
     json.dumps(told)
 

@@ -3,6 +3,7 @@
     python 01_eval/eval.py --track toolcall --model-kind azure
     python 01_eval/eval.py --track toolcall --model-kind slm --adapter 04_ft/adapter_toolcall --out 01_eval/reports/after.json
     python 01_eval/eval.py --track toolcall --model-kind replay --replies recorded.jsonl
+    ./eval_parallel.sh --track toolcall --model-kind slm
 
 Interrupted in any way, the same command goes on where it stopped: until the report is written, every reply is in the journal
 beside it, <report>.rows.jsonl.part. slm_swap/README.md says what the report's keys mean.
@@ -25,10 +26,12 @@ from slm_swap.journal import Journal, journal_path
 from slm_swap.langfuse_api import LangfuseApi
 from slm_swap.langfuse_datasets import Experiment, dataset_name, open_experiment
 from slm_swap.langfuse_helpers import connect, trace_run
+from slm_swap.replicas import take_one_gpu
 from slm_swap.reply_cache import ReplyCache
 from slm_swap.reports import SCHEMA_VERSION, rows_path, write_atomically, write_json
 from slm_swap.seeds import set_seed
 from slm_swap.settings import PACKAGE, Settings, display_path, load_settings
+from slm_swap.slm_client import serve_rows
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -53,6 +56,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     clock, settings = Stopwatch(), load_settings()
+    if settings.launch.world > 1:
+        if args.model_kind != "slm":
+            raise UserError("only the local model has use for several processes: start --model-kind azure and replay by python")
+        take_one_gpu(settings.launch)
+    if settings.launch.rank:
+        set_seed(args.seed)
+        return serve_rows(settings, **client_options(args))
     connection = connect(settings, tracing_options(args, settings))
     dataset, inputs, name = find_rows(args, [args.model_kind])
     tally = check_rows(args.track, dataset)
@@ -63,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.model_kind == "slm":
         set_seed(args.seed)
     with Journal(journal_path(out)) as journal:
-        client = make_client(args.model_kind, settings, dataset, seed=args.seed, **client_options(args))
+        client = make_client(args.model_kind, settings, args.track, dataset, seed=args.seed, **client_options(args))
         try:
             asked = {"track": args.track, "dataset_sha256": inputs["sha256"], "rows": rows, "prompt_sha256": tally.prompt_sha256}
             journal.begin({"schema_version": SCHEMA_VERSION, **asked, "model": client.identity}, rows)
@@ -71,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
             title, tags = f"eval-{args.track}-{args.model_kind}", ["eval", args.track, args.model_kind]
             with trace_run(connection, title, out, metadata, tags, seed=journal.header["run_id"]) as trace:
                 earlier = journal.seconds
-                tell = RowTracer(trace, args.track, client, args.batch_size, experiment)
+                tell = RowTracer(trace, args.track, client, experiment)
                 ask(args, tally, client, dataset, journal, tell)
                 seconds, flags = (journal.seconds, clock.total + earlier), vars(args) | {"out": display_path(out)}
                 report = make_report(args.track, client, tally, *seconds, inputs, flags, journal.sessions, journal.cached)
@@ -140,4 +150,4 @@ def show(report: dict, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, launched=True)

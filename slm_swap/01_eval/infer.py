@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     gold = track.reference(example) if example else None
     if args.model_kind == "slm":
         set_seed(args.seed)
-    client = make_client(args.model_kind, settings, [], seed=args.seed, **client_options(args))
+    client = make_client(args.model_kind, settings, args.track, [example or Example(prompt, "")], seed=args.seed, **client_options(args))
     try:
         (reply,) = client.generate([build_messages(args.track, prompt)])
     finally:

@@ -25,6 +25,8 @@ from slm_swap.seeds import set_seed
 from slm_swap.settings import PACKAGE, display_path, load_settings
 from slm_swap.tracks import TRACKS
 
+LIVE_BATCH = 32  # rows between two looks with --batch-size auto
+
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
@@ -89,8 +91,8 @@ def main(argv: list[str] | None = None) -> int:
     sides: list[Side] = []
     try:
         for kind in args.models:
-            sides.append(Side(make_client(kind, settings, examples, seed=args.seed, **client_options(args))))
-        finished = watch(args.track, sides, examples, gold, args.batch_size, early)
+            sides.append(Side(make_client(kind, settings, args.track, examples, seed=args.seed, **client_options(args))))
+        finished = watch(args.track, sides, examples, gold, LIVE_BATCH if args.batch_size == "auto" else args.batch_size, early)
     finally:
         for side in sides:
             side.client.close()

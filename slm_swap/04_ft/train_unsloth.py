@@ -12,11 +12,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
 from slm_swap.cli import Parser, positive, run, run_metadata, tracing_options, warn
+from slm_swap.engines import PRECISIONS
 from slm_swap.examples import read_examples, read_jsonl
 from slm_swap.langfuse_helpers import connect, trace_run
 from slm_swap.reports import sha256_file
 from slm_swap.settings import display_path, find_path, load_settings
-from slm_swap.slm_client import PRECISIONS, model_path
+from slm_swap.slm_client import model_path
 from slm_swap.tracks import TRACKS
 from slm_swap.training import BACKENDS, COMPILE, PRESETS, Hyperparameters, choose_backend, train
 
@@ -35,7 +36,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--preset", choices=PRESETS, default="documented", help="what the hyperparameters are where no flag says otherwise"
     )
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N rows of --train")
-    choices = {"precision": PRECISIONS, "compile": COMPILE}
+    choices = {"precision": PRECISIONS["transformers"], "compile": COMPILE}
     for field in fields(Hyperparameters):  # left out of the result where the flag is not given: the preset decides then
         kind = {"action": argparse.BooleanOptionalAction} if isinstance(field.default, bool) else {"type": type(field.default)}
         parser.add_argument(

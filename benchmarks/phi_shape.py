@@ -1,0 +1,78 @@
+"""What the GPU benchmarks run on: a model of Phi-4-mini's shape with random weights, and rows of the lengths that such tasks have.
+
+Prompt and reply lengths in tokens are lognormal with fixed seeds, in the order drawn. A word "t<number>" is one token of the
+benchmark's tokenizer, so that a row has exactly the tokens that it is meant to have. Random weights end no reply: whoever measures
+stops each one at its own length.
+"""
+
+import json
+from pathlib import Path
+
+VOCABULARY = 200_064
+PREFIX = 40  # tokens that all prompts share, as a system prompt
+SHAPES = {
+    "phi-4-mini": {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32, "num_attention_heads": 24, "num_key_value_heads": 8},
+    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
+}
+
+
+def lengths(rows: int, seed: int) -> tuple[list[int], list[int]]:
+    """(prompt lengths, reply lengths) in tokens: means of about 190 and 49. Seed 7 is evaluation's workload, 3 training's."""
+    import numpy
+
+    rng = numpy.random.default_rng(seed)
+    prompts = numpy.clip(rng.lognormal(5.0, 0.35, rows), 60, 600).astype(int)
+    replies = numpy.clip(rng.lognormal(3.8, 0.5, rows), 12, 256).astype(int)
+    return prompts.tolist(), replies.tolist()
+
+
+def make_checkpoint(folder: Path, shape: str = "phi-4-mini", seed: int = 0) -> Path:
+    """A checkpoint that transformers and vLLM load, in bfloat16; made once, on the GPU where there is one."""
+    if (folder / "config.json").exists():
+        return folder
+    import torch
+    from transformers import AutoModelForCausalLM, Phi3Config
+
+    sizes = SHAPES[shape]
+    config = Phi3Config(
+        vocab_size=VOCABULARY if shape == "phi-4-mini" else 2048,
+        max_position_embeddings=4096,
+        original_max_position_embeddings=4096,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75},
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+        **sizes,
+    )
+    torch.manual_seed(seed)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = 0
+    _tokenizer(config.vocab_size).save_pretrained(folder)
+    model.save_pretrained(folder)
+    return folder
+
+
+def _tokenizer(vocabulary: int):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({"<|end|>": 0, **{f"t{n}": n for n in range(1, vocabulary)}}, unk_token="<|end|>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    template = " ".join(f"t{n}" for n in range(1, PREFIX + 1)) + " {{ messages[-1]['content'] }}"
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>", chat_template=template, padding_side="left"
+    )
+
+
+def write_rows(path: Path, rows: int, vocabulary: int = VOCABULARY, seed: int = 7) -> Path:
+    """Evaluation's workload as rows of the structured track."""
+    import numpy
+
+    rng, completion = numpy.random.default_rng(seed + 1), json.dumps({"tool_name": "none", "arguments": {}})
+    with open(path, "w", encoding="utf-8") as file:
+        for number, length in enumerate(lengths(rows, seed)[0]):
+            words = " ".join(f"t{token}" for token in rng.integers(1, vocabulary, length - PREFIX))
+            file.write(json.dumps({"id": f"row-{number}", "prompt": words, "completion": completion}) + "\n")
+    return path

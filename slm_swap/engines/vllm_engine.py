@@ -1,0 +1,148 @@
+"""Greedy decoding with vLLM's offline engine: continuous batching, a prefix cache, LoRA adapters.
+
+It can start eager, which is sooner up, or with CUDA graphs of the decode step, which is faster then. The graphs are captured without
+compiling the model first: most of their gain for a fraction of the wait (benchmarks/results/eval.json has the seconds).
+"""
+
+import json
+import os
+import time
+from collections.abc import Container, Generator, Iterable
+from pathlib import Path
+from typing import Any
+
+from slm_swap.engines import Generated, Prompt, Workload
+
+FIRST_CONTEXT = 4096  # where nothing is known of the rows
+QUEUED = 1024  # prompts that the engine holds at a time: enough to keep the GPU full, few enough to stream
+DTYPES = {"bf16": "bfloat16", "fp8": "bfloat16", "fp32": "float32"}
+# What the choice of a start goes by, measured on one H200 by benchmarks/eval.py (see start_for).
+GRAPHS_EXTRA_SECONDS = 8.0
+GRAPHS_SAVED_SECONDS_PER_ROW = 0.0013
+
+
+def start_for(rows: int) -> str:
+    """"graphs" where so many rows win back what capturing them costs, else "eager"."""
+    return "graphs" if rows * GRAPHS_SAVED_SECONDS_PER_ROW > GRAPHS_EXTRA_SECONDS else "eager"
+
+
+class VllmEngine:
+    """A checkpoint, and possibly an adapter, in vLLM behind `engines.Engine`.
+
+    Args:
+        precision: "bf16", "fp8" (weights in 8 bits, quantized while loading) or "fp32".
+        start: one of engines.STARTS; "auto" decides by the workload's rows.
+        workload: what it is started for. The engine's context is just what the longest row needs: with LongRoPE, vLLM takes the
+            long factors for every row as soon as the context is longer than the model was first trained on.
+    """
+
+    name = "vllm"
+
+    def __init__(
+        self,
+        path: Path,
+        precision: str,
+        adapter: Path | None = None,
+        start: str = "auto",
+        workload: Workload | None = None,
+        trust_remote_code: bool = False,
+    ):
+        # The engine in this process: a second one would import everything again, which takes longer than it saves.
+        for name, value in {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}.items():
+            os.environ.setdefault(name, value)
+        from transformers import AutoConfig
+        from vllm import LLM, SamplingParams
+        from vllm.lora.request import LoRARequest
+
+        self.start = start if start != "auto" else start_for(workload.rows if workload else 1)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        context = min(config.max_position_embeddings, workload.longest if workload else FIRST_CONTEXT)
+        self._ends = end_tokens(path, config)
+        graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "max_cudagraph_capture_size": 256}
+        self._sampling = SamplingParams
+        self._lora = LoRARequest("adapter", 1, str(adapter)) if adapter else None
+        rank = {"enable_lora": True, "max_lora_rank": lora_rank(adapter), "max_loras": 1} if adapter else {}
+        self._llm = LLM(
+            model=str(path),
+            skip_tokenizer_init=True,
+            trust_remote_code=trust_remote_code,
+            dtype=DTYPES[precision],
+            quantization="fp8" if precision == "fp8" else None,
+            max_model_len=context,
+            enforce_eager=self.start == "eager",
+            enable_prefix_caching=True,
+            compilation_config=None if self.start == "eager" else graphs,
+            disable_log_stats=True,
+            **rank,
+        )
+        self._engine = self._llm.llm_engine
+        self.context = context
+
+    def generate(self, prompts: Iterable[Prompt], answered: Container[int] = ()) -> Generator[Generated]:
+        """Prompts join and leave the running batch one by one, so that those that are answered already are just left out."""
+        prompts = (prompt for prompt in prompts if prompt.index not in answered)
+        asked: dict[str, tuple[Prompt, float]] = {}
+        try:
+            while True:
+                while len(asked) < QUEUED and (prompt := next(prompts, None)):
+                    name = str(prompt.index)
+                    asked[name] = prompt, time.perf_counter()
+                    self._engine.add_request(name, {"prompt_token_ids": prompt.tokens}, self._limit(prompt), lora_request=self._lora)
+                if not asked:
+                    return
+                for output in self._engine.step():
+                    if output.finished:
+                        prompt, began = asked.pop(output.request_id)
+                        yield self._generated(prompt, output, time.perf_counter() - began)
+        finally:
+            if asked:
+                self._engine.abort_request(list(asked))
+
+    def _limit(self, prompt: Prompt) -> Any:
+        from vllm.sampling_params import RequestOutputKind
+
+        return self._sampling(
+            temperature=0.0,
+            max_tokens=prompt.limit,
+            stop_token_ids=self._ends,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    @staticmethod
+    def _generated(prompt: Prompt, output: Any, seconds: float) -> Generated:
+        made = output.outputs[0]
+        tokens, stopped = list(made.token_ids), made.finish_reason == "stop"
+        return Generated(prompt.index, tokens[:-1] if stopped else tokens, stopped, seconds, output.num_cached_tokens or 0)
+
+    def describe(self) -> dict[str, Any]:
+        return {"device": "cuda"}
+
+    def state(self) -> dict[str, Any]:
+        return {"engine_start": self.start, "engine_context": self.context}
+
+    def restore(self, state: dict[str, Any]) -> None: ...
+
+    def close(self) -> None:
+        """Give the GPU's memory back."""
+        shutdown = getattr(self._engine.engine_core, "shutdown", None)
+        if shutdown:
+            shutdown()
+
+
+def end_tokens(path: Path, config: Any) -> list[int]:
+    """The tokens that end a reply, as transformers' generation goes by."""
+    from transformers import GenerationConfig
+
+    try:
+        ends = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:  # a checkpoint without generation_config.json
+        ends = config.eos_token_id
+    return ends if isinstance(ends, list) else [ends]
+
+
+def lora_rank(adapter: Path) -> int:
+    """The smallest rank that vLLM has kernels for and that holds the adapter's."""
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    rank = max([config["r"], *config.get("rank_pattern", {}).values()])
+    return next(known for known in (8, 16, 32, 64, 128, 256, 320, 512) if known >= rank)

@@ -1,0 +1,224 @@
+"""One replica of the local model per process: rank 0 deals the rows out, takes the replies, and does everything else alone.
+
+The processes are those of `accelerate launch` or `torchrun`, on one machine or several. Rank 0 listens where MASTER_ADDR points and
+tells the others its port and a key of this run through the launcher's own store; rows and replies then go over one connection for
+each rank. Row i goes to rank i modulo their number, so that a run that was interrupted goes on with the batches it would have had.
+"""
+
+import os
+import queue
+import secrets
+import threading
+from collections import Counter
+from collections.abc import Callable, Container, Generator, Iterable, Iterator
+from dataclasses import replace
+from multiprocessing.connection import Client as connect_to
+from multiprocessing.connection import Connection, Listener, Pipe, wait
+from typing import Any
+
+from slm_swap.clients import Client, Reply
+from slm_swap.errors import UserError
+from slm_swap.prompts import Messages
+from slm_swap.settings import Launch
+
+AHEAD = 4096  # rows dealt to a rank before it has asked for them; more than an engine wants to have at once
+
+
+def take_one_gpu(launch: Launch) -> None:
+    """Let this process see its own GPU alone, the one of its local rank. Must come before CUDA is first asked anything."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else []
+    if visible is None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(launch.local_rank)
+    elif visible:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[launch.local_rank] if launch.local_rank < len(gpus) else ""
+
+
+def _store() -> Any:
+    """The launcher's key-value store."""
+    from torch.distributed import PrefixStore, rendezvous
+
+    store, _, _ = next(iter(rendezvous("env://")))
+    return PrefixStore("slm_swap", store)
+
+
+def open_replicas(launch: Launch, workload: Any, make: Callable[[Any], Client]) -> "Replicas":
+    """Rank 0's part: its own replica and the connections to the others, who build theirs at the same time."""
+    key, store = secrets.token_bytes(32), _store()
+    with Listener((launch.master, 0), backlog=launch.world, authkey=key) as listener:
+        store.set("key", key)
+        store.set("port", str(listener.address[1]))
+        connections = {}
+        while len(connections) < launch.world - 1:
+            connection = listener.accept()
+            connections[connection.recv()] = connection
+    for connection in connections.values():
+        connection.send(workload)
+    return Replicas(make(workload), [connections[rank] for rank in sorted(connections)])
+
+
+def serve(launch: Launch, make: Callable[[Any], Client]) -> int:
+    """What the other ranks do until rank 0 is done; gives the exit status. What goes wrong is told by rank 0."""
+    store = _store()
+    with connect_to((launch.master, int(store.get("port"))), authkey=store.get("key")) as connection:
+        connection.send(launch.rank)
+        try:
+            client = make(connection.recv())
+            connection.send((client.load_seconds, client.describe()["device"]))
+        except UserError as error:
+            connection.send(error)
+            return 2
+        except (EOFError, OSError):  # rank 0 has ended, in whatever way
+            return 0
+        return answer(client, connection)
+
+
+def answer(client: Client, connection: Connection) -> int:
+    """Answer rows that come as (index, messages, whether it is answered), up to a None, and again until the connection ends.
+
+    A state in place of a first row is restored. Gives the exit status.
+    """
+    coming: queue.SimpleQueue = queue.SimpleQueue()
+
+    def receive() -> None:  # a thread of its own: rank 0 must never wait until this one has read
+        try:
+            while True:
+                coming.put(connection.recv())
+        except (EOFError, OSError):
+            coming.put(EOFError)
+
+    def take() -> Any:
+        row = coming.get()
+        if row is EOFError:
+            raise EOFError
+        return row
+
+    threading.Thread(target=receive, daemon=True).start()
+    try:
+        while True:
+            if isinstance(first := take(), dict):
+                client.restore(first)
+                continue
+            answered: set[int] = set()
+
+            def rows(row: Any, answered: set[int] = answered) -> Iterator[tuple[int, Messages]]:
+                while row is not None:
+                    index, messages, done = row
+                    if done:
+                        answered.add(index)
+                    yield index, messages
+                    row = take()
+
+            for index, reply in client.stream(rows(first), answered):
+                connection.send((index, reply))
+            connection.send(client.state())
+    except UserError as error:
+        connection.send(error)
+        return 2
+    except (EOFError, OSError):
+        return 0
+
+
+class Replicas:
+    """The local model on several GPUs behind the client protocol; `local` is this process's replica.
+
+    Raises:
+        UserError: a rank could not load the model, or has no GPU where this one has; in `stream`: a rank ended early.
+    """
+
+    kind = "slm"
+
+    def __init__(self, local: Client, others: list[Connection]):
+        self.local, self._others, self._halved = local, others, 0
+        self.load_seconds, here = local.load_seconds, local.describe()["device"]
+        for rank, connection in enumerate(others, 1):
+            seconds, device = self._receive(rank, connection)
+            self.load_seconds = max(self.load_seconds, seconds)
+            if device.split(":")[0] != here.split(":")[0]:
+                raise UserError(f"rank {rank} runs on {device} and rank 0 on {here}: launch no more processes than there are GPUs")
+
+    @staticmethod
+    def _receive(rank: int, connection: Connection) -> Any:
+        try:
+            told = connection.recv()
+        except (EOFError, OSError):
+            raise UserError(f"rank {rank} has ended (what it said stands above): run the same command again to go on") from None
+        if isinstance(told, UserError):
+            raise UserError(f"rank {rank}: {told}")
+        return told
+
+    def generate(self, batch: list[Messages]) -> list[Reply]:
+        replies = dict(self.stream(enumerate(batch)))
+        return [replies[index] for index in range(len(batch))]
+
+    def stream(self, rows: Iterable[tuple[int, Messages]], answered: Container[int] = ()) -> Generator[tuple[int, Reply]]:
+        here, there = Pipe()
+
+        def work() -> None:
+            with there:
+                answer(self.local, there)
+
+        threading.Thread(target=work, name="replica", daemon=True).start()
+        connections = [here, *self._others]
+        ranks = {connection: rank for rank, connection in enumerate(connections)}
+        dealt: Counter[int] = Counter()
+        places, row, busy = enumerate(rows), None, set(connections)
+        with here:
+            while busy:
+                while row is not EOFError:
+                    row = row or next(places, None)
+                    if row is None:
+                        row = EOFError
+                        for rank, connection in enumerate(connections):
+                            self._send(rank, connection, None)
+                        break
+                    place, (index, messages) = row
+                    rank = place % len(connections)
+                    if dealt[rank] >= AHEAD:
+                        break
+                    done = index in answered
+                    self._send(rank, connections[rank], (index, messages, done))
+                    dealt[rank] += not done
+                    row = None
+                for connection in wait(busy):
+                    rank = ranks[connection]
+                    told = self._receive(rank, connection)
+                    if isinstance(told, dict):
+                        busy.discard(connection)
+                        self._halved += told.get("batches_halved", 0) if rank else 0
+                    else:
+                        dealt[rank] -= 1
+                        index, reply = told
+                        yield index, replace(reply, batch=reply.batch and f"{rank}.{reply.batch}")
+
+    def _send(self, rank: int, connection: Connection, row: Any) -> None:
+        try:
+            connection.send(row)
+        except OSError:
+            self._receive(rank, connection)  # says why
+            raise
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return self.local.identity
+
+    def state(self) -> dict[str, Any]:
+        told = self.local.state()
+        return told | ({"batches_halved": told["batches_halved"] + self._halved} if "batches_halved" in told else {})
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.local.restore(state)
+        for rank, connection in enumerate(self._others, 1):
+            self._send(rank, connection, state | ({"batches_halved": 0} if "batches_halved" in state else {}))
+
+    def describe(self) -> dict[str, Any]:
+        return self.local.describe() | self.state()
+
+    def cost(self, input_tokens: int, cached_tokens: int, output_tokens: int, seconds: float) -> float | None:
+        return self.local.cost(input_tokens, cached_tokens, output_tokens, seconds)
+
+    def close(self) -> None:
+        """Let the other ranks end."""
+        for connection in self._others:
+            connection.close()
+        self.local.close()
