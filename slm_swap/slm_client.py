@@ -254,7 +254,7 @@ class SLMClient:
     @cached_property
     def identity(self) -> dict[str, Any]:
         folders = [self.path, *([self.adapter] if self.adapter else [])]
-        return self._told | {"files_sha256": [_files_hash(folder) for folder in folders]}
+        return self._told | {"files_sha256": [files_hash(folder) for folder in folders]}
 
     def state(self) -> dict[str, Any]:
         return self.engine.state()
@@ -314,7 +314,7 @@ def _with_adapter(model: Any, adapter: Path, base: Path) -> Any:
         ) from None
 
 
-def _files_hash(folder: Path) -> str:
+def files_hash(folder: Path) -> str:
     """sha256 over the names and contents of what a checkpoint's or adapter's folder is loaded from."""
     kinds = {".json", ".jinja", ".model", ".txt", ".safetensors", ".bin", ".py"}
     files = sorted(path for path in folder.iterdir() if path.suffix in kinds and path.name != "training_info.json")

@@ -52,7 +52,7 @@ def trained(tmp_path_factory):
 def test_the_loss_is_on_the_completion_only(tokenizer):
     (row,), too_long = tokenize(tokenizer, "structured", ROWS[:1], 2048)
     prompt = encode_prompt(tokenizer, build_messages("structured", ROWS[0].prompt))
-    assert too_long == 0 and row["input_ids"][: len(prompt)] == prompt
+    assert too_long == [] and row["input_ids"][: len(prompt)] == prompt
     assert row["labels"][: len(prompt)] == [IGNORED] * len(prompt)
     assert row["labels"][len(prompt) :] == row["input_ids"][len(prompt) :]
     assert tokenizer.decode(row["input_ids"][len(prompt) :]) == ROWS[0].completion + "<|end|>"
@@ -61,8 +61,8 @@ def test_the_loss_is_on_the_completion_only(tokenizer):
 def test_rows_that_are_too_long_are_left_out_whole(tokenizer):
     (row,), _ = tokenize(tokenizer, "structured", ROWS[:1], 2048)
     length = len(row["input_ids"])
-    assert tokenize(tokenizer, "structured", ROWS[:1], length) == ([row], 0)
-    assert tokenize(tokenizer, "structured", ROWS[:1], length - 1) == ([], 1)
+    assert tokenize(tokenizer, "structured", ROWS[:1], length) == ([row], [])
+    assert tokenize(tokenizer, "structured", ROWS[:1], length - 1) == ([], [length])
 
 
 def test_a_turn_ends_as_the_chat_format_ends_it(tokenizer):
