@@ -14,8 +14,9 @@ children=()
 trap 'kill "${children[@]}" 2>/dev/null; wait; echo "interrupted" >&2; exit 130' INT TERM
 
 start() { # track, its GPUs: a process each, at a port that torchrun finds free
-  local track=$1 mine=$2 flags=("${@:3}") launcher=(python)
-  [ "$half" -lt 1 ] || launcher=(torchrun --standalone --nproc_per_node="$(tr ',' '\n' <<<"$mine" | grep -c .)")
+  local track=$1 mine=$2 flags=("${@:3}") launcher=(python) count
+  count=$(tr ',' '\n' <<<"$mine" | grep -c . || true)
+  [ "$count" -lt 2 ] || launcher=(torchrun --standalone --nproc_per_node="$count")
   echo "$track: ${launcher[0]} on GPUs ${mine:-none}, log 04_ft/adapter_$track.log"
   CUDA_VISIBLE_DEVICES=$mine "${launcher[@]}" train_unsloth.py --track "$track" --train "02_dataset/$track/train.jsonl" \
     --val "02_dataset/$track/val.jsonl" --out "04_ft/adapter_$track" "${flags[@]}" >"04_ft/adapter_$track.log" 2>&1 &

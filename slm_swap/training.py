@@ -244,7 +244,7 @@ def trainer_arguments(parameters: Hyperparameters, backend: str, output_dir: str
         use_cpu=not cuda,
         save_strategy="no",
         eval_strategy="no",
-        logging_steps=0.05,  # of all steps
+        logging_strategy="no",
         logging_nan_inf_filter=False,
         ddp_find_unused_parameters=False,
         accelerator_config={"non_blocking": cuda},

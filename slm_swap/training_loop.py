@@ -3,6 +3,7 @@
 Imports torch and transformers: import it inside functions, and after Unsloth where that is used.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from transformers import Trainer, TrainerCallback
 
 from slm_swap.checkpoints import Checkpoints
 from slm_swap.evaluation import Stopwatch
+
+LOG_EVERY = 0.05  # of all steps
 
 
 class SeededOrder(Sampler):
@@ -82,7 +85,8 @@ class Watch(TrainerCallback):
         control.should_evaluate = bool(every) and (last or step % every == 0)
         control.should_save = bool(self.save_steps) and not last and step % self.save_steps == 0
         # A logged loss is the mean since the one before it, and who resumes from a checkpoint does not know what came before that.
-        control.should_log |= control.should_evaluate or control.should_save
+        regularly = step % math.ceil(state.max_steps * LOG_EVERY) == 0
+        control.should_log = regularly or control.should_evaluate or control.should_save
         self.training += self.lap.lap()
 
     def on_evaluate(self, args, state, control, metrics, **_):

@@ -54,7 +54,7 @@ def save_adapter(model: Any, tokenizer: Any, out: Path, info: dict, log: list[di
     model.save_pretrained(staged)
     tokenizer.save_pretrained(staged)
     write_json(staged / INFO, info)
-    write_jsonl(staged / LOG, log)
+    write_jsonl(staged / LOG, (dict(sorted(entry.items())) for entry in log))
     plot(log, staged / PLOT)
     if out.exists():
         out.rename(old)
