@@ -199,7 +199,7 @@ class SLMClient:
 
             loaded = load_model(self.path, self.precision, placement(self.path, self.precision), trust_remote_code)
             if self.adapter:
-                loaded = _with_adapter(loaded, self.adapter, self.path)
+                loaded = with_adapter(loaded, self.adapter, self.path)
             self.engine = TransformersEngine(loaded.eval(), self.tokenizer, batch_size)
             self._parameters = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "do_sample": False}
         self.load_seconds = time.perf_counter() - started
@@ -302,7 +302,12 @@ def serve_rows(settings: Settings, **options: Any) -> int:
     return serve(settings.launch, lambda workload: SLMClient(settings, workload=workload, **options))
 
 
-def _with_adapter(model: Any, adapter: Path, base: Path) -> Any:
+def with_adapter(model: Any, adapter: Path, base: Path) -> Any:
+    """A loaded model with an adapter on it; `base` is where it was loaded from.
+
+    Raises:
+        UserError: the two do not fit.
+    """
     from peft import PeftModel
 
     try:

@@ -51,8 +51,11 @@ def memory_needed(config: Any, parameters: Any, longest: int, backend: str) -> d
     other = 4 if parameters.precision == "fp32" else 2
     lora = layers * parameters.lora_r * (2 * hidden + attention + 2 * hidden + 3 * inter + hidden)
     tokens = parameters.pack_length if parameters.packing else parameters.batch_size * longest
-    # What a layer keeps of a token for its backward pass: its own activations, and LoRA's inputs, with dropout once more.
-    kept = other * (8 * hidden + 2 * attention + 6 * inter) + (4 * (3 * hidden + inter) if parameters.lora_dropout else 0)
+    # What a layer keeps of a token for its backward pass; compiled, it computes again what is cheap, dropout included.
+    if parameters.compiled:
+        kept = other * (6 * hidden + 2 * attention + 3 * inter)
+    else:
+        kept = other * (6 * hidden + 2 * attention + 5 * inter) + (4 * (3 * hidden + inter) if parameters.lora_dropout else 0)
     through = other * hidden * layers + kept if parameters.gradient_checkpointing else kept * layers
     chunk = min(tokens, 1024) if backend == "trl" else tokens  # tokens whose logits are there at once
     parts = {

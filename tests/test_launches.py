@@ -233,8 +233,7 @@ def test_the_wrappers_count_the_gpus(checkout):
     assert launched(folder, "train_parallel.sh", CUDA_VISIBLE_DEVICES="3,1") == ["CUDA_VISIBLE_DEVICES=1", "CUDA_VISIBLE_DEVICES=3", *singles]
     assert launched(folder, "train_parallel.sh", CUDA_VISIBLE_DEVICES="2") == singles, "one GPU takes one after the other"
     assert launched(folder, "train_parallel.sh", CUDA_VISIBLE_DEVICES="") == ["CUDA_VISIBLE_DEVICES="] * 2 + singles
-    eight = launched(folder, "train_sequential.sh", CUDA_VISIBLE_DEVICES="0,1,2,3,4,5,6,7")
-    assert eight == [f"torchrun --standalone --nproc_per_node=8 {run}" for run in both]
+    assert launched(folder, "train_sequential.sh") == [f"torchrun --standalone --nproc_per_node=4 {run}" for run in both]
 
 
 def test_both_tracks_are_trained_and_a_failure_is_reported(checkout):
