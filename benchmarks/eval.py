@@ -29,7 +29,7 @@ LONGEST = 256  # new tokens, as eval.py's default
 SETTINGS: dict[str, dict[str, Any]] = {  # flags of eval.py; rows once started, rows of the whole command (0: not measured)
     "documented": {"flags": {"precision": "int8", "batch_size": 8}, "rows": 16, "command": 0},
     "transformers-int8-8": {"flags": {"engine": "transformers", "precision": "int8", "batch_size": 8}, "rows": 16, "command": 0},
-    "transformers-int8-auto": {"flags": {"engine": "transformers", "precision": "int8", "batch_size": "auto"}, "rows": 256, "command": 0},
+    "transformers-int8-auto": {"flags": {"engine": "transformers", "precision": "int8", "batch_size": "auto"}, "rows": 128, "command": 0},
     "transformers-bf16-8": {"flags": {"engine": "transformers", "precision": "bf16", "batch_size": 8}, "rows": 128, "command": 0},
     "transformers-bf16-auto": {"flags": {"engine": "transformers", "precision": "bf16", "batch_size": "auto"}, "rows": 2048, "command": 512},
     "vllm-eager": {"flags": {"engine": "vllm", "precision": "bf16", "engine_start": "eager"}, "rows": 2048, "command": 512},
@@ -145,7 +145,7 @@ def child(args: argparse.Namespace, part: str, name: str, timeout: int) -> dict[
         return {"failed": (done.stderr or done.stdout).strip()[-1500:]}
     told = json.loads(out.read_text())
     if part == "command":
-        return {"seconds": seconds, "rows": told["counts"]["rows"], "load_seconds": told["seconds"]["load"], "generate_seconds": told["seconds"]["generate"]}
+        return {"seconds": seconds, "rows": told["counts"]["rows"], **{f"{name}_seconds": told["seconds"][name] for name in ("load", "generate", "total")}}
     return told
 
 
@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.part == "command":
             command(checkpoint, rows, setting, args.out)
         measure = documented if name == "documented" else once_started
-        write_json(args.out, measure(checkpoint, rows, setting, warm=64))
+        write_json(args.out, measure(checkpoint, rows, setting, warm=min(64, setting["rows"] // 4)))
         return 0
     import torch
 

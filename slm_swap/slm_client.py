@@ -1,9 +1,12 @@
 """The local small model: loading it, and asking it through one of the engines."""
 
+import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Container, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from slm_swap.prompts import Messages
 from slm_swap.reports import sha256_file
 from slm_swap.settings import Settings, display_path, find_path
 
+HASH_BLOCK = 16 << 20
 DOWNLOAD = "hf download microsoft/Phi-4-mini-instruct --local-dir slm_swap/models/phi-4-mini"
 
 
@@ -188,12 +192,20 @@ class SLMClient:
         name, self.precision = choose_engine(engine, precision)
         self.training_seconds = training_seconds(self.adapter or self.path)
         started = time.perf_counter()
+        folders = [self.path, *([self.adapter] if self.adapter else [])]
+        with ThreadPoolExecutor(1) as background:  # while the model is loaded
+            hashes = background.submit(lambda: [files_hash(folder) for folder in folders])
+            self._load(name, batch_size, trust_remote_code, engine_start, workload)
+        self._files_sha256 = hashes.result()
+        self.load_seconds = time.perf_counter() - started
+
+    def _load(self, name: str, batch_size: int | str, trust_remote_code: bool, engine_start: str, workload: Workload | None) -> None:
         self.tokenizer = load_tokenizer(self.path, trust_remote_code)
         if name == "vllm":
             from slm_swap.engines.vllm_engine import VllmEngine
 
             self.engine: Engine = VllmEngine(self.path, self.precision, self.adapter, engine_start, workload, trust_remote_code)
-            self._parameters = {"max_new_tokens": max_new_tokens, "do_sample": False}
+            self._parameters = {"max_new_tokens": self.max_new_tokens, "do_sample": False}
         else:
             from slm_swap.engines.transformers_engine import TransformersEngine
 
@@ -201,8 +213,7 @@ class SLMClient:
             if self.adapter:
                 loaded = with_adapter(loaded, self.adapter, self.path)
             self.engine = TransformersEngine(loaded.eval(), self.tokenizer, batch_size)
-            self._parameters = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "do_sample": False}
-        self.load_seconds = time.perf_counter() - started
+            self._parameters = {"max_new_tokens": self.max_new_tokens, "batch_size": batch_size, "do_sample": False}
 
     def generate(self, batch: list[Messages]) -> list[Reply]:
         """Replies in the rows' order."""
@@ -253,8 +264,7 @@ class SLMClient:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        folders = [self.path, *([self.adapter] if self.adapter else [])]
-        return self._told | {"files_sha256": [files_hash(folder) for folder in folders]}
+        return self._told | {"files_sha256": self._files_sha256}
 
     def state(self) -> dict[str, Any]:
         return self.engine.state()
@@ -320,10 +330,20 @@ def with_adapter(model: Any, adapter: Path, base: Path) -> Any:
 
 
 def files_hash(folder: Path) -> str:
-    """sha256 over the names and contents of what a checkpoint's or adapter's folder is loaded from."""
+    """A hash of the names and contents of what a checkpoint's or adapter's folder is loaded from: of blocks, by all cores at once."""
     kinds = {".json", ".jinja", ".model", ".txt", ".safetensors", ".bin", ".py"}
     files = sorted(path for path in folder.iterdir() if path.suffix in kinds and path.name != "training_info.json")
-    return text_hash("\n".join(f"{path.name} {sha256_file(path)}" for path in files))
+    blocks = [(path, start) for path in files for start in range(0, max(1, path.stat().st_size), HASH_BLOCK)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        digests = pool.map(_block_hash, blocks)
+        return text_hash("\n".join(f"{path.name} {start} {digest}" for (path, start), digest in zip(blocks, digests, strict=True)))
+
+
+def _block_hash(block: tuple[Path, int]) -> str:
+    path, start = block
+    with open(path, "rb") as file:
+        file.seek(start)
+        return hashlib.sha256(file.read(HASH_BLOCK)).hexdigest()
 
 
 def _first_line(error: Exception) -> str:

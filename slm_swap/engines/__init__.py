@@ -70,13 +70,14 @@ class Engine(Protocol):
 def choose_engine(wanted: str, precision: str | None) -> tuple[str, str]:
     """(engine, precision) for what was asked for; `auto` is vLLM where it can run with that precision, else transformers.
 
+    Who asks for 32 bits without naming an engine wants no difference to anything: that is transformers.
+
     Raises:
         UserError: the engine cannot run here, or not with that precision.
     """
-    fast = precision is None or precision in PRECISIONS["vllm"]
     if wanted == "auto":
-        wanted = "vllm" if precision == "fp8" or (fast and why_not_vllm() is None) else "transformers"
-    if wanted == "vllm" and fast and (reason := why_not_vllm()):
+        wanted = "vllm" if precision == "fp8" or (precision in (None, "bf16") and why_not_vllm() is None) else "transformers"
+    if wanted == "vllm" and precision in (None, *PRECISIONS["vllm"]) and (reason := why_not_vllm()):
         raise UserError(f"the vllm engine cannot run here ({reason}): pip install -r requirements-vllm.txt, or use --engine transformers")
     known = PRECISIONS[wanted]
     if precision is not None and precision not in known:

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from slm_swap.engines import Generated, Prompt, Workload
+from slm_swap.errors import UserError
 
 FIRST_CONTEXT = 4096  # where nothing is known of the rows
 QUEUED = 1024  # prompts that the engine holds at a time: enough to keep the GPU full, few enough to stream
 DTYPES = {"bf16": "bfloat16", "fp8": "bfloat16", "fp32": "float32"}
 # What the choice of a start goes by, measured on one H200 by benchmarks/eval.py (see start_for).
-GRAPHS_EXTRA_SECONDS = 8.0
-GRAPHS_SAVED_SECONDS_PER_ROW = 0.0013
+GRAPHS_EXTRA_SECONDS = 2.3
+GRAPHS_SAVED_SECONDS_PER_ROW = 0.0007
 
 
 def start_for(rows: int) -> str:
@@ -47,6 +48,8 @@ class VllmEngine:
         workload: Workload | None = None,
         trust_remote_code: bool = False,
     ):
+        if adapter and precision == "fp32":
+            raise UserError("the vllm engine has no adapters in fp32: use --precision bf16 or --engine transformers")
         # The engine in this process: a second one would import everything again, which takes longer than it saves.
         for name, value in {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}.items():
             os.environ.setdefault(name, value)

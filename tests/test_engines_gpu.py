@@ -1,0 +1,134 @@
+"""The engines on a CUDA GPU: captured decoding, quantized weights, vLLM."""
+
+import importlib.util
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from test_slm_client import ask
+
+from slm_swap.engines import Workload
+from slm_swap.errors import UserError
+from slm_swap.settings import PACKAGE, Settings
+from slm_swap.slm_client import SLMClient
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vllm")
+SETTINGS = Settings(slm_model_path="models/phi-tiny")
+CITIES = ("Oslo", "Lima", "Rome", "Kyoto", "Quito", "Accra", "Porto", "Turin", "Nantes", "Bergen", "Malmo")
+ROWS = [ask(f"{text} {city}", 1 + number % 2) for text in ("Check the weather in", "Check weather for") for number, city in enumerate(CITIES)]
+
+
+@pytest.fixture(autouse=True)
+def exact():
+    """No TF32: fp32 replies do not depend on how they are computed then, but for ties."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def client(**options) -> SLMClient:
+    return SLMClient(SETTINGS, max_new_tokens=40, workload=Workload(len(ROWS), 1024), **options)
+
+
+def texts(asked: SLMClient) -> list[tuple[str, str, int]]:
+    replies = asked.generate(ROWS)
+    asked.close()
+    return [(reply.text, reply.finish_reason, reply.output_tokens) for reply in replies]
+
+
+def agreement(left: list, right: list) -> float:
+    """The share of equal replies; ties may be broken either way."""
+    return sum(one == other for one, other in zip(left, right, strict=True)) / len(left)
+
+
+@pytest.fixture(scope="module")
+def launched() -> list:
+    """Replies by steps that are launched one by one."""
+    asked = client(engine="transformers", precision="fp32")
+    asked.engine._captured = None
+    return texts(asked)
+
+
+@pytest.mark.parametrize("size", [8, 32, "auto"])
+def test_captured_steps_give_the_same_replies(launched, size):
+    asked = client(engine="transformers", precision="fp32", batch_size=size)
+    assert asked.engine._captured is not None
+    assert texts(asked) == launched
+    assert any(step.graph is not None for step in asked.engine._captured._steps.values())
+
+
+def test_longrope_is_captured_within_the_first_context(tmp_path):
+    """Phi-4-mini's own rotary embedding, on random weights: the same numbers with and without graphs."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    tiny = PACKAGE / "models/phi-tiny"
+    config = AutoConfig.from_pretrained(tiny)
+    config.max_position_embeddings, config.original_max_position_embeddings, config.sliding_window = 8192, 1024, 8190
+    factors = config.hidden_size // config.num_attention_heads * 3 // 4 // 2
+    config.rope_parameters = {
+        "rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.75, "original_max_position_embeddings": 1024,
+        "short_factor": [1.0] * factors, "long_factor": [4.0] * factors,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path)
+    asked = SLMClient(SETTINGS, model=tmp_path, precision="fp32", engine="transformers", max_new_tokens=40)
+    assert asked.engine._captured.fits(900) and not asked.engine._captured.fits(1020)
+    captured = texts(asked)
+    assert any(step.graph is not None for step in asked.engine._captured._steps.values())
+    asked.engine._captured = None
+    assert texts(asked) == captured
+
+
+def test_captured_steps_of_quantized_weights_give_the_same_replies():
+    asked = client(engine="transformers", precision="nf4")
+    captured = texts(asked)
+    assert any(step.graph is not None for step in asked.engine._captured._steps.values())
+    asked.engine._captured = None
+    assert agreement(captured, texts(asked)) > 0.8  # in 16 bits there are more ties
+
+
+def test_eight_bits_are_not_captured():
+    asked = client(engine="transformers", precision="int8")
+    assert asked.engine._captured is None and all(tokens > 3 for _, _, tokens in texts(asked))
+
+
+@vllm
+@pytest.mark.parametrize("start", ["eager", "graphs"])
+def test_vllm_gives_the_same_replies(launched, start):
+    assert agreement(texts(client(engine="vllm", precision="fp32", engine_start=start)), launched) > 0.8
+
+
+@vllm
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_vllm_runs_in_each_precision(precision):
+    asked = client(engine="vllm", precision=precision)
+    assert (asked.describe()["engine"], asked.describe()["precision"]) == ("vllm", precision)
+    assert all(tokens > 3 for _, _, tokens in texts(asked))
+
+
+@vllm
+def test_both_engines_take_an_adapter(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    from slm_swap.slm_client import load_model
+    from slm_swap.training import linear_names
+
+    torch.manual_seed(1)
+    base = load_model(PACKAGE / "models/phi-tiny", "fp32")
+    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=32, target_modules=linear_names(base), init_lora_weights=False))
+    model.save_pretrained(tmp_path)
+    del model, base
+    both = [texts(client(engine=engine, precision="bf16", adapter=tmp_path)) for engine in ("transformers", "vllm")]
+    plain = texts(client(engine="transformers", precision="bf16"))
+    assert agreement(*both) > 0.5 > agreement(both[0], plain)
+
+
+@vllm
+def test_vllm_has_no_adapters_in_32_bits(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"r": 8}')
+    with pytest.raises(UserError, match="no adapters in fp32"):
+        client(engine="vllm", precision="fp32", adapter=tmp_path)
