@@ -15,12 +15,12 @@ from training_rows import BASE, INPUTS, QUICK, ROWS, example
 from slm_swap.checkpoints import MARKER, RUN, Checkpoints
 from slm_swap.errors import UserError
 from slm_swap.evaluation import evaluate, references, summary
-from slm_swap.settings import Settings
+from slm_swap.settings import Launch, Settings
 from slm_swap.slm_client import SLMClient
 from slm_swap.tracks import TRACKS
-from slm_swap.training import train
+from slm_swap.training import identity, train
 
-# Two epochs in another order each, dropout, an accumulation that the epoch does not divide by, a best step before the last one.
+# Epochs in another order each, dropout, an accumulation that the epoch does not divide by, a best step before the last one.
 PARAMETERS = replace(QUICK, batch_size=1, gradient_accumulation=3, epochs=4, learning_rate=5e-3, eval_steps=3, lora_r=8)
 SAVE_STEPS = 4
 # They ask for the color that the train rows forbid: the better the model learns, the worse it is here.
@@ -130,7 +130,9 @@ def test_killed_at_random_moments_it_ends_in_the_same_adapter(whole, tmp_path):
 def test_checkpoints_of_another_run_are_refused(tmp_path):
     out = tmp_path / "adapter"
     checkpoints = Checkpoints(out)
-    in_child(out, kill_in("slm_swap.training_record", "plot", 1))
+    checkpoints.open(identity("structured", BASE, PARAMETERS, "trl", INPUTS, None, Launch()), resume=False)
+    checkpoints.path(8).mkdir()
+    checkpoints.complete(8, {})
     kept = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
     with pytest.raises(UserError, match=r"holds an unfinished run \(step 8\): go on with --resume, or delete"):
         run(out)
@@ -141,7 +143,7 @@ def test_checkpoints_of_another_run_are_refused(tmp_path):
     for message, other in others.items():
         with pytest.raises(UserError, match=message):
             run(out, resume=True, **other)
-    assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == kept and checkpoints.steps() == [3, 8]
+    assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == kept and checkpoints.steps() == [8]
 
 
 def test_only_marked_checkpoints_count_and_the_rest_goes(tmp_path):
