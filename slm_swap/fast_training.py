@@ -137,6 +137,14 @@ class CompletionTrainer(SFTTrainer):
         loss = outputs["loss"] / num_items_in_batch * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
+    def get_eval_dataloader(self, eval_dataset=None):
+        """Each row once: ranks may have different numbers of batches, as nothing waits for the others in between."""
+        self.accelerator.even_batches = False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.accelerator.even_batches = True
+
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """The mean loss over all targets of the rows, however they lie in batches; nothing is compiled for it."""
         self.model.eval()

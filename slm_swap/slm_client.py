@@ -194,7 +194,7 @@ class SLMClient:
         started = time.perf_counter()
         folders = [self.path, *([self.adapter] if self.adapter else [])]
         with ThreadPoolExecutor(1) as background:  # while the model is loaded
-            hashes = background.submit(lambda: [_files_hash(folder) for folder in folders])
+            hashes = background.submit(lambda: [files_hash(folder) for folder in folders])
             self._load(name, batch_size, trust_remote_code, engine_start, workload)
         self._files_sha256 = hashes.result()
         self.load_seconds = time.perf_counter() - started
@@ -211,7 +211,7 @@ class SLMClient:
 
             loaded = load_model(self.path, self.precision, placement(self.path, self.precision), trust_remote_code)
             if self.adapter:
-                loaded = _with_adapter(loaded, self.adapter, self.path)
+                loaded = with_adapter(loaded, self.adapter, self.path)
             self.engine = TransformersEngine(loaded.eval(), self.tokenizer, batch_size)
             self._parameters = {"max_new_tokens": self.max_new_tokens, "batch_size": batch_size, "do_sample": False}
 
@@ -315,7 +315,12 @@ def serve_rows(settings: Settings, concurrency: int | None = None, **options: An
     return serve(settings.launch, lambda workload: SLMClient(settings, workload=workload, **options))
 
 
-def _with_adapter(model: Any, adapter: Path, base: Path) -> Any:
+def with_adapter(model: Any, adapter: Path, base: Path) -> Any:
+    """A loaded model with an adapter on it; `base` is where it was loaded from.
+
+    Raises:
+        UserError: the two do not fit.
+    """
     from peft import PeftModel
 
     try:
@@ -327,7 +332,7 @@ def _with_adapter(model: Any, adapter: Path, base: Path) -> Any:
         ) from None
 
 
-def _files_hash(folder: Path) -> str:
+def files_hash(folder: Path) -> str:
     """A hash of the names and contents of what a checkpoint's or adapter's folder is loaded from: of blocks, by all cores at once."""
     kinds = {".json", ".jinja", ".model", ".txt", ".safetensors", ".bin", ".py"}
     files = sorted(path for path in folder.iterdir() if path.suffix in kinds and path.name != "training_info.json")

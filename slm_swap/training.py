@@ -1,22 +1,24 @@
 """QLoRA fine-tuning: rows to token ids, the trainer of either back end, and an adapter that says how it was made."""
 
-import shutil
 import sys
-import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from slm_swap.checkpoints import Checkpoints
 from slm_swap.errors import UserError
 from slm_swap.evaluation import Stopwatch
 from slm_swap.examples import Example
 from slm_swap.packing import IGNORED, PackCollator, add_targets, packed_rows
 from slm_swap.prompts import build_messages
-from slm_swap.reports import SCHEMA_VERSION, code_version, hardware, now, package_versions, sha256_file, write_json, write_jsonl
+from slm_swap.reports import SCHEMA_VERSION, code_version, hardware, now, package_versions, sha256_file
 from slm_swap.seeds import set_seed
-from slm_swap.settings import display_path
-from slm_swap.slm_client import encode_prompt, load_model, load_tokenizer
+from slm_swap.settings import PACKAGE, Launch, display_path, find_path
+from slm_swap.slm_client import encode_prompt, files_hash, load_model, load_tokenizer
 from slm_swap.tracks import TRACKS
+from slm_swap.training_checks import length_report, memory_needed, memory_warning
+from slm_swap.training_record import peak_memory_gib, save_adapter
 
 BACKENDS = ("auto", "unsloth", "trl")
 COMPILE = ("auto", "yes", "no")
@@ -42,13 +44,31 @@ class Hyperparameters:
     packing: bool = False  # a step's micro-batch is one pack of whole rows; gradient_accumulation then counts packs
     pack_length: int = 8192  # tokens in a pack
     compile: str = "auto"  # the layers, by torch.compile; auto: where it pays
+    eval_steps: int = 0  # steps between evaluations on the validation rows, the best of which is kept; 0: none, and the last step is kept
+    eval_generate: int = 0  # validation rows that are replied to at each evaluation
+    best_by: str = "loss"  # which evaluation is the best: the lowest loss, or the highest value of one of the track's metrics
+    early_stopping: int = 0  # evaluations in a row without a new best after which training ends; 0: it never does
     seed: int = 42
 
     def __post_init__(self):
+        if not self.eval_steps and (self.eval_generate or self.early_stopping or self.best_by != "loss"):
+            raise UserError("--eval-generate, --best-by and --early-stopping are about evaluations during training: add --eval-steps N")
+        if self.best_by != "loss" and not self.eval_generate:
+            raise UserError(f"--best-by {self.best_by} is measured on generated replies: add --eval-generate N")
         if self.packing and self.pack_length < self.max_length:
             raise UserError(
                 f"rows of up to {self.max_length} tokens do not fit into packs of {self.pack_length}: raise --pack-length or lower --max-length"
             )
+
+    def check_metric(self, track: str) -> None:
+        """Refuse a `best_by` that the track does not have.
+
+        Raises:
+            UserError: so.
+        """
+        known = ("loss", *TRACKS[track].gate)
+        if self.best_by not in known:
+            raise UserError(f"--best-by {self.best_by} is no metric of {track}: choose one of {', '.join(known)}")
 
     @property
     def compiled(self) -> bool:
@@ -88,23 +108,52 @@ def choose_backend(wanted: str, packing: bool = False) -> str:
     return wanted
 
 
-def tokenize(tokenizer: Any, track: str, examples: list[Example], max_length: int) -> tuple[list[dict[str, list[int]]], int]:
+def has_gpu(launch: Launch) -> bool:
+    """Whether this process has a GPU of its own, or none has one."""
+    import torch
+
+    return not torch.cuda.is_available() or launch.local_rank < torch.cuda.device_count()
+
+
+def choose_deepspeed(given: str | None, launch: Launch) -> Path | None:
+    """DeepSpeed's configuration: `given`, for "none" no DeepSpeed, and for None ZeRO-2 where several GPUs are used.
+
+    Raises:
+        UserError: there is no such file, or DeepSpeed cannot work here.
+    """
+    import importlib.util
+
+    import torch
+
+    if given == "none" or (given is None and (launch.world == 1 or not torch.cuda.is_available())):
+        return None
+    path = find_path(given or PACKAGE / "accelerate_config/deepspeed_zero2.json")
+    if not path.is_file():
+        raise UserError(f"no DeepSpeed configuration at {display_path(path)}: check --deepspeed-config, or pass none")
+    if launch.world == 1 or not torch.cuda.is_available():
+        raise UserError("DeepSpeed is for several processes on CUDA GPUs: start them with torchrun or accelerate launch, or pass none")
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UserError("deepspeed is not installed: pip install -r requirements.txt, or use --deepspeed-config none")
+    return path
+
+
+def tokenize(tokenizer: Any, track: str, examples: list[Example], max_length: int) -> tuple[list[dict[str, list[int]]], list[int]]:
     """Rows to {"input_ids", "labels"}; the prompt's labels are IGNORED, the completion ends with the model's end token.
 
     The prompt is exactly what evaluation shows. Rows longer than `max_length` tokens are left out (a completion that is cut would
-    teach the model to stop early): the second value counts them.
+    teach the model to stop early): the second value is their lengths.
 
     Raises:
         UserError: a completion is not a reply of the track.
     """
-    rows, too_long = [], 0
+    rows, too_long = [], []
     end = end_token(tokenizer)
     for example in examples:
         TRACKS[track].reference(example)
         prompt = encode_prompt(tokenizer, build_messages(track, example.prompt))
         completion = [*tokenizer(example.completion, add_special_tokens=False)["input_ids"], end]
         if len(prompt) + len(completion) > max_length:
-            too_long += 1
+            too_long.append(len(prompt) + len(completion))
             continue
         rows.append({"input_ids": prompt + completion, "labels": [IGNORED] * len(prompt) + completion})
     return rows, too_long
@@ -165,8 +214,8 @@ def linear_names(model: Any) -> list[str]:
     return sorted(names - {"lm_head"})
 
 
-def trainer_arguments(parameters: Hyperparameters, backend: str, output_dir: str) -> Any:
-    """TRL's configuration: no checkpoints of its own, no reporting, no waiting for the GPU between steps."""
+def trainer_arguments(parameters: Hyperparameters, backend: str, output_dir: str, deepspeed: Path | None = None) -> Any:
+    """TRL's configuration: what is due when is left to training_loop.Watch; no reporting, no waiting for the GPU between steps."""
     import torch
     from trl import SFTConfig
 
@@ -195,11 +244,12 @@ def trainer_arguments(parameters: Hyperparameters, backend: str, output_dir: str
         use_cpu=not cuda,
         save_strategy="no",
         eval_strategy="no",
-        logging_steps=0.05,  # of all steps
+        logging_strategy="no",
         logging_nan_inf_filter=False,
         ddp_find_unused_parameters=False,
         accelerator_config={"non_blocking": cuda},
         report_to="none",
+        deepspeed=str(deepspeed) if deepspeed else None,
         disable_tqdm=not sys.stderr.isatty(),
         **own,
     )
@@ -252,6 +302,29 @@ def make_trainer(
     return CompletionTrainer(**given, data_collator=collator)
 
 
+def load_together(load: Callable[[], Any], processes: int) -> Any:
+    """`load()`; where it fails on one of several ranks, all end with that rank's error.
+
+    Raises:
+        UserError: as `load`, on whichever rank.
+    """
+    loaded = error = None
+    try:
+        loaded = load()
+    except UserError as reason:
+        error = str(reason)
+    errors = [error]
+    if processes > 1:
+        import torch
+
+        errors = [None] * processes
+        torch.distributed.all_gather_object(errors, error)
+    for rank, reason in enumerate(errors):
+        if reason:
+            raise UserError(f"rank {rank}: {reason}" if rank else reason)
+    return loaded
+
+
 def train(
     track: str,
     base: Path,
@@ -262,13 +335,20 @@ def train(
     backend: str,
     inputs: dict[str, dict],
     preset: str = "documented",
+    *,
+    save_steps: int = 0,
+    resume: bool = False,
+    deepspeed: Path | None = None,
+    launch: Launch = Launch(),  # noqa: B008  frozen
+    say: Callable[[str], object] = lambda _: None,
 ) -> dict[str, Any]:
     """Fine-tune a LoRA adapter and put it, with the story of its making, in the folder `out`: all of it or nothing.
 
-    Gives what `training_info.json` holds.
+    Each process of a launch calls this; rank 0 writes. `save_steps` steps apart (0: only with each best evaluation) there is a
+    checkpoint beside `out`, from the last of which `resume` goes on. Gives what `training_info.json` holds.
 
     Raises:
-        UserError: no row is short enough, or a completion is not a reply of the track.
+        UserError: no row is short enough, or a completion is not a reply of the track; the model or the checkpoints do not fit.
     """
     clock = Stopwatch()
     if backend == "unsloth":
@@ -277,59 +357,76 @@ def train(
     tokenizer = load_tokenizer(base)
     rows, too_long = tokenize(tokenizer, track, train_rows, parameters.max_length)
     held_out, _ = tokenize(tokenizer, track, val_rows, parameters.max_length)
-    if not rows:
-        raise UserError(f"every train row is longer than {parameters.max_length} tokens: raise --max-length")
-    with tempfile.TemporaryDirectory() as scratch:
-        arguments = trainer_arguments(parameters, backend, scratch)
-        model = load_trainable(base, parameters, backend, arguments.device)
+    if not rows or (parameters.eval_steps and not held_out):
+        raise UserError(f"every {'val' if rows else 'train'} row is longer than {parameters.max_length} tokens: raise --max-length")
+    lengths = sorted(len(row["input_ids"]) for row in rows)
+    say(length_report(lengths, too_long, parameters.max_length))
+    checkpoints, run = Checkpoints(out), {}
+    if launch.rank == 0:
+        run = identity(track, base, parameters, backend, inputs, deepspeed, launch)
+        checkpoints.open(run, resume)
+    from slm_swap.training_eval import GenerationSample
+    from slm_swap.training_loop import run_trainer
+
+    try:
+        arguments = trainer_arguments(parameters, backend, str(checkpoints.folder), deepspeed)
+        warn_of_memory(base, parameters, backend, lengths[-1], arguments.device, say)
+        model = load_together(lambda: load_trainable(base, parameters, backend, arguments.device), launch.world)
         trainer = make_trainer(model, tokenizer, arguments, rows, held_out, parameters, backend)
-        before = trainer.evaluate()["eval_loss"] if held_out else None
-        clock.lap()
-        trainer.train()
-        seconds = clock.lap()
-        after = trainer.evaluate()["eval_loss"] if held_out else None
-    losses = [entry for entry in trainer.state.log_history if "loss" in entry]
-    info = {
-        "schema_version": SCHEMA_VERSION,
-        "stage": "train",
-        "created_at": now(),
-        "track": track,
-        "backend": backend,
-        "base_model": {"path": display_path(base), "config_sha256": sha256_file(base / "config.json")},
-        "preset": preset,
-        "hyperparameters": asdict(parameters),
-        "inputs": inputs,
-        "rows": {"train": len(rows), "val": len(held_out), "too_long": too_long},
-        "tokens": {"train": sum(len(row["input_ids"]) for row in rows), "longest": max(len(row["input_ids"]) for row in rows)},
-        "steps": trainer.state.global_step,
-        "train_loss": losses[-1]["loss"] if losses else None,
-        "eval_loss": {"before": before, "after": after},
-        "seconds": {"train": round(seconds, 2), "total": round(clock.total, 2)},
-        "code": code_version(),
-        "packages": package_versions(),
-        "hardware": hardware(),
-    }
-    _save(trainer.model, tokenizer, out, info, losses, base)
+        sample = GenerationSample(trainer, tokenizer, track, val_rows[: parameters.eval_generate], backend)
+        told, log = run_trainer(trainer, parameters, sample, checkpoints, save_steps, clock, say)
+        tokens, seconds = sum(lengths) * (trainer.state.epoch or 0), told["seconds"]["train"]
+        info = {
+            "schema_version": SCHEMA_VERSION,
+            "stage": "train",
+            "created_at": now(),
+            "preset": preset,
+            **run,
+            "base_model": {"path": display_path(base), **run.get("base_model", {})},
+            "inputs": inputs,
+            "rows": {"train": len(rows), "val": len(held_out), "too_long": len(too_long)},
+            "tokens": {"train": sum(lengths), "longest": lengths[-1], "longest_left_out": max(too_long, default=None)},
+            "steps": trainer.state.global_step,
+            "best_step": trainer.state.best_global_step,
+            "train_loss": next((entry["loss"] for entry in reversed(log) if "loss" in entry), None),
+            **told,
+            "tokens_per_second": round(tokens / seconds, 1) if seconds else None,
+            "peak_memory_gib": peak_memory_gib(),
+            "code": code_version(),
+            "packages": package_versions(),
+            "hardware": hardware(),
+        }
+        if launch.rank == 0:
+            save_adapter(trainer.model, tokenizer, out, info, log, base, checkpoints)
+    except BaseException:
+        if launch.rank == 0 and not checkpoints.steps():
+            checkpoints.remove()
+        raise
     return info
 
 
-def _save(model: Any, tokenizer: Any, out: Path, info: dict, losses: list[dict], base: Path) -> None:
-    """Write the adapter beside its place, then move it there: an older adapter stays whole until the new one is."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        staged = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    except OSError as error:
-        raise UserError(f"cannot write {display_path(out)} ({error.strerror}): choose another place with --out") from None
-    try:
-        model.peft_config["default"].base_model_name_or_path = display_path(base)
-        model.save_pretrained(staged)
-        tokenizer.save_pretrained(staged)
-        write_json(staged / "training_info.json", info)
-        write_jsonl(staged / "training_log.jsonl", losses)
-        staged.chmod(0o755)
-        if out.exists():
-            shutil.rmtree(out)
-        staged.rename(out)
-    except BaseException:
-        shutil.rmtree(staged, ignore_errors=True)
-        raise
+def warn_of_memory(base: Path, parameters: Hyperparameters, backend: str, longest: int, device: Any, say: Callable) -> None:
+    """Say so where the GPU's free memory is less than what training is estimated to take."""
+    import torch
+    from transformers import AutoConfig
+
+    if device.type == "cuda":
+        needed = memory_needed(AutoConfig.from_pretrained(base), parameters, longest, backend)
+        warning = memory_warning(needed, torch.cuda.mem_get_info(device)[0] / 2**30, parameters)
+        if warning:
+            say(f"warning: {warning}")
+
+
+def identity(
+    track: str, base: Path, parameters: Hyperparameters, backend: str, inputs: dict[str, dict], deepspeed: Path | None, launch: Launch
+) -> dict[str, Any]:
+    """What a run's checkpoints are of: two runs of one identity can go on with each other's."""
+    return {
+        "track": track,
+        "backend": backend,
+        "base_model": {"config_sha256": sha256_file(base / "config.json"), "files_sha256": files_hash(base)},
+        "hyperparameters": asdict(parameters),
+        "inputs": {name: {key: told[key] for key in ("sha256", "rows")} for name, told in inputs.items()},
+        "processes": launch.world,
+        "deepspeed_sha256": sha256_file(deepspeed) if deepspeed else None,
+    }

@@ -5,37 +5,13 @@ import sys
 from dataclasses import replace
 
 import pytest
+from training_rows import BASE, INPUTS, QUICK, ROWS
 
 from slm_swap.errors import UserError
-from slm_swap.examples import Example
-from slm_swap.prompts import build_messages, structured_prompt, structured_schema
+from slm_swap.prompts import build_messages
 from slm_swap.settings import PACKAGE, Settings
 from slm_swap.slm_client import SLMClient, encode_prompt, load_tokenizer
 from slm_swap.training import IGNORED, PRESETS, Hyperparameters, choose_backend, end_token, tokenize, train
-
-BASE = PACKAGE / "models/phi-tiny"
-QUICK = Hyperparameters(
-    precision="fp32", batch_size=4, gradient_accumulation=1, epochs=4, learning_rate=5e-3, gradient_checkpointing=False
-)
-TOOL = {
-    "name": "paint_wall",
-    "description": "Paint a wall.",
-    "parameters": {
-        "type": "object",
-        "properties": {"color": {"type": "string", "description": "The color."}},
-        "required": ["color"],
-    },
-}
-
-
-def example(color: str, completion: str | None = None) -> Example:
-    """A made-up convention that the base cannot know: whatever is asked for, walls are painted white."""
-    gold = completion or '{"tool_name":"paint_wall","arguments":{"color":"white"}}'
-    return Example(prompt=structured_prompt(structured_schema(TOOL), f"Paint the wall in {color}"), completion=gold, id=color)
-
-
-ROWS = [example(color) for color in ("red", "blue", "green", "black", "white", "gray", "brown", "pink")]
-INPUTS = {"train": {"path": "rows.jsonl", "sha256": "0" * 64, "rows": len(ROWS)}}
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +28,7 @@ def trained(tmp_path_factory):
 def test_the_loss_is_on_the_completion_only(tokenizer):
     (row,), too_long = tokenize(tokenizer, "structured", ROWS[:1], 2048)
     prompt = encode_prompt(tokenizer, build_messages("structured", ROWS[0].prompt))
-    assert too_long == 0 and row["input_ids"][: len(prompt)] == prompt
+    assert too_long == [] and row["input_ids"][: len(prompt)] == prompt
     assert row["labels"][: len(prompt)] == [IGNORED] * len(prompt)
     assert row["labels"][len(prompt) :] == row["input_ids"][len(prompt) :]
     assert tokenizer.decode(row["input_ids"][len(prompt) :]) == ROWS[0].completion + "<|end|>"
@@ -61,8 +37,8 @@ def test_the_loss_is_on_the_completion_only(tokenizer):
 def test_rows_that_are_too_long_are_left_out_whole(tokenizer):
     (row,), _ = tokenize(tokenizer, "structured", ROWS[:1], 2048)
     length = len(row["input_ids"])
-    assert tokenize(tokenizer, "structured", ROWS[:1], length) == ([row], 0)
-    assert tokenize(tokenizer, "structured", ROWS[:1], length - 1) == ([], 1)
+    assert tokenize(tokenizer, "structured", ROWS[:1], length) == ([row], [])
+    assert tokenize(tokenizer, "structured", ROWS[:1], length - 1) == ([], [length])
 
 
 def test_a_turn_ends_as_the_chat_format_ends_it(tokenizer):

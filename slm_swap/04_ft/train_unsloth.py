@@ -6,20 +6,22 @@ python 04_ft/train_unsloth.py --track structured --train 02_dataset/structured/t
 
 import argparse
 import sys
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
-from slm_swap.cli import Parser, positive, run, run_metadata, tracing_options, warn
+from slm_swap.cli import Parser, not_negative, positive, run, run_metadata, tracing_options, warn
 from slm_swap.engines import PRECISIONS
-from slm_swap.examples import read_examples, read_jsonl
+from slm_swap.examples import Example, read_examples, read_jsonl
 from slm_swap.langfuse_helpers import connect, trace_run
 from slm_swap.reports import sha256_file
-from slm_swap.settings import display_path, find_path, load_settings
+from slm_swap.settings import Launch, display_path, find_path, load_settings
 from slm_swap.slm_client import model_path
 from slm_swap.tracks import TRACKS
-from slm_swap.training import BACKENDS, COMPILE, PRESETS, Hyperparameters, choose_backend, train
+from slm_swap.training import BACKENDS, COMPILE, PRESETS, Hyperparameters, choose_backend, choose_deepspeed, has_gpu, train
+from slm_swap.training_checks import check_test_split
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -27,6 +29,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_track()
     parser.add_argument("--train", required=True, metavar="FILE", help="rows to train on")
     parser.add_argument("--val", required=True, metavar="FILE", help="rows to measure the loss on, never trained on")
+    parser.add_argument("--test", metavar="FILE", help="rows that must not be trained on (default: test.jsonl beside --train, if it is there)")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the adapter's folder")
     parser.add_argument("--model", metavar="DIR", help="the base model (default: SLM_MODEL_PATH)")
     parser.add_argument(
@@ -36,6 +39,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--preset", choices=PRESETS, default="documented", help="what the hyperparameters are where no flag says otherwise"
     )
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N rows of --train")
+    parser.add_argument("--save-steps", type=not_negative, default=100, metavar="N", help="steps between checkpoints; 0: none")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint, if there is one")
+    parser.add_argument(
+        "--deepspeed-config", metavar="FILE", help="none: plain DDP (default: accelerate_config/deepspeed_zero2.json on several GPUs)"
+    )
     choices = {"precision": PRECISIONS["transformers"], "compile": COMPILE}
     for field in fields(Hyperparameters):  # left out of the result where the flag is not given: the preset decides then
         kind = {"action": argparse.BooleanOptionalAction} if isinstance(field.default, bool) else {"type": type(field.default)}
@@ -47,47 +55,76 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    settings = load_settings()
-    connection = connect(settings, tracing_options(args, settings))
-    base = model_path(settings, args.model)
+def read_rows(args: argparse.Namespace) -> tuple[dict[str, list[Example]], dict[str, dict]]:
+    """The rows of --train and --val, and what is told of all files."""
     paths = {"train": find_path(args.train), "val": find_path(args.val)}
     rows = {"train": read_examples(paths["train"], args.limit), "val": read_examples(paths["val"])}
     for split in rows.values():
         for example in split:
             TRACKS[args.track].reference(example)
-    shared = {example.prompt for example in rows["train"]} & {example.prompt for example in rows["val"]}
-    if shared:
-        warn(f"{len(shared)} prompts stand in both files: the validation loss will look better than it is")
     inputs = {
         name: {"path": display_path(path), "sha256": sha256_file(path), "rows": len(rows[name])} for name, path in paths.items()
     }
+    if test := check_test_split(paths["train"], rows["train"], find_path(args.test) if args.test else None):
+        inputs["test"] = {"path": display_path(test), "sha256": sha256_file(test), "rows": None}
+    return rows, inputs
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    settings = load_settings()
+    launch = settings.launch
+    connection = connect(settings, tracing_options(args, settings)) if launch.rank == 0 else None
+    base = model_path(settings, args.model)
+    rows, inputs = read_rows(args)
     given = {field.name: getattr(args, field.name) for field in fields(Hyperparameters) if hasattr(args, field.name)}
     parameters = Hyperparameters(**PRESETS[args.preset] | given)
+    parameters.check_metric(args.track)
     backend = choose_backend(args.backend, parameters.packing)
+    deepspeed = choose_deepspeed(args.deepspeed_config, launch)
+    if not has_gpu(launch):
+        print(f"error: rank {launch.rank} has no GPU: start no more processes than there are GPUs", file=sys.stderr)
+        return 2
+    shared = {example.prompt for example in rows["train"]} & {example.prompt for example in rows["val"]}
+    if shared and launch.rank == 0:
+        warn(f"{len(shared)} prompts stand in both files: the validation loss will look better than it is")
     metadata, tags = run_metadata(args) | {"backend": backend}, ["train", args.track]
     with trace_run(connection, f"train-{args.track}", args.out, metadata, tags) as trace:
-        info = train(args.track, base, rows["train"], rows["val"], args.out, parameters, backend, inputs, args.preset)
-        for _, point in read_jsonl(args.out / "training_log.jsonl"):
-            trace.event("loss", point)
-        adapter = {"adapter": display_path(args.out), "adapter_sha256": sha256_file(args.out / "adapter_model.safetensors")}
-        trace.update(output=info, metadata={"hyperparameters": asdict(parameters)} | adapter)
-        losses = {
-            "train_loss": info["train_loss"],
-            "eval_loss_before": info["eval_loss"]["before"],
-            "eval_loss_after": info["eval_loss"]["after"],
-        }
-        trace.scores({name: value for name, value in losses.items() if value is not None})
-    if info["rows"]["too_long"]:
-        warn(
-            f"{info['rows']['too_long']} rows are longer than {parameters.max_length} tokens and were left out: raise --max-length"
-        )
-    print(f"{info['rows']['train']} rows, {info['steps']} steps in {info['seconds']['train']} s on {backend}")
-    print(f"loss on the validation rows: {info['eval_loss']['before']:.4f} before, {info['eval_loss']['after']:.4f} after")
-    print(f"adapter: {display_path(args.out)}")
+        info = train(
+            args.track, base, rows["train"], rows["val"], args.out, parameters, backend, inputs, args.preset,
+            save_steps=args.save_steps, resume=args.resume, deepspeed=deepspeed, launch=launch, say=print if launch.rank == 0 else str,
+        )  # fmt: skip
+        if launch.rank == 0:
+            tell(trace, info, args.out)
+            show(info, args.out, launch)
     return 0
 
 
+def tell(trace: Any, info: dict[str, Any], out: Path) -> None:
+    """The run's trace: the loss curve, hyperparameters and losses."""
+    for _, point in read_jsonl(out / "training_log.jsonl"):
+        trace.event("loss", point)
+    adapter = {"adapter": display_path(out), "adapter_sha256": sha256_file(out / "adapter_model.safetensors")}
+    trace.update(output=info, metadata={"hyperparameters": info["hyperparameters"]} | adapter)
+    losses = {"train_loss": info["train_loss"], **{f"eval_loss_{when}": loss for when, loss in info["eval_loss"].items()}}
+    trace.scores({name: value for name, value in (losses | info["metrics"]["after"]).items() if value is not None})
+
+
+def show(info: dict[str, Any], out: Path, launch: Launch) -> None:
+    """What came out, on standard output."""
+    processes = f", {launch.world} processes" if launch.world > 1 else ""
+    print(
+        f"{info['rows']['train']} rows, {info['steps']} steps in {info['seconds']['train']} s on {info['backend']}{processes}: "
+        f"{info['tokens_per_second']} tokens/s"
+    )
+    for name, value in {"loss": info["eval_loss"], **info["metrics"]["after"]}.items():
+        before, after = (value["before"], value["after"]) if name == "loss" else (info["metrics"]["before"][name], value)
+        if after is not None:
+            print(f"{name} on the validation rows: {'unknown' if before is None else f'{before:.4f}'} before, {after:.4f} after")
+    if info["best_step"] not in (None, info["steps"]):
+        print(f"kept is step {info['best_step']}, the best one by {info['hyperparameters']['best_by']}")
+    print(f"adapter: {display_path(out)}")
+
+
 if __name__ == "__main__":
-    run(main)
+    run(main, launched=True)

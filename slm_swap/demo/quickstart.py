@@ -105,7 +105,7 @@ class Demo:
         self.stage(
             f"{track} fine-tune", "train_unsloth.py", "--track", track, "--train", data / "train.jsonl", "--val", data / "val.jsonl",
             "--out", adapter, "--backend", "trl", "--precision", "fp32", "--batch-size", 8, "--gradient-accumulation", 1,
-            "--no-gradient-checkpointing", "--lora-dropout", 0, "--learning-rate", "5e-3", "--limit", 48 if self.short else 800,
+            "--no-gradient-checkpointing", "--lora-dropout", 0, "--learning-rate", "5e-3", "--save-steps", 0, "--limit", 48 if self.short else 800,
         )  # fmt: skip
         evaluate("after", *local, "--adapter", adapter)
         compare("after", "decision_after", "--before", paths["before"])

@@ -28,6 +28,7 @@ class TransformersEngine:
 
     Args:
         batch_size: prompts in one batch; "auto" takes what fits in the free memory.
+        capture: use CUDA graphs where they can be used. They keep memory.
 
     A batch that does not fit in memory is halved and tried again. Rows leave a batch when they are done: it goes on with the others
     once half have left.
@@ -35,7 +36,7 @@ class TransformersEngine:
 
     name = "transformers"
 
-    def __init__(self, model: Any, tokenizer: Any, batch_size: int | str = 8):
+    def __init__(self, model: Any, tokenizer: Any, batch_size: int | str = 8, capture: bool = True):
         from slm_swap.engines.attention import use_grouped_attention
 
         self.model, self.tokenizer, self.wanted = model, tokenizer, batch_size
@@ -46,7 +47,7 @@ class TransformersEngine:
         self.batch_size = None if batch_size == "auto" else batch_size
         self.halved = 0
         self._batches = 0
-        self._captured = CapturedDecoder(model, self.ends) if can_capture(model) else None
+        self._captured = CapturedDecoder(model, self.ends) if capture and can_capture(model) else None
 
     def generate(self, prompts: Iterable[Prompt], answered: Container[int] = ()) -> Generator[Generated]:
         """Batches are those of all prompts, so that an interrupted run goes on with the batches that it would have had: one

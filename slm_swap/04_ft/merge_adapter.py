@@ -1,0 +1,40 @@
+"""Merge an adapter into its base model: a full checkpoint that eval.py (SLM_MODEL_PATH) and vLLM load.
+
+python 04_ft/merge_adapter.py --adapter 04_ft/adapter_toolcall --out models/phi-4-mini-toolcall
+python 04_ft/merge_adapter.py --adapter 04_ft/adapter_toolcall --out models/phi-4-mini-toolcall --dtype fp32
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
+
+from slm_swap.cli import Parser, run
+from slm_swap.merging import DTYPES, merge_adapter
+from slm_swap.reports import read_json
+from slm_swap.settings import display_path, load_settings
+from slm_swap.slm_client import adapter_path, model_path
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(description=__doc__)
+    parser.add_argument("--adapter", required=True, metavar="DIR", help="the adapter, as train_unsloth.py writes it")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the checkpoint's folder")
+    parser.add_argument("--model", metavar="DIR", help="the base model (default: the one that the adapter names)")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="the checkpoint's weights")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    adapter = adapter_path(args.adapter)
+    named = read_json(adapter / "adapter_config.json", "train_unsloth.py").get("base_model_name_or_path")
+    base = model_path(load_settings(), args.model or named)
+    info = merge_adapter(base, adapter, args.out, args.dtype)
+    print(f"{info['merged']['adapter']['path']} merged into {display_path(base)}, {args.dtype}: {display_path(args.out)}")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
