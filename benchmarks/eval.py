@@ -57,14 +57,13 @@ def once_started(checkpoint: Path, rows: Path, setting: dict[str, Any], warm: in
     from slm_swap.examples import read_examples
     from slm_swap.prompts import build_messages
     from slm_swap.settings import Settings
-    from slm_swap.slm_client import SLMClient, measure_workload
+    from slm_swap.slm_client import SLMClient, load_tokenizer, measure_workload
 
     stop_at_own_length()
     examples = [build_messages("structured", example.prompt) for example in read_examples(rows)]
+    workload = measure_workload(load_tokenizer(checkpoint), examples, LONGEST)
     count, clock = setting["rows"], time.perf_counter()
-    client = SLMClient(
-        Settings(slm_model_path=str(checkpoint)), max_new_tokens=LONGEST, workload=_workload(measure_workload, checkpoint, examples), **setting["flags"]
-    )
+    client = SLMClient(Settings(slm_model_path=str(checkpoint)), max_new_tokens=LONGEST, workload=workload, **setting["flags"])
     told: dict[str, Any] = {"load_seconds": time.perf_counter() - clock}
     clock = time.perf_counter()
     for _ in client.stream((len(examples) - warm + at, messages) for at, messages in enumerate(examples[-warm:])):
@@ -75,12 +74,6 @@ def once_started(checkpoint: Path, rows: Path, setting: dict[str, Any], warm: in
     tokens = sum(reply.output_tokens for reply in replies)
     memory = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
     return told | _rates(count, tokens, seconds) | {"peak_gib": memory / 2**30, "model": client.describe()}
-
-
-def _workload(measure, checkpoint: Path, examples: list) -> Any:
-    from slm_swap.slm_client import load_tokenizer
-
-    return measure(load_tokenizer(checkpoint), examples, LONGEST)
 
 
 def _rates(rows: int, tokens: int, seconds: float) -> dict[str, float]:

@@ -8,8 +8,6 @@ if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
 else
   gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
 fi
-processes=${EVAL_PROCESSES:-$gpus}
-if [ "$processes" -lt 2 ]; then
-  exec python 01_eval/eval.py "$@"
-fi
-exec torchrun --standalone --nproc_per_node="$processes" 01_eval/eval.py "$@"
+launcher=(python)
+[ "$gpus" -lt 2 ] || launcher=(torchrun --standalone --nproc_per_node="$gpus")
+exec "${launcher[@]}" 01_eval/eval.py "$@"

@@ -246,7 +246,7 @@ def test_the_flag_says_how_many_are_asked_at_a_time():
     parser.add_client()
     with AzureSimulator(ROWS, key=KEY, faults=Faults(slow=1.0, slow_seconds=0.3)) as server:
         for flags, most in (([], 32), (["--concurrency", "2"], 2)):
-            client = make_client("azure", settings_for(server.url), [], **client_options(parser.parse_args(flags)))
+            client = make_client("azure", settings_for(server.url), "structured", [], **client_options(parser.parse_args(flags)))
             server.most_in_flight = 0
             assert len(client.generate(chat(*ROWS))) == len(ROWS) and server.most_in_flight == most
             client.close()

@@ -18,9 +18,11 @@ BROKEN = "fast:precision=fp32,pack_length=2048,scheduler=none"
 
 @pytest.fixture(scope="module")
 def benchmark():
+    sys.path.insert(0, str(SCRIPT.parent))  # as for a script that is run
     spec = importlib.util.spec_from_file_location("train_benchmark", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    sys.path.remove(str(SCRIPT.parent))
     return module
 
 

@@ -238,12 +238,15 @@ def test_the_wrappers_count_the_gpus(checkout):
 
 def test_both_tracks_are_trained_and_a_failure_is_reported(checkout):
     folder = checkout(0, tracks=["structured"])
+    (folder / "02_dataset/toolcall").mkdir(parents=True, exist_ok=True)
+    for split in ("train", "val"):
+        (folder / f"02_dataset/toolcall/{split}.jsonl").write_text("no JSON\n")
     flags = [*map(str, FLAGS[2:]), "--limit", "4"]
     done = subprocess.run([folder / "train_parallel.sh", *flags], capture_output=True, text=True, env=environment(folder), timeout=300)
     assert done.returncode == 1 and "structured: done" in done.stdout and "toolcall: failed with exit code 2" in done.stderr
     assert (folder / "04_ft/adapter_structured/adapter_model.safetensors").is_file()
     assert "4 rows, 2 steps" in (folder / "04_ft/adapter_structured.log").read_text()
-    assert "02_dataset/toolcall/train.jsonl (No such file" in (folder / "04_ft/adapter_toolcall.log").read_text()
+    assert "02_dataset/toolcall/train.jsonl:1" in (folder / "04_ft/adapter_toolcall.log").read_text()
 
 
 @pytest.mark.parametrize("wrapper", ["train_parallel.sh", "train_sequential.sh"])

@@ -8,7 +8,7 @@ a CPU, and for models whose cache is not a plain one, each step is launched as u
 import time
 from collections.abc import Container, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -39,7 +39,7 @@ class TransformersEngine:
     def __init__(self, model: Any, tokenizer: Any, batch_size: int | str = 8, capture: bool = True):
         from slm_swap.engines.attention import use_grouped_attention
 
-        self.model, self.tokenizer, self.wanted = model, tokenizer, batch_size
+        self.model, self.tokenizer = model, tokenizer
         use_grouped_attention(model.get_base_model() if hasattr(model, "get_base_model") else model)
         self.context = model.config.max_position_embeddings
         ends = model.generation_config.eos_token_id
@@ -192,7 +192,7 @@ class Step:
     left: Any  # [rows], tokens that a row may still get; 0: it is done
     made: Any  # [rows, CHECK_EVERY], the tokens since the last look
     at: Any  # [1], the column of `made` that is written next
-    graph: Any = field(default=None)
+    graph: Any = None
 
 
 class CapturedDecoder:
