@@ -79,11 +79,12 @@ def load_settings() -> Settings:
 
 
 def load_launch() -> Launch:
-    """What the launcher of several processes says of this one."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    """What the launcher of several processes says of this one; alone unless it says all of it."""
+    told = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")]
+    if not all(told) or told[1] == "1":
         return Launch()
-    ranks = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    return Launch(*ranks, os.environ["MASTER_ADDR"])
+    rank, world, local_rank, master = told
+    return Launch(int(rank), int(world), int(local_rank), master)
 
 
 def find_path(path: str | Path) -> Path:

@@ -50,6 +50,8 @@ def test_what_a_launcher_says(monkeypatch):
     for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node-0"}.items():
         monkeypatch.setenv(name, value)
     assert load_settings().launch == Launch(5, 8, 1, "node-0")
+    monkeypatch.delenv("RANK")  # a scheduler may set some of them for what is no launch of ours
+    assert load_settings().launch == Launch()
 
 
 def test_the_file_is_read_and_the_environment_wins(checkout, monkeypatch):
