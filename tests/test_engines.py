@@ -1,5 +1,7 @@
 """The engines of the local model, as far as a machine without a GPU goes: on the embedded tiny model, in fp32."""
 
+import json
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,11 +11,12 @@ from test_slm_client import BATCH, ask
 from slm_swap import engines
 from slm_swap.engines import Prompt, Workload, choose_engine
 from slm_swap.engines import transformers_engine as module
+from slm_swap.engines import vllm_engine
 from slm_swap.engines.attention import GROUPED, grouped_sdpa
 from slm_swap.engines.transformers_engine import CapturedDecoder, take
 from slm_swap.engines.vllm_engine import end_tokens, lora_rank, start_for
 from slm_swap.errors import UserError
-from slm_swap.settings import PACKAGE, Settings
+from slm_swap.settings import PACKAGE, ROOT, Settings
 from slm_swap.slm_client import SLMClient, encode_prompt, measure_workload
 
 SETTINGS = Settings(slm_model_path="models/phi-tiny")
@@ -187,8 +190,16 @@ def test_the_engine_is_chosen(wanted, precision, fast, chosen, monkeypatch):
             choose_engine(wanted, precision)
 
 
+def test_the_start_is_chosen_by_what_was_measured():
+    told = json.loads((ROOT / "benchmarks/results/eval.json").read_text())["settings"]
+    eager, graphs = (told[f"vllm-{start}"] for start in ("eager", "graphs"))
+    extra = graphs["command"]["load_seconds"] - eager["command"]["load_seconds"]
+    saved = (eager["once_started"]["seconds"] - graphs["once_started"]["seconds"]) / graphs["once_started"]["rows"]
+    assert (vllm_engine.GRAPHS_EXTRA_SECONDS, vllm_engine.GRAPHS_SAVED_SECONDS_PER_ROW) == pytest.approx((extra, saved), rel=0.05)
+
+
 def test_vllm_starts_for_its_workload(client, tmp_path):
-    assert [start_for(rows) for rows in (1, 512, 200_000)] == ["eager", "eager", "graphs"]
+    assert [start_for(rows) for rows in (1, 512, 2048, 200_000)] == ["eager", "eager", "graphs", "graphs"]
     lengths = [len(encode_prompt(client.tokenizer, messages)) for messages in BATCH]
     assert measure_workload(client.tokenizer, iter(BATCH), 7) == Workload(len(BATCH), max(lengths) + 7)
     assert set(end_tokens(PACKAGE / "models/phi-tiny", None)) == client.engine.ends

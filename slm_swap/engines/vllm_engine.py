@@ -17,9 +17,9 @@ from slm_swap.errors import UserError
 FIRST_CONTEXT = 4096  # where nothing is known of the rows
 QUEUED = 1024  # prompts that the engine holds at a time: enough to keep the GPU full, few enough to stream
 DTYPES = {"bf16": "bfloat16", "fp8": "bfloat16", "fp32": "float32"}
-# What the choice of a start goes by, measured on one H200 by benchmarks/eval.py (see start_for).
-GRAPHS_EXTRA_SECONDS = 2.3
-GRAPHS_SAVED_SECONDS_PER_ROW = 0.0007
+# What the choice of a start goes by, measured on one H200: benchmarks/results/eval.json.
+GRAPHS_EXTRA_SECONDS = 2.8
+GRAPHS_SAVED_SECONDS_PER_ROW = 0.0023
 
 
 def start_for(rows: int) -> str:
