@@ -10,6 +10,7 @@ from slm_swap.settings import display_path
 from slm_swap.slm_client import files_hash, load_model, load_tokenizer, with_adapter
 from slm_swap.training_record import INFO
 
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 DTYPES = ("bf16", "fp32")
 
 
@@ -23,6 +24,9 @@ def merge_adapter(base: Path, adapter: Path, out: Path, dtype: str) -> dict[str,
     """
     if out.exists():
         raise UserError(f"{display_path(out)} exists already: choose another --out, or delete it")
+    weights = next((adapter / name for name in WEIGHTS if (adapter / name).exists()), None)
+    if weights is None:
+        raise UserError(f"no weights in {display_path(adapter)} ({' or '.join(WEIGHTS)}): train the adapter again")
     info = read_json(adapter / INFO, "train_unsloth.py") if (adapter / INFO).exists() else {}
     known, found = info.get("base_model", {}).get("files_sha256"), files_hash(base)
     if known not in (None, found):
@@ -31,7 +35,7 @@ def merge_adapter(base: Path, adapter: Path, out: Path, dtype: str) -> dict[str,
     tokenizer = load_tokenizer(base)
     info["merged"] = {
         "created_at": now(),
-        "adapter": {"path": display_path(adapter), "sha256": sha256_file(adapter / "adapter_model.safetensors")},
+        "adapter": {"path": display_path(adapter), "sha256": sha256_file(weights)},
         "base_model": {"path": display_path(base), "files_sha256": found},
         "dtype": dtype,
         "code": code_version(),

@@ -11,7 +11,9 @@ import secrets
 import threading
 from collections import Counter
 from collections.abc import Callable, Container, Generator, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
+from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client as connect_to
 from multiprocessing.connection import Connection, Listener, Pipe, wait
 from typing import Any
@@ -21,7 +23,8 @@ from slm_swap.errors import UserError
 from slm_swap.prompts import Messages
 from slm_swap.settings import Launch
 
-AHEAD = 4096  # rows dealt to a rank before it has asked for them; more than an engine wants to have at once
+AHEAD = 4096  # rows dealt to a rank that its engine has not taken yet
+TAKEN = 256  # rows after which a rank says that its engine has taken them
 
 
 def take_one_gpu(launch: Launch) -> None:
@@ -45,13 +48,16 @@ def _store() -> Any:
 def open_replicas(launch: Launch, workload: Any, make: Callable[[Any], Client]) -> "Replicas":
     """Rank 0's part: its own replica and the connections to the others, who build theirs at the same time."""
     key, store = secrets.token_bytes(32), _store()
-    with Listener((launch.master, 0), backlog=launch.world, authkey=key) as listener:
+    # On one machine only it can connect; over several, rank 0's own name may stand for its loopback.
+    host = launch.master if launch.master in ("127.0.0.1", "localhost") else ""
+    with Listener((host, 0), backlog=launch.world, authkey=key) as listener:
         store.set("key", key)
         store.set("port", str(listener.address[1]))
         connections = {}
         while len(connections) < launch.world - 1:
-            connection = listener.accept()
-            connections[connection.recv()] = connection
+            with suppress(AuthenticationError):  # somebody else's connection
+                connection = listener.accept()
+                connections[connection.recv()] = connection
     for connection in connections.values():
         connection.send(workload)
     return Replicas(make(workload), [connections[rank] for rank in sorted(connections)])
@@ -64,13 +70,18 @@ def serve(launch: Launch, make: Callable[[Any], Client]) -> int:
         connection.send(launch.rank)
         try:
             client = make(connection.recv())
-            connection.send((client.load_seconds, client.describe()["device"]))
+            connection.send((client.load_seconds, client.identity))
         except UserError as error:
             connection.send(error)
             return 2
         except (EOFError, OSError):  # rank 0 has ended, in whatever way
             return 0
         return answer(client, connection)
+
+
+def what_counts(identity: dict[str, Any]) -> dict[str, Any]:
+    """What all ranks must have alike: the files' contents, not where they lie, and the kind of device, not its number."""
+    return {name: told for name, told in identity.items() if name not in ("path", "adapter")} | {"device": identity["device"].split(":")[0]}
 
 
 def answer(client: Client, connection: Connection) -> int:
@@ -102,10 +113,14 @@ def answer(client: Client, connection: Connection) -> int:
             answered: set[int] = set()
 
             def rows(row: Any, answered: set[int] = answered) -> Iterator[tuple[int, Messages]]:
+                taken = 0
                 while row is not None:
                     index, messages, done = row
                     if done:
                         answered.add(index)
+                    taken += 1
+                    if taken % TAKEN == 0:
+                        connection.send(TAKEN)
                     yield index, messages
                     row = take()
 
@@ -123,19 +138,22 @@ class Replicas:
     """The local model on several GPUs behind the client protocol; `local` is this process's replica.
 
     Raises:
-        UserError: a rank could not load the model, or has no GPU where this one has; in `stream`: a rank ended early.
+        UserError: a rank could not load the model, or has another one, or no GPU where this one has; in `stream`: a rank ended early.
     """
 
     kind = "slm"
 
     def __init__(self, local: Client, others: list[Connection]):
         self.local, self._others, self._halved = local, others, 0
-        self.load_seconds, here = local.load_seconds, local.describe()["device"]
+        self.load_seconds = local.load_seconds
         for rank, connection in enumerate(others, 1):
-            seconds, device = self._receive(rank, connection)
+            seconds, identity = self._receive(rank, connection)
             self.load_seconds = max(self.load_seconds, seconds)
-            if device.split(":")[0] != here.split(":")[0]:
-                raise UserError(f"rank {rank} runs on {device} and rank 0 on {here}: launch no more processes than there are GPUs")
+            here, there = (what_counts(told) for told in (local.identity, identity))
+            if here.pop("device") != (device := there.pop("device")):
+                raise UserError(f"rank {rank} runs on {device} and rank 0 does not: launch no more processes than there are GPUs")
+            if differ := [name for name in here | there if here.get(name) != there.get(name)]:
+                raise UserError(f"rank {rank} has another model than rank 0 ({', '.join(differ)}): give all machines the same files and packages")
 
     @staticmethod
     def _receive(rank: int, connection: Connection) -> Any:
@@ -176,9 +194,8 @@ class Replicas:
                     rank = place % len(connections)
                     if dealt[rank] >= AHEAD:
                         break
-                    done = index in answered
-                    self._send(rank, connections[rank], (index, messages, done))
-                    dealt[rank] += not done
+                    self._send(rank, connections[rank], (index, messages, index in answered))
+                    dealt[rank] += 1
                     row = None
                 for connection in wait(busy):
                     rank = ranks[connection]
@@ -186,8 +203,9 @@ class Replicas:
                     if isinstance(told, dict):
                         busy.discard(connection)
                         self._halved += told.get("batches_halved", 0) if rank else 0
+                    elif isinstance(told, int):
+                        dealt[rank] -= told
                     else:
-                        dealt[rank] -= 1
                         index, reply = told
                         yield index, replace(reply, batch=reply.batch and f"{rank}.{reply.batch}")
 

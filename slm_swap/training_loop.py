@@ -94,11 +94,11 @@ class Watch(TrainerCallback):
         metrics.update(sampled)
         state.log_history[-1].update(sampled)
         value, sign = metrics[f"eval_{self.parameters.best_by}"], -1 if self.parameters.best_by == "loss" else 1
-        if state.best_metric is None or sign * value > sign * state.best_metric:
+        if math.isfinite(value) and (state.best_metric is None or sign * value > sign * state.best_metric):
             state.best_metric, state.best_global_step = value, state.global_step
             control.should_save = state.global_step < state.max_steps
         else:
-            since = [entry for entry in state.log_history if "eval_loss" in entry and entry["step"] > state.best_global_step]
+            since = [entry for entry in state.log_history if "eval_loss" in entry and entry["step"] > (state.best_global_step or 0)]
             control.should_training_stop |= 0 < self.parameters.early_stopping <= len(since)
         self.evaluating += self.lap.lap()
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -160,3 +161,30 @@ def test_each_process_sees_one_gpu(visible, rank, taken, monkeypatch):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     take_one_gpu(Launch(rank, 4, rank))
     assert os.environ["CUDA_VISIBLE_DEVICES"] == taken
+
+
+def test_prompts_that_do_not_fit_are_refused_without_end(tmp_path, monkeypatch):
+    """More rows in a stretch than a rank is ever given ahead: the engine waits for prompts that it can take, and gets on."""
+    import slm_swap.replicas as module
+    from slm_swap.engines import transformers_engine
+    from slm_swap.settings import Settings
+    from slm_swap.slm_client import SLMClient
+
+    monkeypatch.setattr(module, "AHEAD", 32)
+    monkeypatch.setattr(module, "TAKEN", 4)
+    monkeypatch.setattr(transformers_engine, "WINDOW", 16)
+    client = SLMClient(Settings(slm_model_path="models/phi-tiny"), precision="fp32", max_new_tokens=3)
+    monkeypatch.setattr(client.engine, "context", 120)
+    rows = [(n, [{"role": "user", "content": "Say it" + (" again" * 300 if n % 10 else "")}]) for n in range(300)]
+    replies = dict(module.Replicas(client, []).stream(rows, answered={0}))
+    assert sorted(replies) == list(range(1, 300))
+    assert sum(reply.error is not None for reply in replies.values()) == 270
+
+
+def test_ranks_of_different_models_do_not_work_together(tmp_path, rows):
+    other = tmp_path / "other"
+    shutil.copytree(PACKAGE / "models/phi-tiny", other)
+    config = json.loads((other / "generation_config.json").read_text())
+    (other / "generation_config.json").write_text(json.dumps(config | {"top_k": 7}))
+    assert finish(start(tmp_path, 2, flags(rows, tmp_path / "out.json"), rank1={"SLM_MODEL_PATH": str(other)}))[0] == 2
+    assert "error: rank 1 has another model than rank 0 (files_sha256)" in (tmp_path / "log0").read_text()

@@ -16,6 +16,7 @@ from slm_swap.cli import Parser, not_negative, positive, run, run_metadata, trac
 from slm_swap.engines import PRECISIONS
 from slm_swap.examples import Example, read_examples, read_jsonl
 from slm_swap.langfuse_helpers import connect, trace_run
+from slm_swap.replicas import take_one_gpu
 from slm_swap.reports import sha256_file
 from slm_swap.settings import Launch, display_path, find_path, load_settings
 from slm_swap.slm_client import model_path
@@ -74,6 +75,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     settings = load_settings()
     launch = settings.launch
+    if launch.world == 1:
+        take_one_gpu(launch)  # one process that sees several would spread each batch over them
     connection = connect(settings, tracing_options(args, settings)) if launch.rank == 0 else None
     base = model_path(settings, args.model)
     rows, inputs = read_rows(args)

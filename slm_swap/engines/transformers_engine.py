@@ -173,11 +173,18 @@ def fitting_batch(model: Any, prompts: Sequence[Prompt]) -> int:
 
 
 def can_capture(model: Any) -> bool:
-    """Whether a decode step can be replayed from a CUDA graph: nothing in it may be decided on the host."""
-    quantized = getattr(model.config, "quantization_config", None)
-    int8 = bool(getattr(quantized, "load_in_8bit", False))
+    """Whether a decode step can be replayed from a CUDA graph: its cache is a plain one, and nothing is decided on the host."""
+    from transformers import StaticCache
+    from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
+
+    if model.device.type != "cuda" or model.config._attn_implementation == "eager":
+        return False
+    int8 = bool(getattr(getattr(model.config, "quantization_config", None), "load_in_8bit", False))
     spread = len(set(getattr(model, "hf_device_map", {0: 0}).values())) > 1
-    return model.device.type == "cuda" and not int8 and not spread and model.config._attn_implementation != "eager"
+    config = model.config.get_text_config(decoder=True)
+    layers = StaticCache(config=config, max_cache_len=8).layers
+    plain = len(layers) == config.num_hidden_layers and all(type(layer) in (StaticLayer, StaticSlidingWindowLayer) for layer in layers)
+    return plain and not int8 and not spread and not getattr(config, "kv_lora_rank", None)
 
 
 @dataclass

@@ -13,9 +13,11 @@ from typing import Any
 
 from slm_swap.engines import Generated, Prompt, Workload
 from slm_swap.errors import UserError
+from slm_swap.settings import display_path
 
 FIRST_CONTEXT = 4096  # where nothing is known of the rows
 QUEUED = 1024  # prompts that the engine holds at a time: enough to keep the GPU full, few enough to stream
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 DTYPES = {"bf16": "bfloat16", "fp8": "bfloat16", "fp32": "float32"}
 # What the choice of a start goes by, measured on one H200: benchmarks/results/eval.json.
 GRAPHS_EXTRA_SECONDS = 2.8
@@ -35,6 +37,9 @@ class VllmEngine:
         start: one of engines.STARTS; "auto" decides by the workload's rows.
         workload: what it is started for. The engine's context is just what the longest row needs: with LongRoPE, vLLM takes the
             long factors for every row as soon as the context is longer than the model was first trained on.
+
+    Raises:
+        UserError: vLLM cannot start, or has no kernels for such an adapter.
     """
 
     name = "vllm"
@@ -65,19 +70,23 @@ class VllmEngine:
         self._sampling = SamplingParams
         self._lora = LoRARequest("adapter", 1, str(adapter)) if adapter else None
         rank = {"enable_lora": True, "max_lora_rank": lora_rank(adapter), "max_loras": 1} if adapter else {}
-        self._llm = LLM(
-            model=str(path),
-            skip_tokenizer_init=True,
-            trust_remote_code=trust_remote_code,
-            dtype=DTYPES[precision],
-            quantization="fp8" if precision == "fp8" else None,
-            max_model_len=context,
-            enforce_eager=self.start == "eager",
-            enable_prefix_caching=True,
-            compilation_config=None if self.start == "eager" else graphs,
-            disable_log_stats=True,
-            **rank,
-        )
+        try:
+            self._llm = LLM(
+                model=str(path),
+                skip_tokenizer_init=True,
+                trust_remote_code=trust_remote_code,
+                dtype=DTYPES[precision],
+                quantization="fp8" if precision == "fp8" else None,
+                max_model_len=context,
+                enforce_eager=self.start == "eager",
+                enable_prefix_caching=True,
+                compilation_config=None if self.start == "eager" else graphs,
+                disable_log_stats=True,
+                **rank,
+            )
+        except (ValueError, RuntimeError, OSError, NotImplementedError) as error:
+            reason = str(error).strip().split("\n")[0][:300]
+            raise UserError(f"vllm cannot start on {display_path(path)} ({reason}): free the GPU's memory, or use --engine transformers") from None
         self._engine = self._llm.llm_engine
         self.context = context
 
@@ -145,7 +154,13 @@ def end_tokens(path: Path, config: Any) -> list[int]:
 
 
 def lora_rank(adapter: Path) -> int:
-    """The smallest rank that vLLM has kernels for and that holds the adapter's."""
+    """The smallest rank that vLLM has kernels for and that holds the adapter's.
+
+    Raises:
+        UserError: there is none.
+    """
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     rank = max([config["r"], *config.get("rank_pattern", {}).values()])
-    return next(known for known in (8, 16, 32, 64, 128, 256, 320, 512) if known >= rank)
+    if rank > LORA_RANKS[-1]:
+        raise UserError(f"the adapter {display_path(adapter)} has rank {rank}, and vllm takes {LORA_RANKS[-1]}: use --engine transformers")
+    return next(known for known in LORA_RANKS if known >= rank)
