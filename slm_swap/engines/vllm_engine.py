@@ -1,7 +1,7 @@
 """Greedy decoding with vLLM's offline engine: continuous batching, a prefix cache, LoRA adapters.
 
-It can start eager, which is sooner up, or with CUDA graphs of the decode step, which is faster then. The graphs are captured without
-compiling the model first: most of their gain for a fraction of the wait (benchmarks/results/eval.json has the seconds).
+It can start eager, which is sooner up, or with CUDA graphs of the decode step, which is faster then (benchmarks/results/eval.json has the
+seconds of both). The graphs are captured without compiling the model first, so that the start stays short.
 """
 
 import json
