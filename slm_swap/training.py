@@ -1,5 +1,6 @@
 """QLoRA fine-tuning: rows to token ids, the trainer of either back end, and an adapter that says how it was made."""
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -186,6 +187,10 @@ def load_trainable(path: Path, parameters: Hyperparameters, backend: str, device
 
 def _load_unsloth(path: Path, parameters: Hyperparameters) -> Any:
     import torch
+    from transformers import AutoConfig
+
+    if parameters.compile != "auto":
+        os.environ["UNSLOTH_BLOCK_COMPILE"] = "1" if parameters.compile == "yes" else "0"
     from unsloth import FastLanguageModel
 
     model, _ = FastLanguageModel.from_pretrained(
@@ -195,6 +200,10 @@ def _load_unsloth(path: Path, parameters: Hyperparameters) -> Any:
         load_in_4bit=parameters.precision == "nf4",
         load_in_8bit=parameters.precision == "int8",
     )
+    vocabulary = AutoConfig.from_pretrained(path).vocab_size
+    if model.get_input_embeddings().weight.shape[0] != vocabulary:
+        # Where padding and the end of a text are one token, Unsloth adds a row for another: the checkpoint has none.
+        model.resize_token_embeddings(vocabulary)
     return FastLanguageModel.get_peft_model(
         model,
         r=parameters.lora_r,

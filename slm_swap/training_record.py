@@ -51,7 +51,7 @@ def save_adapter(model: Any, tokenizer: Any, out: Path, info: dict, log: list[di
     for folder in (staged, old):
         shutil.rmtree(folder, ignore_errors=True)
     model.peft_config["default"].base_model_name_or_path = display_path(base)
-    model.save_pretrained(staged)
+    model.save_pretrained(staged, save_embedding_layers=False)  # LoRA changes none; PEFT would guess
     tokenizer.save_pretrained(staged)
     write_json(staged / INFO, info)
     write_jsonl(staged / LOG, (dict(sorted(entry.items())) for entry in log))

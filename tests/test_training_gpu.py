@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_fast_training import some_rows, tiny_model
 from training_rows import BASE, ROWS
 
@@ -20,7 +21,8 @@ from slm_swap.checkpoints import Checkpoints
 from slm_swap.packing import IGNORED, PackCollator, packed_rows
 from slm_swap.prompts import build_messages
 from slm_swap.settings import PACKAGE, Settings
-from slm_swap.slm_client import SLMClient
+from slm_swap.slm_client import SLMClient, load_model, load_tokenizer, with_adapter
+from slm_swap.training import tokenize
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -99,14 +101,35 @@ def run(words: list[str], out: Path) -> dict:
     return json.loads((out / "training_info.json").read_text())
 
 
+def loss(model) -> float:
+    """Of the validation rows' completions, all of which have the same length."""
+    rows, _ = tokenize(load_tokenizer(BASE), "structured", ROWS[:4], 2048)
+    with torch.no_grad():
+        parts = [{name: torch.tensor([values], device="cuda") for name, values in row.items()} for row in rows]
+        return sum(model(**part).loss.item() for part in parts) / len(parts)
+
+
 @pytest.mark.parametrize("backend", ["trl", "unsloth"])
 @pytest.mark.parametrize("precision", ["int8", "nf4", "bf16"])
 def test_both_back_ends_train_on_every_precision(command, backend, precision):
     if backend == "unsloth":
         needs("unsloth")
-    told = run(*command("adapter", *QUICK, "--backend", backend, "--precision", precision))
+    words, out = command("adapter", *QUICK, "--backend", backend, "--precision", precision)
+    told = run(words, out)
     assert told["eval_loss"]["after"] < 0.5 * told["eval_loss"]["before"] and told["backend"] == backend
     assert told["peak_memory_gib"]["gpu"] > 0
+    assert all("lora_" in name for name in load_file(out / "adapter_model.safetensors"))
+    model = with_adapter(load_model(BASE, precision, device_map={"": 0}), out, BASE).eval()
+    assert loss(model) == pytest.approx(told["eval_loss"]["after"], rel=0.1, abs=0.02), "it is not the model that was trained"
+
+
+@pytest.mark.parametrize("backend", ["trl", "unsloth"])
+def test_rows_of_a_pack_do_not_see_each_other(command, backend):
+    """They have one completion in common, so that the loss of a row that sees others is far lower."""
+    if backend == "unsloth":
+        needs("unsloth")
+    told = run(*command("adapter", *PACKED, "--epochs", 1, "--backend", backend))
+    assert told["eval_loss"]["before"] == pytest.approx(loss(load_model(BASE, "bf16", device_map={"": 0})), rel=0.02)
 
 
 def test_the_adapter_of_packed_rows_is_loaded_and_was_measured_on_generated_replies(command):
