@@ -4,7 +4,8 @@
     python benchmarks/parity.py --model models/phi-4-mini --dataset 02_dataset/toolcall/test.jsonl --limit 500
 
 Greedy decoding is exact but for rounding: where two tokens are all but equally likely, another order of additions may choose the
-other one. Each setting is one run of 01_eval/eval.py; its replies are compared with those of the first setting.
+other one. Each setting is one run of 01_eval/eval.py; its replies are compared with those of the first setting. The file is written
+after each.
 """
 
 import argparse
@@ -73,16 +74,21 @@ def main(argv: list[str] | None = None) -> int:
     args.dataset = find_path(args.dataset or f"02_dataset/{args.track}/test.jsonl")
     if not args.dataset.is_file():
         raise UserError(f"no rows at {display_path(args.dataset)}: make them with 02_dataset/prepare_data.py or pass --dataset FILE")
-    with tempfile.TemporaryDirectory() as folder:
-        told = {name: evaluated(args, SETTINGS[name], Path(folder, f"{name}.json")) for name in args.settings}
-    first = told[args.settings[0]]
-    found = {name: compared(args.track, first.get("replies", {}), one) for name, one in told.items()} if "replies" in first else told
-    for name, one in found.items():
-        print(f"{name:24} {one.get('failed') or format(one['share'], '8.2%') + ' of the replies differ'}")
     out = args.out or ROOT / "benchmarks/results/parity.json"
     about = {"model": args.model, "adapter": args.adapter, "dataset": display_path(args.dataset), "dataset_sha256": sha256_file(args.dataset)}
-    machine = next((one["report"]["hardware"] for one in told.values() if "report" in one), hardware())
-    write_json(out, {"created_at": now(), "code": code_version(), "hardware": machine, "packages": package_versions(), **about, "settings": found})
+    about |= {"created_at": now(), "code": code_version(), "hardware": hardware(), "packages": package_versions(), "settings": {}}
+    reference = None
+    with tempfile.TemporaryDirectory() as folder:
+        for name in args.settings:
+            told = evaluated(args, SETTINGS[name], Path(folder, f"{name}.json"))
+            if "report" in told:
+                reference = reference or told["replies"]
+                about["hardware"] = told["report"]["hardware"]
+            elif reference is None:
+                raise UserError(f"{name}, the reference, failed ({told['failed']}): choose --settings that work here")
+            about["settings"][name] = one = compared(args.track, reference, told)
+            print(f"{name:24} {one.get('failed') or format(one['share'], '8.2%') + ' of the replies differ'}", flush=True)
+            write_json(out, about)
     print(f"report: {display_path(out)}")
     return 0
 

@@ -189,8 +189,9 @@ def _load_unsloth(path: Path, parameters: Hyperparameters) -> Any:
     import torch
     from transformers import AutoConfig
 
-    if parameters.compile != "auto":
-        os.environ["UNSLOTH_BLOCK_COMPILE"] = "1" if parameters.compile == "yes" else "0"
+    # Unsloth compiles by default. bitsandbytes' 8-bit layers break its graphs: minutes of compiling in which nothing is trained.
+    if parameters.compile == "no" or (parameters.compile == "auto" and parameters.precision == "int8"):
+        os.environ["UNSLOTH_BLOCK_COMPILE"] = "0"
     from unsloth import FastLanguageModel
 
     model, _ = FastLanguageModel.from_pretrained(
@@ -379,7 +380,7 @@ def train(
 
     try:
         arguments = trainer_arguments(parameters, backend, str(checkpoints.folder), deepspeed)
-        warn_of_memory(base, parameters, backend, lengths[-1], arguments.device, say)
+        warn_of_memory(base, parameters, lengths[-1], arguments.device, say)
         model = load_together(lambda: load_trainable(base, parameters, backend, arguments.device), launch.world)
         trainer = make_trainer(model, tokenizer, arguments, rows, held_out, parameters, backend)
         sample = GenerationSample(trainer, tokenizer, track, val_rows[: parameters.eval_generate], backend)
@@ -414,13 +415,13 @@ def train(
     return info
 
 
-def warn_of_memory(base: Path, parameters: Hyperparameters, backend: str, longest: int, device: Any, say: Callable) -> None:
+def warn_of_memory(base: Path, parameters: Hyperparameters, longest: int, device: Any, say: Callable) -> None:
     """Say so where the GPU's free memory is less than what training is estimated to take."""
     import torch
     from transformers import AutoConfig
 
     if device.type == "cuda":
-        needed = memory_needed(AutoConfig.from_pretrained(base), parameters, longest, backend)
+        needed = memory_needed(AutoConfig.from_pretrained(base), parameters, longest)
         warning = memory_warning(needed, torch.cuda.mem_get_info(device)[0] / 2**30, parameters)
         if warning:
             say(f"warning: {warning}")
