@@ -4,8 +4,11 @@ The trainer writes a checkpoint file by file; one counts only with the marker th
 therefore goes on from its last whole checkpoint.
 """
 
+import fcntl
 import json
+import os
 import shutil
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from slm_swap.reports import read_json, write_json
 from slm_swap.settings import display_path
 
 RUN = "run.json"  # what the checkpoints are of
+LOCK = "lock"  # held by the process that trains
 MARKER = "complete.json"  # in a checkpoint that is whole
 
 
@@ -30,27 +34,43 @@ class Checkpoints:
         """The steps of the whole checkpoints, in order."""
         return sorted(int(marker.parent.name.rsplit("-", 1)[1]) for marker in self.folder.glob(f"checkpoint-*/{MARKER}"))
 
-    def open(self, run: dict[str, Any], resume: bool) -> None:
-        """Make the folder ready for a run that `run` identifies; what a killed one left half written goes.
+    def run_id(self, resume: bool) -> str:
+        """The id of the unfinished run that `resume` goes on with, else a new one: what its trace goes by."""
+        known = read_json(self.folder / RUN, "train_unsloth.py") if resume and (self.folder / RUN).is_file() else {}
+        return known.get("run_id") or str(uuid.uuid4())
+
+    def open(self, run: dict[str, Any], resume: bool, run_id: str | None = None) -> None:
+        """Make the folder ready for a run that `run` identifies, for this process alone; what a killed one left half written goes.
 
         Raises:
-            UserError: there are checkpoints and `resume` is not asked for, or they are of another run; the folder cannot be made.
+            UserError: there are checkpoints and `resume` is not asked for, or they are of another run; another process has the folder, or
+                it cannot be made.
         """
         shown = display_path(self.folder)
+        self._lock(shown)
         if steps := self.steps():
             if not resume:
                 raise UserError(f"{shown} holds an unfinished run (step {steps[-1]}): go on with --resume, or delete that folder")
             kept, asked = read_json(self.folder / RUN, "train_unsloth.py"), json.loads(json.dumps(run))
+            kept.pop("run_id", None)
             if differing := differences(kept, asked):
                 raise UserError(f"{shown} is of another run ({'; '.join(differing)}): resume with that, or delete the folder")
+        for inside in self.folder.iterdir():
+            if inside.name not in {RUN, LOCK, *(self.path(step).name for step in steps)}:
+                shutil.rmtree(inside) if inside.is_dir() else inside.unlink()
+        write_json(self.folder / RUN, {**run, "run_id": run_id})
+
+    def _lock(self, shown: str) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)  # closed when the process ends
         except OSError as error:
             raise UserError(f"cannot write {shown} ({error.strerror}): choose another place with --out") from None
-        for inside in self.folder.iterdir():
-            if inside.name not in {RUN, *(self.path(step).name for step in steps)}:
-                shutil.rmtree(inside) if inside.is_dir() else inside.unlink()
-        write_json(self.folder / RUN, run)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(descriptor)
+            raise UserError(f"another process trains with {shown}: wait for its end, or choose another --out") from None
 
     def latest(self) -> tuple[Path, dict[str, Any]] | None:
         """The newest whole checkpoint and what `complete` was told of it."""

@@ -74,11 +74,12 @@ def trace_run(
     metadata: dict[str, Any] | None = None,
     tags: list[str] | None = None,
     seed: str | None = None,
+    keep: bool = False,
 ) -> Iterator["RunTrace | NoTrace"]:
     """One trace around a run, kept on its way in a file beside `beside`, the run's report; none without a connection.
 
-    `seed` makes the trace's id. A run that was interrupted goes on with its trace under the same seed: its file stays until it ends
-    well, so that nothing is told twice. An exception inside marks the trace ERROR and goes on its way after it is delivered.
+    `seed` makes the trace's id: a run that was interrupted goes on with its trace under the same seed. With `keep` the file stays until
+    the run ends well, so that rows are not told twice. An exception inside marks the trace ERROR and goes on its way after it is delivered.
 
     Raises:
         UserError: before the body runs: the file is another run's or cannot be written.
@@ -91,7 +92,7 @@ def trace_run(
         yield trace
     except BaseException as error:
         trace.fail(f"{type(error).__name__}: {error}")
-        trace.close(keep=seed is not None)
+        trace.close(keep)
         raise
     trace.close()
 
@@ -113,7 +114,7 @@ class RunTrace:
     def __init__(self, connection: Connection, name: str, beside: Path, metadata: dict[str, Any], tags: list[str], seed: str):
         self._content, session = connection.tracing.content, connection.tracing.session
         server, self._host = connection.server, connection.server.host
-        self.id: str = hashlib.sha256(seed.encode()).digest()[:16].hex()  # as the SDK's create_trace_id
+        self.id = trace_id(seed)
         self.url = f"{server.base_url}/project/{connection.project}/traces/{self.id}" if connection.project else None
         shared = {
             "langfuse.trace.name": name,
@@ -246,6 +247,11 @@ class RunTrace:
             name: value for name, value in values.items() if isinstance(value, str) or (value is not None and math.isfinite(value))
         }
         return [{"scores": good, "of": of, "at": time.time_ns()}] if good else []
+
+
+def trace_id(seed: str) -> str:
+    """As the SDK's create_trace_id."""
+    return hashlib.sha256(seed.encode()).digest()[:16].hex()
 
 
 def outbox_path(report: Path) -> Path:

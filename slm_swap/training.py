@@ -348,6 +348,7 @@ def train(
     *,
     save_steps: int = 0,
     resume: bool = False,
+    run_id: str | None = None,
     deepspeed: Path | None = None,
     launch: Launch = Launch(),  # noqa: B008  frozen
     say: Callable[[str], object] = lambda _: None,
@@ -355,7 +356,7 @@ def train(
     """Fine-tune a LoRA adapter and put it, with the story of its making, in the folder `out`: all of it or nothing.
 
     Each process of a launch calls this; rank 0 writes. `save_steps` steps apart (0: only with each best evaluation) there is a
-    checkpoint beside `out`, from the last of which `resume` goes on. Gives what `training_info.json` holds.
+    checkpoint beside `out`, from the last of which `resume` goes on, and there `run_id` is kept. Gives what `training_info.json` holds.
 
     Raises:
         UserError: no row is short enough, or a completion is not a reply of the track; the model or the checkpoints do not fit.
@@ -374,7 +375,7 @@ def train(
     checkpoints, run = Checkpoints(out), {}
     if launch.rank == 0:
         run = identity(track, base, parameters, backend, inputs, deepspeed, launch)
-        checkpoints.open(run, resume)
+        checkpoints.open(run, resume, run_id)
     from slm_swap.training_eval import GenerationSample
     from slm_swap.training_loop import run_trainer
 
@@ -391,6 +392,7 @@ def train(
             "stage": "train",
             "created_at": now(),
             "preset": preset,
+            "run_id": run_id,
             **run,
             "base_model": {"path": display_path(base), **run.get("base_model", {})},
             "inputs": inputs,

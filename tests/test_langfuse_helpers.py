@@ -45,8 +45,8 @@ def impatient(monkeypatch):
 def traced(tmp_path):
     """`trace_run` for a report in the test's own folder."""
 
-    def run(settings, name="run", metadata=None, tags=None, report="report.json", seed=None, **tracing):
-        return trace_run(connect(settings, Tracing(**tracing)), name, tmp_path / report, metadata, tags, seed)
+    def run(settings, name="run", metadata=None, tags=None, report="report.json", seed=None, keep=False, **tracing):
+        return trace_run(connect(settings, Tracing(**tracing)), name, tmp_path / report, metadata, tags, seed, keep)
 
     return run
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from training_rows import BASE, INPUTS, QUICK, ROWS, example
 
-from slm_swap.checkpoints import MARKER, RUN, Checkpoints
+from slm_swap.checkpoints import LOCK, MARKER, RUN, Checkpoints
 from slm_swap.errors import UserError
 from slm_swap.evaluation import evaluate, references, summary
 from slm_swap.settings import Launch, Settings
@@ -155,7 +155,7 @@ def test_only_marked_checkpoints_count_and_the_rest_goes(tmp_path):
             checkpoints.complete(step, {"step": step}, best=5)
     assert checkpoints.steps() == [5, 15] and checkpoints.latest() == (checkpoints.path(15), {"step": 15})
     checkpoints.open({"seed": 1}, resume=True)
-    assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["checkpoint-15", "checkpoint-5", RUN]
+    assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["checkpoint-15", "checkpoint-5", LOCK, RUN]
     assert (checkpoints.path(15) / MARKER).is_file()
     checkpoints.remove()
     assert checkpoints.latest() is None and not list(tmp_path.iterdir())

@@ -11,8 +11,11 @@ from collections import Counter
 import pytest
 from langfuse_server import LangfuseServer
 
+from slm_swap.checkpoints import Checkpoints
 from slm_swap.demo.azure_simulator import AzureSimulator, Faults
+from slm_swap.errors import UserError
 from slm_swap.examples import Example
+from slm_swap.langfuse_helpers import outbox_path, trace_id
 from slm_swap.prompts import structured_prompt
 from slm_swap.reports import code_version, sha256_file
 from slm_swap.settings import PACKAGE
@@ -39,7 +42,7 @@ def files(tmp_path):
     return tmp_path
 
 
-def run(server, script: str, *flags: object) -> subprocess.CompletedProcess:
+def begin(server, script: str, *flags: object) -> subprocess.Popen:
     public_key, secret_key = server.keys.split(":")
     keys = {
         "LANGFUSE_PUBLIC_KEY": public_key,
@@ -48,7 +51,13 @@ def run(server, script: str, *flags: object) -> subprocess.CompletedProcess:
         "LANGFUSE_DISABLED": "0",
     }
     command = [sys.executable, str(PACKAGE / script), *map(str, flags)]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | keys, timeout=240)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | keys)
+
+
+def run(server, script: str, *flags: object) -> subprocess.CompletedProcess:
+    with begin(server, script, *flags) as process:
+        output, errors = process.communicate(timeout=240)
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
 def evaluate(server, files, *more: object) -> dict:
@@ -193,12 +202,15 @@ def test_a_comparison_is_a_trace_with_its_decision(server, files):
     assert scores == {"verdict": "NEED_MORE_DATA"} | {f"{name}_difference": 0 for name in decision["metrics"]}
 
 
-def test_a_training_run_is_a_trace_with_its_losses(server, files):
-    flags = (
+def training(files) -> tuple:
+    return (
         "--track", "structured", "--train", files / "rows.jsonl", "--val", files / "rows.jsonl", "--out", files / "adapter", "--precision", "fp32",
         "--model", "models/phi-tiny", "--batch-size", 3, "--gradient-accumulation", 1, "--no-gradient-checkpointing",
     )  # fmt: skip
-    done = run(server, "train_unsloth.py", *flags)
+
+
+def test_a_training_run_is_a_trace_with_its_losses(server, files):
+    done = run(server, "train_unsloth.py", *training(files))
     assert done.returncode == 0, done.stderr
     info = json.loads((files / "adapter/training_info.json").read_text())
     scores = {score["name"]: score["value"] for score in server.scores}
@@ -210,6 +222,39 @@ def test_a_training_run_is_a_trace_with_its_losses(server, files):
     assert sorted(point.json("metadata.loss") for point in points) == sorted(entry["loss"] for entry in curve) and curve
     root = next(span for span in server.spans if span.kind == "chain")
     assert root.json("metadata.adapter_sha256") == sha256_file(files / "adapter/adapter_model.safetensors")
+
+
+def test_a_training_that_is_killed_and_resumed_is_one_trace(server, files):
+    flags, checkpoints = (*training(files), "--epochs", 40, "--save-steps", 2), Checkpoints(files / "adapter")
+    with begin(server, "train_unsloth.py", *flags) as process:
+        deadline = time.monotonic() + 120
+        while not checkpoints.steps():
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+            time.sleep(0.01)
+        with pytest.raises(UserError, match=r"another process trains with .*adapter.checkpoints: wait for its end"):
+            Checkpoints(files / "adapter").open({}, resume=True)
+        process.kill()
+    assert checkpoints.steps() and outbox_path(files / "adapter").exists() and not (files / "adapter").exists()
+    done = run(server, "train_unsloth.py", *flags, "--resume")
+    assert done.returncode == 0, done.stderr
+    info = json.loads((files / "adapter/training_info.json").read_text())
+    assert info["sessions"] == 2 and info["steps"] == 80
+    (root,) = [span for span in server.spans if span.kind == "chain"]
+    assert {span.trace for span in server.spans} == {root.trace} and root.trace == trace_id(info["run_id"])
+    assert len([span for span in server.spans if span.name == "loss"]) == sum(1 for _ in (files / "adapter/training_log.jsonl").open())
+    assert sorted(path.name for path in files.iterdir()) == ["adapter", "replies.jsonl", "rows.jsonl"], "nothing of the killed run is left"
+
+
+def test_a_training_that_fails_gives_its_trace_away_and_may_begin_again(server, files):
+    flags = training(files)
+    (files / "adapter.checkpoints").write_text("in the way")
+    assert run(server, "train_unsloth.py", *flags).returncode == 2
+    (root,) = server.spans
+    assert root.attributes["langfuse.observation.level"] == "ERROR" and not outbox_path(files / "adapter").exists()
+    (files / "adapter.checkpoints").unlink()
+    done = run(server, "train_unsloth.py", *flags)
+    assert done.returncode == 0, done.stderr
+    assert len({span.trace for span in server.spans}) == 2, "another run, another trace"
 
 
 def test_a_run_with_wrong_keys_stops_before_any_work(server, files):

@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
             model = {"model": model_name(told), "engine": told.get("engine", args.model_kind)}
             metadata = run_metadata(args) | read | model | {"report": display_path(out)}
             title, tags = f"eval-{args.track}-{args.model_kind}", ["eval", args.track, args.model_kind]
-            with trace_run(connection, title, out, metadata, tags, seed=journal.header["run_id"]) as trace:
+            with trace_run(connection, title, out, metadata, tags, seed=journal.header["run_id"], keep=True) as trace:
                 earlier = journal.seconds
                 tell = RowTracer(trace, args.track, client, experiment)
                 ask(args, tally, client, dataset, journal, tell)

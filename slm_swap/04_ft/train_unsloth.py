@@ -12,6 +12,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
+from slm_swap.checkpoints import Checkpoints
 from slm_swap.cli import Parser, not_negative, positive, run, run_metadata, tracing_options, warn
 from slm_swap.engines import PRECISIONS
 from slm_swap.examples import Example, read_examples, read_jsonl
@@ -92,10 +93,11 @@ def main(argv: list[str] | None = None) -> int:
     if shared and launch.rank == 0:
         warn(f"{len(shared)} prompts stand in both files: the validation loss will look better than it is")
     metadata, tags = run_metadata(args) | {"backend": backend}, ["train", args.track]
-    with trace_run(connection, f"train-{args.track}", args.out, metadata, tags) as trace:
+    run_id = Checkpoints(args.out).run_id(args.resume) if launch.rank == 0 else None
+    with trace_run(connection, f"train-{args.track}", args.out, metadata, tags, seed=run_id) as trace:
         info = train(
             args.track, base, rows["train"], rows["val"], args.out, parameters, backend, inputs, args.preset,
-            save_steps=args.save_steps, resume=args.resume, deepspeed=deepspeed, launch=launch, say=print if launch.rank == 0 else str,
+            save_steps=args.save_steps, resume=args.resume, run_id=run_id, deepspeed=deepspeed, launch=launch, say=print if launch.rank == 0 else str,
         )  # fmt: skip
         if launch.rank == 0:
             tell(trace, info, args.out)
