@@ -1,17 +1,22 @@
 """The engines on a CUDA GPU: captured decoding, quantized weights, vLLM."""
 
 import importlib.util
+from dataclasses import replace
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
 from test_slm_client import ask
+from training_rows import BASE, INPUTS, QUICK
+from training_rows import ROWS as TAUGHT
 
 from slm_swap.engines import Workload
 from slm_swap.errors import UserError
-from slm_swap.settings import PACKAGE, Settings
+from slm_swap.prompts import build_messages
+from slm_swap.settings import Settings
 from slm_swap.slm_client import SLMClient
+from slm_swap.training import train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vllm")
@@ -33,8 +38,8 @@ def client(**options) -> SLMClient:
     return SLMClient(SETTINGS, max_new_tokens=40, workload=Workload(len(ROWS), 1024), **options)
 
 
-def texts(asked: SLMClient) -> list[tuple[str, str, int]]:
-    replies = asked.generate(ROWS)
+def texts(asked: SLMClient, rows: list = ROWS) -> list[tuple[str, str, int]]:
+    replies = asked.generate(rows)
     asked.close()
     return [(reply.text, reply.finish_reason, reply.output_tokens) for reply in replies]
 
@@ -64,8 +69,7 @@ def test_longrope_is_captured_within_the_first_context(tmp_path):
     """Phi-4-mini's own rotary embedding, on random weights: the same numbers with and without graphs."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    tiny = PACKAGE / "models/phi-tiny"
-    config = AutoConfig.from_pretrained(tiny)
+    config = AutoConfig.from_pretrained(BASE)
     config.max_position_embeddings, config.original_max_position_embeddings, config.sliding_window = 8192, 1024, 8190
     factors = config.hidden_size // config.num_attention_heads * 3 // 4 // 2
     config.rope_parameters = {
@@ -74,7 +78,7 @@ def test_longrope_is_captured_within_the_first_context(tmp_path):
     }  # fmt: skip
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(BASE).save_pretrained(tmp_path)
     asked = SLMClient(SETTINGS, model=tmp_path, precision="fp32", engine="transformers", max_new_tokens=40)
     assert asked.engine._captured.fits(900) and not asked.engine._captured.fits(1020)
     captured = texts(asked)
@@ -112,19 +116,16 @@ def test_vllm_runs_in_each_precision(precision):
 
 @vllm
 def test_both_engines_take_an_adapter(tmp_path):
-    from peft import LoraConfig, get_peft_model
-
-    from slm_swap.slm_client import load_model
-    from slm_swap.training import linear_names
-
-    torch.manual_seed(1)
-    base = load_model(PACKAGE / "models/phi-tiny", "fp32")
-    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=2, target_modules=linear_names(base), init_lora_weights=False))
-    model.save_pretrained(tmp_path)
-    del model, base
-    both = [texts(client(engine=engine, precision="bf16", adapter=tmp_path)) for engine in ("transformers", "vllm")]
-    plain = texts(client(engine="transformers", precision="bf16"))
-    assert agreement(*both) > agreement(both[0], plain)
+    """It was taught that walls are painted white whatever is asked for, which the base does not know."""
+    pytest.importorskip("trl")
+    train("structured", BASE, TAUGHT, TAUGHT[:1], tmp_path / "adapter", replace(QUICK, precision="bf16", epochs=8), "trl", INPUTS)
+    asked = [build_messages("structured", row.prompt) for row in TAUGHT]
+    for engine in ("transformers", "vllm"):
+        right = []
+        for adapter in (None, tmp_path / "adapter"):
+            replies = texts(client(engine=engine, precision="bf16", adapter=adapter), asked)
+            right.append(sum(text == row.completion for (text, *_), row in zip(replies, TAUGHT, strict=True)))
+        assert right[0] < 3 and right[1] > 6, engine
 
 
 @vllm
