@@ -1,6 +1,7 @@
 """Training in several processes: the same result, one that speaks, and no rank left waiting for one that has failed."""
 
 import contextlib
+import importlib.util
 import io
 import json
 import multiprocessing
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 from training_rows import BASE, INPUTS, QUICK, ROWS
 
+from slm_swap.checkpoints import Checkpoints
 from slm_swap.errors import UserError
 from slm_swap.settings import PACKAGE, Launch
 from slm_swap.training import choose_deepspeed, has_gpu, load_together, train
@@ -34,15 +36,15 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def on_two_ranks(work, *args) -> list:
-    """What `work(rank, *args)` gives on each of two forked processes that find each other as torchrun's do."""
+def on_two_ranks(work, *args, killed: bool = False) -> list:
+    """What `work(rank, *args)` gives on each of two forked processes that find each other as torchrun's do. `killed`: rank 0 kills itself."""
     import slm_swap.fast_training  # noqa: F401  once, not in each
 
     context, port = multiprocessing.get_context("fork"), free_port()
     results = context.SimpleQueue()
 
     def rank(number: int) -> None:
-        os.environ |= {"RANK": str(number), "WORLD_SIZE": "2", "LOCAL_RANK": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {"RANK": str(number), "WORLD_SIZE": "2", "LOCAL_RANK": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
         output = io.StringIO()
         with contextlib.redirect_stdout(output):
             found = work(number, *args)
@@ -51,10 +53,12 @@ def on_two_ranks(work, *args) -> list:
     children = [context.Process(target=rank, args=(number,)) for number in range(2)]
     for child in children:
         child.start()
-    for child in children:
-        child.join(120)
-    assert [child.exitcode for child in children] == [0, 0]
-    return sorted(results.get() for _ in children)
+    children[0].join(120)
+    if killed:
+        children[1].kill()
+    children[1].join(120)
+    assert [child.exitcode for child in children] == ([-signal.SIGKILL] * 2 if killed else [0, 0])
+    return [] if killed else sorted(results.get() for _ in children)
 
 
 def train_rank(rank: int, out: Path, parameters) -> dict:
@@ -78,6 +82,36 @@ def test_two_processes_do_what_one_does_with_twice_the_accumulation(tmp_path, sh
         assert told["eval_loss"] == pytest.approx(alone["eval_loss"], rel=2e-3) and told["metrics"] == alone["metrics"]
     assert found[0][2] and not found[1][2], "only rank 0 prints"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"], "only rank 0 writes"
+
+
+def train_sharded(rank: int, out: Path, deepspeed: Path | None, dies: bool = False) -> None:
+    """With `dies`, rank 0 is killed as its second checkpoint is whole."""
+    complete, calls = Checkpoints.complete, []
+
+    def complete_and_die(*args, **options):
+        complete(*args, **options)
+        calls.append(1)
+        if dies and len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Checkpoints.complete = complete_and_die
+    parameters = replace(QUICK, batch_size=1, lora_dropout=0.1, eval_steps=4)
+    train("structured", BASE, ROWS, ROWS[:3], out, parameters, "trl", INPUTS, save_steps=3, resume=True, deepspeed=deepspeed, launch=Launch(rank, 2, rank))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+def test_zero2_gives_the_adapter_of_plain_ddp_and_resumes(tmp_path):
+    """On one CPU thread a process the sums are the same to the bit."""
+    zero2 = PACKAGE / "accelerate_config/deepspeed_zero2.json"
+    on_two_ranks(train_sharded, tmp_path / "ddp", None)
+    on_two_ranks(train_sharded, tmp_path / "zero2", zero2)
+    on_two_ranks(train_sharded, tmp_path / "killed", zero2, True, killed=True)
+    assert Checkpoints(tmp_path / "killed").steps() and not (tmp_path / "killed").exists()
+    on_two_ranks(train_sharded, tmp_path / "killed", zero2)
+    told = [json.loads((tmp_path / name / "training_info.json").read_text()) for name in ("ddp", "zero2", "killed")]
+    assert [(one["deepspeed_sha256"] is None, one["sessions"]) for one in told] == [(True, 1), (False, 1), (False, 2)]
+    for name in ("zero2", "killed"):
+        assert (tmp_path / name / "adapter_model.safetensors").read_bytes() == (tmp_path / "ddp/adapter_model.safetensors").read_bytes(), name
 
 
 def load_on(rank: int) -> str:
