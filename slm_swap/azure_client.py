@@ -270,12 +270,18 @@ class AzureClient:
     async def _wait_for_quota(self, request: Any) -> None:
         """Hold a request back until the quota has room for it; first come, first served."""
         row, since = _row.get(), time.perf_counter()
+        self._give_up(row)
         async with self._turn:
             while (wait := self._quota.wait(row.tokens)) > 0:
                 await asyncio.sleep(min(wait, LOOK_SECONDS))
             marks = self._quota.take(row.tokens)
         row.held += time.perf_counter() - since
         row.tries.append(_Try(marks, row.clock()))
+
+    def _give_up(self, row: _Row) -> None:
+        """Where a row's last try got no answer, none is waited for any more."""
+        if row.tries and row.tries[-1].answered is None:
+            self._quota.lost()
 
     async def _note_answer(self, response: Any) -> None:
         self._answered, this = True, _row.get().tries[-1]
@@ -365,6 +371,7 @@ class AzureClient:
                 reply = Reply("", "error", error="the request cannot be encoded, or its reply is not JSON")
             if failure and not self._drop_rejected(failure, sent):
                 reply = self._fail(failure)
+        self._give_up(row)
         if reply.input_tokens:
             self._prompt_tokens += reply.input_tokens
             self._characters += sum(len(message["content"]) for message in messages)

@@ -52,14 +52,17 @@ class TraceFile:
 
     def __init__(self, descriptor: int):
         self.descriptor = descriptor
+        self._torn = b""  # what ends a line of which the disk took only a part
 
     def append(self, values: Sequence[dict[str, Any]], secrets: Sequence[str] = ()) -> None:
         """Write values as lines, without secrets and without half surrogate pairs (one would cost its whole batch)."""
         text = "".join(f"{_encode(value)}\n" for value in values)
         for secret in secrets:
             text = text.replace(secret, "***")
-        data = text.encode("utf-8", "replace")
-        if os.write(self.descriptor, data) < len(data):
+        data = self._torn + text.encode("utf-8", "replace")
+        if written := os.write(self.descriptor, data):
+            self._torn = b"" if data[:written].endswith(b"\n") else b"\n"
+        if written < len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def lines(self, at: int = 0) -> Iterator[tuple[int, bytes]]:

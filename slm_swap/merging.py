@@ -31,21 +31,20 @@ def merge_adapter(base: Path, adapter: Path, out: Path, dtype: str) -> dict[str,
     known, found = info.get("base_model", {}).get("files_sha256"), files_hash(base)
     if known not in (None, found):
         raise UserError(f"{display_path(adapter)} was trained on other weights than {display_path(base)}: pass its base with --model")
-    model = with_adapter(load_model(base, dtype, device_map={"": "cpu"}), adapter, base).merge_and_unload(safe_merge=True)
-    tokenizer = load_tokenizer(base)
-    info["merged"] = {
-        "created_at": now(),
-        "adapter": {"path": display_path(adapter), "sha256": sha256_file(weights)},
-        "base_model": {"path": display_path(base), "files_sha256": found},
-        "dtype": dtype,
-        "code": code_version(),
-    }
     staged = out.with_name(f".{out.name}.partial")
     shutil.rmtree(staged, ignore_errors=True)
     try:
-        staged.mkdir(parents=True)
+        staged.mkdir(parents=True)  # first: a place that cannot be written is told of at once
+        model = with_adapter(load_model(base, dtype, device_map={"": "cpu"}), adapter, base).merge_and_unload(safe_merge=True)
         model.save_pretrained(staged)
-        tokenizer.save_pretrained(staged)
+        load_tokenizer(base).save_pretrained(staged)
+        info["merged"] = {
+            "created_at": now(),
+            "adapter": {"path": display_path(adapter), "sha256": sha256_file(weights)},
+            "base_model": {"path": display_path(base), "files_sha256": found},
+            "dtype": dtype,
+            "code": code_version(),
+        }
         write_json(staged / INFO, info)
         staged.rename(out)
     except OSError as error:

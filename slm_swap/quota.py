@@ -214,6 +214,11 @@ class Quota:
             elif status < 300:
                 gauge.forget()
 
+    def lost(self) -> None:
+        """No answer will come to a request; whether it was charged, the next answers tell."""
+        for gauge in self._gauges.values():
+            gauge.under_way -= 1
+
 
 def _count(text: str | None) -> float | None:
     return float(text) if text and re.fullmatch(r"[0-9]{1,15}", text) else None

@@ -20,6 +20,7 @@ from slm_swap import langfuse_helpers, langfuse_outbox, langfuse_wire
 from slm_swap.clients import Reply
 from slm_swap.errors import UserError
 from slm_swap.langfuse_helpers import Tracing, connect, outbox_path, trace_run
+from slm_swap.langfuse_outbox import parse
 from slm_swap.settings import ROOT, Settings
 
 MESSAGES = [{"role": "system", "content": "Call a tool."}, {"role": "user", "content": "Grüße nach 東京"}]
@@ -648,6 +649,18 @@ def test_a_run_whose_file_holds_another_trace_is_refused(server, traced, tmp_pat
         pytest.fail("the run began")
     with traced(server_gone, seed="three", report="other.json"):
         pass
+
+
+def test_a_line_of_which_the_disk_took_a_part_spoils_no_other(tmp_path, monkeypatch):
+    descriptor = os.open(tmp_path / "file", os.O_RDWR | os.O_APPEND | os.O_CREAT)
+    file, write = langfuse_outbox.TraceFile(descriptor), os.write
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
+        patched.setattr(langfuse_outbox.os, "write", lambda descriptor, data: write(descriptor, data[:5]))
+        file.append([{"span": {"id": "1"}}])
+    file.append([{"span": {"id": "2"}}, {"span": {"id": "3"}}])
+    file.append([{"span": {"id": "4"}}])
+    assert [parse(line).get("span") for _, line in file.lines()] == [None, {"id": "2"}, {"id": "3"}, {"id": "4"}]
+    os.close(descriptor)
 
 
 def test_two_runs_do_not_share_a_file(server, traced):

@@ -71,6 +71,10 @@ def test_what_does_not_fit_is_one_line_and_writes_nothing(adapter, tmp_path, scr
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
+    with monkeypatch.context() as patched:  # before any work
+        patched.setattr("slm_swap.merging.load_model", None)
+        code, _, error = run_script(script, "--adapter", adapter, "--out", other / "config.json/new")
+        assert code == 2 and "config.json/new (Not a directory): choose another place with --out" in error
     monkeypatch.setattr("slm_swap.merging.write_json", full)
     code, _, error = run_script(script, "--adapter", adapter, "--out", tmp_path / "new")
     assert code == 2 and "No space left on device" in error and sorted(tmp_path.iterdir()) == before

@@ -240,6 +240,18 @@ def test_answers_out_of_order(quota, clock):
     assert [quota.take(1) for _ in range(17)] and quota.wait(1) > 0
 
 
+def test_a_request_without_an_answer_is_not_waited_for(quota, clock):
+    """While it is under way, the answers to those that were sent with it may be from before it came in."""
+    quota.told(quota.take(1), 200, headers(9))
+    clock.now += 1
+    _, *others = [quota.take(1) for _ in range(9)]
+    for number, marks in enumerate(others):
+        quota.told(marks, 200, headers(8 - number))  # the first one never came in
+    before = quota.wait(1)
+    quota.lost()
+    assert quota.wait(1) < before
+
+
 def test_a_minute_that_starts_anew_is_found_out_about():
     """A server that counts to its limit and starts again with each minute, as Azure says of tokens."""
     clock, rng = Clock(), Random(1)
