@@ -25,6 +25,8 @@ LONGEST_WAIT = 120.0  # seconds; the openai package gives a row up whose server 
 RESERVE = 0.03  # of a full bucket, is never spent: requests do not arrive as evenly as they are sent
 CARE, FORGIVEN = 0.1, 60.0  # so much of it more after each refusal that was no surprise to the server only; 1/e of that after so many seconds
 TOGETHER = 0.1  # seconds: requests that are sent within may arrive in any order
+# A bucket of one request: the first pace, requests a second (Azure's longer window); how much faster is tried; a success fades a refusal's pace.
+FIRST_PACE, HASTE, FORGIVING = 0.1, 2.0, 1.0005
 INTERVAL, MEMORY = 1.0, 10.0  # seconds: the shortest that refill is measured over; the age at which a measurement counts 1/e
 
 
@@ -40,6 +42,7 @@ class Mark:
     spent: float
     expected: float
     before: float
+    since: float  # seconds since the request before it that was not refused, as far as is known
     after: float = 0.0
 
     @property
@@ -86,6 +89,27 @@ class Refill:
         self._since = None
 
 
+class Pace:
+    """How fast a bucket that holds a single request may be asked. It is full whenever a request is let in, so that its refill cannot be
+    measured, only tried out: between the fastest pace that went well and the slowest that did not, in requests a second."""
+
+    def __init__(self) -> None:
+        self._well, self._badly = FIRST_PACE / HASTE, math.inf
+
+    @property
+    def rate(self) -> float:
+        close = self._badly <= self._well * (1 + RESERVE)
+        return self._well if close else min(HASTE * self._well, (self._well + self._badly) / 2)
+
+    def went(self, well: bool, since: float) -> None:
+        """A request that came so many seconds after another was let in or was not."""
+        pace = 1 / max(since, TOGETHER)
+        if well:
+            self._well, self._badly = max(self._well, pace), max(self._badly * FORGIVING, pace)
+        elif math.isfinite(since):
+            self._well, self._badly = min(self._well, pace * (1 - RESERVE)), pace
+
+
 class Gauge:
     """What is left of one quota at the server, in requests or tokens; unlimited as long as the server has told nothing of it."""
 
@@ -95,7 +119,7 @@ class Gauge:
         self._errors: deque[tuple[float, float, float]] = deque()  # sent when; by how much more was left than expected; at least
         self.under_way = 0  # requests that were sent and not heard of
         self._sent: deque[Mark] = deque()
-        self._refill = Refill()
+        self._refill, self._pace, self._last, self._single = Refill(), Pace(), -math.inf, False
         self._refused_spent, self._refused_at, self._care = 0.0, -math.inf, 0.0
 
     @property
@@ -105,6 +129,8 @@ class Gauge:
 
     @property
     def _rate(self) -> float:
+        if self._single and not self._limit:
+            return self._pace.rate * self._capacity
         return self._refill.rate(max(self._limit, self._capacity) / 60)
 
     @property
@@ -143,13 +169,17 @@ class Gauge:
             self._sent.popleft()
         for mark in self._sent:
             mark.after += amount
-        self._sent.append(Mark(now, amount, self._spent, self._level, sum(mark.amount for mark in self._sent)))
+        self._sent.append(Mark(now, amount, self._spent, self._level, sum(mark.amount for mark in self._sent), now - self._last))
+        self._last = now
         return self._sent[-1]
 
     def told(self, mark: Mark, remaining: float, limit: float | None) -> None:
         """Take in what was left when a request had come in; answers to much older requests than one answered already tell no more."""
         self._limit, self._capacity = limit or 0.0, max(self._capacity, remaining + mark.amount)
         full = remaining + mark.amount >= self._capacity * (1 - RESERVE)
+        self._single = self._capacity == mark.amount
+        if self._single:
+            self._pace.went(True, mark.since)
         self._refill.measure(mark, remaining, full, self._rate)
         newest = max((at for at, _, _ in self._errors), default=mark.at)
         if mark.spent > self._refused_spent and mark.at >= newest - TOGETHER:
@@ -162,6 +192,9 @@ class Gauge:
         """Take in that a request was not let in and may come `wait` seconds later. A refusal of what was sent after another was heard of
         is one more of the model's mistakes: more is kept back for a while."""
         self._refill.undo(mark)
+        if self._single:
+            self._pace.went(False, mark.since)
+            self._last = -math.inf
         if not self.known or mark.spent <= self._refused_spent:
             return
         if mark.at > self._refused_at:

@@ -126,6 +126,14 @@ def test_a_quota_is_used_up_and_not_overrun(quotas, window):
         assert world.used >= 0.95 and world.refused <= 0.01
 
 
+@pytest.mark.parametrize("requests, window", [(60, 1.0), (90, 1.0), (20, 3.0), (6, 10.0)])
+def test_a_bucket_of_one_request_whose_limit_is_not_told_is_tried_out(requests, window):
+    """Nothing ever remains in it, whatever it refills by: a client that takes it for a minute's quota would ask up to 60 times too slowly."""
+    for latency in (0.05, 4.0):
+        world = World(1, requests=requests, window=window, latency=latency, limits=False).run(600)
+        assert world.used >= 0.88 and len(world.refusals) <= 8
+
+
 @pytest.mark.parametrize("quotas, window", [(quotas, 10.0) for quotas in QUOTAS[1:]] + [({"requests": 600}, 1.0), ({"requests": 3000}, 1.0)])
 def test_a_second_client_is_made_room_for(quotas, window):
     world = World(7, **quotas, window=window, concurrency=64, second=1 / 3).run(300)
