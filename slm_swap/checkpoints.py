@@ -68,9 +68,11 @@ class Checkpoints:
             raise UserError(f"cannot write {shown} ({error.strerror}): choose another place with --out") from None
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except (BlockingIOError, PermissionError):
             os.close(descriptor)
             raise UserError(f"another process trains with {shown}: wait for its end, or choose another --out") from None
+        except OSError:
+            pass  # a file system without locks
 
     def latest(self) -> tuple[Path, dict[str, Any]] | None:
         """The newest whole checkpoint and what `complete` was told of it."""

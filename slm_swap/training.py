@@ -189,7 +189,7 @@ def _load_unsloth(path: Path, parameters: Hyperparameters) -> Any:
     import torch
     from transformers import AutoConfig
 
-    # Unsloth compiles by default. bitsandbytes' 8-bit layers break its graphs: minutes of compiling in which nothing is trained.
+    # Unsloth compiles by default. bitsandbytes' 8-bit layers break its graphs: more than a minute, on an H200, before the first step.
     if parameters.compile == "no" or (parameters.compile == "auto" and parameters.precision == "int8"):
         os.environ["UNSLOTH_BLOCK_COMPILE"] = "0"
     from unsloth import FastLanguageModel

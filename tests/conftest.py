@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import signal
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +12,8 @@ import pytest
 from slm_swap.cli import run
 from slm_swap.settings import PACKAGE
 
+# Several tests fork: a child would wait for threads of torch's that are not there. Before anything imports it.
+os.environ["OMP_NUM_THREADS"] = "1"
 # A job that a shell starts in the background ignores Ctrl-C, and so do its children: the tests that interrupt need it back.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
