@@ -16,6 +16,7 @@ from trl import SFTTrainer
 
 from slm_swap.errors import UserError
 from slm_swap.packing import IGNORED
+from slm_swap.training_eval import ExactEvaluation
 
 VARLEN = "slm_swap_varlen"  # the name under which transformers knows varlen_attention
 CHUNK = 1024  # targets whose logits are in memory at once: 0.8 GiB in fp32 with 200,064 tokens in the vocabulary
@@ -124,7 +125,7 @@ def compile_layers(model: Any) -> None:
         layer.compile(dynamic=False)
 
 
-class CompletionTrainer(SFTTrainer):
+class CompletionTrainer(ExactEvaluation, SFTTrainer):
     """TRL's trainer for models of `give_completion_loss`: the mean over all targets of a step, and no waiting for the GPU between."""
 
     def __init__(self, *args, **kwargs):
@@ -137,28 +138,9 @@ class CompletionTrainer(SFTTrainer):
         loss = outputs["loss"] / num_items_in_batch * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
-    def get_eval_dataloader(self, eval_dataset=None):
-        """Each row once: ranks may have different numbers of batches, as nothing waits for the others in between."""
-        self.accelerator.even_batches = False
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.accelerator.even_batches = True
-
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """The mean loss over all targets of the rows, however they lie in batches; nothing is compiled for it."""
-        self.model.eval()
-        total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        with torch.no_grad(), self.accelerator.autocast(), torch.compiler.set_stance("force_eager"):
-            for batch in self.get_eval_dataloader(eval_dataset):
-                batch = self._prepare_inputs(batch)
-                loss, count = self.model(**batch)["loss"], (batch["targets"] != IGNORED).sum()
-                total += torch.stack((loss.double(), count.double()))
-        loss, count = self.accelerator.reduce(total).tolist()
-        metrics = {f"{metric_key_prefix}_loss": loss / count}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+    def targets_loss(self, batch):
+        with torch.compiler.set_stance("force_eager"):  # nothing is compiled for it
+            return self.model(**batch)["loss"], (batch["targets"] != IGNORED).sum()
 
     def floating_point_ops(self, inputs):
         return 0  # counted nowhere, and counting takes a walk through all parameters

@@ -19,6 +19,7 @@ from slm_swap.settings import PACKAGE, Launch, display_path, find_path
 from slm_swap.slm_client import encode_prompt, files_hash, load_model, load_tokenizer
 from slm_swap.tracks import TRACKS
 from slm_swap.training_checks import length_report, memory_needed, memory_warning
+from slm_swap.training_eval import ExactEvaluation, GenerationSample
 from slm_swap.training_record import peak_memory_gib, save_adapter
 
 BACKENDS = ("auto", "unsloth", "trl")
@@ -249,6 +250,7 @@ def trainer_arguments(parameters: Hyperparameters, backend: str, output_dir: str
         max_length=None,  # the rows are measured already
         dataset_kwargs={"skip_prepare_dataset": True},
         remove_unused_columns=False,
+        optim="adamw_torch_fused",  # Unsloth's default would be another one than TRL's
         train_sampling_strategy="random" if packing else "group_by_length",
         bf16=cuda and parameters.precision != "fp32",
         use_cpu=not cuda,
@@ -289,7 +291,9 @@ def make_trainer(
     if backend == "unsloth":
         from trl import SFTTrainer
 
-        return SFTTrainer(**given)
+        # On one GPU Unsloth's own evaluation is exact, too.
+        several = type("UnslothTrainer", (ExactEvaluation, SFTTrainer), {})
+        return (several if arguments.world_size > 1 else SFTTrainer)(**given)
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     from slm_swap.fast_training import CHUNK, VARLEN, CompletionTrainer, compile_layers, give_completion_loss
@@ -376,7 +380,6 @@ def train(
     if launch.rank == 0:
         run = identity(track, base, parameters, backend, inputs, deepspeed, launch)
         checkpoints.open(run, resume, run_id)
-    from slm_swap.training_eval import GenerationSample
     from slm_swap.training_loop import run_trainer
 
     try:

@@ -1,15 +1,54 @@
-"""The track's own metrics on replies that a model generates while it is being trained."""
+"""What is measured while a model is being trained: the loss on the validation rows, and the track's own metrics on generated replies."""
 
 from typing import Any
 
 from slm_swap.errors import UserError
 from slm_swap.evaluation import evaluate, references, summary
 from slm_swap.examples import Example
+from slm_swap.packing import IGNORED
 from slm_swap.slm_client import SLMClient
 from slm_swap.tracks import TRACKS
 
 MAX_NEW_TOKENS = 256  # as eval.py
 BATCH = 32
+
+
+class ExactEvaluation:
+    """Mixed into a Trainer: the mean loss over all targets of the validation rows, however they lie in batches and on ranks.
+
+    transformers' own loop repeats rows so that all ranks have as many, and counts the repeats; with DeepSpeed it refuses to run before
+    training has begun. Here each rank has its rows, nothing waits in between, and the model is not cast or wrapped.
+    """
+
+    def targets_loss(self, batch: dict[str, Any]) -> tuple[Any, Any]:
+        """The sum of the losses of a batch's targets, and their number, as tensors; by default of a model that gives the mean."""
+        count = (batch["labels"][..., 1:] != IGNORED).sum()
+        return self.model(**batch, use_cache=False)["loss"] * count, count
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        """Each row once: ranks may have different numbers of batches."""
+        self.accelerator.even_batches = False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.accelerator.even_batches = True
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        import torch
+
+        training = self.model.training
+        self.model.eval()
+        total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        with torch.no_grad(), self.accelerator.autocast():
+            for batch in self.get_eval_dataloader(eval_dataset):
+                loss, count = self.targets_loss(self._prepare_inputs(batch))
+                total += torch.stack((loss.double(), count.double()))
+        self.model.train(training)
+        loss, count = self.accelerator.reduce(total).tolist()
+        metrics = {f"{metric_key_prefix}_loss": loss / count}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
 
 class GenerationSample:

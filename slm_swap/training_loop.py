@@ -5,12 +5,13 @@ Imports torch and transformers: import it inside functions, and after Unsloth wh
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from slm_swap.checkpoints import Checkpoints
 from slm_swap.evaluation import Stopwatch
@@ -130,15 +131,18 @@ def run_trainer(
     order = use_seeded_order(trainer, parameters.seed, by_length=not parameters.packing)
     checkpoint, earlier = checkpoints.latest() or (None, None)
     rows = trainer.eval_dataset is not None
+    device = trainer.args.device
     if checkpoint:
         say(f"going on from {checkpoint.name}")
+        if device.type == "cuda":  # PEFT would load it onto the first GPU
+            trainer.model.load_adapter = partial(trainer.model.load_adapter, torch_device=str(device))
+        elif device.index is not None:  # "cpu:0", as it is called among several processes, is a place that torch cannot load to
+            torch.serialization.register_package(11, lambda _: None, lambda storage, place: storage if place == str(device) else None)
     else:
-        # transformers' own evaluation, which Unsloth's trainer has, does not run with ZeRO-2 before training has begun
-        first = rows and not (trainer.is_deepspeed_enabled and type(trainer).evaluate is Trainer.evaluate)
         earlier = {
             "sessions": 0,
             "seconds": {"train": 0.0, "evaluate": 0.0, "total": 0.0},
-            "eval_loss": {"before": trainer.evaluate()["eval_loss"] if first else None},
+            "eval_loss": {"before": trainer.evaluate()["eval_loss"] if rows else None},
             "metrics": {"before": sample()},
         }
     watch = Watch(parameters, order, checkpoints, save_steps, sample, clock, earlier | {"sessions": earlier["sessions"] + 1})
@@ -151,6 +155,8 @@ def run_trainer(
         kept = next(entry for entry in log if "eval_loss" in entry and entry["step"] == best)
         if best != state.global_step:
             load_adapter(trainer.model, checkpoints.path(best))
+            if trainer.args.world_size > 1:
+                torch.distributed.barrier()  # rank 0 removes the checkpoints when it has saved the adapter
     else:
         kept = {"eval_loss": trainer.evaluate()["eval_loss"] if rows else None}
     told["eval_loss"]["after"] = kept["eval_loss"]

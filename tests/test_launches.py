@@ -12,18 +12,22 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from training_rows import BASE, INPUTS, QUICK, ROWS
 
+from slm_swap import training
 from slm_swap.checkpoints import Checkpoints
 from slm_swap.errors import UserError
 from slm_swap.settings import PACKAGE, Launch
 from slm_swap.training import choose_deepspeed, has_gpu, load_together, train
 
 CONFIGS = PACKAGE / "accelerate_config"
+ZERO2 = CONFIGS / "deepspeed_zero2.json"
+needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
 FLAGS = (
     "--track", "structured", "--model", BASE, "--precision", "fp32", "--batch-size", "2", "--gradient-accumulation", "1",
     "--no-gradient-checkpointing", "--learning-rate", "5e-3", "--lora-dropout", "0", "--save-steps", "1",
@@ -84,7 +88,7 @@ def test_two_processes_do_what_one_does_with_twice_the_accumulation(tmp_path, sh
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"], "only rank 0 writes"
 
 
-def train_sharded(rank: int, out: Path, deepspeed: Path | None, dies: bool = False) -> None:
+def train_resumably(rank: int, out: Path, deepspeed: Path | None, dies: bool = False) -> None:
     """With `dies`, rank 0 is killed as its second checkpoint is whole."""
     complete, calls = Checkpoints.complete, []
 
@@ -99,19 +103,43 @@ def train_sharded(rank: int, out: Path, deepspeed: Path | None, dies: bool = Fal
     train("structured", BASE, ROWS, ROWS[:3], out, parameters, "trl", INPUTS, save_steps=3, resume=True, deepspeed=deepspeed, launch=Launch(rank, 2, rank))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
-def test_zero2_gives_the_adapter_of_plain_ddp_and_resumes(tmp_path):
-    """On one CPU thread a process the sums are the same to the bit."""
-    zero2 = PACKAGE / "accelerate_config/deepspeed_zero2.json"
-    on_two_ranks(train_sharded, tmp_path / "ddp", None)
-    on_two_ranks(train_sharded, tmp_path / "zero2", zero2)
-    on_two_ranks(train_sharded, tmp_path / "killed", zero2, True, killed=True)
-    assert Checkpoints(tmp_path / "killed").steps() and not (tmp_path / "killed").exists()
-    on_two_ranks(train_sharded, tmp_path / "killed", zero2)
-    told = [json.loads((tmp_path / name / "training_info.json").read_text()) for name in ("ddp", "zero2", "killed")]
-    assert [(one["deepspeed_sha256"] is None, one["sessions"]) for one in told] == [(True, 1), (False, 1), (False, 2)]
-    for name in ("zero2", "killed"):
-        assert (tmp_path / name / "adapter_model.safetensors").read_bytes() == (tmp_path / "ddp/adapter_model.safetensors").read_bytes(), name
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory) -> Path:
+    """An adapter that two processes have trained, by plain DDP."""
+    out = tmp_path_factory.mktemp("two") / "adapter"
+    on_two_ranks(train_resumably, out, None)
+    return out
+
+
+@pytest.mark.parametrize("config", [None, pytest.param(ZERO2, marks=needs_deepspeed)])
+def test_two_processes_that_are_killed_go_on_to_the_same_adapter(two_processes, tmp_path, config):
+    """And ZeRO-2 gives that of plain DDP: on one CPU thread a process the sums are the same to the bit."""
+    on_two_ranks(train_resumably, tmp_path / "adapter", config, True, killed=True)
+    assert Checkpoints(tmp_path / "adapter").steps() and not (tmp_path / "adapter").exists()
+    on_two_ranks(train_resumably, tmp_path / "adapter", config)
+    told = json.loads((tmp_path / "adapter/training_info.json").read_text())
+    assert told["sessions"] == 2 and (told["deepspeed_sha256"] is None) == (config is None)
+    assert (tmp_path / "adapter/adapter_model.safetensors").read_bytes() == (two_processes / "adapter_model.safetensors").read_bytes()
+
+
+def train_as_unsloth(rank: int, out: Path, deepspeed: Path | None, processes: int) -> dict:
+    """With what Unsloth's trainer is made of, TRL's, on a model that PEFT made: a stand-in, as Unsloth needs a GPU."""
+    sys.modules["unsloth"] = types.ModuleType("unsloth")
+    training._load_unsloth = lambda path, parameters: training.load_trainable(path, parameters, "trl", "cpu")
+    launch = Launch(rank, 2, rank) if processes == 2 else Launch()
+    parameters = replace(QUICK, batch_size=1, gradient_accumulation=4 // processes, epochs=2, eval_steps=3, lora_dropout=0.0)
+    told = train("structured", BASE, ROWS, ROWS[:5], out, parameters, "unsloth", INPUTS, deepspeed=deepspeed, launch=launch)
+    return told["eval_loss"] | {"train": told["train_loss"]}
+
+
+@pytest.mark.parametrize("config", [None, pytest.param(ZERO2, marks=needs_deepspeed)])
+def test_the_other_back_ends_trainer_measures_in_two_processes_what_it_does_in_one(tmp_path, config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "unsloth", None)
+    monkeypatch.setattr(training, "_load_unsloth", None)
+    alone = train_as_unsloth(0, tmp_path / "one", None, 1)
+    for _, told, _ in on_two_ranks(train_as_unsloth, tmp_path / "two", config, 2):
+        assert told == pytest.approx(alone, rel=2e-3)
+    assert alone["after"] < 0.5 * alone["before"]
 
 
 def load_on(rank: int) -> str:
