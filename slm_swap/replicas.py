@@ -55,7 +55,7 @@ def open_replicas(launch: Launch, workload: Any, make: Callable[[Any], Client]) 
         store.set("port", str(listener.address[1]))
         connections = {}
         while len(connections) < launch.world - 1:
-            with suppress(AuthenticationError):  # somebody else's connection
+            with suppress(AuthenticationError, EOFError, OSError):  # somebody else's connection
                 connection = listener.accept()
                 connections[connection.recv()] = connection
     for connection in connections.values():
@@ -73,7 +73,11 @@ def serve(launch: Launch, make: Callable[[Any], Client]) -> int:
             connection.send((client.load_seconds, client.identity))
         except UserError as error:
             connection.send(error)
-            return 2
+            # A launcher ends all ranks as soon as one fails: rank 0, which is the one to fail, would not come to tell of it.
+            with suppress(EOFError, OSError):
+                while True:
+                    connection.recv()
+            return 0
         except (EOFError, OSError):  # rank 0 has ended, in whatever way
             return 0
         return answer(client, connection)

@@ -123,7 +123,7 @@ def test_when_rank_0_dies_the_others_end(tmp_path, rows):
 
 def test_rank_0_says_what_another_one_lacks(tmp_path, rows):
     processes = start(tmp_path, 2, flags(rows, tmp_path / "out.json"), rank1={"SLM_MODEL_PATH": "models/none"})
-    assert finish(processes) == [2, 2]
+    assert finish(processes) == [2, 0]
     assert "error: rank 1: no checkpoint at models/none" in (tmp_path / "log0").read_text()
     assert (tmp_path / "log1").read_text() == "" and not journal_path(tmp_path / "out.json").exists()
 

@@ -58,6 +58,7 @@ class VllmEngine:
         # The engine in this process: a second one would import everything again, which takes longer than it saves.
         for name, value in {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}.items():
             os.environ.setdefault(name, value)
+        os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # a launcher's: vLLM's own world, of one process, would look for its store
         from transformers import AutoConfig
         from vllm import LLM, SamplingParams
         from vllm.lora.request import LoRARequest
