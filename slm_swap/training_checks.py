@@ -38,7 +38,8 @@ def length_report(lengths: Sequence[int], too_long: Sequence[int], limit: int) -
 
 
 def memory_needed(config: Any, parameters: Any, longest: int) -> dict[str, float]:
-    """An estimate of the GiB of GPU memory that training takes: weights, LoRA with its optimizer, activations, logits.
+    """An estimate of the GiB of GPU memory that training takes: weights, LoRA with its optimizer, activations, logits, the
+    allocator's loss.
 
     `config` is the base model's (transformers), `parameters` the Hyperparameters, `longest` the tokens of the longest row.
     """
