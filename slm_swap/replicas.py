@@ -5,6 +5,7 @@ tells the others its port and a key of this run through the launcher's own store
 each rank. Row i goes to rank i modulo their number, so that a run that was interrupted goes on with the batches it would have had.
 """
 
+import ctypes
 import os
 import queue
 import secrets
@@ -16,7 +17,7 @@ from dataclasses import replace
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client as connect_to
 from multiprocessing.connection import Connection, Listener, Pipe, wait
-from typing import Any
+from typing import Any, NoReturn
 
 from slm_swap.clients import Client, Reply
 from slm_swap.errors import UserError
@@ -63,24 +64,28 @@ def open_replicas(launch: Launch, workload: Any, make: Callable[[Any], Client]) 
     return Replicas(make(workload), [connections[rank] for rank in sorted(connections)])
 
 
-def serve(launch: Launch, make: Callable[[Any], Client]) -> int:
-    """What the other ranks do until rank 0 is done; gives the exit status. What goes wrong is told by rank 0."""
+def serve(launch: Launch, make: Callable[[Any], Client]) -> None:
+    """What the other ranks do until rank 0 is done. What goes wrong is told by rank 0."""
     store = _store()
     with connect_to((launch.master, int(store.get("port"))), authkey=store.get("key")) as connection:
         connection.send(launch.rank)
-        try:
-            client = make(connection.recv())
+        with suppress(EOFError, OSError):  # rank 0 has ended, in whatever way
+            try:
+                client = make(connection.recv())
+            except UserError as error:
+                fail(error, connection, connection.recv)
             connection.send((client.load_seconds, client.identity))
-        except UserError as error:
-            connection.send(error)
-            # A launcher ends all ranks as soon as one fails: rank 0, which is the one to fail, would not come to tell of it.
-            with suppress(EOFError, OSError):
-                while True:
-                    connection.recv()
-            return 0
-        except (EOFError, OSError):  # rank 0 has ended, in whatever way
-            return 0
-        return answer(client, connection)
+            answer(client, connection)
+
+
+def fail(error: UserError, connection: Connection, receive: Callable[[], Any]) -> NoReturn:
+    """Send what went wrong, and wait until rank 0 has ended: EOFError or OSError.
+
+    A launcher ends all ranks as soon as one fails: rank 0, which is the one to fail, would not come to tell of it.
+    """
+    connection.send(error)
+    while True:
+        receive()
 
 
 def what_counts(identity: dict[str, Any]) -> dict[str, Any]:
@@ -88,10 +93,13 @@ def what_counts(identity: dict[str, Any]) -> dict[str, Any]:
     return {name: told for name, told in identity.items() if name not in ("path", "adapter")} | {"device": identity["device"].split(":")[0]}
 
 
-def answer(client: Client, connection: Connection) -> int:
+def answer(client: Client, connection: Connection) -> None:
     """Answer rows that come as (index, messages, whether it is answered), up to a None, and again until the connection ends.
 
-    A state in place of a first row is restored. Gives the exit status.
+    A state in place of a first row is restored.
+
+    Raises:
+        EOFError, OSError: the connection has ended.
     """
     coming: queue.SimpleQueue = queue.SimpleQueue()
 
@@ -108,6 +116,18 @@ def answer(client: Client, connection: Connection) -> int:
             raise EOFError
         return row
 
+    def rows(row: Any, answered: set[int]) -> Iterator[tuple[int, Messages]]:
+        taken = 0
+        while row is not None:
+            index, messages, done = row
+            if done:
+                answered.add(index)
+            taken += 1
+            if taken % TAKEN == 0:
+                connection.send(TAKEN)
+            yield index, messages
+            row = take()
+
     threading.Thread(target=receive, daemon=True).start()
     try:
         while True:
@@ -115,27 +135,11 @@ def answer(client: Client, connection: Connection) -> int:
                 client.restore(first)
                 continue
             answered: set[int] = set()
-
-            def rows(row: Any, answered: set[int] = answered) -> Iterator[tuple[int, Messages]]:
-                taken = 0
-                while row is not None:
-                    index, messages, done = row
-                    if done:
-                        answered.add(index)
-                    taken += 1
-                    if taken % TAKEN == 0:
-                        connection.send(TAKEN)
-                    yield index, messages
-                    row = take()
-
-            for index, reply in client.stream(rows(first), answered):
+            for index, reply in client.stream(rows(first, answered), answered):
                 connection.send((index, reply))
             connection.send(client.state())
     except UserError as error:
-        connection.send(error)
-        return 2
-    except (EOFError, OSError):
-        return 0
+        fail(error, connection, take)
 
 
 class Replicas:
@@ -149,6 +153,7 @@ class Replicas:
 
     def __init__(self, local: Client, others: list[Connection]):
         self.local, self._others, self._halved = local, others, 0
+        self._working: tuple[Connection, threading.Thread] | None = None  # the local replica's rows and replies, and its thread
         self.load_seconds = local.load_seconds
         for rank, connection in enumerate(others, 1):
             seconds, identity = self._receive(rank, connection)
@@ -177,10 +182,12 @@ class Replicas:
         here, there = Pipe()
 
         def work() -> None:
-            with there:
+            with there, suppress(EOFError, OSError):
                 answer(self.local, there)
 
-        threading.Thread(target=work, name="replica", daemon=True).start()
+        thread = threading.Thread(target=work, name="replica", daemon=True)
+        self._working = here, thread
+        thread.start()
         connections = [here, *self._others]
         ranks = {connection: rank for rank, connection in enumerate(connections)}
         dealt: Counter[int] = Counter()
@@ -240,7 +247,18 @@ class Replicas:
         return self.local.cost(input_tokens, cached_tokens, output_tokens, seconds)
 
     def close(self) -> None:
-        """Let the other ranks end."""
+        """Let the other ranks end, and this one's replica, in whatever it is."""
         for connection in self._others:
             connection.close()
+        self._stop_working()
         self.local.close()
+
+    def _stop_working(self) -> None:
+        """End the local replica's thread: a thread that is still in torch when the interpreter ends aborts the process."""
+        if not self._working:
+            return
+        connection, thread = self._working
+        connection.close()
+        # Its engine may be in the middle of a batch, of a minute in the documented setting: the exception comes up in that thread.
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
+        thread.join()

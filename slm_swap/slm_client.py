@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import math
 import os
 import time
@@ -70,12 +71,18 @@ def quantization(precision: str) -> Any:
     from transformers import BitsAndBytesConfig
 
     if precision == "int8":
+        quiet_int8()
         return BitsAndBytesConfig(load_in_8bit=True)
     if precision == "nf4":
         return BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16, bnb_4bit_use_double_quant=True
         )
     return None
+
+
+def quiet_int8() -> None:
+    """bitsandbytes would tell at each product of 8-bit weights that it casts to float16: hundreds of lines a row."""
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
 def load_model(path: Path, precision: str, device_map: Any = "auto", trust_remote_code: bool = False) -> Any:
@@ -87,9 +94,9 @@ def load_model(path: Path, precision: str, device_map: Any = "auto", trust_remot
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
+    from transformers.utils.logging import disable_progress_bar
 
-    logging.disable_progress_bar()
+    disable_progress_bar()
     try:
         return AutoModelForCausalLM.from_pretrained(
             path,
@@ -133,15 +140,27 @@ def encode_prompt(tokenizer: Any, messages: Messages) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def placement(path: Path, precision: str) -> Any:
-    """transformers' device_map: the first GPU where the model fits on it, so that no layer waits for another GPU's; else "auto"."""
+def placement(path: Path, precision: str, processes: int = 1) -> Any:
+    """transformers' device_map: the first GPU where the model fits on it, so that no layer waits for another GPU's; else "auto".
+
+    Raises:
+        UserError: it does not fit, and the other GPUs are other processes'.
+    """
     import torch
 
     if not torch.cuda.is_available():
         return "auto"
     share = {"int8": 0.5, "nf4": 0.3, "fp32": 2.0}.get(precision, 1.0)  # of a checkpoint in 16 bits
     weights = share * sum(file.stat().st_size for file in path.glob("*.safetensors"))
-    return {"": 0} if 1.2 * weights < torch.cuda.mem_get_info(0)[0] else "auto"
+    free = torch.cuda.mem_get_info(0)[0]
+    if 1.2 * weights < free:
+        return {"": 0}
+    if processes > 1:
+        raise UserError(
+            f"{display_path(path)} needs {1.2 * weights / 2**30:.1f} GiB in {precision} and a GPU has {free / 2**30:.1f} GiB free: "
+            "start one process by python, which spreads it over all GPUs, or use --precision nf4"
+        )
+    return "auto"
 
 
 def measure_workload(tokenizer: Any, rows: Iterable[Messages], max_new_tokens: int) -> Workload:
@@ -195,11 +214,13 @@ class SLMClient:
         folders = [self.path, *([self.adapter] if self.adapter else [])]
         with ThreadPoolExecutor(1) as background:  # while the model is loaded
             hashes = background.submit(lambda: [files_hash(folder) for folder in folders])
-            self._load(name, batch_size, trust_remote_code, engine_start, workload)
+            self._load(name, batch_size, trust_remote_code, engine_start, workload, settings.launch.world)
         self._files_sha256 = hashes.result()
         self.load_seconds = time.perf_counter() - started
 
-    def _load(self, name: str, batch_size: int | str, trust_remote_code: bool, engine_start: str, workload: Workload | None) -> None:
+    def _load(
+        self, name: str, batch_size: int | str, trust_remote_code: bool, engine_start: str, workload: Workload | None, processes: int
+    ) -> None:
         self.tokenizer = load_tokenizer(self.path, trust_remote_code)
         if name == "vllm":
             from slm_swap.engines.vllm_engine import VllmEngine
@@ -209,7 +230,7 @@ class SLMClient:
         else:
             from slm_swap.engines.transformers_engine import TransformersEngine
 
-            loaded = load_model(self.path, self.precision, placement(self.path, self.precision), trust_remote_code)
+            loaded = load_model(self.path, self.precision, placement(self.path, self.precision, processes), trust_remote_code)
             if self.adapter:
                 loaded = with_adapter(loaded, self.adapter, self.path)
             self.engine = TransformersEngine(loaded.eval(), self.tokenizer, batch_size)
@@ -305,14 +326,14 @@ def local_client(settings: Settings, rows: Iterable[Messages], max_new_tokens: i
     return open_replicas(settings.launch, workload, make)
 
 
-def serve_rows(settings: Settings, concurrency: int | None = None, **options: Any) -> int:
-    """What the other processes of a launch do until the first one, with its `local_client`, is done; gives the exit status.
+def serve_rows(settings: Settings, concurrency: int | None = None, **options: Any) -> None:
+    """What the other processes of a launch do until the first one, with its `local_client`, is done.
 
     `options` are those of `clients.make_client`; `concurrency` has no meaning here.
     """
     from slm_swap.replicas import serve
 
-    return serve(settings.launch, lambda workload: SLMClient(settings, workload=workload, **options))
+    serve(settings.launch, lambda workload: SLMClient(settings, workload=workload, **options))
 
 
 def with_adapter(model: Any, adapter: Path, base: Path) -> Any:

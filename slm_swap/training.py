@@ -16,7 +16,7 @@ from slm_swap.prompts import build_messages
 from slm_swap.reports import SCHEMA_VERSION, code_version, hardware, now, package_versions, sha256_file
 from slm_swap.seeds import set_seed
 from slm_swap.settings import PACKAGE, Launch, display_path, find_path
-from slm_swap.slm_client import encode_prompt, files_hash, load_model, load_tokenizer
+from slm_swap.slm_client import encode_prompt, files_hash, load_model, load_tokenizer, quiet_int8
 from slm_swap.tracks import TRACKS
 from slm_swap.training_checks import length_report, memory_needed, memory_warning
 from slm_swap.training_eval import ExactEvaluation, GenerationSample
@@ -195,6 +195,7 @@ def _load_unsloth(path: Path, parameters: Hyperparameters) -> Any:
         os.environ["UNSLOTH_BLOCK_COMPILE"] = "0"
     from unsloth import FastLanguageModel
 
+    quiet_int8()
     model, _ = FastLanguageModel.from_pretrained(
         model_name=str(path),
         max_seq_length=parameters.pack_length if parameters.packing else parameters.max_length,

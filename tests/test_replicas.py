@@ -7,14 +7,18 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from multiprocessing.connection import Pipe
 
 import eval_process
 import pytest
 
+from slm_swap.clients import Reply
+from slm_swap.errors import UserError
 from slm_swap.examples import Example
 from slm_swap.journal import journal_path
-from slm_swap.replicas import take_one_gpu
+from slm_swap.replicas import Replicas, answer, take_one_gpu
 from slm_swap.reports import rows_path, write_jsonl
 from slm_swap.settings import PACKAGE, Launch
 
@@ -112,6 +116,60 @@ def test_a_process_that_dies_ends_the_run_and_costs_none_of_its_rows(tmp_path, r
     assert "error: rank 1 has ended (what it said stands above): run the same command again to go on" in said
     assert "rows are answered and kept: the same command goes on from there" in said
     assert finish(start(tmp_path, 1, flags(rows, out))) == [0] and outcome(out) == whole
+
+
+@pytest.mark.parametrize(("rank", "sent", "code", "said"), [(0, signal.SIGINT, 130, "interrupted"), (1, signal.SIGKILL, 2, "error: rank 1 has ended")])
+def test_rank_0_ends_in_order_in_the_middle_of_a_batch(tmp_path, rows, rank, sent, code, said):
+    """As processes of their own: those of `start` are forks, whose interpreter is never wound up. One batch takes longer than the rest."""
+    out, port = tmp_path / "out.json", free_port()
+    told = [os.environ | environment(number, 2, port) for number in range(2)]
+    words = [sys.executable, str(eval_process.EVAL), *map(str, flags(rows, out, "--batch-size", 4, "--max-new-tokens", 512))]
+    processes = [subprocess.Popen(words, env=env, stderr=subprocess.PIPE, text=True) for env in told]
+    answered(journal_path(out), 4)
+    processes[rank].send_signal(sent)
+    heard = [process.communicate(timeout=90)[1] for process in processes]
+    assert processes[0].returncode == code and said in heard[0] and "terminate called" not in heard[0], heard[0]
+    assert "rows are answered and kept: the same command goes on from there" in heard[0]
+    assert rank == 1 or processes[1].returncode == 0
+
+
+def test_what_fails_in_a_rank_is_told_before_it_ends():
+    """A launcher ends rank 0 as soon as another rank has ended."""
+
+    class Echo:
+        load_seconds, identity = 0.0, {"device": "cpu"}
+
+        def stream(self, rows, answered=()):
+            for index, _ in rows:
+                yield index, Reply("said")
+
+        def state(self):
+            return {}
+
+        def close(self): ...
+
+    class Failing(Echo):
+        def stream(self, rows, answered=()):
+            for index, _ in rows:
+                raise UserError(f"row {index} does not fit")
+            yield
+
+    def serving():
+        with pytest.raises(EOFError):
+            answer(Failing(), there)
+
+    here, there = Pipe()
+    there.send((0.0, Echo.identity))
+    other = threading.Thread(target=serving, daemon=True)
+    other.start()
+    replicas = Replicas(Echo(), [here])
+    with pytest.raises(UserError, match="rank 1: row 1 does not fit"):
+        list(replicas.stream([(0, []), (1, [])]))
+    other.join(0.3)
+    assert other.is_alive()
+    replicas.close()
+    other.join(10)
+    assert not other.is_alive()
 
 
 def test_when_rank_0_dies_the_others_end(tmp_path, rows):

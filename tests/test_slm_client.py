@@ -4,12 +4,13 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 from slm_swap.errors import UserError
 from slm_swap.pricing import LocalPrices, Prices
 from slm_swap.prompts import build_messages, toolcall_prompt
 from slm_swap.settings import PACKAGE, ROOT, Settings
-from slm_swap.slm_client import SLMClient, adapter_path, encode_prompt, model_path, training_seconds
+from slm_swap.slm_client import SLMClient, adapter_path, encode_prompt, model_path, placement, training_seconds
 
 SETTINGS = Settings(slm_model_path="models/phi-tiny")
 CITY = {"city": {"type": "string", "description": "The city."}}
@@ -173,13 +174,24 @@ def test_a_broken_checkpoint_is_said(broken, tmp_path):
         SLMClient(SETTINGS, model=tmp_path, precision="fp32")
 
 
-def test_eight_bit_runs_on_a_cpu():
+def test_eight_bit_runs_on_a_cpu(caplog):
     client = SLMClient(SETTINGS, max_new_tokens=8)
     told = client.describe()
     (reply,) = client.generate([BATCH[0]])
     assert told["precision"] == "int8" and client.engine.model.config.quantization_config.load_in_8bit
     assert reply.output_tokens == 8 or reply.finish_reason == "stop"
     json.dumps(told)
+    assert not caplog.records, "bitsandbytes has something to say at each product"
+
+
+def test_a_model_takes_one_gpu_where_it_fits_and_all_of_them_only_alone(tmp_path, monkeypatch):
+    (tmp_path / "model.safetensors").write_bytes(bytes(1000))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for free, precision, processes, placed in ((1300, "bf16", 4, {"": 0}), (1100, "bf16", 1, "auto"), (700, "int8", 4, {"": 0}), (0, "nf4", 1, "auto")):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 9999))
+        assert placement(tmp_path, precision, processes) == placed
+    with pytest.raises(UserError, match="GiB free: start one process by python, which spreads it over all GPUs"):
+        placement(tmp_path, "bf16", 2)
 
 
 def test_the_cost_is_the_machines_price_for_the_time(client, monkeypatch):

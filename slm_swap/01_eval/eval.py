@@ -62,7 +62,8 @@ def main(argv: list[str] | None = None) -> int:
         take_one_gpu(settings.launch)
     if settings.launch.rank:
         set_seed(args.seed)
-        return serve_rows(settings, **client_options(args))
+        serve_rows(settings, **client_options(args))
+        return 0
     connection = connect(settings, tracing_options(args, settings))
     dataset, inputs, name = find_rows(args, [args.model_kind])
     tally = check_rows(args.track, dataset)

@@ -59,6 +59,7 @@ class VllmEngine:
         for name, value in {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}.items():
             os.environ.setdefault(name, value)
         os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # a launcher's: vLLM's own world, of one process, would look for its store
+        import torch
         from transformers import AutoConfig
         from vllm import LLM, SamplingParams
         from vllm.lora.request import LoRARequest
@@ -89,10 +90,14 @@ class VllmEngine:
             reason = str(error).strip().split("\n")[0][:300]
             raise UserError(f"vllm cannot start on {display_path(path)} ({reason}): free the GPU's memory, or use --engine transformers") from None
         self._engine = self._llm.llm_engine
+        self._stream = torch.cuda.current_stream()
         self.context = context
 
     def generate(self, prompts: Iterable[Prompt], answered: Container[int] = ()) -> Generator[Generated]:
         """Prompts join and leave the running batch one by one, so that those that are answered already are just left out."""
+        import torch
+
+        torch.cuda.set_stream(self._stream)  # its graphs' and caches': another thread has another one
         prompts = (prompt for prompt in prompts if prompt.index not in answered)
         asked: dict[str, tuple[Prompt, float]] = {}
         try:
