@@ -56,7 +56,10 @@ class VllmEngine:
         if adapter and precision == "fp32":
             raise UserError("the vllm engine has no adapters in fp32: use --precision bf16 or --engine transformers")
         # The engine in this process: a second one would import everything again, which takes longer than it saves.
-        for name, value in {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}.items():
+        settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
+        # Nothing is compiled here, and torch's compiler takes 4 seconds to be imported, which vLLM's decorated functions would have done.
+        settings["TORCHDYNAMO_DISABLE"] = "1"
+        for name, value in settings.items():
             os.environ.setdefault(name, value)
         os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # a launcher's: vLLM's own world, of one process, would look for its store
         import torch
