@@ -19,9 +19,9 @@ FIRST_CONTEXT = 4096  # where nothing is known of the rows
 QUEUED = 1024  # prompts that the engine holds at a time: enough to keep the GPU full, few enough to stream
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 DTYPES = {"bf16": "bfloat16", "fp8": "bfloat16", "fp32": "float32"}
-# What the choice of a start goes by, measured on one H200: benchmarks/results/eval.json.
-GRAPHS_EXTRA_SECONDS = 2.8
-GRAPHS_SAVED_SECONDS_PER_ROW = 0.0023
+# What the choice of a start goes by, the mean of three runs on one H200: benchmarks/results/eval*.json.
+GRAPHS_EXTRA_SECONDS = 2.4
+GRAPHS_SAVED_SECONDS_PER_ROW = 0.0013
 
 
 def start_for(rows: int) -> str:
