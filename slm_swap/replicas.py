@@ -69,7 +69,7 @@ def serve(launch: Launch, make: Callable[[Any], Client]) -> None:
     store = _store()
     with connect_to((launch.master, int(store.get("port"))), authkey=store.get("key")) as connection:
         connection.send(launch.rank)
-        with suppress(EOFError, OSError):  # rank 0 has ended, in whatever way
+        with suppress(EOFError, ConnectionError):  # rank 0 has ended, in whatever way
             try:
                 client = make(connection.recv())
             except UserError as error:
@@ -79,7 +79,7 @@ def serve(launch: Launch, make: Callable[[Any], Client]) -> None:
 
 
 def fail(error: UserError, connection: Connection, receive: Callable[[], Any]) -> NoReturn:
-    """Send what went wrong, and wait until rank 0 has ended: EOFError or OSError.
+    """Send what went wrong, and wait until rank 0 has ended: EOFError or ConnectionError.
 
     A launcher ends all ranks as soon as one fails: rank 0, which is the one to fail, would not come to tell of it.
     """
@@ -99,7 +99,7 @@ def answer(client: Client, connection: Connection) -> None:
     A state in place of a first row is restored.
 
     Raises:
-        EOFError, OSError: the connection has ended.
+        EOFError, ConnectionError: the connection has ended.
     """
     coming: queue.SimpleQueue = queue.SimpleQueue()
 
@@ -182,7 +182,7 @@ class Replicas:
         here, there = Pipe()
 
         def work() -> None:
-            with there, suppress(EOFError, OSError):
+            with there, suppress(EOFError, ConnectionError):
                 answer(self.local, there)
 
         thread = threading.Thread(target=work, name="replica", daemon=True)
@@ -250,15 +250,11 @@ class Replicas:
         """Let the other ranks end, and this one's replica, in whatever it is."""
         for connection in self._others:
             connection.close()
-        self._stop_working()
+        if self._working:
+            connection, thread = self._working
+            connection.close()
+            # A thread that is still in torch when the interpreter ends aborts the process, and a batch may take a minute in the
+            # documented setting: the exception comes up in that thread.
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
+            thread.join()
         self.local.close()
-
-    def _stop_working(self) -> None:
-        """End the local replica's thread: a thread that is still in torch when the interpreter ends aborts the process."""
-        if not self._working:
-            return
-        connection, thread = self._working
-        connection.close()
-        # Its engine may be in the middle of a batch, of a minute in the documented setting: the exception comes up in that thread.
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
-        thread.join()
