@@ -26,14 +26,15 @@ from slm_swap.reports import code_version, hardware, now, package_versions, writ
 from slm_swap.settings import PACKAGE, ROOT, display_path
 
 LONGEST = 256  # new tokens, as eval.py's default
+FEWER = (8, 8, 32, 32, 128, 512)  # rows that the two starts of vLLM are compared over, besides: vllm_engine.start_for goes by them
 SETTINGS: dict[str, dict[str, Any]] = {  # flags of eval.py; rows once started, rows of the whole command (0: not measured)
     "documented": {"flags": {"precision": "int8", "batch_size": 8}, "rows": 16, "command": 0},
     "transformers-int8-8": {"flags": {"engine": "transformers", "precision": "int8", "batch_size": 8}, "rows": 16, "command": 0},
-    "transformers-int8-auto": {"flags": {"engine": "transformers", "precision": "int8", "batch_size": "auto"}, "rows": 128, "command": 0},
-    "transformers-bf16-8": {"flags": {"engine": "transformers", "precision": "bf16", "batch_size": 8}, "rows": 128, "command": 0},
+    "transformers-int8-auto": {"flags": {"engine": "transformers", "precision": "int8", "batch_size": "auto"}, "rows": 64, "command": 0},
+    "transformers-bf16-8": {"flags": {"engine": "transformers", "precision": "bf16", "batch_size": 8}, "rows": 64, "command": 0},
     "transformers-bf16-auto": {"flags": {"engine": "transformers", "precision": "bf16", "batch_size": "auto"}, "rows": 2048, "command": 512},
-    "vllm-eager": {"flags": {"engine": "vllm", "precision": "bf16", "engine_start": "eager"}, "rows": 2048, "command": 512},
-    "vllm-graphs": {"flags": {"engine": "vllm", "precision": "bf16", "engine_start": "graphs"}, "rows": 2048, "command": 512},
+    "vllm-eager": {"flags": {"engine": "vllm", "precision": "bf16", "engine_start": "eager"}, "rows": 2048, "command": 512, "fewer": FEWER},
+    "vllm-graphs": {"flags": {"engine": "vllm", "precision": "bf16", "engine_start": "graphs"}, "rows": 2048, "command": 512, "fewer": FEWER},
     "vllm-fp8-graphs": {"flags": {"engine": "vllm", "precision": "fp8", "engine_start": "graphs"}, "rows": 2048, "command": 0},
 }
 
@@ -62,18 +63,45 @@ def once_started(checkpoint: Path, rows: Path, setting: dict[str, Any], warm: in
     stop_at_own_length()
     examples = [build_messages("structured", example.prompt) for example in read_examples(rows)]
     workload = measure_workload(load_tokenizer(checkpoint), examples, LONGEST)
+    captured = time_capture() if setting["flags"]["engine"] == "vllm" else []
     count, clock = setting["rows"], time.perf_counter()
     client = SLMClient(Settings(slm_model_path=str(checkpoint)), max_new_tokens=LONGEST, workload=workload, **setting["flags"])
     told: dict[str, Any] = {"load_seconds": time.perf_counter() - clock}
     clock = time.perf_counter()
     for _ in client.stream((len(examples) - warm + at, messages) for at, messages in enumerate(examples[-warm:])):
         pass
-    told["warm_seconds"], clock = time.perf_counter() - clock, time.perf_counter()
-    replies = [reply for _, reply in client.stream(enumerate(examples[:count]))]
-    seconds = time.perf_counter() - clock
-    tokens = sum(reply.output_tokens for reply in replies)
+    told["warm_seconds"] = time.perf_counter() - clock
+
+    def timed(start: int, rows: int) -> tuple[int, float]:
+        clock = time.perf_counter()
+        replies = [reply for _, reply in client.stream((start + at, examples[start + at]) for at in range(rows))]
+        return sum(reply.output_tokens for reply in replies), time.perf_counter() - clock
+
+    told |= _rates(count, *timed(0, count))
+    if fewer := setting.get("fewer"):
+        starts = [count + sum(fewer[:at]) for at in range(len(fewer))]
+        told["fewer"] = [{"rows": rows, "seconds": timed(start, rows)[1]} for start, rows in zip(starts, fewer, strict=True)]
     memory = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
-    return told | _rates(count, tokens, seconds) | {"peak_gib": memory / 2**30, "model": client.describe()}
+    return told | {"capture_seconds": sum(captured), "peak_gib": memory / 2**30, "model": client.describe()}
+
+
+def time_capture() -> list[float]:
+    """What vLLM's capturing of CUDA graphs takes is added to this list: seconds."""
+    from slm_swap.engines.vllm_engine import ENVIRONMENT
+
+    os.environ.update(ENVIRONMENT)  # before vLLM is imported
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    seconds, capture = [], GPUModelRunner.capture_model
+
+    def timed(runner: Any) -> Any:
+        clock = time.perf_counter()
+        told = capture(runner)
+        seconds.append(time.perf_counter() - clock)
+        return told
+
+    GPUModelRunner.capture_model = timed
+    return seconds
 
 
 def _rates(rows: int, tokens: int, seconds: float) -> dict[str, float]:

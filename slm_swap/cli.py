@@ -1,6 +1,7 @@
 """What the stage scripts share: flags that mean the same everywhere, and errors in one line."""
 
 import argparse
+import gc
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -199,4 +200,5 @@ def run(main: Callable[[], int], launched: bool = False) -> NoReturn:
         if launch.rank == 0:
             print("interrupted", file=sys.stderr)
         code = 130
+    gc.freeze()  # or the interpreter's last collection visits all that torch and transformers have made, for most of a second
     sys.exit(code)

@@ -104,4 +104,4 @@ def make_client(
         return ReplayClient(replies, examples)
     from slm_swap.slm_client import local_client
 
-    return local_client(settings, (build_messages(track, example.prompt) for example in examples), max_new_tokens, **local)
+    return local_client(settings, (build_messages(track, example.prompt) for example in examples), max_new_tokens, seed, **local)

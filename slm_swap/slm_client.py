@@ -1,5 +1,6 @@
 """The local small model: loading it, and asking it through one of the engines."""
 
+import gc
 import hashlib
 import json
 import logging
@@ -8,7 +9,9 @@ import os
 import time
 from collections.abc import Container, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +22,11 @@ from slm_swap.examples import text_hash
 from slm_swap.pricing import load_prices, to_float
 from slm_swap.prompts import Messages
 from slm_swap.reports import sha256_file
+from slm_swap.seeds import set_seed
 from slm_swap.settings import Settings, display_path, find_path
 
 HASH_BLOCK = 16 << 20
+ENCODED_AT_ONCE = 64  # rows: most of what the cores gain, and short enough not to keep the GPU waiting
 DOWNLOAD = "hf download microsoft/Phi-4-mini-instruct --local-dir slm_swap/models/phi-4-mini"
 
 
@@ -136,8 +141,13 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
 
 def encode_prompt(tokenizer: Any, messages: Messages) -> list[int]:
     """The token ids that a model is shown for one row: the same in evaluation and in training."""
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return encode_prompts(tokenizer, [messages])[0]
+
+
+def encode_prompts(tokenizer: Any, rows: list[Messages]) -> list[list[int]]:
+    """`encode_prompt` of several rows, by all cores at once."""
+    texts = [tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) for messages in rows]
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
 def placement(path: Path, precision: str, processes: int = 1) -> Any:
@@ -184,6 +194,7 @@ class SLMClient:
         adapter: folder of a PEFT adapter.
         batch_size: rows in one batch of the transformers engine, or "auto".
         workload: what vLLM is started for.
+        tokenizer: the checkpoint's, where it is loaded already.
 
     Raises:
         UserError: no checkpoint or adapter, one that does not fit the other, an engine that cannot run here, or prices that
@@ -204,6 +215,7 @@ class SLMClient:
         engine: str = "auto",
         engine_start: str = "auto",
         workload: Workload | None = None,
+        tokenizer: Any = None,
     ):
         self.max_new_tokens = max_new_tokens
         self.prices = load_prices(settings.prices_file)
@@ -214,6 +226,7 @@ class SLMClient:
         folders = [self.path, *([self.adapter] if self.adapter else [])]
         with ThreadPoolExecutor(1) as background:  # while the model is loaded
             hashes = background.submit(lambda: [files_hash(folder) for folder in folders])
+            self.tokenizer = tokenizer or load_tokenizer(self.path, trust_remote_code)
             self._load(name, batch_size, trust_remote_code, engine_start, workload, settings.launch.world)
         self._files_sha256 = hashes.result()
         self.load_seconds = time.perf_counter() - started
@@ -221,7 +234,6 @@ class SLMClient:
     def _load(
         self, name: str, batch_size: int | str, trust_remote_code: bool, engine_start: str, workload: Workload | None, processes: int
     ) -> None:
-        self.tokenizer = load_tokenizer(self.path, trust_remote_code)
         if name == "vllm":
             from slm_swap.engines.vllm_engine import VllmEngine
 
@@ -246,16 +258,17 @@ class SLMClient:
         refused: list[tuple[int, Reply]] = []
 
         def prompts() -> Iterator[Prompt]:
-            for index, messages in rows:
-                tokens = encode_prompt(self.tokenizer, messages)
-                room = self.engine.context - len(tokens)
-                if room > 0:
-                    if index not in answered:
-                        lengths[index] = len(tokens)
-                    yield Prompt(index, tokens, min(self.max_new_tokens, room))
-                elif index not in answered:
-                    error = f"the prompt has {len(tokens)} tokens, the context {self.engine.context}"
-                    refused.append((index, Reply("", "length", input_tokens=len(tokens), error=error)))
+            coming = iter(rows)
+            while chunk := dict(islice(coming, ENCODED_AT_ONCE)):
+                for index, tokens in zip(chunk, encode_prompts(self.tokenizer, list(chunk.values())), strict=True):
+                    room = self.engine.context - len(tokens)
+                    if room > 0:
+                        if index not in answered:
+                            lengths[index] = len(tokens)
+                        yield Prompt(index, tokens, min(self.max_new_tokens, room))
+                    elif index not in answered:
+                        error = f"the prompt has {len(tokens)} tokens, the context {self.engine.context}"
+                        refused.append((index, Reply("", "length", input_tokens=len(tokens), error=error)))
 
         for made in self.engine.generate(prompts(), answered):
             yield made.index, self._reply(lengths.pop(made.index), made)
@@ -304,7 +317,18 @@ class SLMClient:
         self.engine.close()
 
 
-def local_client(settings: Settings, rows: Iterable[Messages], max_new_tokens: int, **options: Any) -> Client:
+@contextmanager
+def no_collections() -> Iterator[None]:
+    """Without garbage collections, which find next to nothing while packages and a model are loaded, and take a seventh of that time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+@no_collections()
+def local_client(settings: Settings, rows: Iterable[Messages], max_new_tokens: int, seed: int, **options: Any) -> Client:
     """The local model for those rows: here, or in all processes of a launch where this is the first one.
 
     Raises:
@@ -312,13 +336,14 @@ def local_client(settings: Settings, rows: Iterable[Messages], max_new_tokens: i
     """
 
     def make(workload: Workload | None) -> SLMClient:
-        return SLMClient(settings, max_new_tokens=max_new_tokens, workload=workload, **options)
+        return SLMClient(settings, max_new_tokens=max_new_tokens, workload=workload, tokenizer=tokenizer, **options)
 
+    set_seed(seed)
     engine, _ = choose_engine(options.get("engine", "auto"), options.get("precision"))
-    workload = None
+    tokenizer = workload = None
     if engine == "vllm":
-        path, trust = model_path(settings, options.get("model")), options.get("trust_remote_code", False)
-        workload = measure_workload(load_tokenizer(path, trust), rows, max_new_tokens)
+        tokenizer = load_tokenizer(model_path(settings, options.get("model")), options.get("trust_remote_code", False))
+        workload = measure_workload(tokenizer, rows, max_new_tokens)
     if settings.launch.world == 1:
         return make(workload)
     from slm_swap.replicas import open_replicas
@@ -326,14 +351,19 @@ def local_client(settings: Settings, rows: Iterable[Messages], max_new_tokens: i
     return open_replicas(settings.launch, workload, make)
 
 
-def serve_rows(settings: Settings, concurrency: int | None = None, **options: Any) -> None:
+def serve_rows(settings: Settings, seed: int, concurrency: int | None = None, **options: Any) -> None:
     """What the other processes of a launch do until the first one, with its `local_client`, is done.
 
     `options` are those of `clients.make_client`; `concurrency` has no meaning here.
     """
     from slm_swap.replicas import serve
 
-    serve(settings.launch, lambda workload: SLMClient(settings, workload=workload, **options))
+    @no_collections()
+    def make(workload: Workload | None) -> SLMClient:
+        set_seed(seed)
+        return SLMClient(settings, workload=workload, **options)
+
+    serve(settings.launch, make)
 
 
 def with_adapter(model: Any, adapter: Path, base: Path) -> Any:

@@ -29,7 +29,6 @@ from slm_swap.langfuse_helpers import connect, trace_run
 from slm_swap.replicas import take_one_gpu
 from slm_swap.reply_cache import ReplyCache
 from slm_swap.reports import SCHEMA_VERSION, rows_path, write_atomically, write_json
-from slm_swap.seeds import set_seed
 from slm_swap.settings import PACKAGE, Settings, display_path, load_settings
 from slm_swap.slm_client import serve_rows
 
@@ -61,8 +60,7 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError("only the local model has use for several processes: start --model-kind azure and replay by python")
         take_one_gpu(settings.launch)
     if settings.launch.rank:
-        set_seed(args.seed)
-        serve_rows(settings, **client_options(args))
+        serve_rows(settings, args.seed, **client_options(args))
         return 0
     connection = connect(settings, tracing_options(args, settings))
     dataset, inputs, name = find_rows(args, [args.model_kind])
@@ -71,8 +69,6 @@ def main(argv: list[str] | None = None) -> int:
     out = args.out or PACKAGE / f"01_eval/reports/{args.track}_{args.model_kind}_{name}.json"
     check_out(out, rows_path(out), journal_path(out), inputs=[inputs["path"], args.replies])
     experiment = find_experiment(args, settings, dataset, inputs, name) if args.langfuse_experiment else None
-    if args.model_kind == "slm":
-        set_seed(args.seed)
     with Journal(journal_path(out)) as journal:
         client = make_client(args.model_kind, settings, args.track, dataset, seed=args.seed, **client_options(args))
         try:

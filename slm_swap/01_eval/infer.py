@@ -15,7 +15,6 @@ from slm_swap.clients import make_client
 from slm_swap.errors import UserError
 from slm_swap.examples import Example, read_examples
 from slm_swap.prompts import build_messages
-from slm_swap.seeds import set_seed
 from slm_swap.settings import display_path, find_path, load_settings
 from slm_swap.tracks import TRACKS
 
@@ -56,8 +55,6 @@ def main(argv: list[str] | None = None) -> int:
     if not prompt.strip():
         raise UserError("the prompt is empty: say what the model should do")
     gold = track.reference(example) if example else None
-    if args.model_kind == "slm":
-        set_seed(args.seed)
     client = make_client(args.model_kind, settings, args.track, [example or Example(prompt, "")], seed=args.seed, **client_options(args))
     try:
         (reply,) = client.generate([build_messages(args.track, prompt)])

@@ -21,7 +21,6 @@ from slm_swap.evaluation import Stopwatch, make_report, references, summary, tra
 from slm_swap.langfuse_helpers import Connection, connect, trace_run
 from slm_swap.live import EarlyStop, Side, watch
 from slm_swap.reports import rows_path, write_json, write_jsonl
-from slm_swap.seeds import set_seed
 from slm_swap.settings import PACKAGE, display_path, load_settings
 from slm_swap.tracks import TRACKS
 
@@ -86,8 +85,6 @@ def main(argv: list[str] | None = None) -> int:
             f"too few rows for a SWAP at --delta {args.delta:g}, unless the small model is the better one: "
             f"a group of rows is one bet, and there are {len(early.sizes)}, the largest of {max(early.sizes)} rows"
         )
-    if "slm" in args.models:
-        set_seed(args.seed)
     sides: list[Side] = []
     try:
         for kind in args.models:

@@ -5,6 +5,7 @@ seconds of both). The graphs are captured without compiling the model first, so 
 """
 
 import json
+import math
 import os
 import time
 from collections.abc import Container, Generator, Iterable
@@ -17,16 +18,32 @@ from slm_swap.settings import display_path
 
 FIRST_CONTEXT = 4096  # where nothing is known of the rows
 QUEUED = 1024  # prompts that the engine holds at a time: enough to keep the GPU full, few enough to stream
+# Batches whose decode step is captured; those between are filled up to the next one. vLLM's own 35 sizes up to 256 take a second longer
+# to capture, and leave the largest batches to be launched kernel by kernel.
+CAPTURED = [1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, QUEUED]
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 DTYPES = {"bf16": "bfloat16", "fp8": "bfloat16", "fp32": "float32"}
-# What the choice of a start goes by, the mean of three runs on one H200: benchmarks/results/eval*.json.
-GRAPHS_EXTRA_SECONDS = 2.4
-GRAPHS_SAVED_SECONDS_PER_ROW = 0.0013
+ENVIRONMENT = {  # what vLLM is started with, unless it is set already
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # a process of the engine's own would import everything again, for longer than it saves
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    # Nothing is compiled here, and torch's compiler takes 4 seconds to be imported, which vLLM's decorated functions would have done.
+    "TORCHDYNAMO_DISABLE": "1",
+    # The graphs of the decode step share 0.3 GiB, a fraction of what vLLM leaves free: measuring that first would take a second.
+    "VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS": "0",
+}
+# What the choice of a start goes by, measured on one H200: benchmarks/results/eval.json.
+CAPTURE_SECONDS = 1.3
+SAVED_SECONDS = 0.25  # of a decode step's launches, each time that the rows double
 
 
 def start_for(rows: int) -> str:
-    """"graphs" where so many rows win back what capturing them costs, else "eager"."""
-    return "graphs" if rows * GRAPHS_SAVED_SECONDS_PER_ROW > GRAPHS_EXTRA_SECONDS else "eager"
+    """"graphs" where so many rows win back what capturing them costs, else "eager".
+
+    An eager decode step is the longer by its launches, whatever the batch; the steps are as many as the longest reply has tokens,
+    which grows with the logarithm of the rows.
+    """
+    return "graphs" if math.log2(1 + rows) * SAVED_SECONDS > CAPTURE_SECONDS else "eager"
 
 
 class VllmEngine:
@@ -55,11 +72,7 @@ class VllmEngine:
     ):
         if adapter and precision == "fp32":
             raise UserError("the vllm engine has no adapters in fp32: use --precision bf16 or --engine transformers")
-        # The engine in this process: a second one would import everything again, which takes longer than it saves.
-        settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
-        # Nothing is compiled here, and torch's compiler takes 4 seconds to be imported, which vLLM's decorated functions would have done.
-        settings["TORCHDYNAMO_DISABLE"] = "1"
-        for name, value in settings.items():
+        for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # a launcher's: vLLM's own world, of one process, would look for its store
         import torch
@@ -71,7 +84,7 @@ class VllmEngine:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         context = min(config.max_position_embeddings, workload.longest if workload else FIRST_CONTEXT)
         self._ends = end_tokens(path, config)
-        graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "max_cudagraph_capture_size": 256}
+        graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": CAPTURED}
         self._sampling = SamplingParams
         self._lora = LoRARequest("adapter", 1, str(adapter)) if adapter else None
         rank = {"enable_lora": True, "max_lora_rank": lora_rank(adapter), "max_loras": 1} if adapter else {}
