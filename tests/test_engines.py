@@ -1,6 +1,7 @@
 """The engines of the local model, as far as a machine without a GPU goes: on the embedded tiny model, in fp32."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -190,18 +191,18 @@ def test_the_engine_is_chosen(wanted, precision, fast, chosen, monkeypatch):
 
 
 def test_the_start_is_chosen_by_what_was_measured():
-    extra, saved = [], []
-    for path in (ROOT / "benchmarks/results").glob("eval*.json"):
-        eager, graphs = (json.loads(path.read_text())["settings"][f"vllm-{start}"] for start in ("eager", "graphs"))
-        extra.append(graphs["command"]["load_seconds"] - eager["command"]["load_seconds"])
-        saved.append((eager["once_started"]["seconds"] - graphs["once_started"]["seconds"]) / graphs["once_started"]["rows"])
-    assert len(extra) == 3
-    assert sum(extra) / 3 == pytest.approx(vllm_engine.GRAPHS_EXTRA_SECONDS, rel=0.05)
-    assert sum(saved) / 3 == pytest.approx(vllm_engine.GRAPHS_SAVED_SECONDS_PER_ROW, rel=0.05)
+    settings = json.loads((ROOT / "benchmarks/results/eval.json").read_text())["settings"]
+    eager, graphs = (settings[f"vllm-{start}"]["once_started"] for start in ("eager", "graphs"))
+    measured = [(graphs["rows"], eager["seconds"] - graphs["seconds"])]
+    measured += [(one["rows"], one["seconds"] - other["seconds"]) for one, other in zip(eager["fewer"], graphs["fewer"], strict=True)]
+    doublings = [math.log2(1 + rows) for rows, _ in measured]
+    saved = sum(x * seconds for x, (_, seconds) in zip(doublings, measured, strict=True)) / sum(x * x for x in doublings)  # least squares
+    assert saved == pytest.approx(vllm_engine.SAVED_SECONDS, rel=0.05)
+    assert graphs["capture_seconds"] == pytest.approx(vllm_engine.CAPTURE_SECONDS, rel=0.05)
 
 
 def test_vllm_starts_for_its_workload(client, tmp_path):
-    assert [start_for(rows) for rows in (1, 512, 2048, 200_000)] == ["eager", "eager", "graphs", "graphs"]
+    assert [start_for(rows) for rows in (1, 20, 30, 512, 200_000)] == ["eager", "eager", "graphs", "graphs", "graphs"]
     lengths = [len(encode_prompt(client.tokenizer, messages)) for messages in BATCH]
     assert measure_workload(client.tokenizer, iter(BATCH), 7) == Workload(len(BATCH), max(lengths) + 7)
     assert set(end_tokens(PACKAGE / "models/phi-tiny", None)) == client.engine.ends

@@ -1,16 +1,30 @@
 """The local model's client, on the embedded tiny model, in fp32 on a CPU."""
 
+import gc
 import json
 from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from slm_swap import replicas, slm_client
 from slm_swap.errors import UserError
 from slm_swap.pricing import LocalPrices, Prices
 from slm_swap.prompts import build_messages, toolcall_prompt
 from slm_swap.settings import PACKAGE, ROOT, Settings
-from slm_swap.slm_client import SLMClient, adapter_path, encode_prompt, model_path, placement, training_seconds
+from slm_swap.slm_client import (
+    SLMClient,
+    adapter_path,
+    encode_prompt,
+    encode_prompts,
+    local_client,
+    model_path,
+    placement,
+    serve_rows,
+    training_seconds,
+)
 
 SETTINGS = Settings(slm_model_path="models/phi-tiny")
 CITY = {"city": {"type": "string", "description": "The city."}}
@@ -63,6 +77,38 @@ def test_replies_do_not_depend_on_the_batch_size(client, alone, size, monkeypatc
     lengths = {len(encode_prompt(client.tokenizer, messages)) for messages in BATCH}
     assert len(lengths) > 2, "rows of one length would need no padding"
     assert same(client.generate(BATCH), alone)
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), min_size=1, max_size=9))
+def test_rows_are_encoded_together_as_alone(client, texts):
+    rows = [build_messages("structured", text) for text in texts]
+    assert encode_prompts(client.tokenizer, rows) == [encode_prompt(client.tokenizer, messages) for messages in rows]
+
+
+@pytest.mark.parametrize("chunk", [1, 3, len(BATCH)])
+def test_rows_are_asked_whole_and_in_order_however_many_are_encoded_at_once(client, alone, chunk, monkeypatch):
+    monkeypatch.setattr(slm_client, "ENCODED_AT_ONCE", chunk)
+    monkeypatch.setattr(client.engine, "batch_size", 1)
+    long, answered = ask("Check the weather in Oslo " + "and Rome " * 9999), {2, 5}
+    replies = dict(client.stream(enumerate([*BATCH, long]), answered))
+    assert set(replies) == set(range(len(BATCH) + 1)) - answered
+    assert replies.pop(len(BATCH)).finish_reason == "length"
+    assert same(replies.values(), [alone[index] for index in replies])
+
+
+def test_nothing_is_collected_while_it_is_loaded_and_everything_afterwards(monkeypatch):
+    collected = []
+    monkeypatch.setattr(slm_client, "SLMClient", lambda *_, **options: collected.append(gc.isenabled()))
+    monkeypatch.setattr(replicas, "serve", lambda _, make: make(None))
+    local_client(SETTINGS, [], 8, seed=7, engine="transformers")
+    assert gc.isenabled()
+    first = torch.rand(1)
+    serve_rows(SETTINGS, seed=7)
+    assert gc.isenabled() and collected == [False, False]
+    assert torch.rand(1) == first, "every process is seeded"
+    with pytest.raises(UserError, match="cannot run here"):
+        local_client(SETTINGS, [], 8, seed=7, engine="vllm")
+    assert gc.isenabled()
 
 
 def test_a_reply_holds_only_the_new_tokens(client, alone):
