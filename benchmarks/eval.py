@@ -2,23 +2,26 @@
 
     python benchmarks/eval.py
     python benchmarks/eval.py --only vllm-eager vllm-graphs --scratch /tmp/phi --out /tmp/eval.json
+    python benchmarks/eval.py --processes 2 --only vllm-graphs --out benchmarks/results/eval_2_gpus.json
 
 Each setting runs in processes of its own. `once started` is requests a second after the model is loaded and has answered a few
 other rows (which compiles and captures what there is); `command` is the whole of `01_eval/eval.py` over some rows, from its start
 to its report. `documented` is transformers' own `generate` in the documented setting. Replies are stopped at their own lengths.
+Several processes, one a GPU, are started by torchrun and get so many times the rows: compare their tokens a second with one's.
 """
 
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere
 
+from own_process import in_own_process
 from phi_shape import SHAPES, lengths, make_checkpoint, write_rows
 
 from slm_swap.cli import Parser, positive, run
@@ -39,54 +42,57 @@ SETTINGS: dict[str, dict[str, Any]] = {  # flags of eval.py; rows once started, 
 }
 
 
-def stop_at_own_length() -> None:
+WORKLOAD = 4096  # rows a process of which prompt and reply lengths are drawn at once, so that the first n are the same for any n
+
+
+def stop_at_own_length(processes: int) -> None:
     """Let row i of the workload get exactly as many new tokens as its reply has."""
     from slm_swap import slm_client
     from slm_swap.engines import Prompt
 
-    _, replies = lengths(WORKLOAD, 7)
-    slm_client.Prompt = lambda index, tokens, limit: Prompt(index, tokens, min(limit, replies[index % WORKLOAD]))
+    _, replies = lengths(WORKLOAD * processes, 7)
+    slm_client.Prompt = lambda index, tokens, limit: Prompt(index, tokens, min(limit, replies[index]))
 
 
-WORKLOAD = 4096  # rows of which prompt and reply lengths are drawn at once, so that the first n are the same for any n
-
-
-def once_started(checkpoint: Path, rows: Path, setting: dict[str, Any], warm: int) -> dict[str, Any]:
-    """Load the model, answer `warm` rows of the workload's end, then time its first rows."""
+def once_started(checkpoint: Path, rows: Path, setting: dict[str, Any], warm: int) -> dict[str, Any] | None:
+    """Load the model, answer `warm` rows of the workload's end, then time its first rows; None but in the first process."""
     import torch
 
     from slm_swap.examples import read_examples
     from slm_swap.prompts import build_messages
-    from slm_swap.settings import Settings
-    from slm_swap.slm_client import SLMClient, load_tokenizer, measure_workload
+    from slm_swap.replicas import take_one_gpu
+    from slm_swap.settings import Settings, load_launch
+    from slm_swap.slm_client import local_client, serve_rows
 
-    stop_at_own_length()
+    launch = load_launch()
+    settings, flags = Settings(slm_model_path=str(checkpoint), launch=launch), setting["flags"]
+    stop_at_own_length(launch.world)
+    if launch.world > 1:
+        take_one_gpu(launch)
+    if launch.rank:
+        serve_rows(settings, seed=0, max_new_tokens=LONGEST, **flags)
+        return None
     examples = [build_messages("structured", example.prompt) for example in read_examples(rows)]
-    workload = measure_workload(load_tokenizer(checkpoint), examples, LONGEST)
-    captured = time_capture() if setting["flags"]["engine"] == "vllm" else []
-    count, clock = setting["rows"], time.perf_counter()
-    client = SLMClient(Settings(slm_model_path=str(checkpoint)), max_new_tokens=LONGEST, workload=workload, **setting["flags"])
-    told: dict[str, Any] = {"load_seconds": time.perf_counter() - clock}
-    clock = time.perf_counter()
-    for _ in client.stream((len(examples) - warm + at, messages) for at, messages in enumerate(examples[-warm:])):
-        pass
-    told["warm_seconds"] = time.perf_counter() - clock
+    captured = time_capture() if flags["engine"] == "vllm" else []
+    client = local_client(settings, examples, LONGEST, seed=0, **flags)
 
     def timed(start: int, rows: int) -> tuple[int, float]:
         clock = time.perf_counter()
         replies = [reply for _, reply in client.stream((start + at, examples[start + at]) for at in range(rows))]
         return sum(reply.output_tokens for reply in replies), time.perf_counter() - clock
 
-    told |= _rates(count, *timed(0, count))
-    if fewer := setting.get("fewer"):
-        starts = [count + sum(fewer[:at]) for at in range(len(fewer))]
-        told["fewer"] = [{"rows": rows, "seconds": timed(start, rows)[1]} for start, rows in zip(starts, fewer, strict=True)]
-    memory = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
-    return told | {"capture_seconds": sum(captured), "peak_gib": memory / 2**30, "model": client.describe()}
+    with closing(client):
+        count = setting["rows"] * launch.world
+        told = {"load_seconds": client.load_seconds, "warm_seconds": timed(len(examples) - warm, warm)[1], **_rates(count, *timed(0, count))}
+        if fewer := setting.get("fewer"):
+            starts = [count + sum(fewer[:at]) for at in range(len(fewer))]
+            told["fewer"] = [{"rows": rows, "seconds": timed(start, rows)[1]} for start, rows in zip(starts, fewer, strict=True)]
+        memory = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
+        return told | {"capture_seconds": sum(captured), "peak_gib": memory / 2**30, "model": client.describe()}
 
 
 def time_capture() -> list[float]:
-    """What vLLM's capturing of CUDA graphs takes is added to this list: seconds."""
+    """A list that the seconds are added to which vLLM's capturing of CUDA graphs takes."""
     from slm_swap.engines.vllm_engine import ENVIRONMENT
 
     os.environ.update(ENVIRONMENT)  # before vLLM is imported
@@ -137,33 +143,29 @@ def documented(checkpoint: Path, rows: Path, setting: dict[str, Any], warm: int)
     return told | _rates(len(prompts), sum(limits[: len(prompts)]), time.perf_counter() - clock)
 
 
-def command(checkpoint: Path, rows: Path, setting: dict[str, Any], out: Path) -> None:
+def command(checkpoint: Path, rows: Path, setting: dict[str, Any], out: Path, processes: int) -> None:
     """The whole of eval.py, in this process."""
     import runpy
 
-    stop_at_own_length()
+    stop_at_own_length(processes)
     flags = [word for name, value in setting["flags"].items() for word in (f"--{name.replace('_', '-')}", str(value))]
     sys.argv = ["eval.py", "--track", "structured", "--model-kind", "slm", "--dataset", str(rows), "--limit", str(setting["command"])]
     sys.argv += ["--out", str(out), *flags]
     runpy.run_path(str(PACKAGE / "01_eval/eval.py"), run_name="__main__")
 
 
-def child(args: argparse.Namespace, part: str, name: str, timeout: int) -> dict[str, Any]:
-    """One part of one setting in a process of its own; where it fails, the end of what it said."""
+def child(args: argparse.Namespace, part: str, name: str) -> dict[str, Any]:
+    """One part of one setting in processes of its own; where it fails, why."""
     out = args.scratch / f"{name}.{part}.json"
     for old in args.scratch.glob(f"{out.stem}*"):
         old.unlink()
-    words = [sys.executable, __file__, "--part", part, "--only", name, "--scratch", str(args.scratch), "--shape", args.shape, "--out", str(out)]
-    words += ["--rows", str(args.rows)] if args.rows else []
-    environment = {"SLM_MODEL_PATH": str(args.scratch / args.shape), "LANGFUSE_DISABLED": "1"}
+    words = ["--part", part, "--only", name, "--scratch", args.scratch, "--shape", args.shape, "--processes", args.processes, "--out", out]
+    words += ["--rows", args.rows] if args.rows else []
     clock = time.perf_counter()
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=timeout, env=os.environ | environment, cwd=ROOT)
-    except subprocess.TimeoutExpired:
-        return {"failed": f"took more than {timeout} s"}
+    error = in_own_process(__file__, [str(word) for word in words], args.timeout, out.with_suffix(".log"), args.processes)
     seconds = time.perf_counter() - clock
-    if done.returncode:
-        return {"failed": (done.stderr or done.stdout).strip()[-1500:]}
+    if error:
+        return {"failed": error}
     told = json.loads(out.read_text())
     if part == "command":
         return {"seconds": seconds, "rows": told["counts"]["rows"], **{f"{name}_seconds": told["seconds"][name] for name in ("load", "generate", "total")}}
@@ -172,40 +174,47 @@ def child(args: argparse.Namespace, part: str, name: str, timeout: int) -> dict[
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="the settings to measure")
+    parser.add_argument("--only", nargs="+", choices=SETTINGS, help="the settings to measure (default: all)")
     parser.add_argument("--scratch", type=Path, default=Path("/tmp/slm_swap_benchmark"), metavar="DIR", help="where checkpoint and rows go")
     parser.add_argument("--shape", choices=SHAPES, default="phi-4-mini", help="tiny: to try the benchmark on a CPU")
-    parser.add_argument("--rows", type=positive, help="measure so many rows in each setting, instead of its own number")
+    parser.add_argument("--rows", type=positive, help="measure so many rows a process in each setting, instead of its own number")
+    parser.add_argument("--processes", type=positive, default=1, help="processes, one a GPU (default: 1); the documented setting has one")
     parser.add_argument("--timeout", type=positive, default=240, help="seconds that one part of one setting may take")
     parser.add_argument("--part", choices=("once_started", "command"), help="for the processes that this one starts")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the file to write (default: benchmarks/results/eval.json)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.processes > 1 and "documented" in (args.only or []):
+        parser.error("the documented setting is one process: leave it out of --only, or --processes")
+    args.only = args.only or [name for name in SETTINGS if args.processes == 1 or name != "documented"]
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    rows = args.scratch / f"rows-{args.shape}.jsonl"
+    rows = args.scratch / f"rows-{args.shape}-{args.processes}.jsonl"
     checkpoint = args.scratch / args.shape
     if args.part:
         (name,) = args.only
         setting = SETTINGS[name] | ({"rows": args.rows, "command": args.rows} if args.rows else {})
         if args.part == "command":
-            command(checkpoint, rows, setting, args.out)
+            command(checkpoint, rows, setting, args.out, args.processes)
         measure = documented if name == "documented" else once_started
-        write_json(args.out, measure(checkpoint, rows, setting, warm=min(64, setting["rows"] // 4)))
+        if told := measure(checkpoint, rows, setting, warm=min(64, setting["rows"] // 4)):
+            write_json(args.out, told)
         return 0
     import torch
 
+    os.environ |= {"SLM_MODEL_PATH": str(checkpoint.resolve()), "LANGFUSE_DISABLED": "1"}
     make_checkpoint(checkpoint, args.shape)
-    write_rows(rows, WORKLOAD, json.loads((checkpoint / "config.json").read_text())["vocab_size"])
+    write_rows(rows, WORKLOAD * args.processes, json.loads((checkpoint / "config.json").read_text())["vocab_size"])
     torch.cuda.empty_cache()
     out = args.out or ROOT / "benchmarks/results/eval.json"
-    told = {"created_at": now(), "code": code_version(), "hardware": hardware(), "packages": package_versions(), "shape": args.shape}
+    told = {"created_at": now(), "code": code_version(), "hardware": hardware(), "packages": package_versions(), "shape": args.shape, "processes": args.processes}
     results: dict[str, Any] = {}
     for name in args.only:
-        results[name] = {"flags": SETTINGS[name]["flags"], "once_started": child(args, "once_started", name, args.timeout)}
+        results[name] = {"flags": SETTINGS[name]["flags"], "once_started": child(args, "once_started", name)}
         if SETTINGS[name]["command"]:
-            results[name]["command"] = child(args, "command", name, args.timeout)
+            results[name]["command"] = child(args, "command", name)
         print(name, json.dumps({key: value for key, value in results[name].items() if key != "flags"}), flush=True)
         write_json(out, told | {"settings": results})  # each time: a machine may be taken away
     print(f"report: {display_path(out)}")
@@ -213,4 +222,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, launched="--part" in sys.argv)

@@ -13,9 +13,6 @@ NAME:HYPERPARAMETER=VALUE,... changes one of the hyperparameters of train_unslot
 """
 
 import argparse
-import os
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,6 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere
 
+from own_process import in_own_process
 from phi_shape import SHAPES, lengths, make_checkpoint
 
 from slm_swap.cli import Parser, positive, run
@@ -183,34 +181,6 @@ def measure(config: str, folder: Path, rows_wanted: int, seconds: float, out: Pa
     write_json(out, found)
 
 
-def in_own_process(flags: list[str], limit: float, log: Path, processes: int = 1) -> str | None:
-    """Run this script again with `flags` and nothing of this process; what went wrong in one line, or None."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    with log.open("w") as stream:
-        child = subprocess.Popen(
-            [sys.executable, *launcher, __file__, *flags], stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            code = child.wait(limit)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            if child.poll() is None:
-                child.terminate()  # a launcher ends its processes then
-                try:
-                    child.wait(15)
-                except subprocess.TimeoutExpired:
-                    os.killpg(child.pid, signal.SIGKILL)
-                    child.wait()
-    if code == 0:
-        return None
-    if code is None:
-        return f"no result after {limit:g} s"
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if "Error" in line]
-    return (errors or lines or [f"exit code {code}"])[-1][:300]
-
-
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--configs", nargs="+", default=list(CONFIGS), metavar="NAME", help="what to measure (default: all)")
@@ -239,14 +209,14 @@ def main(argv: list[str] | None = None) -> int:
     args.scratch.mkdir(parents=True, exist_ok=True)
     flags = ["--shape", args.shape, "--rows", str(args.rows), "--seconds", str(args.seconds), "--scratch", str(args.scratch)]
     if not (folder / "model.done").exists():
-        error = in_own_process([*flags, "--measure", "model"], args.limit, args.scratch / "model.log")
+        error = in_own_process(__file__, [*flags, "--measure", "model"], args.limit, args.scratch / "model.log")
         if error:
             raise UserError(f"cannot make the model ({error}): see {display_path(args.scratch / 'model.log')}")
     told: dict[str, Any] = {"created_at": now(), "code": code_version(), "shape": args.shape, "configurations": {}}
     for config in args.configs:
         result.unlink(missing_ok=True)
         log = args.scratch / f"{config.replace(':', '_')}.log"
-        error = in_own_process([*flags, "--measure", config], args.limit, log, args.processes)
+        error = in_own_process(__file__, [*flags, "--measure", config], args.limit, log, args.processes)
         if not error and not result.exists():
             error = "no result"
         found = {"error": error} if error else read_json(result, "benchmarks/train.py")
