@@ -11,6 +11,7 @@ Several processes, one a GPU, are started by torchrun and get so many times the 
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
@@ -210,6 +211,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.cuda.empty_cache()
     out = args.out or ROOT / "benchmarks/results/eval.json"
     told = {"created_at": now(), "code": code_version(), "hardware": hardware(), "packages": package_versions(), "shape": args.shape, "processes": args.processes}
+    told["bytecode"] = Path(importlib.util.cache_from_source(torch.__file__)).exists()  # torch's, as pip leaves it: without, a command compiles anew
     results: dict[str, Any] = {}
     for name in args.only:
         results[name] = {"flags": SETTINGS[name]["flags"], "once_started": child(args, "once_started", name)}
