@@ -202,7 +202,7 @@ def test_the_start_is_chosen_by_what_was_measured():
 
 
 def test_vllm_starts_for_its_workload(client, tmp_path):
-    assert [start_for(rows) for rows in (1, 20, 30, 512, 200_000)] == ["eager", "eager", "graphs", "graphs", "graphs"]
+    assert [start_for(rows) for rows in (1, 15, 30, 512, 200_000)] == ["eager", "eager", "graphs", "graphs", "graphs"]
     lengths = [len(encode_prompt(client.tokenizer, messages)) for messages in BATCH]
     assert measure_workload(client.tokenizer, iter(BATCH), 7) == Workload(len(BATCH), max(lengths) + 7)
     assert set(end_tokens(PACKAGE / "models/phi-tiny", None)) == client.engine.ends

@@ -33,8 +33,8 @@ ENVIRONMENT = {  # what vLLM is started with, unless it is set already
     "VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS": "0",
 }
 # What the choice of a start goes by, measured on one H200: benchmarks/results/eval.json.
-CAPTURE_SECONDS = 1.7
-SAVED_SECONDS = 0.38  # of launches, each time that the rows double
+CAPTURE_SECONDS = 1.23
+SAVED_SECONDS = 0.28  # of launches, each time that the rows double
 
 
 def start_for(rows: int) -> str:
