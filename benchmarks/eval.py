@@ -2,16 +2,17 @@
 
     python benchmarks/eval.py
     python benchmarks/eval.py --only vllm-eager vllm-graphs --scratch /tmp/phi --out /tmp/eval.json
-    python benchmarks/eval.py --processes 2 --only vllm-graphs --out benchmarks/results/eval_2_gpus.json
+    python benchmarks/eval.py --processes 1 2 --only vllm-graphs transformers-bf16-auto --out benchmarks/results/eval_2_gpus.json
 
 Each setting runs in processes of its own. `once started` is requests a second after the model is loaded and has answered a few
 other rows (which compiles and captures what there is); `command` is the whole of `01_eval/eval.py` over some rows, from its start
 to its report. `documented` is transformers' own `generate` in the documented setting. Replies are stopped at their own lengths.
-Several processes, one a GPU, are started by torchrun and get so many times the rows: compare their tokens a second with one's.
+Several processes, one a GPU, are started by torchrun and get so many times the rows, which are others: compare reply tokens a second.
 """
 
 import argparse
 import importlib.util
+import itertools
 import json
 import os
 import sys
@@ -30,15 +31,14 @@ from slm_swap.reports import code_version, hardware, now, package_versions, writ
 from slm_swap.settings import PACKAGE, ROOT, display_path
 
 LONGEST = 256  # new tokens, as eval.py's default
-FEWER = (8, 8, 32, 32, 128, 512)  # rows that the two starts of vLLM are compared over, besides: vllm_engine.start_for goes by them
 SETTINGS: dict[str, dict[str, Any]] = {  # flags of eval.py; rows once started, rows of the whole command (0: not measured)
     "documented": {"flags": {"precision": "int8", "batch_size": 8}, "rows": 16, "command": 0},
     "transformers-int8-8": {"flags": {"engine": "transformers", "precision": "int8", "batch_size": 8}, "rows": 16, "command": 0},
     "transformers-int8-auto": {"flags": {"engine": "transformers", "precision": "int8", "batch_size": "auto"}, "rows": 64, "command": 0},
     "transformers-bf16-8": {"flags": {"engine": "transformers", "precision": "bf16", "batch_size": 8}, "rows": 64, "command": 0},
     "transformers-bf16-auto": {"flags": {"engine": "transformers", "precision": "bf16", "batch_size": "auto"}, "rows": 2048, "command": 512},
-    "vllm-eager": {"flags": {"engine": "vllm", "precision": "bf16", "engine_start": "eager"}, "rows": 2048, "command": 512, "fewer": FEWER},
-    "vllm-graphs": {"flags": {"engine": "vllm", "precision": "bf16", "engine_start": "graphs"}, "rows": 2048, "command": 512, "fewer": FEWER},
+    "vllm-eager": {"flags": {"engine": "vllm", "precision": "bf16", "engine_start": "eager"}, "rows": 2048, "command": 512},
+    "vllm-graphs": {"flags": {"engine": "vllm", "precision": "bf16", "engine_start": "graphs"}, "rows": 2048, "command": 512},
     "vllm-fp8-graphs": {"flags": {"engine": "vllm", "precision": "fp8", "engine_start": "graphs"}, "rows": 2048, "command": 0},
 }
 
@@ -74,7 +74,6 @@ def once_started(checkpoint: Path, rows: Path, setting: dict[str, Any], warm: in
         serve_rows(settings, seed=0, max_new_tokens=LONGEST, **flags)
         return None
     examples = [build_messages("structured", example.prompt) for example in read_examples(rows)]
-    captured = time_capture() if flags["engine"] == "vllm" else []
     client = local_client(settings, examples, LONGEST, seed=0, **flags)
 
     def timed(start: int, rows: int) -> tuple[int, float]:
@@ -85,30 +84,8 @@ def once_started(checkpoint: Path, rows: Path, setting: dict[str, Any], warm: in
     with closing(client):
         count = setting["rows"] * launch.world
         told = {"load_seconds": client.load_seconds, "warm_seconds": timed(len(examples) - warm, warm)[1], **_rates(count, *timed(0, count))}
-        if fewer := setting.get("fewer"):
-            starts = [count + sum(fewer[:at]) for at in range(len(fewer))]
-            told["fewer"] = [{"rows": rows, "seconds": timed(start, rows)[1]} for start, rows in zip(starts, fewer, strict=True)]
         memory = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
-        return told | {"capture_seconds": sum(captured), "peak_gib": memory / 2**30, "model": client.describe()}
-
-
-def time_capture() -> list[float]:
-    """A list that the seconds are added to which vLLM's capturing of CUDA graphs takes."""
-    from slm_swap.engines.vllm_engine import ENVIRONMENT
-
-    os.environ.update(ENVIRONMENT)  # before vLLM is imported
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-
-    seconds, capture = [], GPUModelRunner.capture_model
-
-    def timed(runner: Any) -> Any:
-        clock = time.perf_counter()
-        told = capture(runner)
-        seconds.append(time.perf_counter() - clock)
-        return told
-
-    GPUModelRunner.capture_model = timed
-    return seconds
+        return told | {"peak_gib": memory / 2**30, "model": client.describe()}
 
 
 def _rates(rows: int, tokens: int, seconds: float) -> dict[str, float]:
@@ -155,15 +132,15 @@ def command(checkpoint: Path, rows: Path, setting: dict[str, Any], out: Path, pr
     runpy.run_path(str(PACKAGE / "01_eval/eval.py"), run_name="__main__")
 
 
-def child(args: argparse.Namespace, part: str, name: str) -> dict[str, Any]:
+def child(args: argparse.Namespace, part: str, name: str, processes: int = 1) -> dict[str, Any]:
     """One part of one setting in processes of its own; where it fails, why."""
     out = args.scratch / f"{name}.{part}.json"
     for old in args.scratch.glob(f"{out.stem}*"):
         old.unlink()
-    words = ["--part", part, "--only", name, "--scratch", args.scratch, "--shape", args.shape, "--processes", args.processes, "--out", out]
+    words = ["--part", part, "--only", name, "--scratch", args.scratch, "--shape", args.shape, "--processes", processes, "--out", out]
     words += ["--rows", args.rows] if args.rows else []
     clock = time.perf_counter()
-    error = in_own_process(__file__, [str(word) for word in words], args.timeout, out.with_suffix(".log"), args.processes)
+    error = in_own_process(__file__, [str(word) for word in words], args.timeout, out.with_suffix(".log"), processes)
     seconds = time.perf_counter() - clock
     if error:
         return {"failed": error}
@@ -173,51 +150,66 @@ def child(args: argparse.Namespace, part: str, name: str) -> dict[str, Any]:
     return told
 
 
+def rows_file(scratch: Path, shape: str, processes: int) -> Path:
+    return scratch / f"rows-{shape}-{processes}.jsonl"
+
+
+def prepare(scratch: Path, shape: str, processes: list[int]) -> dict[str, Any]:
+    """Make checkpoint and rows, and say where they are measured."""
+    import torch
+
+    checkpoint = scratch / shape
+    os.environ |= {"SLM_MODEL_PATH": str(checkpoint.resolve()), "LANGFUSE_DISABLED": "1"}
+    make_checkpoint(checkpoint, shape)
+    vocabulary = json.loads((checkpoint / "config.json").read_text())["vocab_size"]
+    for count in processes:
+        write_rows(rows_file(scratch, shape, count), WORKLOAD * count, vocabulary)
+    torch.cuda.empty_cache()
+    # torch's bytecode, as pip leaves it: without, a command compiles torch anew
+    ready = Path(importlib.util.cache_from_source(torch.__file__)).exists()
+    told = {"created_at": now(), "code": code_version(), "hardware": hardware(), "packages": package_versions()}
+    return told | {"shape": shape, "bytecode": ready}
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=SETTINGS, help="the settings to measure (default: all)")
+    parser.add_argument("--only", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="the settings to measure (default: all)")
     parser.add_argument("--scratch", type=Path, default=Path("/tmp/slm_swap_benchmark"), metavar="DIR", help="where checkpoint and rows go")
     parser.add_argument("--shape", choices=SHAPES, default="phi-4-mini", help="tiny: to try the benchmark on a CPU")
     parser.add_argument("--rows", type=positive, help="measure so many rows a process in each setting, instead of its own number")
-    parser.add_argument("--processes", type=positive, default=1, help="processes, one a GPU (default: 1); the documented setting has one")
+    parser.add_argument(
+        "--processes", type=positive, nargs="+", default=[1], help="measure with each of these numbers of processes, one a GPU (default: 1)"
+    )
     parser.add_argument("--timeout", type=positive, default=240, help="seconds that one part of one setting may take")
     parser.add_argument("--part", choices=("once_started", "command"), help="for the processes that this one starts")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the file to write (default: benchmarks/results/eval.json)")
-    args = parser.parse_args(argv)
-    if args.processes > 1 and "documented" in (args.only or []):
-        parser.error("the documented setting is one process: leave it out of --only, or --processes")
-    args.only = args.only or [name for name in SETTINGS if args.processes == 1 or name != "documented"]
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    rows = args.scratch / f"rows-{args.shape}-{args.processes}.jsonl"
-    checkpoint = args.scratch / args.shape
     if args.part:
-        (name,) = args.only
+        (name,), (processes,) = args.only, args.processes
+        rows, checkpoint = rows_file(args.scratch, args.shape, processes), args.scratch / args.shape
         setting = SETTINGS[name] | ({"rows": args.rows, "command": args.rows} if args.rows else {})
         if args.part == "command":
-            command(checkpoint, rows, setting, args.out, args.processes)
+            command(checkpoint, rows, setting, args.out, processes)
         measure = documented if name == "documented" else once_started
         if told := measure(checkpoint, rows, setting, warm=min(64, setting["rows"] // 4)):
             write_json(args.out, told)
         return 0
-    import torch
-
-    os.environ |= {"SLM_MODEL_PATH": str(checkpoint.resolve()), "LANGFUSE_DISABLED": "1"}
-    make_checkpoint(checkpoint, args.shape)
-    write_rows(rows, WORKLOAD * args.processes, json.loads((checkpoint / "config.json").read_text())["vocab_size"])
-    torch.cuda.empty_cache()
     out = args.out or ROOT / "benchmarks/results/eval.json"
-    told = {"created_at": now(), "code": code_version(), "hardware": hardware(), "packages": package_versions(), "shape": args.shape, "processes": args.processes}
-    told["bytecode"] = Path(importlib.util.cache_from_source(torch.__file__)).exists()  # torch's, as pip leaves it: without, a command compiles anew
+    told = prepare(args.scratch, args.shape, args.processes)
     results: dict[str, Any] = {}
-    for name in args.only:
-        results[name] = {"flags": SETTINGS[name]["flags"], "once_started": child(args, "once_started", name)}
+    for name, processes in itertools.product(args.only, args.processes):
+        if name == "documented" and processes > 1:
+            continue  # it is one process, whatever there is
+        measured = {"once_started": child(args, "once_started", name, processes)}
         if SETTINGS[name]["command"]:
-            results[name]["command"] = child(args, "command", name)
-        print(name, json.dumps({key: value for key, value in results[name].items() if key != "flags"}), flush=True)
+            measured["command"] = child(args, "command", name, processes)
+        title = name if processes == 1 else f"{name}, {processes} processes"
+        print(title, json.dumps(measured), flush=True)
+        results[title] = {"flags": SETTINGS[name]["flags"], "processes": processes, **measured}
         write_json(out, told | {"settings": results})  # each time: a machine may be taken away
     print(f"report: {display_path(out)}")
     return 0

@@ -1,6 +1,7 @@
 """Parts of a benchmark in processes of their own, so that one part's memory, imports or failure are not another's."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -31,5 +32,5 @@ def in_own_process(script: str, flags: list[str], limit: float, log: Path, proce
     if code is None:
         return f"no result after {limit:g} s"
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if "Error" in line]
+    errors = [line for line in lines if re.match(r"(\[rank\d+\]: )?[\w.]*[Ee]rror\b", line) and "ChildFailedError" not in line]  # the launcher's own
     return (errors or lines or [f"exit code {code}"])[-1][:300]

@@ -1,7 +1,7 @@
 """Measure training speed: a model of Phi-4-mini's shape with random weights, LoRA r=64 on all linear layers, rows of ~210 tokens.
 
     python benchmarks/train.py
-    python benchmarks/train.py --configs fast fast:pack_length=16384 --seconds 30 --processes 2
+    python benchmarks/train.py --configs fast fast:processes=2 fast:processes=2,zero2=yes --out benchmarks/results/train_2_gpus.json
     python benchmarks/train.py --shape tiny --configs fast:precision=fp32,pack_length=2048 --rows 64 --seconds 1 --out /tmp/train.json
 
 Each configuration runs in processes of its own, with a time limit; one that fails is reported with its error and the others go on. The
@@ -9,14 +9,16 @@ clock starts after three optimizer steps, compilation included in them, and toke
   documented, documented-unsloth   the documented setting: 8-bit base, one row at a time, accumulation 8, checkpointing
   trl, unsloth                     the libraries as they come, bf16 base, packed to 2,048 tokens
   fast, rtx3090                    train_unsloth.py with that --preset
-NAME:HYPERPARAMETER=VALUE,... changes one of the hyperparameters of train_unsloth.py (not of `trl`).
+NAME:HYPERPARAMETER=VALUE,... changes hyperparameters of train_unsloth.py (not of `trl`); `processes=N` among them starts so many, one a
+GPU, by plain DDP, or with `zero2=yes` by DeepSpeed's ZeRO-2. Tokens a second are those of all processes.
 """
 
 import argparse
+import math
 import sys
 import tempfile
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +30,13 @@ from phi_shape import SHAPES, lengths, make_checkpoint
 from slm_swap.cli import Parser, positive, run
 from slm_swap.errors import UserError
 from slm_swap.packing import IGNORED
+from slm_swap.replicas import take_one_gpu
 from slm_swap.reports import code_version, hardware, now, package_versions, read_json, write_json
-from slm_swap.settings import ROOT, display_path
-from slm_swap.training import PRESETS, Hyperparameters, load_trainable, make_trainer, trainer_arguments
+from slm_swap.settings import PACKAGE, ROOT, display_path, load_launch
+from slm_swap.training import PRESETS, Hyperparameters, import_unsloth, load_trainable, make_trainer, trainer_arguments
 
 WARM_UP = 3  # optimizer steps
+ZERO2 = PACKAGE / "accelerate_config/deepspeed_zero2.json"
 PACKED = {"precision": "bf16", "packing": True, "pack_length": 2048}
 CONFIGS = {  # back end and hyperparameters; "stock" is TRL's own trainer
     "documented": ("trl", {}),
@@ -55,27 +59,44 @@ def make_rows(count: int, vocabulary: int) -> list[dict[str, list[int]]]:
     return rows
 
 
-def parse_config(text: str) -> tuple[str, Hyperparameters]:
-    """The back end and the hyperparameters of `NAME` or `NAME:HYPERPARAMETER=VALUE,...`.
+@dataclass(frozen=True)
+class Configuration:
+    """What one measurement is of."""
+
+    backend: str
+    parameters: Hyperparameters
+    processes: int = 1
+    zero2: bool = False
+
+
+def parse_config(text: str) -> Configuration:
+    """The configuration that is called `NAME` or `NAME:HYPERPARAMETER=VALUE,...`.
 
     Raises:
-        UserError: there is no such configuration or hyperparameter.
+        UserError: there is no such configuration, hyperparameter or value, or ZeRO-2 is asked for in one process.
     """
     name, _, changes = text.partition(":")
     if name not in CONFIGS:
         raise UserError(f"no configuration {name!r}: choose among {', '.join(CONFIGS)}")
     backend, given = CONFIGS[name]
-    defaults, changed = {field.name: field.default for field in fields(Hyperparameters)}, {}
+    known = {field.name: field.default for field in fields(Hyperparameters)} | {"processes": 1, "zero2": False}
+    changed: dict[str, Any] = {"epochs": 1000.0}  # the clock ends it
     for change in filter(None, changes.split(",")):
         key, _, value = change.partition("=")
-        if key not in defaults:
-            raise UserError(f"no hyperparameter {key!r}: choose among {', '.join(defaults)}")
-        kind = type(defaults[key])
-        changed[key] = value.lower() in ("1", "true", "yes") if kind is bool else kind(value)
-    return backend, Hyperparameters(**given | {"epochs": 1000.0} | changed)  # the clock ends it
+        if key not in known:
+            raise UserError(f"no hyperparameter {key!r}: choose among {', '.join(known)}")
+        kind = type(known[key])
+        try:
+            changed[key] = value.lower() in ("1", "true", "yes") if kind is bool else kind(value)
+        except ValueError:
+            raise UserError(f"{change!r} in {text!r} is no {kind.__name__}: give one") from None
+    processes, zero2 = changed.pop("processes", 1), changed.pop("zero2", False)
+    if processes < 1 or (zero2 and processes == 1):
+        raise UserError(f"{text!r}: give processes=N, which is 1 or more, and with zero2 2 or more")
+    return Configuration(backend, Hyperparameters(**given | changed), processes, zero2)
 
 
-def stock_trainer(folder: Path, tokenizer: Any, rows: list[dict], parameters: Hyperparameters, scratch: str) -> Any:
+def stock_trainer(folder: Path, tokenizer: Any, rows: list[dict], parameters: Hyperparameters, scratch: str, deepspeed: Path | None) -> Any:
     """TRL's trainer with its own packing, attention and loss."""
     import torch
     from datasets import Dataset
@@ -90,6 +111,7 @@ def stock_trainer(folder: Path, tokenizer: Any, rows: list[dict], parameters: Hy
         output_dir=scratch, packing=True, max_length=parameters.pack_length, per_device_train_batch_size=1,
         gradient_accumulation_steps=parameters.gradient_accumulation, num_train_epochs=parameters.epochs, bf16=cuda, use_cpu=not cuda,
         save_strategy="no", report_to="none", disable_tqdm=True, ddp_find_unused_parameters=False,
+        deepspeed=str(deepspeed) if deepspeed else None,
     )  # fmt: skip
     model = load_model(folder, parameters.precision, device_map={"": arguments.device})
     lora = LoraConfig(
@@ -103,9 +125,12 @@ def stock_trainer(folder: Path, tokenizer: Any, rows: list[dict], parameters: Hy
 
 def measure(config: str, folder: Path, rows_wanted: int, seconds: float, out: Path) -> None:
     """Train for `seconds` after the warm-up and write what was measured: the work of one process a GPU."""
-    backend, parameters = parse_config(config)
+    wanted = parse_config(config)
+    backend, parameters, deepspeed = wanted.backend, wanted.parameters, ZERO2 if wanted.zero2 else None
+    if wanted.processes == 1:
+        take_one_gpu(load_launch())  # the trainer would spread each batch over all that it sees
     if backend == "unsloth":
-        import unsloth  # noqa: F401  it patches transformers and TRL, so it must come before them
+        import_unsloth(folder.with_name("unsloth"))
     import torch
     from transformers import AutoConfig, TrainerCallback
 
@@ -119,6 +144,8 @@ def measure(config: str, folder: Path, rows_wanted: int, seconds: float, out: Pa
     rows = make_rows(rows_wanted, AutoConfig.from_pretrained(folder).vocab_size)
 
     class Clock(TrainerCallback):
+        """The first step after the warm-up tells how many there is time for; nothing waits for the GPU until they are made."""
+
         begun = elapsed = 0.0
         steps = 0
 
@@ -128,25 +155,28 @@ def measure(config: str, folder: Path, rows_wanted: int, seconds: float, out: Pa
             return time.perf_counter()
 
         def on_step_end(self, args, state, control, **_):
-            if state.global_step == WARM_UP:
+            step = state.global_step - WARM_UP
+            if step == 0:
                 self.begun = self.now()
-            elif state.global_step > WARM_UP and self.over(time.perf_counter() - self.begun > seconds, args.device):
-                self.elapsed, self.steps = self.now() - self.begun, state.global_step - WARM_UP
+            elif step == 1:
+                self.steps = self.agreed(math.ceil(seconds / (self.now() - self.begun)), args.device)
+            if step > 0 and step == self.steps:
+                self.elapsed = self.now() - self.begun
                 control.should_training_stop = True
 
-        def over(self, late: bool, device: Any) -> bool:
-            """Whether rank 0 says so: ranks that stop at different steps would wait for each other."""
+        def agreed(self, steps: int, device: Any) -> int:
+            """What rank 0 says: ranks that stop at different steps would wait for each other."""
             if not torch.distributed.is_initialized():
-                return late
-            decision = torch.tensor(int(late), device=device)
-            torch.distributed.broadcast(decision, 0)
-            return bool(decision)
+                return steps
+            told = torch.tensor(steps, device=device)
+            torch.distributed.broadcast(told, 0)
+            return int(told)
 
     with tempfile.TemporaryDirectory() as scratch:
         if backend == "stock":
-            trainer = stock_trainer(folder, tokenizer, rows, parameters, scratch)
+            trainer = stock_trainer(folder, tokenizer, rows, parameters, scratch, deepspeed)
         else:
-            arguments = trainer_arguments(parameters, backend, scratch)
+            arguments = trainer_arguments(parameters, backend, scratch, deepspeed)
             model = load_trainable(folder, parameters, backend, arguments.device)
             trainer = make_trainer(model, tokenizer, arguments, rows, [], parameters, backend)
         clock = Clock()
@@ -175,8 +205,7 @@ def measure(config: str, folder: Path, rows_wanted: int, seconds: float, out: Pa
         "backend": backend,
         "hyperparameters": asdict(parameters),
         "processes": args.world_size,
-        "hardware": hardware(),
-        "packages": package_versions(),
+        "zero2": wanted.zero2,
     }  # fmt: skip
     write_json(out, found)
 
@@ -188,7 +217,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", type=positive, default=4096, help="training rows, gone through again and again (default: 4096)")
     parser.add_argument("--seconds", type=float, default=20, help="seconds measured (default: 20)")
     parser.add_argument("--limit", type=float, default=240, help="seconds that a configuration may take in all (default: 240)")
-    parser.add_argument("--processes", type=positive, default=1, help="processes, one a GPU (default: 1)")
     parser.add_argument("--scratch", type=Path, default=ROOT / "runs/benchmark_train", metavar="DIR", help="the model and logs")
     parser.add_argument("--out", type=Path, metavar="FILE", default=ROOT / "benchmarks/results/train.json")
     parser.add_argument("--measure", metavar="NAME", help=argparse.SUPPRESS)  # the work of a child process
@@ -204,32 +232,33 @@ def main(argv: list[str] | None = None) -> int:
     if args.measure:
         measure(args.measure, folder, args.rows, args.seconds, result)
         return 0
-    for config in args.configs:
-        parse_config(config)
+    processes = {config: parse_config(config).processes for config in args.configs}
+    width = max(map(len, processes))
     args.scratch.mkdir(parents=True, exist_ok=True)
     flags = ["--shape", args.shape, "--rows", str(args.rows), "--seconds", str(args.seconds), "--scratch", str(args.scratch)]
     if not (folder / "model.done").exists():
         error = in_own_process(__file__, [*flags, "--measure", "model"], args.limit, args.scratch / "model.log")
         if error:
             raise UserError(f"cannot make the model ({error}): see {display_path(args.scratch / 'model.log')}")
-    told: dict[str, Any] = {"created_at": now(), "code": code_version(), "shape": args.shape, "configurations": {}}
+    import torch  # noqa: F401  hardware() tells of the GPUs then
+
+    told = {"created_at": now(), "code": code_version(), "hardware": hardware(), "packages": package_versions(), "shape": args.shape}
+    told |= {"configurations": {}}
     for config in args.configs:
         result.unlink(missing_ok=True)
         log = args.scratch / f"{config.replace(':', '_')}.log"
-        error = in_own_process(__file__, [*flags, "--measure", config], args.limit, log, args.processes)
+        error = in_own_process(__file__, [*flags, "--measure", config], args.limit, log, processes[config])
         if not error and not result.exists():
             error = "no result"
         found = {"error": error} if error else read_json(result, "benchmarks/train.py")
-        for name in ("hardware", "packages"):
-            told |= {name: found.pop(name)} if name in found else {}
         told["configurations"][config] = found
         write_json(args.out, told)
         if error:
-            print(f"{config:24} failed: {error} ({display_path(log)})", flush=True)
+            print(f"{config:{width}} failed: {error} ({display_path(log)})", flush=True)
             continue
         peak, seconds = found["peak_gib"] or {}, found["seconds"]
         print(
-            f"{config:24} {found['tokens_per_second']:>9,.0f} tokens/s {found['rows_per_second']:>7.1f} rows/s, "
+            f"{config:{width}} {found['tokens_per_second']:>9,.0f} tokens/s {found['rows_per_second']:>7.1f} rows/s, "
             f"peak {peak.get('allocated')} GiB, load {seconds['load']:.0f} s, warm-up {seconds['warm_up']:.0f} s",
             flush=True,
         )
@@ -238,4 +267,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, launched="--measure" in sys.argv)

@@ -1,6 +1,7 @@
 """QLoRA fine-tuning: rows to token ids, the trainer of either back end, and an adapter that says how it was made."""
 
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -186,6 +187,15 @@ def load_trainable(path: Path, parameters: Hyperparameters, backend: str, device
     return get_peft_model(model, lora)
 
 
+def import_unsloth(generated: Path) -> None:
+    """Import Unsloth, which patches transformers and TRL and so must come before them.
+
+    The code that it generates goes into the folder `generated`, not into whatever folder one is in, where two trainings would share it.
+    """
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(generated.resolve()))
+    import unsloth  # noqa: F401
+
+
 def _load_unsloth(path: Path, parameters: Hyperparameters) -> Any:
     import torch
     from transformers import AutoConfig
@@ -368,7 +378,7 @@ def train(
     """
     clock = Stopwatch()
     if backend == "unsloth":
-        import unsloth  # noqa: F401  it patches transformers and TRL, so it must come before them
+        import_unsloth(generated := out.with_name(f"{out.name}.unsloth"))
     set_seed(parameters.seed)
     tokenizer = load_tokenizer(base)
     rows, too_long = tokenize(tokenizer, track, train_rows, parameters.max_length)
@@ -418,6 +428,9 @@ def train(
         if launch.rank == 0 and not checkpoints.steps():
             checkpoints.remove()
         raise
+    finally:
+        if backend == "unsloth" and launch.rank == 0:
+            shutil.rmtree(generated, ignore_errors=True)
     return info
 
 

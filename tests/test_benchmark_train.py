@@ -50,10 +50,22 @@ def test_the_workload_is_the_documented_one(benchmark):
 
 
 def test_a_configuration_may_be_changed(benchmark):
-    assert benchmark.parse_config("documented") == ("trl", Hyperparameters(epochs=1000.0))
-    backend, parameters = benchmark.parse_config("fast:pack_length=4096,gradient_checkpointing=true,compile=no")
-    assert backend == "trl" and parameters.packing and parameters.gradient_checkpointing
-    assert (parameters.pack_length, parameters.compile) == (4096, "no")
-    for wrong in ("slow", "fast:speed=9"):
-        with pytest.raises(UserError, match="choose among"):
+    assert benchmark.parse_config("documented") == benchmark.Configuration("trl", Hyperparameters(epochs=1000.0))
+    told = benchmark.parse_config("fast:pack_length=4096,gradient_checkpointing=true,compile=no,processes=2,zero2=yes")
+    assert told.backend == "trl" and told.parameters.packing and told.parameters.gradient_checkpointing
+    assert (told.parameters.pack_length, told.parameters.compile, told.processes, told.zero2) == (4096, "no", 2, True)
+    for wrong, said in (("slow", "choose among"), ("fast:speed=9", "choose among"), ("fast:seed=x", "no int"), ("fast:zero2=yes", "2 or more")):
+        with pytest.raises(UserError, match=said):
             benchmark.parse_config(wrong)
+
+
+def test_two_processes_are_measured_together(tmp_path):
+    config = "fast:precision=fp32,pack_length=2048,processes=2"
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "--shape", "tiny", "--configs", config, "--rows", "48", "--seconds", "0.2", "--scratch", tmp_path, "--out", tmp_path / "train.json"],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = json.loads((tmp_path / "train.json").read_text())["configurations"][config]
+    assert (told["processes"], told["zero2"]) == (2, False) and told["steps"] > 0
+    assert told["tokens_per_second"] * told["seconds"]["measured"] == pytest.approx(told["steps"] * 2 * told["tokens_per_micro_batch"], rel=0.01)

@@ -1,12 +1,17 @@
 """The engines on a CUDA GPU: captured decoding, quantized weights, vLLM."""
 
 import importlib.util
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
+import test_replicas
 from test_slm_client import ask
 from training_rows import BASE, INPUTS, QUICK
 from training_rows import ROWS as TAUGHT
@@ -15,7 +20,8 @@ from slm_swap.engines import Workload
 from slm_swap.errors import UserError
 from slm_swap.prompts import build_messages
 from slm_swap.replicas import Replicas
-from slm_swap.settings import Settings
+from slm_swap.reports import write_jsonl
+from slm_swap.settings import PACKAGE, Settings
 from slm_swap.slm_client import SLMClient
 from slm_swap.training import train
 
@@ -144,3 +150,27 @@ def test_vllm_has_no_adapters_in_32_bits(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"r": 8}')
     with pytest.raises(UserError, match="no adapters in fp32"):
         client(engine="vllm", precision="fp32", adapter=tmp_path)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+@pytest.mark.parametrize("engine", ["transformers", pytest.param("vllm", marks=vllm)])
+def test_two_gpus_end_in_the_report_of_one(engine, tmp_path):
+    """By the wrapper, and by accelerate with the configuration for two GPUs."""
+    write_jsonl(tmp_path / "rows.jsonl", test_replicas.ROWS)
+    gpus = (os.environ.get("CUDA_VISIBLE_DEVICES") or "0,1").split(",")[:2]
+    known = os.environ | {"LANGFUSE_DISABLED": "1", "SLM_MODEL_PATH": "models/phi-tiny", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", "accelerate_config/phi4_2gpu.yaml"]
+    commands = {
+        "one": ([sys.executable, "01_eval/eval.py"], gpus[:1]),
+        "wrapper": (["./eval_parallel.sh"], gpus),
+        "accelerate": ([*accelerate, "--main_process_port", str(test_replicas.free_port()), "01_eval/eval.py"], gpus),
+    }
+    for name, (command, visible) in commands.items():
+        words = [*command, *map(str, test_replicas.flags(tmp_path / "rows.jsonl", tmp_path / name / "out.json", "--engine", engine))]
+        done = subprocess.run(
+            words, capture_output=True, text=True, cwd=PACKAGE, env=known | {"CUDA_VISIBLE_DEVICES": ",".join(visible)}, timeout=300
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        assert done.stdout.count("report: ") == 1
+    one, *others = (test_replicas.outcome(tmp_path / name / "out.json") for name in commands)
+    assert others == [one, one]
