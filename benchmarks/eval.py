@@ -7,7 +7,7 @@
 Each setting runs in processes of its own. `once started` is requests a second after the model is loaded and has answered a few
 other rows (which compiles and captures what there is); `command` is the whole of `01_eval/eval.py` over some rows, from its start
 to its report. `documented` is transformers' own `generate` in the documented setting. Replies are stopped at their own lengths.
-Several processes, one a GPU, are started by torchrun and get so many times the rows, which are others: compare reply tokens a second.
+Several processes, one a GPU, are started by torchrun and get each row so many times, so that every GPU answers the rows of one.
 """
 
 import argparse
@@ -43,34 +43,33 @@ SETTINGS: dict[str, dict[str, Any]] = {  # flags of eval.py; rows once started, 
 }
 
 
-WORKLOAD = 4096  # rows a process of which prompt and reply lengths are drawn at once, so that the first n are the same for any n
+WORKLOAD = 4096  # rows whose prompt and reply lengths are drawn at once, so that the first n are the same for any n
 
 
 def stop_at_own_length(processes: int) -> None:
-    """Let row i of the workload get exactly as many new tokens as its reply has."""
+    """Let each row of the workload get exactly as many new tokens as its reply has."""
     from slm_swap import slm_client
     from slm_swap.engines import Prompt
 
-    _, replies = lengths(WORKLOAD * processes, 7)
-    slm_client.Prompt = lambda index, tokens, limit: Prompt(index, tokens, min(limit, replies[index]))
+    _, replies = lengths(WORKLOAD, 7)
+    slm_client.Prompt = lambda index, tokens, limit: Prompt(index, tokens, min(limit, replies[index // processes]))
 
 
 def once_started(checkpoint: Path, rows: Path, setting: dict[str, Any], warm: int) -> dict[str, Any] | None:
     """Load the model, answer `warm` rows of the workload's end, then time its first rows; None but in the first process."""
-    import torch
-
     from slm_swap.examples import read_examples
     from slm_swap.prompts import build_messages
-    from slm_swap.replicas import take_one_gpu
+    from slm_swap.replicas import fork_replica, take_one_gpu
     from slm_swap.settings import Settings, load_launch
     from slm_swap.slm_client import local_client, serve_rows
 
-    launch = load_launch()
-    settings, flags = Settings(slm_model_path=str(checkpoint), launch=launch), setting["flags"]
+    launch, flags = load_launch(), setting["flags"]
     stop_at_own_length(launch.world)
     if launch.world > 1:
         take_one_gpu(launch)
-    if launch.rank:
+        launch = fork_replica(launch)
+    settings = Settings(slm_model_path=str(checkpoint), launch=launch)
+    if launch.serves:
         serve_rows(settings, seed=0, max_new_tokens=LONGEST, **flags)
         return None
     examples = [build_messages("structured", example.prompt) for example in read_examples(rows)]
@@ -84,8 +83,11 @@ def once_started(checkpoint: Path, rows: Path, setting: dict[str, Any], warm: in
     with closing(client):
         count = setting["rows"] * launch.world
         told = {"load_seconds": client.load_seconds, "warm_seconds": timed(len(examples) - warm, warm)[1], **_rates(count, *timed(0, count))}
-        memory = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
-        return told | {"peak_gib": memory / 2**30, "model": client.describe()}
+        if launch.world == 1:
+            import torch
+
+            told["peak_gib"] = torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else None
+        return told | {"model": client.describe()}
 
 
 def _rates(rows: int, tokens: int, seconds: float) -> dict[str, float]:
@@ -163,7 +165,7 @@ def prepare(scratch: Path, shape: str, processes: list[int]) -> dict[str, Any]:
     make_checkpoint(checkpoint, shape)
     vocabulary = json.loads((checkpoint / "config.json").read_text())["vocab_size"]
     for count in processes:
-        write_rows(rows_file(scratch, shape, count), WORKLOAD * count, vocabulary)
+        write_rows(rows_file(scratch, shape, count), WORKLOAD, vocabulary, copies=count)
     torch.cuda.empty_cache()
     # torch's bytecode, as pip leaves it: without, a command compiles torch anew
     ready = Path(importlib.util.cache_from_source(torch.__file__)).exists()

@@ -69,13 +69,14 @@ def _tokenizer(vocabulary: int):
     )
 
 
-def write_rows(path: Path, rows: int, vocabulary: int = VOCABULARY, seed: int = 7) -> Path:
-    """Evaluation's workload as rows of the structured track."""
+def write_rows(path: Path, rows: int, vocabulary: int = VOCABULARY, seed: int = 7, copies: int = 1) -> Path:
+    """Evaluation's workload as rows of the structured track, the copies of each one after the other."""
     import numpy
 
     rng, completion = numpy.random.default_rng(seed + 1), json.dumps({"tool_name": "none", "arguments": {}})
     with open(path, "w", encoding="utf-8") as file:
         for number, length in enumerate(lengths(rows, seed)[0]):
             words = " ".join(f"t{token}" for token in rng.integers(PAD + 1, vocabulary, length - PREFIX))
-            file.write(json.dumps({"id": f"row-{number}", "prompt": words, "completion": completion}) + "\n")
+            for copy in range(copies):
+                file.write(json.dumps({"id": f"row-{number}.{copy}", "prompt": words, "completion": completion}) + "\n")
     return path

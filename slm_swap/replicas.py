@@ -1,14 +1,16 @@
-"""One replica of the local model per process: rank 0 deals the rows out, takes the replies, and does everything else alone.
+"""One replica of the local model per GPU, each in a process of its own, and one process that deals the rows out and does all the rest.
 
-The processes are those of `accelerate launch` or `torchrun`, on one machine or several. Rank 0 listens where MASTER_ADDR points and
-tells the others its port and a key of this run through the launcher's own store; rows and replies then go over one connection for
-each rank. Row i goes to rank i modulo their number, so that a run that was interrupted goes on with the batches it would have had.
+The processes are those of `accelerate launch` or `torchrun`, on one machine or several; rank 0 forks its replica, so that what it does
+for every row keeps no GPU waiting. The others find it where MASTER_ADDR points, by a port and a key of this run that are in the
+launcher's own store. Row i goes to rank i modulo their number, so that a run that was interrupted goes on with the batches it would
+have had.
 """
 
 import ctypes
 import os
 import queue
 import secrets
+import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Container, Generator, Iterable, Iterator
@@ -20,12 +22,15 @@ from multiprocessing.connection import Connection, Listener, Pipe, wait
 from typing import Any, NoReturn
 
 from slm_swap.clients import Client, Reply
+from slm_swap.engines import Workload
 from slm_swap.errors import UserError
 from slm_swap.prompts import Messages
 from slm_swap.settings import Launch
 
 AHEAD = 4096  # rows dealt to a rank that its engine has not taken yet
 TAKEN = 256  # rows after which a rank says that its engine has taken them
+DEALT = 64  # rows that are sent to a rank at once, where there are as many
+PR_SET_PDEATHSIG = 1  # of Linux' prctl
 
 
 def take_one_gpu(launch: Launch) -> None:
@@ -38,6 +43,26 @@ def take_one_gpu(launch: Launch) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[launch.local_rank] if launch.local_rank < len(gpus) else ""
 
 
+def fork_replica(launch: Launch) -> Launch:
+    """Rank 0's launch with its replica's process, which it is forked into; in that process, and in other ranks, one that serves.
+
+    Must come before torch, whose state no fork survives, and before anything is opened. The replica ends with rank 0, however that does.
+    """
+    if launch.rank:
+        return replace(launch, serves=True)
+    here, there = Pipe()
+    parent, child = os.getpid(), os.fork()
+    if child:
+        there.close()
+        return replace(launch, replica=here, replica_pid=child)
+    here.close()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides on what Ctrl-C means
+    if os.getppid() != parent:
+        os._exit(0)
+    return replace(launch, replica=there, serves=True)
+
+
 def _store() -> Any:
     """The launcher's key-value store."""
     from torch.distributed import PrefixStore, rendezvous
@@ -46,36 +71,45 @@ def _store() -> Any:
     return PrefixStore("slm_swap", store)
 
 
-def open_replicas(launch: Launch, workload: Any, make: Callable[[Any], Client]) -> "Replicas":
-    """Rank 0's part: its own replica and the connections to the others, who build theirs at the same time."""
+def open_replicas(launch: Launch, workload: Workload | None, cost: Callable[[float], float | None]) -> "Replicas":
+    """Rank 0's part: the connections to all replicas, which are built at the same time. `cost` is that of some seconds."""
     key, store = secrets.token_bytes(32), _store()
+    if workload:
+        workload = replace(workload, rows=-(-workload.rows // launch.world))
+    launch.replica.send(workload)
     # On one machine only it can connect; over several, rank 0's own name may stand for its loopback.
     host = launch.master if launch.master in ("127.0.0.1", "localhost") else ""
     with Listener((host, 0), backlog=launch.world, authkey=key) as listener:
         store.set("key", key)
         store.set("port", str(listener.address[1]))
-        connections = {}
-        while len(connections) < launch.world - 1:
+        connections = {0: launch.replica}
+        while len(connections) < launch.world:
             with suppress(AuthenticationError, EOFError, OSError):  # somebody else's connection
                 connection = listener.accept()
                 connections[connection.recv()] = connection
-    for connection in connections.values():
-        connection.send(workload)
-    return Replicas(make(workload), [connections[rank] for rank in sorted(connections)])
+                connection.send(workload)
+    return Replicas([connections[rank] for rank in sorted(connections)], cost, launch.replica_pid)
 
 
-def serve(launch: Launch, make: Callable[[Any], Client]) -> None:
-    """What the other ranks do until rank 0 is done. What goes wrong is told by rank 0."""
+def serve(launch: Launch, make: Callable[[Callable[[], Workload | None]], Client]) -> None:
+    """What a replica's process does until rank 0 is done; `make` is given how to receive the workload. Rank 0 tells what goes wrong."""
+    if connection := launch.replica:
+        _serve(connection, make)
+        return
     store = _store()
     with connect_to((launch.master, int(store.get("port"))), authkey=store.get("key")) as connection:
         connection.send(launch.rank)
-        with suppress(EOFError, ConnectionError):  # rank 0 has ended, in whatever way
-            try:
-                client = make(connection.recv())
-            except UserError as error:
-                fail(error, connection, connection.recv)
-            connection.send((client.load_seconds, client.identity))
-            answer(client, connection)
+        _serve(connection, make)
+
+
+def _serve(connection: Connection, make: Callable) -> None:
+    with suppress(EOFError, ConnectionError):  # rank 0 has ended, in whatever way
+        try:
+            client = make(connection.recv)
+        except UserError as error:
+            fail(error, connection, connection.recv)
+        connection.send((client.load_seconds, client.identity, client.state()))
+        answer(client, connection)
 
 
 def fail(error: UserError, connection: Connection, receive: Callable[[], Any]) -> NoReturn:
@@ -94,9 +128,10 @@ def what_counts(identity: dict[str, Any]) -> dict[str, Any]:
 
 
 def answer(client: Client, connection: Connection) -> None:
-    """Answer rows that come as (index, messages, whether it is answered), up to a None, and again until the connection ends.
+    """Answer rows that come as lists of (index, messages, whether it is answered), up to a None, and again until the connection ends.
 
-    A state in place of a first row is restored.
+    A state in place of a first row is restored, and told as it is then. Sent are (index, reply), before them the state where it has
+    changed, the number of rows that were taken, and a None at the end.
 
     Raises:
         EOFError, ConnectionError: the connection has ended.
@@ -106,7 +141,9 @@ def answer(client: Client, connection: Connection) -> None:
     def receive() -> None:  # a thread of its own: rank 0 must never wait until this one has read
         try:
             while True:
-                coming.put(connection.recv())
+                told = connection.recv()
+                for row in told if isinstance(told, list) else [told]:
+                    coming.put(row)
         except (EOFError, OSError):
             coming.put(EOFError)
 
@@ -128,133 +165,129 @@ def answer(client: Client, connection: Connection) -> None:
             yield index, messages
             row = take()
 
+    def tell(state: dict[str, Any]) -> dict[str, Any]:
+        if (now := client.state()) != state:
+            connection.send(now)
+        return now
+
     threading.Thread(target=receive, daemon=True).start()
     try:
+        state = client.state()
         while True:
             if isinstance(first := take(), dict):
                 client.restore(first)
+                connection.send(state := client.state())
                 continue
             answered: set[int] = set()
             for index, reply in client.stream(rows(first, answered), answered):
+                state = tell(state)
                 connection.send((index, reply))
-            connection.send(client.state())
+            state = tell(state)
+            connection.send(None)
     except UserError as error:
         fail(error, connection, take)
 
 
 class Replicas:
-    """The local model on several GPUs behind the client protocol; `local` is this process's replica.
+    """The local model on several GPUs behind the client protocol; `connections` are to the replicas, by rank.
 
     Raises:
-        UserError: a rank could not load the model, or has another one, or no GPU where this one has; in `stream`: a rank ended early.
+        UserError: a rank could not load the model, or has another one, or no GPU where rank 0 has one; in `stream`: a replica ended early.
     """
 
     kind = "slm"
 
-    def __init__(self, local: Client, others: list[Connection]):
-        self.local, self._others, self._halved = local, others, 0
-        self._working: tuple[Connection, threading.Thread] | None = None  # the local replica's rows and replies, and its thread
-        self.load_seconds = local.load_seconds
-        for rank, connection in enumerate(others, 1):
-            seconds, identity = self._receive(rank, connection)
-            self.load_seconds = max(self.load_seconds, seconds)
-            here, there = (what_counts(told) for told in (local.identity, identity))
+    def __init__(self, connections: list[Connection], cost: Callable[[float], float | None], own: int | None = None):
+        self._connections, self._cost, self._own = connections, cost, own
+        told = [self._receive(rank) for rank in range(len(connections))]
+        self.load_seconds = max(seconds for seconds, _, _ in told)
+        self.identity = told[0][1]
+        self._states = [state for _, _, state in told]
+        for rank, (_, identity, _) in enumerate(told):
+            here, there = (what_counts(one) for one in (self.identity, identity))
             if here.pop("device") != (device := there.pop("device")):
                 raise UserError(f"rank {rank} runs on {device} and rank 0 does not: launch no more processes than there are GPUs")
             if differ := [name for name in here | there if here.get(name) != there.get(name)]:
                 raise UserError(f"rank {rank} has another model than rank 0 ({', '.join(differ)}): give all machines the same files and packages")
 
-    @staticmethod
-    def _receive(rank: int, connection: Connection) -> Any:
+    def _receive(self, rank: int) -> Any:
         try:
-            told = connection.recv()
+            told = self._connections[rank].recv()
         except (EOFError, OSError):
             raise UserError(f"rank {rank} has ended (what it said stands above): run the same command again to go on") from None
         if isinstance(told, UserError):
-            raise UserError(f"rank {rank}: {told}")
+            raise UserError(f"rank {rank}: {told}" if rank else str(told))
         return told
+
+    def _send(self, rank: int, told: Any) -> None:
+        try:
+            self._connections[rank].send(told)
+        except OSError:
+            self._receive(rank)  # says why
+            raise
 
     def generate(self, batch: list[Messages]) -> list[Reply]:
         replies = dict(self.stream(enumerate(batch)))
         return [replies[index] for index in range(len(batch))]
 
     def stream(self, rows: Iterable[tuple[int, Messages]], answered: Container[int] = ()) -> Generator[tuple[int, Reply]]:
-        here, there = Pipe()
-
-        def work() -> None:
-            with there, suppress(EOFError, ConnectionError):
-                answer(self.local, there)
-
-        thread = threading.Thread(target=work, name="replica", daemon=True)
-        self._working = here, thread
-        thread.start()
-        connections = [here, *self._others]
-        ranks = {connection: rank for rank, connection in enumerate(connections)}
-        dealt: Counter[int] = Counter()
-        places, row, busy = enumerate(rows), None, set(connections)
-        with here:
-            while busy:
-                while row is not EOFError:
-                    row = row or next(places, None)
-                    if row is None:
-                        row = EOFError
-                        for rank, connection in enumerate(connections):
-                            self._send(rank, connection, None)
-                        break
-                    place, (index, messages) = row
-                    rank = place % len(connections)
-                    if dealt[rank] >= AHEAD:
-                        break
-                    self._send(rank, connections[rank], (index, messages, index in answered))
-                    dealt[rank] += 1
-                    row = None
-                for connection in wait(busy):
-                    rank = ranks[connection]
-                    told = self._receive(rank, connection)
-                    if isinstance(told, dict):
-                        busy.discard(connection)
-                        self._halved += told.get("batches_halved", 0) if rank else 0
-                    elif isinstance(told, int):
-                        dealt[rank] -= told
-                    else:
-                        index, reply = told
-                        yield index, replace(reply, batch=reply.batch and f"{rank}.{reply.batch}")
-
-    def _send(self, rank: int, connection: Connection, row: Any) -> None:
-        try:
-            connection.send(row)
-        except OSError:
-            self._receive(rank, connection)  # says why
-            raise
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        return self.local.identity
+        ranks = {connection: rank for rank, connection in enumerate(self._connections)}
+        busy, places, ahead = set(self._connections), enumerate(rows), Counter[int]()
+        hands: list[list] = [[] for _ in ranks]  # what each rank is dealt next
+        row: Any = None
+        while busy:
+            while row is not EOFError:
+                row = row or next(places, EOFError)
+                if row is EOFError:
+                    for hand in hands:
+                        hand.append(None)
+                    break
+                place, (index, messages) = row
+                rank = place % len(hands)
+                if ahead[rank] >= AHEAD:
+                    break
+                ahead[rank] += 1
+                hands[rank].append((index, messages, index in answered))
+                row = None
+                if len(hands[rank]) == DEALT:
+                    self._send(rank, hands[rank])
+                    hands[rank] = []
+            for rank, hand in enumerate(hands):
+                if hand:
+                    self._send(rank, hand)
+                    hands[rank] = []
+            for connection in wait(busy):
+                rank = ranks[connection]
+                told = self._receive(rank)
+                if told is None:
+                    busy.discard(connection)
+                elif isinstance(told, dict):
+                    self._states[rank] = told
+                elif isinstance(told, int):
+                    ahead[rank] -= told
+                else:
+                    index, reply = told
+                    yield index, replace(reply, batch=reply.batch and f"{rank}.{reply.batch}")
 
     def state(self) -> dict[str, Any]:
-        told = self.local.state()
-        return told | ({"batches_halved": told["batches_halved"] + self._halved} if "batches_halved" in told else {})
+        halved = [state["batches_halved"] for state in self._states if "batches_halved" in state]
+        return self._states[0] | ({"batches_halved": sum(halved)} if halved else {})
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.local.restore(state)
-        for rank, connection in enumerate(self._others, 1):
-            self._send(rank, connection, state | ({"batches_halved": 0} if "batches_halved" in state else {}))
+        for rank in range(len(self._connections)):
+            self._send(rank, state | ({"batches_halved": 0} if rank and "batches_halved" in state else {}))
+            self._states[rank] = self._receive(rank)
 
     def describe(self) -> dict[str, Any]:
-        return self.local.describe() | self.state()
+        return {name: told for name, told in self.identity.items() if name != "files_sha256"} | self.state()
 
     def cost(self, input_tokens: int, cached_tokens: int, output_tokens: int, seconds: float) -> float | None:
-        return self.local.cost(input_tokens, cached_tokens, output_tokens, seconds)
+        return self._cost(seconds)
 
     def close(self) -> None:
-        """Let the other ranks end, and this one's replica, in whatever it is."""
-        for connection in self._others:
+        """Let the replicas end, the own one in whatever it is: a batch may take a minute in the documented setting."""
+        for connection in self._connections:
             connection.close()
-        if self._working:
-            connection, thread = self._working
-            connection.close()
-            # A thread that is still in torch when the interpreter ends aborts the process, and a batch may take a minute in the
-            # documented setting: the exception comes up in that thread.
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
-            thread.join()
-        self.local.close()
+        if self._own:
+            os.kill(self._own, signal.SIGKILL)
+            os.waitpid(self._own, 0)

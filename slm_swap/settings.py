@@ -6,8 +6,12 @@ Real environment variables win over the checkout's `.env` file; an empty value c
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from slm_swap.errors import UserError
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
 
 PACKAGE = Path(__file__).resolve().parent
 ROOT = PACKAGE.parent
@@ -15,12 +19,19 @@ ROOT = PACKAGE.parent
 
 @dataclass(frozen=True)
 class Launch:
-    """This process among those that `accelerate launch` or `torchrun` started; alone it is rank 0 of 1."""
+    """This process among those that `accelerate launch` or `torchrun` started; alone it is rank 0 of 1.
+
+    The last three are set by `replicas.fork_replica`: whether this process holds a replica and serves rank 0, and rank 0's connection to
+    the process that it has forked for its own replica, which has the other end.
+    """
 
     rank: int = 0
     world: int = 1
     local_rank: int = 0
     master: str = "127.0.0.1"
+    serves: bool = False
+    replica: "Connection | None" = None
+    replica_pid: int | None = None
 
 
 @dataclass(frozen=True)

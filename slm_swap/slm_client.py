@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Container, Generator, Iterable, Iterator
+from collections.abc import Callable, Container, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
@@ -335,9 +335,6 @@ def local_client(settings: Settings, rows: Iterable[Messages], max_new_tokens: i
         UserError: as `SLMClient`.
     """
 
-    def make(workload: Workload | None) -> SLMClient:
-        return SLMClient(settings, max_new_tokens=max_new_tokens, workload=workload, tokenizer=tokenizer, **options)
-
     set_seed(seed)
     engine, _ = choose_engine(options.get("engine", "auto"), options.get("precision"))
     tokenizer = workload = None
@@ -345,23 +342,29 @@ def local_client(settings: Settings, rows: Iterable[Messages], max_new_tokens: i
         tokenizer = load_tokenizer(model_path(settings, options.get("model")), options.get("trust_remote_code", False))
         workload = measure_workload(tokenizer, rows, max_new_tokens)
     if settings.launch.world == 1:
-        return make(workload)
+        return SLMClient(settings, max_new_tokens=max_new_tokens, workload=workload, tokenizer=tokenizer, **options)
     from slm_swap.replicas import open_replicas
 
-    return open_replicas(settings.launch, workload, make)
+    price = load_prices(settings.prices_file).local
+    return open_replicas(settings.launch, workload, lambda seconds: to_float(price.cost(seconds)))
 
 
 def serve_rows(settings: Settings, seed: int, concurrency: int | None = None, **options: Any) -> None:
-    """What the other processes of a launch do until the first one, with its `local_client`, is done.
+    """What the processes of a launch that `serves` do until the first one, with its `local_client`, is done.
 
     `options` are those of `clients.make_client`; `concurrency` has no meaning here.
     """
     from slm_swap.replicas import serve
 
     @no_collections()
-    def make(workload: Workload | None) -> SLMClient:
+    def make(receive: Callable[[], Workload | None]) -> SLMClient:
         set_seed(seed)
-        return SLMClient(settings, workload=workload, **options)
+        engine, _ = choose_engine(options.get("engine", "auto"), options.get("precision"))
+        if engine == "vllm":  # while rank 0 looks at the rows
+            from slm_swap.engines.vllm_engine import import_vllm
+
+            import_vllm()
+        return SLMClient(settings, workload=receive(), **options)
 
     serve(settings.launch, make)
 

@@ -19,7 +19,6 @@ from training_rows import ROWS as TAUGHT
 from slm_swap.engines import Workload
 from slm_swap.errors import UserError
 from slm_swap.prompts import build_messages
-from slm_swap.replicas import Replicas
 from slm_swap.reports import write_jsonl
 from slm_swap.settings import PACKAGE, Settings
 from slm_swap.slm_client import SLMClient
@@ -111,16 +110,6 @@ def test_eight_bits_are_not_captured():
 @pytest.mark.parametrize("start", ["eager", "graphs"])
 def test_vllm_gives_the_same_replies(launched, start):
     assert agreement(texts(client(engine="vllm", precision="fp32", engine_start=start)), launched) > 0.8
-
-
-@vllm
-def test_vllm_gives_the_same_replies_from_another_thread():
-    """As the first of several processes asks it."""
-    asked = client(engine="vllm", precision="fp32", engine_start="graphs")
-    right = [reply.text for reply in asked.generate(ROWS)]
-    replicas = Replicas(asked, [])
-    assert [reply.text for reply in replicas.generate(ROWS)] == right
-    replicas.close()
 
 
 @vllm

@@ -9,11 +9,14 @@ import subprocess
 import sys
 import threading
 import time
-from multiprocessing.connection import Pipe
+from multiprocessing.connection import Connection, Pipe
 
 import eval_process
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+import slm_swap.replicas as module
 from slm_swap.clients import Reply
 from slm_swap.errors import UserError
 from slm_swap.examples import Example
@@ -52,8 +55,8 @@ def free_port() -> int:
 def start(tmp_path, world: int, argv: list, **changed: dict[str, str]) -> list:
     """The ranks' processes, as a launcher would start them; `changed` by rank is other environment, as rank1={...}."""
     port = free_port() if world > 1 else 0
-    settings = [environment(rank, world, port) | changed.get(f"rank{rank}", {}) for rank in range(world)]
-    return [eval_process.start(argv, told, tmp_path / f"log{rank}") for rank, told in enumerate(settings)]
+    told = [environment(rank, world, port) | changed.get(f"rank{rank}", {}) for rank in range(world)]
+    return [eval_process.start(argv, variables, tmp_path / f"log{rank}") for rank, variables in enumerate(told)]
 
 
 def finish(processes: list) -> list[int]:
@@ -133,20 +136,42 @@ def test_rank_0_ends_in_order_in_the_middle_of_a_batch(tmp_path, rows, rank, sen
     assert rank == 1 or processes[1].returncode == 0
 
 
+def served(client) -> tuple[Connection, threading.Thread]:
+    """A connection to a replica in a thread, which ends with it."""
+    here, there = Pipe()
+
+    def work():
+        there.send((client.load_seconds, client.identity, client.state()))
+        with pytest.raises(EOFError):
+            answer(client, there)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    return here, thread
+
+
+class Echo:
+    """Says each row's text again."""
+
+    load_seconds = 0.0
+
+    def __init__(self, **state):
+        self.identity, self.told = {"device": "cpu", "files_sha256": "ab"}, state
+
+    def stream(self, rows, answered=()):
+        for index, messages in rows:
+            if index not in answered:
+                yield index, Reply(messages[0]["content"])
+
+    def state(self):
+        return dict(self.told)
+
+    def restore(self, state):
+        self.told = state
+
+
 def test_what_fails_in_a_rank_is_told_before_it_ends():
     """A launcher ends rank 0 as soon as another rank has ended."""
-
-    class Echo:
-        load_seconds, identity = 0.0, {"device": "cpu"}
-
-        def stream(self, rows, answered=()):
-            for index, _ in rows:
-                yield index, Reply("said")
-
-        def state(self):
-            return {}
-
-        def close(self): ...
 
     class Failing(Echo):
         def stream(self, rows, answered=()):
@@ -154,22 +179,51 @@ def test_what_fails_in_a_rank_is_told_before_it_ends():
                 raise UserError(f"row {index} does not fit")
             yield
 
-    def serving():
-        with pytest.raises(EOFError):
-            answer(Failing(), there)
-
-    here, there = Pipe()
-    there.send((0.0, Echo.identity))
-    other = threading.Thread(target=serving, daemon=True)
-    other.start()
-    replicas = Replicas(Echo(), [here])
+    (fine, _), (failing, thread) = served(Echo()), served(Failing())
+    replicas = Replicas([fine, failing], lambda seconds: None)
     with pytest.raises(UserError, match="rank 1: row 1 does not fit"):
-        list(replicas.stream([(0, []), (1, [])]))
-    other.join(0.3)
-    assert other.is_alive()
+        list(replicas.stream([(0, [{"content": "a"}]), (1, [{"content": "b"}])]))
+    thread.join(0.3)
+    assert thread.is_alive()
     replicas.close()
-    other.join(10)
-    assert not other.is_alive()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 4), st.integers(0, 40), st.integers(1, 9), st.integers(1, 9), st.integers(1, 9), st.data())
+def test_every_row_is_answered_once_however_they_are_dealt(ranks, count, ahead, taken, dealt, data):
+    """But those that are answered: also where a rank says that it has taken rows before it may have more."""
+    answered = data.draw(st.sets(st.integers(0, 40)))
+    before = module.AHEAD, module.TAKEN, module.DEALT
+    module.AHEAD, module.TAKEN, module.DEALT = max(ahead, taken), taken, dealt
+    try:
+        replicas = Replicas([served(Echo())[0] for _ in range(ranks)], lambda seconds: None)
+        replies = list(replicas.stream(((number, [{"content": str(number)}]) for number in range(count)), answered))
+        replicas.close()
+    finally:
+        module.AHEAD, module.TAKEN, module.DEALT = before
+    assert sorted((index, reply.text) for index, reply in replies) == [(number, str(number)) for number in range(count) if number not in answered]
+
+
+def test_the_state_is_rank_0s_but_for_what_all_of_them_count():
+    """And it is there with the reply that it came up with."""
+
+    class Halving(Echo):
+        def stream(self, rows, answered=()):
+            for index, _ in rows:
+                self.told = {"batch_size_used": 8, "batches_halved": self.told["batches_halved"] + 1}
+                yield index, Reply("said")
+
+    clients = [Halving(batch_size_used=None, batches_halved=0) for _ in range(2)]
+    replicas = Replicas([served(client)[0] for client in clients], lambda seconds: 2 * seconds)
+    assert replicas.state() == {"batch_size_used": None, "batches_halved": 0}
+    replicas.restore({"batch_size_used": 4, "batches_halved": 5})
+    assert replicas.state() == {"batch_size_used": 4, "batches_halved": 5}
+    halved = [replicas.state()["batches_halved"] for index, _ in replicas.stream(enumerate([[], [], []])) if index % 2 == 0]
+    assert halved[0] >= 6 and replicas.state() == {"batch_size_used": 8, "batches_halved": 8}
+    assert replicas.describe() == {"device": "cpu", "batch_size_used": 8, "batches_halved": 8} and replicas.cost(1, 1, 1, 3.0) == 6.0
+    replicas.close()
 
 
 def test_when_rank_0_dies_the_others_end(tmp_path, rows):
@@ -223,7 +277,6 @@ def test_each_process_sees_one_gpu(visible, rank, taken, monkeypatch):
 
 def test_prompts_that_do_not_fit_are_refused_without_end(tmp_path, monkeypatch):
     """More rows in a stretch than a rank is ever given ahead: the engine waits for prompts that it can take, and gets on."""
-    import slm_swap.replicas as module
     from slm_swap.engines import transformers_engine
     from slm_swap.settings import Settings
     from slm_swap.slm_client import SLMClient
@@ -234,7 +287,9 @@ def test_prompts_that_do_not_fit_are_refused_without_end(tmp_path, monkeypatch):
     client = SLMClient(Settings(slm_model_path="models/phi-tiny"), precision="fp32", max_new_tokens=3)
     monkeypatch.setattr(client.engine, "context", 120)
     rows = [(n, [{"role": "user", "content": "Say it" + (" again" * 300 if n % 10 else "")}]) for n in range(300)]
-    replies = dict(module.Replicas(client, []).stream(rows, answered={0}))
+    replicas = Replicas([served(client)[0]], lambda seconds: None)
+    replies = dict(replicas.stream(rows, answered={0}))
+    replicas.close()
     assert sorted(replies) == list(range(1, 300))
     assert sum(reply.error is not None for reply in replies.values()) == 270
 

@@ -99,7 +99,7 @@ def test_rows_are_asked_whole_and_in_order_however_many_are_encoded_at_once(clie
 def test_nothing_is_collected_while_it_is_loaded_and_everything_afterwards(monkeypatch):
     collected = []
     monkeypatch.setattr(slm_client, "SLMClient", lambda *_, **options: collected.append(gc.isenabled()))
-    monkeypatch.setattr(replicas, "serve", lambda _, make: make(None))
+    monkeypatch.setattr(replicas, "serve", lambda _, make: make(lambda: None))
     local_client(SETTINGS, [], 8, seed=7, engine="transformers")
     assert gc.isenabled()
     first = torch.rand(1)
@@ -227,7 +227,8 @@ def test_eight_bit_runs_on_a_cpu(caplog):
     assert told["precision"] == "int8" and client.engine.model.config.quantization_config.load_in_8bit
     assert reply.output_tokens == 8 or reply.finish_reason == "stop"
     json.dumps(told)
-    assert not caplog.records, "bitsandbytes has something to say at each product"
+    at_each_product = [record for record in caplog.records if record.name.startswith("bitsandbytes.autograd")]
+    assert not at_each_product, "bitsandbytes has something to say of each"
 
 
 def test_a_model_takes_one_gpu_where_it_fits_and_all_of_them_only_alone(tmp_path, monkeypatch):

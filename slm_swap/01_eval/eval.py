@@ -12,6 +12,7 @@ beside it, <report>.rows.jsonl.part. slm_swap/README.md says what the report's k
 import argparse
 import sys
 from contextlib import closing, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from slm_swap.journal import Journal, journal_path
 from slm_swap.langfuse_api import LangfuseApi
 from slm_swap.langfuse_datasets import Experiment, dataset_name, open_experiment
 from slm_swap.langfuse_helpers import connect, trace_run
-from slm_swap.replicas import take_one_gpu
+from slm_swap.replicas import fork_replica, take_one_gpu
 from slm_swap.reply_cache import ReplyCache
 from slm_swap.reports import SCHEMA_VERSION, rows_path, write_atomically, write_json
 from slm_swap.settings import PACKAGE, Settings, display_path, load_settings
@@ -59,7 +60,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.model_kind != "slm":
             raise UserError("only the local model has use for several processes: start --model-kind azure and replay by python")
         take_one_gpu(settings.launch)
-    if settings.launch.rank:
+        settings = replace(settings, launch=fork_replica(settings.launch))
+    if settings.launch.serves:
         serve_rows(settings, args.seed, **client_options(args))
         return 0
     connection = connect(settings, tracing_options(args, settings))

@@ -46,6 +46,14 @@ def start_for(rows: int) -> str:
     return "graphs" if math.log2(1 + rows) * SAVED_SECONDS > CAPTURE_SECONDS else "eager"
 
 
+def import_vllm() -> None:
+    """Import vLLM with its ENVIRONMENT, which takes seconds."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # a launcher's: vLLM's own world, of one process, would look for its store
+    from vllm import LLM  # noqa: F401  the package itself imports little
+
+
 class VllmEngine:
     """A checkpoint, and possibly an adapter, in vLLM behind `engines.Engine`.
 
@@ -72,10 +80,7 @@ class VllmEngine:
     ):
         if adapter and precision == "fp32":
             raise UserError("the vllm engine has no adapters in fp32: use --precision bf16 or --engine transformers")
-        for name, value in ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # a launcher's: vLLM's own world, of one process, would look for its store
-        import torch
+        import_vllm()
         from transformers import AutoConfig
         from vllm import LLM, SamplingParams
         from vllm.lora.request import LoRARequest
@@ -106,14 +111,10 @@ class VllmEngine:
             reason = str(error).strip().split("\n")[0][:300]
             raise UserError(f"vllm cannot start on {display_path(path)} ({reason}): free the GPU's memory, or use --engine transformers") from None
         self._engine = self._llm.llm_engine
-        self._stream = torch.cuda.current_stream()
         self.context = context
 
     def generate(self, prompts: Iterable[Prompt], answered: Container[int] = ()) -> Generator[Generated]:
         """Prompts join and leave the running batch one by one, so that those that are answered already are just left out."""
-        import torch
-
-        torch.cuda.set_stream(self._stream)  # its graphs' and caches': another thread has another one
         prompts = (prompt for prompt in prompts if prompt.index not in answered)
         asked: dict[str, tuple[Prompt, float]] = {}
         try:
