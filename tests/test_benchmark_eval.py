@@ -1,5 +1,6 @@
 """The evaluation benchmark runs, on a tiny model; its figures are for GPUs."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -17,12 +18,16 @@ def measured(tmp_path, *flags: str) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture(scope="module")
-def lengths():
-    sys.path.insert(0, str(SCRIPT.parent))  # as for a script that is run
-    from phi_shape import lengths
-
+def modules():
+    """The benchmarks' modules of these names, as scripts find them."""
+    sys.path.insert(0, str(SCRIPT.parent))
+    yield {name: importlib.import_module(name) for name in ("phi_shape", "engine_start")}
     sys.path.remove(str(SCRIPT.parent))
-    return lengths
+
+
+@pytest.fixture(scope="module")
+def lengths(modules):
+    return modules["phi_shape"].lengths
 
 
 def test_every_reply_has_its_own_length_in_one_process_and_in_two_and_what_fails_is_told(tmp_path, lengths):
@@ -36,3 +41,14 @@ def test_every_reply_has_its_own_length_in_one_process_and_in_two_and_what_fails
         assert once["requests_per_second"] * once["seconds"] == pytest.approx(once["rows"])
         assert once["reply_tokens_per_second"] * once["seconds"] == pytest.approx(processes * sum(lengths(4096, 7)[1][:4]))
         assert command["seconds"] > command["total_seconds"] > command["generate_seconds"] > 0
+
+
+def test_what_a_start_costs_and_saves_is_fitted_to_the_medians(modules):
+    rows, fit = modules["engine_start"].ROWS, modules["engine_start"].fit
+    lines = {"eager": lambda count: 10 + 0.003 * count, "graphs": lambda count: 12.5 + 0.002 * count}
+    commands = [
+        {"start": start, "rows": count, "seconds": line(count) + late} for start, line in lines.items() for count in rows for late in (0, -1, 60)
+    ]
+    assert fit(commands) == pytest.approx({"extra_seconds": 2.5, "saved_seconds": 0.001})
+    told = json.loads((ROOT / "benchmarks/results/engine_start.json").read_text())
+    assert fit(told["commands"]) == pytest.approx({name: told[name] for name in ("extra_seconds", "saved_seconds")})

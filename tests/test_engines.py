@@ -1,7 +1,6 @@
 """The engines of the local model, as far as a machine without a GPU goes: on the embedded tiny model, in fp32."""
 
 import json
-import math
 
 import pytest
 import torch
@@ -191,18 +190,13 @@ def test_the_engine_is_chosen(wanted, precision, fast, chosen, monkeypatch):
 
 
 def test_the_start_is_chosen_by_what_was_measured():
-    settings = json.loads((ROOT / "benchmarks/results/eval.json").read_text())["settings"]
-    eager, graphs = (settings[f"vllm-{start}"]["once_started"] for start in ("eager", "graphs"))
-    measured = [(graphs["rows"], eager["seconds"] - graphs["seconds"])]
-    measured += [(one["rows"], one["seconds"] - other["seconds"]) for one, other in zip(eager["fewer"], graphs["fewer"], strict=True)]
-    doublings = [math.log2(1 + rows) for rows, _ in measured]
-    saved = sum(x * seconds for x, (_, seconds) in zip(doublings, measured, strict=True)) / sum(x * x for x in doublings)  # least squares
-    assert saved == pytest.approx(vllm_engine.SAVED_SECONDS, rel=0.05)
-    assert graphs["capture_seconds"] == pytest.approx(vllm_engine.CAPTURE_SECONDS, rel=0.05)
+    told = json.loads((ROOT / "benchmarks/results/engine_start.json").read_text())
+    assert told["extra_seconds"] == pytest.approx(vllm_engine.EXTRA_SECONDS, rel=0.01)
+    assert told["saved_seconds"] == pytest.approx(vllm_engine.SAVED_SECONDS, rel=0.01)
 
 
 def test_vllm_starts_for_its_workload(client, tmp_path):
-    assert [start_for(rows) for rows in (1, 15, 30, 512, 200_000)] == ["eager", "eager", "graphs", "graphs", "graphs"]
+    assert [start_for(rows) for rows in (1, 512, 2_500, 3_000, 200_000)] == ["eager", "eager", "eager", "graphs", "graphs"]
     lengths = [len(encode_prompt(client.tokenizer, messages)) for messages in BATCH]
     assert measure_workload(client.tokenizer, iter(BATCH), 7) == Workload(len(BATCH), max(lengths) + 7)
     assert set(end_tokens(PACKAGE / "models/phi-tiny", None)) == client.engine.ends

@@ -161,5 +161,8 @@ def test_two_gpus_end_in_the_report_of_one(engine, tmp_path):
         )
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         assert done.stdout.count("report: ") == 1
-    one, *others = (test_replicas.outcome(tmp_path / name / "out.json") for name in commands)
-    assert others == [one, one]
+    outcomes = [test_replicas.outcome(tmp_path / name / "out.json") for name in commands]
+    for report, lines in outcomes:
+        for told in (report, *lines):
+            del told["tokens"]["cached"]  # each replica of vLLM has a prefix cache of its own
+    assert outcomes == [outcomes[0]] * 3

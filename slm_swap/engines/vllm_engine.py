@@ -1,11 +1,10 @@
 """Greedy decoding with vLLM's offline engine: continuous batching, a prefix cache, LoRA adapters.
 
-It can start eager, which is sooner up, or with CUDA graphs of the decode step, which is faster then (benchmarks/results/eval.json has the
-seconds of both). The graphs are captured without compiling the model first, so that the start stays short.
+It can start eager, which is sooner up, or with CUDA graphs of the decode step, which is faster then (benchmarks/results/engine_start.json
+has the seconds of both). The graphs are captured without compiling the model first, so that the start stays short.
 """
 
 import json
-import math
 import os
 import time
 from collections.abc import Container, Generator, Iterable
@@ -32,18 +31,14 @@ ENVIRONMENT = {  # what vLLM is started with, unless it is set already
     # The graphs of the decode step share 0.3 GiB, a fraction of what vLLM leaves free: measuring that first would take a second.
     "VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS": "0",
 }
-# What the choice of a start goes by, measured on one H200: benchmarks/results/eval.json.
-CAPTURE_SECONDS = 1.23
-SAVED_SECONDS = 0.28  # of launches, each time that the rows double
+# By how much a whole command takes longer to start with CUDA graphs, and a row is answered sooner: benchmarks/engine_start.py on an H200.
+EXTRA_SECONDS = 2.59
+SAVED_SECONDS = 0.00095
 
 
 def start_for(rows: int) -> str:
-    """"graphs" where so many rows win back what capturing them costs, else "eager".
-
-    An eager decode step is the longer by its launches, whatever the batch; the steps are as many as the longest reply has tokens,
-    which grows with the logarithm of the rows.
-    """
-    return "graphs" if math.log2(1 + rows) * SAVED_SECONDS > CAPTURE_SECONDS else "eager"
+    """"graphs" where so many rows win back what starting with them costs, else "eager"."""
+    return "graphs" if rows * SAVED_SECONDS > EXTRA_SECONDS else "eager"
 
 
 def import_vllm() -> None:
