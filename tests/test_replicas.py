@@ -10,11 +10,13 @@ import sys
 import threading
 import time
 from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
 
 import eval_process
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_launches import children_of
 
 import slm_swap.replicas as module
 from slm_swap.clients import Reply
@@ -227,10 +229,16 @@ def test_the_state_is_rank_0s_but_for_what_all_of_them_count():
 
 
 def test_when_rank_0_dies_the_others_end(tmp_path, rows):
+    """Its replica, which no launcher knows of, too."""
     processes = start(tmp_path, 2, flags(rows, tmp_path / "out.json"))
     answered(journal_path(tmp_path / "out.json"), 8)
+    (replica,) = children_of(processes[0].pid)
     processes[0].kill()
     assert finish(processes) == [-signal.SIGKILL, 0]
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{replica}/exe").exists() and time.monotonic() < deadline:  # a zombie has none
+        time.sleep(0.01)
+    assert not Path(f"/proc/{replica}/exe").exists()
 
 
 def test_rank_0_says_what_another_one_lacks(tmp_path, rows):
@@ -249,18 +257,32 @@ def test_mistakes_are_said_once(tmp_path, rows):
         assert said in (tmp_path / "log0").read_text() and (tmp_path / "log1").read_text() == ""
 
 
-def test_the_real_launchers_start_it(tmp_path, rows, whole):
-    """accelerate launch, and the wrapper where two GPUs seem to be there."""
-    accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", "2", "--main_process_port", "0"]
-    accelerate += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", str(PACKAGE / "01_eval/eval.py")]
-    wrapper = [str(PACKAGE / "eval_parallel.sh")]
-    found = os.environ | environment() | {"PATH": f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"}
-    for number, (command, told) in enumerate(((accelerate, {}), (wrapper, {"CUDA_VISIBLE_DEVICES": "0,1"}))):
-        out = tmp_path / f"launched{number}/out.json"
-        words = [*command, *map(str, flags(rows, out))]
-        done = subprocess.run(words, capture_output=True, text=True, env=found | told, timeout=180)
-        assert done.returncode == 0, done.stderr
-        assert outcome(out) == whole and done.stdout.count("report: ") == 1
+def launched(words: list, **told: str) -> subprocess.Popen:
+    """A launcher's process, in the package's folder as documented."""
+    path = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.Popen(
+        [str(word) for word in words], cwd=PACKAGE, env=os.environ | environment() | {"PATH": path} | told,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def test_the_wrapper_starts_a_process_for_each_gpu_that_seems_to_be_there(tmp_path, rows, whole):
+    out = tmp_path / "wrapper/out.json"
+    process = launched(["./eval_parallel.sh", *flags(rows, out)], CUDA_VISIBLE_DEVICES="0,1")
+    said, error = process.communicate(timeout=180)
+    assert process.returncode == 0, error
+    assert outcome(out) == whole and said.count("report: ") == 1
+
+
+def test_accelerate_starts_it_on_several_machines(tmp_path, rows, whole):
+    """Both are this one; without a GPU the documented configuration's processes work on the CPU."""
+    port, out = free_port(), tmp_path / "machines/out.json"
+    launch = ["accelerate", "launch", "--config_file", "accelerate_config/phi4_2gpu.yaml", "--num_machines", 2, "--main_process_ip", "127.0.0.1"]
+    launch += ["--main_process_port", port, "--machine_rank"]
+    machines = [launched([*launch, rank, "01_eval/eval.py", *flags(rows, out)]) for rank in range(2)]
+    heard = [machine.communicate(timeout=180) for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], heard
+    assert outcome(out) == whole and [said.count("report: ") for said, _ in heard] == [1, 0]
 
 
 @pytest.mark.parametrize(
