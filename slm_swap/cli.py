@@ -177,6 +177,15 @@ def progress(title: str, total: int) -> Any:
     return tqdm(total=total, desc=title, unit="row", disable=not sys.stderr.isatty())
 
 
+def quieten(rank: int) -> None:
+    """Keep packages from talking of their own accord: all but errors where this is not rank 0, and progress where nobody looks."""
+    if rank:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  until the process ends
+        os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    if rank or not sys.stderr.isatty():
+        os.environ["TQDM_DISABLE"] = "1"
+
+
 def warn(message: str) -> None:
     """One line to standard error."""
     print(f"warning: {message}", file=sys.stderr)

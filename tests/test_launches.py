@@ -212,6 +212,29 @@ def test_a_failing_rank_ends_the_others_with_its_own_error(files, tmp_path):
     assert not (tmp_path / "adapter").exists()
 
 
+TALKING = """
+import runpy, sys
+import slm_swap.training
+plain = slm_swap.training.load_trainable
+def talking(*given):
+    from tqdm import tqdm
+    print("a package talks")
+    list(tqdm([1], desc="a package works"))
+    return plain(*given)
+slm_swap.training.load_trainable = talking
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_what_packages_say_is_heard_from_rank_0_alone(files, tmp_path):
+    (tmp_path / "driver.py").write_text(TALKING)
+    done = start("torchrun", "--standalone", "--nproc_per_node=2", tmp_path / "driver.py", PACKAGE / "train_unsloth.py", *FLAGS, *files,
+                 PYTHONPATH=str(PACKAGE.parent))  # fmt: skip
+    assert done.returncode == 0 and done.stdout.count("a package talks") == 1 and done.stdout.count("adapter:") == 1, done.stderr
+    assert "a package works" not in done.stderr, "this is no terminal"
+
+
 def test_the_configurations_fit_any_number_of_processes():
     from accelerate.commands.config.config_args import load_config_from_file
 

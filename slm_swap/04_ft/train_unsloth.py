@@ -13,7 +13,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
 from slm_swap.checkpoints import Checkpoints
-from slm_swap.cli import Parser, not_negative, positive, run, run_metadata, tracing_options, warn
+from slm_swap.cli import Parser, not_negative, positive, quieten, run, run_metadata, tracing_options, warn
 from slm_swap.engines import PRECISIONS
 from slm_swap.examples import Example, read_examples, read_jsonl
 from slm_swap.langfuse_helpers import connect, trace_run
@@ -76,6 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     settings = load_settings()
     launch = settings.launch
+    quieten(launch.rank)
     if launch.world == 1:
         take_one_gpu(launch)  # one process that sees several would spread each batch over them
     connection = connect(settings, tracing_options(args, settings)) if launch.rank == 0 else None
