@@ -7,7 +7,8 @@
 Each setting runs in processes of its own. `once started` is requests a second after the model is loaded and has answered a few
 other rows (which compiles and captures what there is); `command` is the whole of `01_eval/eval.py` over some rows, from its start
 to its report. `documented` is transformers' own `generate` in the documented setting. Replies are stopped at their own lengths.
-Several processes, one a GPU, are started by torchrun and get each row so many times, so that every GPU answers the rows of one.
+Several processes, one a GPU, are started by torchrun. Once started, each row is there so many times, so that every GPU answers the rows of
+one; a whole command has as many rows as with one process.
 """
 
 import argparse

@@ -33,4 +33,5 @@ def in_own_process(script: str, flags: list[str], limit: float, log: Path, proce
         return f"no result after {limit:g} s"
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if re.match(r"(\[rank\d+\]: )?[\w.]*[Ee]rror\b", line) and "ChildFailedError" not in line]  # the launcher's own
-    return (errors or lines or [f"exit code {code}"])[-1][:300]
+    causes = [line for line in errors if "has ended (what it said stands above)" not in line]
+    return (causes or errors or lines or [f"exit code {code}"])[-1][:300]

@@ -130,7 +130,7 @@ def measure(config: str, folder: Path, rows_wanted: int, seconds: float, out: Pa
     if wanted.processes == 1:
         take_one_gpu(load_launch())  # the trainer would spread each batch over all that it sees
     if backend == "unsloth":
-        import_unsloth(folder.with_name("unsloth"))
+        import_unsloth(folder.with_name("unsloth"), load_launch().rank)
     import torch
     from transformers import AutoConfig, TrainerCallback
 
@@ -146,7 +146,7 @@ def measure(config: str, folder: Path, rows_wanted: int, seconds: float, out: Pa
     class Clock(TrainerCallback):
         """The first step after the warm-up tells how many there is time for; nothing waits for the GPU until they are made."""
 
-        begun = elapsed = 0.0
+        begun = elapsed = epochs = 0.0
         steps = 0
 
         def now(self) -> float:
@@ -157,11 +157,12 @@ def measure(config: str, folder: Path, rows_wanted: int, seconds: float, out: Pa
         def on_step_end(self, args, state, control, **_):
             step = state.global_step - WARM_UP
             if step == 0:
-                self.begun = self.now()
+                self.begun, self.epochs = self.now(), -state.epoch
             elif step == 1:
                 self.steps = self.agreed(math.ceil(seconds / (self.now() - self.begun)), args.device)
             if step > 0 and step == self.steps:
                 self.elapsed = self.now() - self.begun
+                self.epochs += state.epoch
                 control.should_training_stop = True
 
         def agreed(self, steps: int, device: Any) -> int:
@@ -184,14 +185,12 @@ def measure(config: str, folder: Path, rows_wanted: int, seconds: float, out: Pa
         loaded = time.perf_counter()
         loss = trainer.train().training_loss
     args = trainer.args
-    items = clock.steps * args.gradient_accumulation_steps * args.per_device_train_batch_size * args.world_size
-    share = items / len(trainer.train_dataset)  # of the rows; a bit more or less where packs are not all alike
     tokens = sum(len(row["input_ids"]) for row in rows)
     if args.process_index:
         return
     found = {
-        "tokens_per_second": round(share * tokens / clock.elapsed, 1),
-        "rows_per_second": round(share * len(rows) / clock.elapsed, 2),
+        "tokens_per_second": round(clock.epochs * tokens / clock.elapsed, 1),
+        "rows_per_second": round(clock.epochs * len(rows) / clock.elapsed, 2),
         "tokens_per_micro_batch": round(tokens / len(trainer.train_dataset) * args.per_device_train_batch_size, 1),
         "steps": clock.steps,
         "seconds": {

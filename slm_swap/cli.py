@@ -25,8 +25,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        if load_launch().rank:
-            sys.exit(2)  # rank 0 says it
+        if load_launch().local_rank:
+            sys.exit(2)  # the first process of the machine says it
         self.exit(2, f"{self.prog}: {' '.join(message.split())}: see {self.prog} --help\n")
 
     def add_track(self) -> None:
@@ -194,7 +194,7 @@ def warn(message: str) -> None:
 def run(main: Callable[[], int], launched: bool = False) -> NoReturn:
     """Run a script's `main` and leave: the user's mistake is one line and exit 2; a bug keeps its traceback.
 
-    `launched` scripts can be started as several processes; of those, the first one speaks for all.
+    `launched` scripts can be started as several processes; of those, the first one of a machine speaks for all.
     """
     launch = load_launch()
     try:
@@ -202,11 +202,11 @@ def run(main: Callable[[], int], launched: bool = False) -> NoReturn:
             raise UserError("this script is one process: start it by python, not by accelerate launch or torchrun")
         code = main()
     except UserError as error:
-        if launch.rank == 0:
+        if launch.local_rank == 0:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
-        if launch.rank == 0:
+        if launch.local_rank == 0:
             print("interrupted", file=sys.stderr)
         code = 130
     gc.freeze()  # or the interpreter's last collection visits all that torch and transformers have made, for most of a second

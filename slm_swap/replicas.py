@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Generator, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from datetime import timedelta
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client as connect_to
 from multiprocessing.connection import Connection, Listener, Pipe, wait
@@ -30,6 +31,7 @@ from slm_swap.settings import Launch
 AHEAD = 4096  # rows dealt to a rank that its engine has not taken yet
 TAKEN = 256  # rows after which a rank says that its engine has taken them
 DEALT = 64  # rows that are sent to a rank at once, where there are as many
+PATIENCE = 300  # seconds that rank 0 has to look at the rows, and the others to connect: a launcher knows of one machine's failures only
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
 
 
@@ -67,37 +69,59 @@ def _store() -> Any:
     """The launcher's key-value store."""
     from torch.distributed import PrefixStore, rendezvous
 
-    store, _, _ = next(iter(rendezvous("env://")))
+    store, _, _ = next(iter(rendezvous("env://", timeout=timedelta(seconds=PATIENCE))))
     return PrefixStore("slm_swap", store)
 
 
 def open_replicas(launch: Launch, workload: Workload | None, cost: Callable[[float], float | None]) -> "Replicas":
-    """Rank 0's part: the connections to all replicas, which are built at the same time. `cost` is that of some seconds."""
+    """Rank 0's part: the connections to all replicas, which are built at the same time. `cost` is that of some seconds.
+
+    Raises:
+        UserError: a rank does not come, or as `Replicas`.
+    """
     key, store = secrets.token_bytes(32), _store()
     if workload:
         workload = replace(workload, rows=-(-workload.rows // launch.world))
-    launch.replica.send(workload)
-    # On one machine only it can connect; over several, rank 0's own name may stand for its loopback.
-    host = launch.master if launch.master in ("127.0.0.1", "localhost") else ""
-    with Listener((host, 0), backlog=launch.world, authkey=key) as listener:
-        store.set("key", key)
-        store.set("port", str(listener.address[1]))
-        connections = {0: launch.replica}
+    with suppress(OSError):  # it has ended: Replicas says so
+        launch.replica.send(workload)
+    connections = {0: launch.replica}
+
+    def admit() -> None:
         while len(connections) < launch.world:
             with suppress(AuthenticationError, EOFError, OSError):  # somebody else's connection
                 connection = listener.accept()
                 connections[connection.recv()] = connection
                 connection.send(workload)
+
+    # On one machine only it can connect; over several, rank 0's own name may stand for its loopback.
+    host = launch.master if launch.master in ("127.0.0.1", "localhost") else ""
+    with Listener((host, 0), backlog=launch.world, authkey=key) as listener:
+        store.set("key", key)
+        store.set("port", str(listener.address[1]))
+        admission = threading.Thread(target=admit, daemon=True)
+        admission.start()
+        admission.join(PATIENCE)
+    if admission.is_alive():
+        missing = ", ".join(str(rank) for rank in range(launch.world) if rank not in connections)
+        raise UserError(f"not connected within {PATIENCE} s: rank {missing}: see what is said on its machine, and let it reach this one's ports")
     return Replicas([connections[rank] for rank in sorted(connections)], cost, launch.replica_pid)
 
 
 def serve(launch: Launch, make: Callable[[Callable[[], Workload | None]], Client]) -> None:
-    """What a replica's process does until rank 0 is done; `make` is given how to receive the workload. Rank 0 tells what goes wrong."""
+    """What a replica's process does until rank 0 is done; `make` is given how to receive the workload. Rank 0 tells what goes wrong.
+
+    Raises:
+        UserError: there is no rank 0 to tell it.
+    """
     if connection := launch.replica:
         _serve(connection, make)
         return
-    store = _store()
-    with connect_to((launch.master, int(store.get("port"))), authkey=store.get("key")) as connection:
+    try:
+        store = _store()
+        connection = connect_to((launch.master, int(store.get("port"))), authkey=store.get("key"))
+    except (RuntimeError, OSError, EOFError, AuthenticationError):  # torch's are RuntimeErrors
+        raise UserError(f"rank 0 is not to be reached at {launch.master}: see what it said there, and let its ports be reached from here") from None
+    with connection:
         connection.send(launch.rank)
         _serve(connection, make)
 
@@ -223,8 +247,8 @@ class Replicas:
         try:
             self._connections[rank].send(told)
         except OSError:
-            self._receive(rank)  # says why
-            raise
+            while True:  # what it has sent before it ended, then why
+                self._receive(rank)
 
     def generate(self, batch: list[Messages]) -> list[Reply]:
         replies = dict(self.stream(enumerate(batch)))
@@ -289,5 +313,6 @@ class Replicas:
         for connection in self._connections:
             connection.close()
         if self._own:
-            os.kill(self._own, signal.SIGKILL)
-            os.waitpid(self._own, 0)
+            with suppress(ProcessLookupError, ChildProcessError):  # gone, and nobody's child, where SIGCHLD is ignored
+                os.kill(self._own, signal.SIGKILL)
+                os.waitpid(self._own, 0)

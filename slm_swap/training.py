@@ -1,5 +1,6 @@
 """QLoRA fine-tuning: rows to token ids, the trainer of either back end, and an adapter that says how it was made."""
 
+import atexit
 import os
 import shutil
 import sys
@@ -187,12 +188,15 @@ def load_trainable(path: Path, parameters: Hyperparameters, backend: str, device
     return get_peft_model(model, lora)
 
 
-def import_unsloth(generated: Path) -> None:
+def import_unsloth(generated: Path, rank: int) -> None:
     """Import Unsloth, which patches transformers and TRL and so must come before them.
 
-    The code that it generates goes into the folder `generated`, not into whatever folder one is in, where two trainings would share it.
+    The code that it generates goes into the folder `generated`, which rank 0 removes in the end, not into whatever folder one is in,
+    where two trainings would share it.
     """
     os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(generated.resolve()))
+    if rank == 0:
+        atexit.register(shutil.rmtree, generated, ignore_errors=True)
     import unsloth  # noqa: F401
 
 
@@ -378,7 +382,7 @@ def train(
     """
     clock = Stopwatch()
     if backend == "unsloth":
-        import_unsloth(generated := out.with_name(f"{out.name}.unsloth"))
+        import_unsloth(out.with_name(f"{out.name}.unsloth"), launch.rank)
     set_seed(parameters.seed)
     tokenizer = load_tokenizer(base)
     rows, too_long = tokenize(tokenizer, track, train_rows, parameters.max_length)
@@ -428,9 +432,6 @@ def train(
         if launch.rank == 0 and not checkpoints.steps():
             checkpoints.remove()
         raise
-    finally:
-        if backend == "unsloth" and launch.rank == 0:
-            shutil.rmtree(generated, ignore_errors=True)
     return info
 
 

@@ -59,13 +59,22 @@ def test_a_configuration_may_be_changed(benchmark):
             benchmark.parse_config(wrong)
 
 
-def test_two_processes_are_measured_together(tmp_path):
-    config = "fast:precision=fp32,pack_length=2048,processes=2"
-    done = subprocess.run(
-        [sys.executable, SCRIPT, "--shape", "tiny", "--configs", config, "--rows", "48", "--seconds", "0.2", "--scratch", tmp_path, "--out", tmp_path / "train.json"],
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+def measured(tmp_path, config: str, rows: int) -> dict:
+    """What is told of one configuration of the tiny model."""
+    flags = ["--shape", "tiny", "--configs", config, "--rows", str(rows), "--seconds", "0.2", "--scratch", tmp_path, "--out", tmp_path / "train.json"]
+    done = subprocess.run([sys.executable, SCRIPT, *flags], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    told = json.loads((tmp_path / "train.json").read_text())["configurations"][config]
+    return json.loads((tmp_path / "train.json").read_text())["configurations"][config]
+
+
+def test_two_processes_are_measured_together(tmp_path):
+    told = measured(tmp_path, "fast:precision=fp32,pack_length=2048,processes=2", rows=480)
     assert (told["processes"], told["zero2"]) == (2, False) and told["steps"] > 0
-    assert told["tokens_per_second"] * told["seconds"]["measured"] == pytest.approx(told["steps"] * 2 * told["tokens_per_micro_batch"], rel=0.1)  # two decimals of a second
+    tokens = told["tokens_per_second"] * told["seconds"]["measured"]  # with two decimals of a second
+    assert tokens == pytest.approx(told["steps"] * 2 * told["tokens_per_micro_batch"], rel=0.1)
+
+
+def test_an_epochs_last_step_may_have_fewer_micro_batches(tmp_path):
+    """24 rows are 3 packs, so that every step, meant to be of 8, is an epoch."""
+    told = measured(tmp_path, "fast:precision=fp32,pack_length=2048,gradient_accumulation=8", rows=24)
+    assert told["rows_per_second"] * told["seconds"]["measured"] == pytest.approx(24 * told["steps"], rel=0.1)

@@ -192,6 +192,54 @@ def test_what_fails_in_a_rank_is_told_before_it_ends():
     assert not thread.is_alive()
 
 
+class Store(dict):
+    """A launcher's store, as far as replicas go."""
+
+    set = dict.__setitem__
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_rank_that_does_not_come_is_named(monkeypatch, ended):
+    """Also where rank 0's own replica has ended by then."""
+    here, there = Pipe()
+    if ended:
+        there.close()
+    monkeypatch.setattr(module, "PATIENCE", 0.2)
+    monkeypatch.setattr(module, "_store", Store)
+    with pytest.raises(UserError, match=r"not connected within 0\.2 s: rank 1, 2: see"):
+        module.open_replicas(Launch(0, 3, replica=here), None, lambda seconds: None)
+
+
+def test_a_replica_that_ends_before_the_rows_come_is_told_of(monkeypatch):
+    here, there = Pipe()
+    there.close()
+    monkeypatch.setattr(module, "_store", Store)
+    with pytest.raises(UserError, match="rank 0 has ended"):
+        module.open_replicas(Launch(0, 1, replica=here), None, lambda seconds: None)
+
+
+def test_what_a_replica_sent_does_not_hide_that_it_has_ended():
+    here, there = Pipe()
+    there.send((0.0, {"device": "cpu"}, {}))
+    replicas = Replicas([here], lambda seconds: None)
+    there.send((0, Reply("said")))
+    there.close()
+    with pytest.raises(UserError, match="rank 0 has ended"):
+        list(replicas.stream([(0, [])]))
+
+
+@pytest.mark.parametrize("missing", ["launcher", "rank 0"])
+def test_a_rank_that_finds_no_rank_0_ends(monkeypatch, missing):
+    """On another machine: no launcher ends it."""
+    for name, value in environment(1, 2, free_port()).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(module, "PATIENCE", 1)
+    if missing == "rank 0":
+        monkeypatch.setattr(module, "_store", lambda: {"port": free_port(), "key": b"secret"}, raising=True)
+    with pytest.raises(UserError, match=r"rank 0 is not to be reached at 127.0.0.1"):
+        module.serve(Launch(1, 2, 1, serves=True), lambda receive: None)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 4), st.integers(0, 40), st.integers(1, 9), st.integers(1, 9), st.integers(1, 9), st.data())
 def test_every_row_is_answered_once_however_they_are_dealt(ranks, count, ahead, taken, dealt, data):
