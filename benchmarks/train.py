@@ -123,25 +123,10 @@ def stock_trainer(folder: Path, tokenizer: Any, rows: list[dict], parameters: Hy
     )
 
 
-def measure(config: str, folder: Path, rows_wanted: int, seconds: float, out: Path) -> None:
-    """Train for `seconds` after the warm-up and write what was measured: the work of one process a GPU."""
-    wanted = parse_config(config)
-    backend, parameters, deepspeed = wanted.backend, wanted.parameters, ZERO2 if wanted.zero2 else None
-    if wanted.processes == 1:
-        take_one_gpu(load_launch())  # the trainer would spread each batch over all that it sees
-    if backend == "unsloth":
-        import_unsloth(folder.with_name("unsloth"), load_launch().rank)
+def make_clock(seconds: float) -> Any:
+    """A trainer's callback that stops training some seconds after the warm-up, and says what was done in them."""
     import torch
-    from transformers import AutoConfig, TrainerCallback
-
-    from slm_swap.seeds import set_seed
-    from slm_swap.slm_client import load_tokenizer
-
-    cuda = torch.cuda.is_available()
-    set_seed(parameters.seed)
-    started = time.perf_counter()
-    tokenizer = load_tokenizer(folder)
-    rows = make_rows(rows_wanted, AutoConfig.from_pretrained(folder).vocab_size)
+    from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
         """The first step after the warm-up tells how many there is time for; nothing waits for the GPU until they are made."""
@@ -150,7 +135,7 @@ def measure(config: str, folder: Path, rows_wanted: int, seconds: float, out: Pa
         steps = 0
 
         def now(self) -> float:
-            if cuda:
+            if torch.cuda.is_available():
                 torch.cuda.synchronize()
             return time.perf_counter()
 
@@ -173,6 +158,29 @@ def measure(config: str, folder: Path, rows_wanted: int, seconds: float, out: Pa
             torch.distributed.broadcast(told, 0)
             return int(told)
 
+    return Clock()
+
+
+def measure(config: str, folder: Path, rows_wanted: int, seconds: float, out: Path) -> None:
+    """Train for `seconds` after the warm-up and write what was measured: the work of one process a GPU."""
+    wanted = parse_config(config)
+    backend, parameters, deepspeed = wanted.backend, wanted.parameters, ZERO2 if wanted.zero2 else None
+    if wanted.processes == 1:
+        take_one_gpu(load_launch())  # the trainer would spread each batch over all that it sees
+    if backend == "unsloth":
+        import_unsloth(folder.with_name("unsloth"), load_launch().rank)
+    import torch
+    from transformers import AutoConfig
+
+    from slm_swap.seeds import set_seed
+    from slm_swap.slm_client import load_tokenizer
+
+    cuda = torch.cuda.is_available()
+    set_seed(parameters.seed)
+    started = time.perf_counter()
+    tokenizer = load_tokenizer(folder)
+    rows = make_rows(rows_wanted, AutoConfig.from_pretrained(folder).vocab_size)
+
     with tempfile.TemporaryDirectory() as scratch:
         if backend == "stock":
             trainer = stock_trainer(folder, tokenizer, rows, parameters, scratch, deepspeed)
@@ -180,7 +188,7 @@ def measure(config: str, folder: Path, rows_wanted: int, seconds: float, out: Pa
             arguments = trainer_arguments(parameters, backend, scratch, deepspeed)
             model = load_trainable(folder, parameters, backend, arguments.device)
             trainer = make_trainer(model, tokenizer, arguments, rows, [], parameters, backend)
-        clock = Clock()
+        clock = make_clock(seconds)
         trainer.add_callback(clock)
         loaded = time.perf_counter()
         loss = trainer.train().training_loss
