@@ -2,7 +2,7 @@
 
     python benchmarks/eval.py
     python benchmarks/eval.py --only vllm-eager vllm-graphs --scratch /tmp/phi --out /tmp/eval.json
-    python benchmarks/eval.py --processes 1 2 --only vllm-graphs transformers-bf16-auto --out benchmarks/results/eval_2_gpus.json
+    python benchmarks/eval.py --processes 1 2 --only vllm-graphs transformers-bf16-auto --out benchmarks/results/eval_gpus.json
 
 Each setting runs in processes of its own. `once started` is requests a second after the model is loaded and has answered a few
 other rows (which compiles and captures what there is); `command` is the whole of `01_eval/eval.py` over some rows, from its start
@@ -186,7 +186,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--timeout", type=positive, default=240, help="seconds that one part of one setting may take")
     parser.add_argument("--part", choices=("once_started", "command"), help="for the processes that this one starts")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the file to write (default: benchmarks/results/eval.json)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.only == ["documented"] and 1 not in args.processes:
+        parser.error("the documented setting is one process: measure it with --processes 1")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:

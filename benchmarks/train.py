@@ -1,7 +1,7 @@
 """Measure training speed: a model of Phi-4-mini's shape with random weights, LoRA r=64 on all linear layers, rows of ~210 tokens.
 
     python benchmarks/train.py
-    python benchmarks/train.py --configs fast fast:processes=2 fast:processes=2,zero2=yes --out benchmarks/results/train_2_gpus.json
+    python benchmarks/train.py --configs fast fast:processes=2 fast:processes=2,zero2=yes --out benchmarks/results/train_gpus.json
     python benchmarks/train.py --shape tiny --configs fast:precision=fp32,pack_length=2048 --rows 64 --seconds 1 --out /tmp/train.json
 
 Each configuration runs in processes of its own, with a time limit; one that fails is reported with its error and the others go on. The

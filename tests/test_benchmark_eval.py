@@ -43,6 +43,11 @@ def test_every_reply_has_its_own_length_in_one_process_and_in_two_and_what_fails
         assert command["seconds"] > command["total_seconds"] > command["generate_seconds"] > 0
 
 
+def test_the_documented_setting_is_one_process(tmp_path):
+    done = measured(tmp_path, "--only", "documented", "--processes", "2")
+    assert done.returncode == 2 and "one process" in done.stderr
+
+
 def test_what_a_start_costs_and_saves_is_fitted_to_the_medians(modules):
     rows, fit = modules["engine_start"].ROWS, modules["engine_start"].fit
     lines = {"eager": lambda count: 10 + 0.003 * count, "graphs": lambda count: 12.5 + 0.002 * count}
