@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -277,13 +277,18 @@ some_rows = st.lists(st.tuples(st.booleans(), st.booleans(), fraction, fraction,
 
 @settings(max_examples=15, deadline=None)
 @given(some_rows, st.sampled_from([0.0, 0.05, 0.3]), st.sampled_from([0.01, 0.05, 0.3]), st.booleans())
+@example([(False, False, 0.0, 0.25, 0), (False, False, 0.25, 0.0, 0), (False, False, 0.75, 0.0, 0)], 0.05, 0.3, False)
 def test_the_verdict_is_what_the_intervals_say(rows, delta, alpha, clustered):
     a, b, f, g, labels = zip(*rows, strict=True)
     labels = labels if clustered else None
     decision = paired_decision({"a": a, "f": f}, {"a": b, "f": g}, {"a"}, delta, alpha, labels)
     for found in decision.metrics.values():
-        assert (found["p_value"] <= alpha) == (found["interval"][1] < delta + 1e-12)
-        assert (found["p_worse"] <= alpha) == (found["interval"][0] > delta - 1e-12)
+        low, high = found["interval"]
+        for p, beyond, bound in ((found["p_value"], high < delta + 1e-12, high), (found["p_worse"], low > delta - 1e-12, low)):
+            if abs(p - alpha) < 1e-9:  # rounding decides then, and the bound is the margin
+                assert bound == pytest.approx(delta, abs=1e-9)
+            else:
+                assert (p <= alpha) == beyond
         assert found["azure"] - found["slm"] == pytest.approx(found["difference"])
         assert sum(found["discordant"].values()) == len(rows)
     below = [found["interval"][1] < delta for found in decision.metrics.values()]
