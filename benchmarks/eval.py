@@ -2,13 +2,15 @@
 
     python benchmarks/eval.py
     python benchmarks/eval.py --only vllm-eager vllm-graphs --scratch /tmp/phi --out /tmp/eval.json
-    python benchmarks/eval.py --processes 1 2 --only vllm-graphs transformers-bf16-auto --out benchmarks/results/eval_gpus.json
+    python benchmarks/eval.py --processes 1 2 --repeats 5 --only vllm-graphs --out benchmarks/results/eval_gpus.json
 
 Each setting runs in processes of its own. `once started` is requests a second after the model is loaded and has answered a few
 other rows (which compiles and captures what there is); `command` is the whole of `01_eval/eval.py` over some rows, from its start
 to its report. `documented` is transformers' own `generate` in the documented setting. Replies are stopped at their own lengths.
 Several processes, one a GPU, are started by torchrun. Once started, each row is there so many times, so that every GPU answers the rows of
-one; a whole command has as many rows as with one process.
+one; a whole command has as many rows as with one process. With `--repeats`, the settings take turns, since a machine that others share is
+now faster, now slower: told is the run of median speed, with the speeds of all, and how many times one process' speed several have, the
+median of the turns.
 """
 
 import argparse
@@ -18,8 +20,10 @@ import json
 import os
 import sys
 import time
+from collections import defaultdict
 from contextlib import closing
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere
@@ -44,6 +48,7 @@ SETTINGS: dict[str, dict[str, Any]] = {  # flags of eval.py; rows once started, 
 }
 
 
+SPEED = "reply_tokens_per_second"
 WORKLOAD = 4096  # rows whose prompt and reply lengths are drawn at once, so that the first n are the same for any n
 
 
@@ -92,7 +97,7 @@ def once_started(checkpoint: Path, rows: Path, setting: dict[str, Any], warm: in
 
 
 def _rates(rows: int, tokens: int, seconds: float) -> dict[str, float]:
-    return {"rows": rows, "seconds": seconds, "requests_per_second": rows / seconds, "reply_tokens_per_second": tokens / seconds}
+    return {"rows": rows, "seconds": seconds, "requests_per_second": rows / seconds, SPEED: tokens / seconds}
 
 
 def documented(checkpoint: Path, rows: Path, setting: dict[str, Any], warm: int) -> dict[str, Any]:
@@ -153,6 +158,16 @@ def child(args: argparse.Namespace, part: str, name: str, processes: int = 1) ->
     return told
 
 
+def summary(runs: list[dict[str, Any]], alone: list[dict[str, Any]]) -> dict[str, Any]:
+    """The run of median speed, or the first that failed, all speeds, and how many times those of one process in the same turns they are."""
+    if failed := [one for one in runs if "failed" in one]:
+        return {"once_started": failed[0]}
+    told = {"once_started": sorted(runs, key=lambda one: one[SPEED])[(len(runs) - 1) // 2], "speeds": [one[SPEED] for one in runs]}
+    if alone and not any("failed" in one for one in alone):
+        told["times_one_process"] = median(several[SPEED] / one[SPEED] for several, one in zip(runs, alone, strict=True))
+    return told
+
+
 def rows_file(scratch: Path, shape: str, processes: int) -> Path:
     return scratch / f"rows-{shape}-{processes}.jsonl"
 
@@ -183,6 +198,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--processes", type=positive, nargs="+", default=[1], help="measure with each of these numbers of processes, one a GPU (default: 1)"
     )
+    parser.add_argument("--repeats", type=positive, default=1, help="runs of each setting once started; the command is run in the first (default: 1)")
     parser.add_argument("--timeout", type=positive, default=240, help="seconds that one part of one setting may take")
     parser.add_argument("--part", choices=("once_started", "command"), help="for the processes that this one starts")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the file to write (default: benchmarks/results/eval.json)")
@@ -206,16 +222,19 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     out = args.out or ROOT / "benchmarks/results/eval.json"
     told = prepare(args.scratch, args.shape, args.processes)
+    runs: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
+    commands: dict[str, dict[str, Any]] = {}
     results: dict[str, Any] = {}
-    for name, processes in itertools.product(args.only, args.processes):
+    for turn, name, processes in itertools.product(range(args.repeats), args.only, sorted(args.processes)):
         if name == "documented" and processes > 1:
             continue  # it is one process, whatever there is
-        measured = {"once_started": child(args, "once_started", name, processes)}
-        if SETTINGS[name]["command"]:
-            measured["command"] = child(args, "command", name, processes)
         title = name if processes == 1 else f"{name}, {processes} processes"
-        print(title, json.dumps(measured), flush=True)
-        results[title] = {"flags": SETTINGS[name]["flags"], "processes": processes, **measured}
+        runs[name, processes].append(child(args, "once_started", name, processes))
+        measured = summary(runs[name, processes], runs[name, 1] if processes > 1 else [])
+        if turn == 0 and SETTINGS[name]["command"]:
+            commands[title] = {"command": child(args, "command", name, processes)}
+        results[title] = {"flags": SETTINGS[name]["flags"], "processes": processes, **measured, **commands.get(title, {})}
+        print(title, json.dumps(results[title]), flush=True)
         write_json(out, told | {"settings": results})  # each time: a machine may be taken away
     print(f"report: {display_path(out)}")
     return 0
