@@ -4,8 +4,9 @@
     python benchmarks/eval.py --only vllm-eager vllm-graphs --scratch /tmp/phi --out /tmp/eval.json
     python benchmarks/eval.py --processes 1 2 --repeats 5 --only vllm-graphs --out benchmarks/results/eval_gpus.json
 
-Each setting runs in processes of its own. `once started` is requests a second after the model is loaded and has answered a few
-other rows (which compiles and captures what there is); `command` is the whole of `01_eval/eval.py` over some rows, from its start
+Each setting runs in processes of its own. `once started` is requests a second after the model is loaded and each process has answered a
+few other rows (which compiles and captures what there is), and `later_` the same of the rows after those: of the first ones, many bring a
+shape of their own, whose kernels are loaded then. `command` is the whole of `01_eval/eval.py` over some rows, from its start
 to its report. `documented` is transformers' own `generate` in the documented setting. Replies are stopped at their own lengths.
 Several processes, one a GPU, are started by torchrun. Once started, each row is there so many times, so that every GPU answers the rows of
 one; a whole command has as many rows as with one process. With `--repeats`, the settings take turns, since a machine that others share is
@@ -49,6 +50,7 @@ SETTINGS: dict[str, dict[str, Any]] = {  # flags of eval.py; rows once started, 
 
 
 SPEED = "reply_tokens_per_second"
+SPEEDS = (SPEED, f"later_{SPEED}")
 WORKLOAD = 4096  # rows whose prompt and reply lengths are drawn at once, so that the first n are the same for any n
 
 
@@ -62,7 +64,7 @@ def stop_at_own_length(processes: int) -> None:
 
 
 def once_started(checkpoint: Path, rows: Path, setting: dict[str, Any], warm: int) -> dict[str, Any] | None:
-    """Load the model, answer `warm` rows of the workload's end, then time its first rows; None but in the first process."""
+    """Load the model, answer `warm` rows a process of the workload's end, then time its first rows and those after; None but in the first process."""
     from slm_swap.examples import read_examples
     from slm_swap.prompts import build_messages
     from slm_swap.replicas import fork_replica, take_one_gpu
@@ -87,8 +89,11 @@ def once_started(checkpoint: Path, rows: Path, setting: dict[str, Any], warm: in
         return sum(reply.output_tokens for reply in replies), time.perf_counter() - clock
 
     with closing(client):
-        count = setting["rows"] * launch.world
+        count, warm = setting["rows"] * launch.world, warm * launch.world
+        later = min(count, len(examples) - count - warm)
         told = {"load_seconds": client.load_seconds, "warm_seconds": timed(len(examples) - warm, warm)[1], **_rates(count, *timed(0, count))}
+        if later > 0:
+            told |= {f"later_{name}": value for name, value in _rates(later, *timed(count, later)).items()}
         if launch.world == 1:
             import torch
 
@@ -162,9 +167,12 @@ def summary(runs: list[dict[str, Any]], alone: list[dict[str, Any]]) -> dict[str
     """The run of median speed, or the first that failed, all speeds, and how many times those of one process in the same turns they are."""
     if failed := [one for one in runs if "failed" in one]:
         return {"once_started": failed[0]}
-    told = {"once_started": sorted(runs, key=lambda one: one[SPEED])[(len(runs) - 1) // 2], "speeds": [one[SPEED] for one in runs]}
+    known = [name for name in SPEEDS if name in runs[0]]
+    told = {"once_started": sorted(runs, key=lambda one: one[SPEED])[(len(runs) - 1) // 2]}
+    told["speeds"] = {name: [one[name] for one in runs] for name in known}
     if alone and not any("failed" in one for one in alone):
-        told["times_one_process"] = median(several[SPEED] / one[SPEED] for several, one in zip(runs, alone, strict=True))
+        pairs = list(zip(runs, alone, strict=True))
+        told["times_one_process"] = {name: median(several[name] / one[name] for several, one in pairs) for name in known}
     return told
 
 

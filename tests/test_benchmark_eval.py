@@ -41,21 +41,26 @@ def test_every_reply_has_its_own_length_in_one_process_and_in_two_and_what_fails
         assert once["requests_per_second"] * once["seconds"] == pytest.approx(once["rows"])
         assert once["reply_tokens_per_second"] * once["seconds"] == pytest.approx(processes * sum(lengths(4096, 7)[1][:4]))
         assert command["seconds"] > command["total_seconds"] > command["generate_seconds"] > 0
-        assert len(settings[name]["speeds"]) == 2 and once["reply_tokens_per_second"] == min(settings[name]["speeds"])
+        assert once["later_reply_tokens_per_second"] * once["later_seconds"] == pytest.approx(processes * sum(lengths(4096, 7)[1][4:8]))
+        assert once["reply_tokens_per_second"] == min(settings[name]["speeds"]["reply_tokens_per_second"])
     one, two = (settings[name]["speeds"] for name in ("transformers-bf16-auto", "transformers-bf16-auto, 2 processes"))
-    assert settings["transformers-bf16-auto, 2 processes"]["times_one_process"] == pytest.approx((two[0] / one[0] + two[1] / one[1]) / 2)
+    times = settings["transformers-bf16-auto, 2 processes"]["times_one_process"]
+    for name, (first, second) in one.items():
+        assert times[name] == pytest.approx((two[name][0] / first + two[name][1] / second) / 2)
 
 
 def test_the_run_of_median_speed_is_told_and_a_ratio_is_one_of_the_same_turn(modules):
-    def runs(*speeds: float) -> list[dict]:
-        return [{"reply_tokens_per_second": speed} for speed in speeds]
+    def runs(*speeds: float, **more: float) -> list[dict]:
+        return [{"reply_tokens_per_second": speed, **more} for speed in speeds]
 
     summary = modules["engine_start"].benchmark.summary
     one, two = runs(100, 50, 80), runs(190, 100, 120)
-    assert summary(two, one) == {"once_started": two[2], "speeds": [190, 100, 120], "times_one_process": 1.9}
-    assert summary(one, []) == {"once_started": one[2], "speeds": [100, 50, 80]}
+    told = {"once_started": two[2], "speeds": {"reply_tokens_per_second": [190, 100, 120]}}
+    assert summary(two, one) == told | {"times_one_process": {"reply_tokens_per_second": 1.9}}
+    assert summary(two, []) == told == summary(two, [*one[:2], {"failed": "no GPU"}])
     assert summary([*two, {"failed": "no GPU"}], one) == {"once_started": {"failed": "no GPU"}}
-    assert "times_one_process" not in summary(two, [*one[:2], {"failed": "no GPU"}])
+    later = [runs(speed, later_reply_tokens_per_second=10 * speed)[0] for speed in (1, 3)]
+    assert summary(later[1:], later[:1])["times_one_process"] == {"reply_tokens_per_second": 3, "later_reply_tokens_per_second": 3}
 
 
 def test_the_documented_setting_is_one_process(tmp_path):
