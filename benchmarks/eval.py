@@ -4,14 +4,13 @@
     python benchmarks/eval.py --only vllm-eager vllm-graphs --scratch /tmp/phi --out /tmp/eval.json
     python benchmarks/eval.py --processes 1 2 --repeats 5 --only vllm-graphs --out benchmarks/results/eval_gpus.json
 
-Each setting runs in processes of its own. `once started` is requests a second after the model is loaded and each process has answered a
-few other rows (which compiles and captures what there is), and `later_` the same of the rows after those: of the first ones, many bring a
-shape of their own, whose kernels are loaded then. `command` is the whole of `01_eval/eval.py` over some rows, from its start
-to its report. `documented` is transformers' own `generate` in the documented setting. Replies are stopped at their own lengths.
-Several processes, one a GPU, are started by torchrun. Once started, each row is there so many times, so that every GPU answers the rows of
-one; a whole command has as many rows as with one process. With `--repeats`, the settings take turns, since a machine that others share is
-now faster, now slower: told is the run of median speed, with the speeds of all, and how many times one process' speed several have, the
-median of the turns.
+Each setting runs in processes of its own. `once started` is requests a second after the model is loaded and each process has answered a few other
+rows (which compiles and captures what there is), and `later_` the same of the rows after those, when less is new to it. `command` is the whole of
+`01_eval/eval.py` over some rows, from its start to its report. `documented` is transformers' own `generate` in the documented setting. Replies are
+stopped at their own lengths. Several processes, one a GPU, are started by torchrun. Once started, each row is there so many times, so that every GPU
+answers the rows of one; a whole command has as many rows as with one process. With `--repeats`, the settings take turns, since a machine that others
+share is now faster, now slower: told are the run of median speed, the speeds of all, and how many times one process' speed several have, as the median
+of the turns.
 """
 
 import argparse
