@@ -232,7 +232,7 @@ def main(argv: list[str] | None = None) -> int:
     runs: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
     commands: dict[str, dict[str, Any]] = {}
     results: dict[str, Any] = {}
-    for turn, name, processes in itertools.product(range(args.repeats), args.only, sorted(args.processes)):
+    for turn, name, processes in itertools.product(range(args.repeats), args.only, sorted(set(args.processes))):
         if name == "documented" and processes > 1:
             continue  # it is one process, whatever there is
         title = name if processes == 1 else f"{name}, {processes} processes"
