@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         asked = benchmark.parse_args(["--scratch", str(args.scratch), "--rows", str(rows)])
         found = benchmark.child(asked, "command", f"vllm-{start}")
         if "failed" in found:
-            raise UserError(f"vLLM's {start} start failed ({found['failed']}): see {args.scratch}/vllm-{start}.command.log")
+            raise UserError(f"vLLM's {start} start failed ({found['failed']}): see {args.scratch}/vllm-{start}-1.command.log")
         return {"start": start, **found}
 
     for start in STARTS:

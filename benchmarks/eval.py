@@ -4,13 +4,13 @@
     python benchmarks/eval.py --only vllm-eager vllm-graphs --scratch /tmp/phi --out /tmp/eval.json
     python benchmarks/eval.py --processes 1 2 --repeats 5 --only vllm-graphs --out benchmarks/results/eval_gpus.json
 
-Each setting runs in processes of its own. `once started` is requests a second after the model is loaded and each process has answered a few other
-rows (which compiles and captures what there is), and `later_` the same of the rows after those, when less is new to it. `command` is the whole of
-`01_eval/eval.py` over some rows, from its start to its report. `documented` is transformers' own `generate` in the documented setting. Replies are
-stopped at their own lengths. Several processes, one a GPU, are started by torchrun. Once started, each row is there so many times, so that every GPU
-answers the rows of one; a whole command has as many rows as with one process. With `--repeats`, the settings take turns, since a machine that others
-share is now faster, now slower: told are the run of median speed, the speeds of all, and how many times one process' speed several have, as the median
-of the turns.
+Each setting runs in processes of its own. `once started` is requests and reply tokens a second after the model is loaded and, but for `documented`, each
+process has answered a few other rows (which compiles and captures what there is); `later_` is the same of the rows after those, when less is new
+to it. `command` is the whole of `01_eval/eval.py` over some rows, from its start to its report. `documented` is transformers' own `generate` in the
+documented setting. Replies are stopped at their own lengths. Several processes, one a GPU, are started by torchrun. Once started, each row is there so
+many times, so that every GPU answers the rows of one; a whole command has as many rows as with one process. With `--repeats`, the settings take turns,
+since a machine that others share is now faster, now slower: told are the run of median speed (of two in the middle, the slower one), the speeds of all
+in reply tokens a second, and how many times one process' speed several have, as the median of the turns.
 """
 
 import argparse
@@ -62,8 +62,15 @@ def stop_at_own_length(processes: int) -> None:
     slm_client.Prompt = lambda index, tokens, limit: Prompt(index, tokens, min(limit, replies[index // processes]))
 
 
-def once_started(checkpoint: Path, rows: Path, setting: dict[str, Any], warm: int) -> dict[str, Any] | None:
-    """Load the model, answer `warm` rows a process of the workload's end, then time its first rows and those after; None but in the first process."""
+def spans(rows: int, processes: int) -> dict[str, range]:
+    """Which rows of the workload are answered to warm up, then timed, and those timed later; all of them a process' rows so many times."""
+    warm = min(64, rows // 4, WORKLOAD - rows)
+    told = {"warm": (WORKLOAD - warm, WORKLOAD), "first": (0, rows), "later": (rows, min(2 * rows, WORKLOAD - warm))}
+    return {name: range(start * processes, end * processes) for name, (start, end) in told.items()}
+
+
+def once_started(checkpoint: Path, rows: Path, setting: dict[str, Any]) -> dict[str, Any] | None:
+    """Load the model, warm it up, then time the first rows and those after; None but in the first process."""
     from slm_swap.examples import read_examples
     from slm_swap.prompts import build_messages
     from slm_swap.replicas import fork_replica, take_one_gpu
@@ -82,17 +89,16 @@ def once_started(checkpoint: Path, rows: Path, setting: dict[str, Any], warm: in
     examples = [build_messages("structured", example.prompt) for example in read_examples(rows)]
     client = local_client(settings, examples, LONGEST, seed=0, **flags)
 
-    def timed(start: int, rows: int) -> tuple[int, float]:
+    def timed(span: range) -> dict[str, float]:
         clock = time.perf_counter()
-        replies = [reply for _, reply in client.stream((start + at, examples[start + at]) for at in range(rows))]
-        return sum(reply.output_tokens for reply in replies), time.perf_counter() - clock
+        replies = [reply for _, reply in client.stream((at, examples[at]) for at in span)]
+        return _rates(len(span), sum(reply.output_tokens for reply in replies), time.perf_counter() - clock)
 
     with closing(client):
-        count, warm = setting["rows"] * launch.world, warm * launch.world
-        later = min(count, len(examples) - count - warm)
-        told = {"load_seconds": client.load_seconds, "warm_seconds": timed(len(examples) - warm, warm)[1], **_rates(count, *timed(0, count))}
-        if later > 0:
-            told |= {f"later_{name}": value for name, value in _rates(later, *timed(count, later)).items()}
+        taken = spans(setting["rows"], launch.world)
+        told = {"load_seconds": client.load_seconds, "warm_seconds": timed(taken["warm"])["seconds"], **timed(taken["first"])}
+        if taken["later"]:
+            told |= {f"later_{name}": value for name, value in timed(taken["later"]).items()}
         if launch.world == 1:
             import torch
 
@@ -104,7 +110,7 @@ def _rates(rows: int, tokens: int, seconds: float) -> dict[str, float]:
     return {"rows": rows, "seconds": seconds, "requests_per_second": rows / seconds, SPEED: tokens / seconds}
 
 
-def documented(checkpoint: Path, rows: Path, setting: dict[str, Any], warm: int) -> dict[str, Any]:
+def documented(checkpoint: Path, rows: Path, setting: dict[str, Any]) -> dict[str, Any]:
     """transformers' `generate`, LLM.int8(), device_map="auto", batches of 8 in the rows' order."""
     import torch
     from transformers import StoppingCriteria
@@ -146,7 +152,7 @@ def command(checkpoint: Path, rows: Path, setting: dict[str, Any], out: Path, pr
 
 def child(args: argparse.Namespace, part: str, name: str, processes: int = 1) -> dict[str, Any]:
     """One part of one setting in processes of its own; where it fails, why."""
-    out = args.scratch / f"{name}.{part}.json"
+    out = args.scratch / f"{name}-{processes}.{part}.json"
     for old in args.scratch.glob(f"{out.stem}*"):
         old.unlink()
     words = ["--part", part, "--only", name, "--scratch", args.scratch, "--shape", args.shape, "--processes", processes, "--out", out]
@@ -163,16 +169,15 @@ def child(args: argparse.Namespace, part: str, name: str, processes: int = 1) ->
 
 
 def summary(runs: list[dict[str, Any]], alone: list[dict[str, Any]]) -> dict[str, Any]:
-    """The run of median speed, or the first that failed, all speeds, and how many times those of one process in the same turns they are."""
-    if failed := [one for one in runs if "failed" in one]:
-        return {"once_started": failed[0]}
-    known = [name for name in SPEEDS if name in runs[0]]
-    told = {"once_started": sorted(runs, key=lambda one: one[SPEED])[(len(runs) - 1) // 2]}
-    told["speeds"] = {name: [one[name] for one in runs] for name in known}
-    if alone and not any("failed" in one for one in alone):
-        pairs = list(zip(runs, alone, strict=True))
-        told["times_one_process"] = {name: median(several[name] / one[name] for several, one in pairs) for name in known}
-    return told
+    """The run of median speed, all speeds, and how many times those of one process in the same turns they are; why the last one failed."""
+    good = sorted((one for one in runs if "failed" not in one), key=lambda one: one[SPEED])
+    if not good:
+        return {"once_started": runs[-1]}
+    names = [name for name in SPEEDS if name in good[0]]
+    told = {"once_started": good[(len(good) - 1) // 2], "speeds": {name: [one.get(name) for one in runs] for name in names}}
+    if pairs := [(several, one) for several, one in zip(runs, alone, strict=False) if "failed" not in several | one]:
+        told["times_one_process"] = {name: median(several[name] / one[name] for several, one in pairs) for name in names}
+    return told | ({"failed": runs[-1]["failed"]} if "failed" in runs[-1] else {})
 
 
 def rows_file(scratch: Path, shape: str, processes: int) -> Path:
@@ -210,6 +215,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--part", choices=("once_started", "command"), help="for the processes that this one starts")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the file to write (default: benchmarks/results/eval.json)")
     args = parser.parse_args(argv)
+    args.only, args.processes = list(dict.fromkeys(args.only)), sorted(set(args.processes))
+    if args.rows and args.rows > WORKLOAD:
+        parser.error(f"--rows {args.rows}: the workload has {WORKLOAD} rows")
     if args.only == ["documented"] and 1 not in args.processes:
         parser.error("the documented setting is one process: measure it with --processes 1")
     return args
@@ -224,7 +232,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.part == "command":
             command(checkpoint, rows, setting, args.out, processes)
         measure = documented if name == "documented" else once_started
-        if told := measure(checkpoint, rows, setting, warm=min(64, setting["rows"] // 4)):
+        if told := measure(checkpoint, rows, setting):
             write_json(args.out, told)
         return 0
     out = args.out or ROOT / "benchmarks/results/eval.json"
@@ -232,11 +240,11 @@ def main(argv: list[str] | None = None) -> int:
     runs: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
     commands: dict[str, dict[str, Any]] = {}
     results: dict[str, Any] = {}
-    for turn, name, processes in itertools.product(range(args.repeats), args.only, sorted(set(args.processes))):
-        if name == "documented" and processes > 1:
-            continue  # it is one process, whatever there is
+    for turn, name, processes in itertools.product(range(args.repeats), args.only, args.processes):
+        if (name == "documented" and processes > 1) or any("failed" in one for one in runs[name, processes]):
+            continue  # it is one process, whatever there is; and what has failed is not tried again: its log is kept
         title = name if processes == 1 else f"{name}, {processes} processes"
-        runs[name, processes].append(child(args, "once_started", name, processes))
+        runs[name, processes].append({"turn": turn + 1, **child(args, "once_started", name, processes)})
         measured = summary(runs[name, processes], runs[name, 1] if processes > 1 else [])
         if turn == 0 and SETTINGS[name]["command"]:
             commands[title] = {"command": child(args, "command", name, processes)}

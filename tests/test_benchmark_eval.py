@@ -53,14 +53,35 @@ def test_the_run_of_median_speed_is_told_and_a_ratio_is_one_of_the_same_turn(mod
     def runs(*speeds: float, **more: float) -> list[dict]:
         return [{"reply_tokens_per_second": speed, **more} for speed in speeds]
 
-    summary = modules["engine_start"].benchmark.summary
+    summary, failed = modules["engine_start"].benchmark.summary, {"failed": "no GPU"}
     one, two = runs(100, 50, 80), runs(190, 100, 120)
     told = {"once_started": two[2], "speeds": {"reply_tokens_per_second": [190, 100, 120]}}
     assert summary(two, one) == told | {"times_one_process": {"reply_tokens_per_second": 1.9}}
-    assert summary(two, []) == told == summary(two, [*one[:2], {"failed": "no GPU"}])
-    assert summary([*two, {"failed": "no GPU"}], one) == {"once_started": {"failed": "no GPU"}}
+    assert summary(two, []) == told and summary([failed], one) == {"once_started": failed}
+    assert summary(two, [*one[:1], failed])["times_one_process"] == summary([two[0], failed], one)["times_one_process"]
+    assert summary([*two, failed], one)["once_started"] == two[2] and summary([*two, failed], one)["failed"] == "no GPU"
     later = [runs(speed, later_reply_tokens_per_second=10 * speed)[0] for speed in (1, 3)]
     assert summary(later[1:], later[:1])["times_one_process"] == {"reply_tokens_per_second": 3, "later_reply_tokens_per_second": 3}
+
+
+def test_each_process_is_warmed_and_timed_by_the_rows_of_one(modules):
+    spans = modules["engine_start"].benchmark.spans
+    assert spans(2048, 1) == {"warm": range(4032, 4096), "first": range(2048), "later": range(2048, 4032)}
+    assert spans(2048, 2) == {"warm": range(8064, 8192), "first": range(4096), "later": range(4096, 8064)}
+    assert spans(16, 1) == {"warm": range(4092, 4096), "first": range(16), "later": range(16, 32)}
+    for rows in (1, 2049, 4050, 4096):
+        taken = spans(rows, 3)
+        places = [place for span in taken.values() for place in span]
+        assert len(set(places)) == len(places) and set(places) <= set(range(3 * 4096)) and len(taken["first"]) == 3 * rows
+
+
+def test_settings_and_processes_are_measured_once_and_no_more_rows_than_there_are(modules, capsys):
+    parse = modules["engine_start"].benchmark.parse_args
+    args = parse(["--only", "vllm-graphs", "vllm-eager", "vllm-graphs", "--processes", "2", "1", "2", "--rows", "4096"])
+    assert args.only == ["vllm-graphs", "vllm-eager"] and args.processes == [1, 2]
+    with pytest.raises(SystemExit):
+        parse(["--rows", "4097"])
+    assert "the workload has 4096 rows" in capsys.readouterr().err
 
 
 def test_the_documented_setting_is_one_process(tmp_path):
