@@ -23,10 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywher
 import numpy as np
 
 from slm_swap.cli import Parser, positive, run
-from slm_swap.decision import MIN_CLUSTERS, ROUNDING
-from slm_swap.reports import code_version, hardware, now, write_json
-from slm_swap.settings import ROOT, display_path
-from slm_swap.stats.score import make_sample, p_above, p_below, statistics
+from slm_swap.common.reports import code_version, hardware, now, write_json
+from slm_swap.common.settings import ROOT, display_path
+from slm_swap.verdict.decision import MIN_CLUSTERS, ROUNDING
+from slm_swap.verdict.stats.score import make_sample, p_above, p_below, statistics
 
 ALPHA = 0.05
 NORMAL = 1.6448536269514722  # its standard normal quantile

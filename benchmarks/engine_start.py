@@ -18,9 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywher
 import eval as benchmark
 
 from slm_swap.cli import Parser, positive, run
-from slm_swap.errors import UserError
-from slm_swap.reports import write_json
-from slm_swap.settings import ROOT, display_path
+from slm_swap.common.errors import UserError
+from slm_swap.common.reports import write_json
+from slm_swap.common.settings import ROOT, display_path
 
 ROWS = (32, 512, 4096)
 STARTS = ("eager", "graphs")

@@ -32,8 +32,8 @@ from own_process import in_own_process
 from phi_shape import SHAPES, lengths, make_checkpoint, write_rows
 
 from slm_swap.cli import Parser, positive, run
-from slm_swap.reports import code_version, hardware, now, package_versions, write_json
-from slm_swap.settings import PACKAGE, ROOT, display_path
+from slm_swap.common.reports import code_version, hardware, now, package_versions, write_json
+from slm_swap.common.settings import PACKAGE, ROOT, display_path
 
 LONGEST = 256  # new tokens, as eval.py's default
 SETTINGS: dict[str, dict[str, Any]] = {  # flags of eval.py; rows once started, rows of the whole command (0: not measured)
@@ -56,7 +56,7 @@ WORKLOAD = 4096  # rows whose prompt and reply lengths are drawn at once, so tha
 def stop_at_own_length(processes: int) -> None:
     """Let each row of the workload get exactly as many new tokens as its reply has."""
     from slm_swap import slm_client
-    from slm_swap.engines import Prompt
+    from slm_swap.clients.engines import Prompt
 
     _, replies = lengths(WORKLOAD, 7)
     slm_client.Prompt = lambda index, tokens, limit: Prompt(index, tokens, min(limit, replies[index // processes]))
@@ -71,10 +71,10 @@ def spans(rows: int, processes: int) -> dict[str, range]:
 
 def once_started(checkpoint: Path, rows: Path, setting: dict[str, Any]) -> dict[str, Any] | None:
     """Load the model, warm it up, then time the first rows and those after; None but in the first process."""
-    from slm_swap.examples import read_examples
-    from slm_swap.prompts import build_messages
-    from slm_swap.replicas import fork_replica, take_one_gpu
-    from slm_swap.settings import Settings, load_launch
+    from slm_swap.clients.replicas import fork_replica, take_one_gpu
+    from slm_swap.common.settings import Settings, load_launch
+    from slm_swap.rows.examples import read_examples
+    from slm_swap.rows.prompts import build_messages
     from slm_swap.slm_client import local_client, serve_rows
 
     launch, flags = load_launch(), setting["flags"]
@@ -115,8 +115,8 @@ def documented(checkpoint: Path, rows: Path, setting: dict[str, Any]) -> dict[st
     import torch
     from transformers import StoppingCriteria
 
-    from slm_swap.examples import read_examples
-    from slm_swap.prompts import build_messages
+    from slm_swap.rows.examples import read_examples
+    from slm_swap.rows.prompts import build_messages
     from slm_swap.slm_client import encode_prompt, load_model, load_tokenizer
 
     class OwnLength(StoppingCriteria):

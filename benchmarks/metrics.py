@@ -20,15 +20,15 @@ from random import Random
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere
 
 from slm_swap.cli import Parser, positive, run
-from slm_swap.dataset_build import make_example
+from slm_swap.common.reports import code_version, hardware, now, write_json
+from slm_swap.common.settings import ROOT, display_path
+from slm_swap.dataset.build import make_example
+from slm_swap.dataset.importers import Row, xlam
 from slm_swap.demo import make_sample_data
-from slm_swap.evaluation import references
-from slm_swap.examples import Example, dump_json
-from slm_swap.importers import Row, xlam
-from slm_swap.metrics import MATCHERS
-from slm_swap.reports import code_version, hardware, now, write_json
-from slm_swap.settings import ROOT, display_path
-from slm_swap.tracks import TRACKS
+from slm_swap.evaluating.evaluation import references
+from slm_swap.rows.examples import Example, dump_json
+from slm_swap.scoring.metrics import MATCHERS
+from slm_swap.scoring.tracks import TRACKS
 
 KINDS = {  # a reply's kind and its weight
     "as_gold": 25, "other_order": 20, "spaces": 10, "wrong_value": 10, "wrong_type": 5, "missing": 6, "extra": 8, "wrong_tool": 4,

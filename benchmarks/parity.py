@@ -20,10 +20,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere
 
 from slm_swap.cli import Parser, positive, run
-from slm_swap.errors import UserError
-from slm_swap.reports import code_version, hardware, now, package_versions, rows_path, sha256_file, write_json
-from slm_swap.settings import PACKAGE, ROOT, display_path, find_path
-from slm_swap.tracks import TRACKS
+from slm_swap.common.errors import UserError
+from slm_swap.common.reports import code_version, hardware, now, package_versions, rows_path, sha256_file, write_json
+from slm_swap.common.settings import PACKAGE, ROOT, display_path, find_path
+from slm_swap.scoring.tracks import TRACKS
 
 SETTINGS = {  # flags of eval.py
     "transformers-fp32-1": "--engine transformers --precision fp32 --batch-size 1",

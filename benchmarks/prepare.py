@@ -22,12 +22,12 @@ from random import Random
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere
 
 from slm_swap.cli import Parser, positive, run
-from slm_swap.dataset_build import Sizes, build, components
+from slm_swap.common.reports import code_version, hardware, now, write_json, write_jsonl
+from slm_swap.common.settings import ROOT
+from slm_swap.dataset.build import Sizes, build, components
+from slm_swap.dataset.importers import Row, xlam
 from slm_swap.demo import make_sample_data
-from slm_swap.examples import read_jsonl
-from slm_swap.importers import Row, xlam
-from slm_swap.reports import code_version, hardware, now, write_json, write_jsonl
-from slm_swap.settings import ROOT
+from slm_swap.rows.examples import read_jsonl
 
 
 def make_rows(kind: str, count: int, seed: int, path: Path) -> None:

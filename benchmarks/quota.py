@@ -30,10 +30,10 @@ from metrics import make_examples
 
 from slm_swap.azure_client import AzureClient
 from slm_swap.cli import Parser, positive, run
-from slm_swap.examples import Example
-from slm_swap.prompts import Messages, build_messages
-from slm_swap.reports import code_version, hardware, now, write_json, write_jsonl
-from slm_swap.settings import PACKAGE, ROOT, Settings, display_path
+from slm_swap.common.reports import code_version, hardware, now, write_json, write_jsonl
+from slm_swap.common.settings import PACKAGE, ROOT, Settings, display_path
+from slm_swap.rows.examples import Example
+from slm_swap.rows.prompts import Messages, build_messages
 
 TRACK = "toolcall"
 LATENCY = 0.2  # seconds

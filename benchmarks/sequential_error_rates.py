@@ -21,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywher
 import numpy as np
 
 from slm_swap.cli import Parser, positive, run
-from slm_swap.reports import code_version, hardware, now, write_json
-from slm_swap.settings import ROOT
-from slm_swap.stats.betting import BETS, MIN_CLUSTERS, crossing, log_wealth_above, log_wealth_below
+from slm_swap.common.reports import code_version, hardware, now, write_json
+from slm_swap.common.settings import ROOT
+from slm_swap.verdict.stats.betting import BETS, MIN_CLUSTERS, crossing, log_wealth_above, log_wealth_below
 
 ALPHA, ROWS, CORRELATION = 0.05, 2000, 0.3
 AT_ONCE = 200_000  # differences in memory at a time

@@ -25,13 +25,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywher
 from metrics import make_examples, make_reply
 
 from slm_swap.cli import Parser, positive, run
-from slm_swap.clients import Reply
-from slm_swap.evaluation import Stopwatch, check_rows, evaluate_rows, make_report
-from slm_swap.examples import Dataset, Example
-from slm_swap.journal import Journal, journal_path
-from slm_swap.prompts import Messages
-from slm_swap.reports import code_version, hardware, now, rows_path, write_atomically, write_json, write_jsonl
-from slm_swap.settings import ROOT, display_path
+from slm_swap.clients.protocol import Reply
+from slm_swap.common.reports import code_version, hardware, now, rows_path, write_atomically, write_json, write_jsonl
+from slm_swap.common.settings import ROOT, display_path
+from slm_swap.evaluating.evaluation import Stopwatch, check_rows, evaluate_rows, make_report
+from slm_swap.evaluating.journal import Journal, journal_path
+from slm_swap.rows.examples import Dataset, Example
+from slm_swap.rows.prompts import Messages
 
 TRACK = "toolcall"
 DISTINCT = 4000  # rows that differ in more than their number

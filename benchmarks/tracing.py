@@ -17,14 +17,14 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "tests")]  # run from anywhere
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere
 
 from slm_swap.cli import Parser, positive, run
-from slm_swap.clients import Reply
-from slm_swap.langfuse_helpers import connect, outbox_path, trace_run
-from slm_swap.prompts import build_messages
-from slm_swap.reports import code_version, hardware, now, write_json
-from slm_swap.settings import PACKAGE, ROOT, Settings, display_path
+from slm_swap.clients.protocol import Reply
+from slm_swap.common.reports import code_version, hardware, now, write_json
+from slm_swap.common.settings import PACKAGE, ROOT, Settings, display_path
+from slm_swap.rows.prompts import build_messages
+from slm_swap.tracing.runs import connect, outbox_path, trace_run
 
 RATE = 500  # rows a second
 TROUBLES = {  # what the server's process runs
@@ -41,8 +41,8 @@ COUNT = "print(*(len(x) for ids in ([s.id for s in server.spans], [s['id'] for s
 SERVER = """
 import os, sys
 os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))  # a real server has a machine of its own
-sys.path[:0] = [{root!r}, {tests!r}]
-from langfuse_server import LangfuseServer
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere
+from tests.support.langfuse_server import LangfuseServer
 with LangfuseServer("pk-lf-benchmark") as server:
     print(server.url, flush=True)
     for line in sys.stdin:
@@ -55,7 +55,7 @@ class RemoteServer:
     """The recording server in a process of its own."""
 
     def __enter__(self) -> "RemoteServer":
-        code = SERVER.format(root=str(ROOT), tests=str(ROOT / "tests"))
+        code = SERVER.format(root=str(ROOT))
         self.process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.url = self.process.stdout.readline().strip()
         return self

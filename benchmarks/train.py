@@ -28,12 +28,12 @@ from own_process import in_own_process
 from phi_shape import SHAPES, lengths, make_checkpoint
 
 from slm_swap.cli import Parser, positive, run
-from slm_swap.errors import UserError
-from slm_swap.packing import IGNORED
-from slm_swap.replicas import take_one_gpu
-from slm_swap.reports import code_version, hardware, now, package_versions, read_json, write_json
-from slm_swap.settings import PACKAGE, ROOT, display_path, load_launch
-from slm_swap.training import PRESETS, Hyperparameters, import_unsloth, load_trainable, make_trainer, trainer_arguments
+from slm_swap.clients.replicas import take_one_gpu
+from slm_swap.common.errors import UserError
+from slm_swap.common.reports import code_version, hardware, now, package_versions, read_json, write_json
+from slm_swap.common.settings import PACKAGE, ROOT, display_path, load_launch
+from slm_swap.tuning.packing import IGNORED
+from slm_swap.tuning.training import PRESETS, Hyperparameters, import_unsloth, load_trainable, make_trainer, trainer_arguments
 
 WARM_UP = 3  # optimizer steps
 ZERO2 = PACKAGE / "accelerate_config/deepspeed_zero2.json"
@@ -104,7 +104,7 @@ def stock_trainer(folder: Path, tokenizer: Any, rows: list[dict], parameters: Hy
     from trl import SFTConfig, SFTTrainer
 
     from slm_swap.slm_client import load_model
-    from slm_swap.training import linear_names
+    from slm_swap.tuning.training import linear_names
 
     cuda = torch.cuda.is_available()
     arguments = SFTConfig(
@@ -172,7 +172,7 @@ def measure(config: str, folder: Path, rows_wanted: int, seconds: float, out: Pa
     import torch
     from transformers import AutoConfig
 
-    from slm_swap.seeds import set_seed
+    from slm_swap.common.seeds import set_seed
     from slm_swap.slm_client import load_tokenizer
 
     cuda = torch.cuda.is_available()

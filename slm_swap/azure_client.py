@@ -18,12 +18,12 @@ from itertools import islice, pairwise
 from typing import Any
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
-from slm_swap.clients import Reply
-from slm_swap.errors import UserError
-from slm_swap.pricing import load_prices, to_float
-from slm_swap.prompts import Messages
-from slm_swap.quota import Mark, Quota
-from slm_swap.settings import Settings
+from slm_swap.clients.pricing import load_prices, to_float
+from slm_swap.clients.protocol import Reply
+from slm_swap.clients.quota import Mark, Quota
+from slm_swap.common.errors import UserError
+from slm_swap.common.settings import Settings
+from slm_swap.rows.prompts import Messages
 
 FORMS = "https://R.openai.azure.com, .../openai/deployments/NAME, .../openai/v1, or https://R.services.ai.azure.com/models"
 TOKEN_SCOPE = "https://cognitiveservices.azure.com/.default"

@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from slm_swap.engines import ENGINES, PRECISIONS, STARTS
-from slm_swap.errors import UserError
-from slm_swap.examples import Dataset, Example
-from slm_swap.langfuse_helpers import Tracing
-from slm_swap.reports import code_version, sha256_file
-from slm_swap.settings import PACKAGE, Settings, display_path, find_path, load_launch
-from slm_swap.tracks import TRACKS
+from slm_swap.clients.engines import ENGINES, PRECISIONS, STARTS
+from slm_swap.common.errors import UserError
+from slm_swap.common.reports import code_version, sha256_file
+from slm_swap.common.settings import PACKAGE, Settings, display_path, find_path, load_launch
+from slm_swap.rows.examples import Dataset, Example
+from slm_swap.scoring.tracks import TRACKS
+from slm_swap.tracing.runs import Tracing
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,14 +43,14 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--limit", type=positive, metavar="N", help="only the first N rows")
 
     def add_tracing(self) -> None:
-        """How a run is traced: see langfuse_helpers.Tracing."""
+        """How a run is traced: see tracing.runs.Tracing."""
         tracing = self.add_argument_group("Langfuse")
         tracing.add_argument("--session", metavar="NAME", help="the session that groups this run with others (default: SLM_SWAP_SESSION)")
         tracing.add_argument("--langfuse-optional", action="store_true", help="go on where Langfuse is not there; send the trace later")
         tracing.add_argument("--no-trace-content", action="store_true", help="send metrics and hashes, but no prompts and replies")
 
     def add_client(self, replay: bool = True) -> None:
-        """How a model is run: see clients.make_client."""
+        """How a model is run: see factory.make_client."""
         self.add_argument("--engine", choices=ENGINES, default="auto", help="auto: vllm where it can run, else transformers")
         self.add_argument(
             "--engine-start", choices=STARTS, default="auto", help="vllm: up soon, or faster then; auto: what ends sooner"
@@ -119,7 +119,7 @@ def find_rows(args: argparse.Namespace, kinds: Sequence[str]) -> tuple[Dataset, 
         advice = "check --replies" if own else "make them with 02_dataset/prepare_data.py or pass --dataset FILE"
         raise UserError(f"no {'replies' if own else 'rows'} at {display_path(path)}: {advice}")
     if own:
-        from slm_swap.replay_client import rows_of_replies
+        from slm_swap.clients.replay_client import rows_of_replies
 
         dataset = Dataset(path, args.limit, rows_of_replies)
     else:
@@ -138,7 +138,7 @@ def load_rows(args: argparse.Namespace, kinds: Sequence[str]) -> tuple[list[Exam
 
 
 def client_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags of `Parser.add_client` as options of `clients.make_client`."""
+    """The flags of `Parser.add_client` as options of `factory.make_client`."""
     local = ("engine", "engine_start", "precision", "adapter", "max_new_tokens", "batch_size", "trust_remote_code")
     options = {name: getattr(args, name) for name in (*local, "replies", "concurrency") if getattr(args, name, None) is not None}
     return options | ({"replies": find_path(args.replies)} if options.get("replies") else {})
@@ -160,7 +160,7 @@ def check_out(*outs: Path, inputs: Sequence[str | Path | None] = ()) -> None:
 
 
 def tracing_options(args: argparse.Namespace, settings: Settings) -> Tracing:
-    """The flags of `Parser.add_tracing` as options of `langfuse_helpers.trace_run`."""
+    """The flags of `Parser.add_tracing` as options of `tracing.runs.trace_run`."""
     return Tracing(args.langfuse_optional, not args.no_trace_content, args.session or settings.session)
 
 

@@ -15,15 +15,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from slm_swap.clients import Client, Reply
-from slm_swap.engines import Engine, Generated, Prompt, Workload, choose_engine
-from slm_swap.errors import UserError
-from slm_swap.examples import text_hash
-from slm_swap.pricing import load_prices, to_float
-from slm_swap.prompts import Messages
-from slm_swap.reports import sha256_file
-from slm_swap.seeds import set_seed
-from slm_swap.settings import Settings, display_path, find_path
+from slm_swap.clients.engines import Engine, Generated, Prompt, Workload, choose_engine
+from slm_swap.clients.pricing import load_prices, to_float
+from slm_swap.clients.protocol import Client, Reply
+from slm_swap.common.errors import UserError
+from slm_swap.common.reports import sha256_file
+from slm_swap.common.seeds import set_seed
+from slm_swap.common.settings import Settings, display_path, find_path
+from slm_swap.rows.examples import text_hash
+from slm_swap.rows.prompts import Messages
 
 HASH_BLOCK = 16 << 20
 ENCODED_AT_ONCE = 64  # rows: most of what the cores gain, and short enough not to keep the GPU waiting
@@ -235,12 +235,12 @@ class SLMClient:
         self, name: str, batch_size: int | str, trust_remote_code: bool, engine_start: str, workload: Workload | None, processes: int
     ) -> None:
         if name == "vllm":
-            from slm_swap.engines.vllm_engine import VllmEngine
+            from slm_swap.clients.engines.vllm_engine import VllmEngine
 
             self.engine: Engine = VllmEngine(self.path, self.precision, self.adapter, engine_start, workload, trust_remote_code)
             self._parameters = {"max_new_tokens": self.max_new_tokens, "do_sample": False}
         else:
-            from slm_swap.engines.transformers_engine import TransformersEngine
+            from slm_swap.clients.engines.transformers_engine import TransformersEngine
 
             loaded = load_model(self.path, self.precision, placement(self.path, self.precision, processes), trust_remote_code)
             if self.adapter:
@@ -343,7 +343,7 @@ def local_client(settings: Settings, rows: Iterable[Messages], max_new_tokens: i
         workload = measure_workload(tokenizer, rows, max_new_tokens)
     if settings.launch.world == 1:
         return SLMClient(settings, max_new_tokens=max_new_tokens, workload=workload, tokenizer=tokenizer, **options)
-    from slm_swap.replicas import open_replicas
+    from slm_swap.clients.replicas import open_replicas
 
     price = load_prices(settings.prices_file).local
     return open_replicas(settings.launch, workload, lambda seconds: to_float(price.cost(seconds)))
@@ -352,16 +352,16 @@ def local_client(settings: Settings, rows: Iterable[Messages], max_new_tokens: i
 def serve_rows(settings: Settings, seed: int, concurrency: int | None = None, **options: Any) -> None:
     """What the processes of a launch that `serves` do until the first one, with its `local_client`, is done.
 
-    `options` are those of `clients.make_client`; `concurrency` has no meaning here.
+    `options` are those of `factory.make_client`; `concurrency` has no meaning here.
     """
-    from slm_swap.replicas import serve
+    from slm_swap.clients.replicas import serve
 
     @no_collections()
     def make(receive: Callable[[], Workload | None]) -> SLMClient:
         set_seed(seed)
         engine, _ = choose_engine(options.get("engine", "auto"), options.get("precision"))
         if engine == "vllm":  # while rank 0 looks at the rows
-            from slm_swap.engines.vllm_engine import import_vllm
+            from slm_swap.clients.engines.vllm_engine import import_vllm
 
             import_vllm()
         return SLMClient(settings, workload=receive(), **options)

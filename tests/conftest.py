@@ -1,6 +1,5 @@
-"""What several tests need: stage scripts (their folders start with a digit and cannot be imported), and rows in files."""
+"""What several tests need: the stage scripts as modules, and rows in files."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -10,20 +9,12 @@ from types import ModuleType
 import pytest
 
 from slm_swap.cli import run
-from slm_swap.settings import PACKAGE
+from tests.support.scripts import load_script
 
 # Several tests fork: a child would wait for threads of torch's that are not there. Before anything imports it.
 os.environ["OMP_NUM_THREADS"] = "1"
 # A job that a shell starts in the background ignores Ctrl-C, and so do its children: the tests that interrupt need it back.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def load_script(path: str) -> ModuleType:
-    """A stage script as a module, by its path below `slm_swap/`."""
-    spec = importlib.util.spec_from_file_location(Path(path).stem + "_script", PACKAGE / path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="session")

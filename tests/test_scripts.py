@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from slm_swap.settings import PACKAGE, ROOT
+from slm_swap.common.settings import PACKAGE, ROOT
 
 SCRIPTS = [
     "01_eval/eval.py", "01_eval/infer.py", "01_eval/live_compare.py", "01_eval/resend_traces.py", "02_dataset/prepare_data.py",

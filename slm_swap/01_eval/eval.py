@@ -19,19 +19,20 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
 from slm_swap.cli import Parser, check_out, client_options, find_rows, progress, run, run_metadata, tracing_options, warn
-from slm_swap.clients import MODEL_KINDS, Client, make_client
-from slm_swap.errors import UserError
-from slm_swap.evaluation import Row, RowTracer, Stopwatch, Tally, check_rows, evaluate_rows, make_report, model_name
-from slm_swap.examples import Dataset
-from slm_swap.journal import Journal, journal_path
-from slm_swap.langfuse_api import LangfuseApi
-from slm_swap.langfuse_datasets import Experiment, dataset_name, open_experiment
-from slm_swap.langfuse_helpers import connect, trace_run
-from slm_swap.replicas import fork_replica, take_one_gpu
-from slm_swap.reply_cache import ReplyCache
-from slm_swap.reports import SCHEMA_VERSION, rows_path, write_atomically, write_json
-from slm_swap.settings import PACKAGE, Settings, display_path, load_settings
+from slm_swap.clients.protocol import MODEL_KINDS, Client
+from slm_swap.clients.replicas import fork_replica, take_one_gpu
+from slm_swap.common.errors import UserError
+from slm_swap.common.reports import SCHEMA_VERSION, rows_path, write_atomically, write_json
+from slm_swap.common.settings import PACKAGE, Settings, display_path, load_settings
+from slm_swap.evaluating.evaluation import Row, RowTracer, Stopwatch, Tally, check_rows, evaluate_rows, make_report, model_name
+from slm_swap.evaluating.factory import make_client
+from slm_swap.evaluating.journal import Journal, journal_path
+from slm_swap.evaluating.reply_cache import ReplyCache
+from slm_swap.rows.examples import Dataset
 from slm_swap.slm_client import serve_rows
+from slm_swap.tracing.api import LangfuseApi
+from slm_swap.tracing.datasets import Experiment, dataset_name, open_experiment
+from slm_swap.tracing.runs import connect, trace_run
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

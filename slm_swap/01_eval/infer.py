@@ -11,12 +11,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
 from slm_swap.cli import Parser, client_options, positive, run
-from slm_swap.clients import make_client
-from slm_swap.errors import UserError
-from slm_swap.examples import Example, read_examples
-from slm_swap.prompts import build_messages
-from slm_swap.settings import display_path, find_path, load_settings
-from slm_swap.tracks import TRACKS
+from slm_swap.common.errors import UserError
+from slm_swap.common.settings import display_path, find_path, load_settings
+from slm_swap.evaluating.factory import make_client
+from slm_swap.rows.examples import Example, read_examples
+from slm_swap.rows.prompts import build_messages
+from slm_swap.scoring.tracks import TRACKS
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -15,14 +15,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
 from slm_swap.cli import Parser, client_options, load_rows, run, run_metadata, share, tracing_options, warn
-from slm_swap.clients import MODEL_KINDS, make_client
-from slm_swap.errors import UserError
-from slm_swap.evaluation import Stopwatch, make_report, references, summary, trace_rows
-from slm_swap.langfuse_helpers import Connection, connect, trace_run
-from slm_swap.live import EarlyStop, Side, watch
-from slm_swap.reports import rows_path, write_json, write_jsonl
-from slm_swap.settings import PACKAGE, display_path, load_settings
-from slm_swap.tracks import TRACKS
+from slm_swap.clients.protocol import MODEL_KINDS
+from slm_swap.common.errors import UserError
+from slm_swap.common.reports import rows_path, write_json, write_jsonl
+from slm_swap.common.settings import PACKAGE, display_path, load_settings
+from slm_swap.evaluating.evaluation import Stopwatch, make_report, references, summary, trace_rows
+from slm_swap.evaluating.factory import make_client
+from slm_swap.evaluating.live import EarlyStop, Side, watch
+from slm_swap.scoring.tracks import TRACKS
+from slm_swap.tracing.runs import Connection, connect, trace_run
 
 LIVE_BATCH = 32  # rows between two looks with --batch-size auto
 

@@ -13,10 +13,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
 from slm_swap.cli import Parser, run, warn
-from slm_swap.errors import UserError
-from slm_swap.langfuse_helpers import connect
-from slm_swap.langfuse_outbox import SUFFIX, Outbox
-from slm_swap.settings import PACKAGE, display_path, find_path, load_settings
+from slm_swap.common.errors import UserError
+from slm_swap.common.settings import PACKAGE, display_path, find_path, load_settings
+from slm_swap.tracing.outbox import SUFFIX, Outbox
+from slm_swap.tracing.runs import connect
 
 FOLDERS = ("01_eval/reports", "03_compare/reports", "04_ft")
 

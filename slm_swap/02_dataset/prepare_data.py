@@ -15,13 +15,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
-from slm_swap import importers
 from slm_swap.cli import Parser, not_negative, run
-from slm_swap.dataset_build import Sizes, build
-from slm_swap.errors import UserError
-from slm_swap.reports import SCHEMA_VERSION, code_version, now, sha256_file
-from slm_swap.settings import display_path, find_path
-from slm_swap.tracks import TRACKS
+from slm_swap.common.errors import UserError
+from slm_swap.common.reports import SCHEMA_VERSION, code_version, now, sha256_file
+from slm_swap.common.settings import display_path, find_path
+from slm_swap.dataset import importers
+from slm_swap.dataset.build import Sizes, build
+from slm_swap.scoring.tracks import TRACKS
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

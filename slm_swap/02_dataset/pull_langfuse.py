@@ -16,12 +16,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
 from slm_swap.cli import Parser, check_out, positive, progress, run, warn
-from slm_swap.errors import UserError
-from slm_swap.langfuse_api import LangfuseApi
-from slm_swap.langfuse_traffic import Query, by_score, distinct, in_order, read, write
-from slm_swap.reports import SCHEMA_VERSION, code_version, now, sha256_file, write_json
-from slm_swap.settings import PACKAGE, display_path, load_settings
-from slm_swap.tracks import TRACKS
+from slm_swap.common.errors import UserError
+from slm_swap.common.reports import SCHEMA_VERSION, code_version, now, sha256_file, write_json
+from slm_swap.common.settings import PACKAGE, display_path, load_settings
+from slm_swap.scoring.tracks import TRACKS
+from slm_swap.tracing.api import LangfuseApi
+from slm_swap.tracing.traffic import Query, by_score, distinct, in_order, read, write
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -14,10 +14,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
 from slm_swap.cli import Parser, load_rows, run
-from slm_swap.langfuse_api import LangfuseApi
-from slm_swap.langfuse_datasets import dataset_name, push
-from slm_swap.settings import load_settings
-from slm_swap.tracks import TRACKS
+from slm_swap.common.settings import load_settings
+from slm_swap.scoring.tracks import TRACKS
+from slm_swap.tracing.api import LangfuseApi
+from slm_swap.tracing.datasets import dataset_name, push
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -15,14 +15,14 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
 from slm_swap.cli import Parser, check_out, run, run_metadata, share, tracing_options, warn
-from slm_swap.comparison import CLUSTERS, Evaluation, examine, examine_means, read_evaluation, require_same
-from slm_swap.decision import EXIT_CODES, RULES
-from slm_swap.errors import UserError
-from slm_swap.langfuse_helpers import RunTrace, connect, trace_run
-from slm_swap.pricing import load_prices
-from slm_swap.reports import SCHEMA_VERSION, code_version, now, rows_path, write_atomically, write_json
-from slm_swap.settings import PACKAGE, display_path, load_settings
-from slm_swap.tracks import TRACKS
+from slm_swap.clients.pricing import load_prices
+from slm_swap.common.errors import UserError
+from slm_swap.common.reports import SCHEMA_VERSION, code_version, now, rows_path, write_atomically, write_json
+from slm_swap.common.settings import PACKAGE, display_path, load_settings
+from slm_swap.scoring.tracks import TRACKS
+from slm_swap.tracing.runs import RunTrace, connect, trace_run
+from slm_swap.verdict.comparison import CLUSTERS, Evaluation, examine, examine_means, read_evaluation, require_same
+from slm_swap.verdict.decision import EXIT_CODES, RULES
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
     with trace_run(connection, f"compare-{args.track}", out, run_metadata(args), ["compare", args.track]) as trace:
         log(trace, told)
         write_json(out, told | {"trace": {"id": trace.id, "url": trace.url}})
-    from slm_swap.text_report import brief, markdown, table
+    from slm_swap.verdict.text_report import brief, markdown, table
 
     (table if args.table else brief)(told)
     if args.markdown:

@@ -13,11 +13,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
 from slm_swap.cli import Parser, check_out, run
-from slm_swap.html_report.decision_file import read_decision
-from slm_swap.html_report.page import write_page
-from slm_swap.reports import write_atomically
-from slm_swap.settings import PACKAGE, display_path, find_path
-from slm_swap.tracks import TRACKS
+from slm_swap.common.reports import write_atomically
+from slm_swap.common.settings import PACKAGE, display_path, find_path
+from slm_swap.scoring.tracks import TRACKS
+from slm_swap.verdict.html_report.decision_file import read_decision
+from slm_swap.verdict.html_report.page import write_page
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

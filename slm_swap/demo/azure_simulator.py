@@ -32,8 +32,8 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
 from slm_swap.cli import Parser, not_negative, positive, run
-from slm_swap.errors import UserError
-from slm_swap.examples import Example, dump_json, read_examples
+from slm_swap.common.errors import UserError
+from slm_swap.rows.examples import Example, dump_json, read_examples
 
 if TYPE_CHECKING:
     from aiohttp import web

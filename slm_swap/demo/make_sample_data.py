@@ -15,9 +15,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
 from slm_swap.cli import Parser, positive, run
+from slm_swap.common.reports import write_jsonl
+from slm_swap.common.settings import PACKAGE, display_path
 from slm_swap.demo.language import Parameter, Speaker, Tool, draw_call
-from slm_swap.reports import write_jsonl
-from slm_swap.settings import PACKAGE, display_path
 
 SEVERAL_ANSWERS = 0.10  # share of rows that need two calls
 GOLD_NOISE = 0.03  # share of calls whose gold is wrong

@@ -23,11 +23,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
 from slm_swap.cli import Parser, run
+from slm_swap.common.errors import UserError
+from slm_swap.common.settings import PACKAGE, ROOT, display_path, load_settings
 from slm_swap.demo.azure_simulator import AzureSimulator, Faults
-from slm_swap.errors import UserError
-from slm_swap.examples import read_examples
-from slm_swap.settings import PACKAGE, ROOT, display_path, load_settings
-from slm_swap.tracks import TRACKS
+from slm_swap.rows.examples import read_examples
+from slm_swap.scoring.tracks import TRACKS
 
 DELTA = 0.05
 HEARTBEAT = 30  # seconds between signs of life of a long stage

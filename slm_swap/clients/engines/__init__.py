@@ -1,0 +1,96 @@
+"""What makes a local model's replies: transformers everywhere, vLLM where it is installed and a CUDA GPU is there."""
+
+from collections.abc import Container, Generator, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from slm_swap.common.errors import UserError
+
+ENGINES = ("auto", "transformers", "vllm")
+STARTS = ("auto", "eager", "graphs")
+PRECISIONS = {"transformers": ("int8", "bf16", "fp32", "nf4"), "vllm": ("bf16", "fp8", "fp32")}  # the first is the default
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row to be continued greedily: its place among the rows, its tokens, and how many new ones it may get at most."""
+
+    index: int
+    tokens: list[int]
+    limit: int
+
+
+@dataclass(frozen=True)
+class Generated:
+    """The new tokens of one prompt, without the one that ended it; `stopped` is whether one did, and not the limit.
+
+    `seconds` go from when the prompt was handed to the model until its last token. `cached` counts those of the prompt's tokens
+    that were not computed again. `batch` names the batch, where there are batches.
+    """
+
+    index: int
+    tokens: list[int]
+    stopped: bool
+    seconds: float
+    cached: int = 0
+    batch: str | None = None
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is known of the rows before the first is asked: their number, and the tokens of the longest with its reply."""
+
+    rows: int
+    longest: int
+
+
+class Engine(Protocol):
+    """A loaded model. `context` is the most tokens that a prompt and its reply may have."""
+
+    name: str
+    context: int
+
+    def generate(self, prompts: Iterable[Prompt], answered: Container[int] = ()) -> Generator[Generated]:
+        """What each prompt gets, as it comes; those that are `answered` get nothing, but keep their place in a batch."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What replies may depend on besides the weights: device and so on."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """What came up while it ran; `restore` takes it, in a later process."""
+        ...
+
+    def restore(self, state: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def choose_engine(wanted: str, precision: str | None) -> tuple[str, str]:
+    """(engine, precision) for what was asked for; `auto` is vLLM where it can run with that precision, else transformers.
+
+    Who asks for 32 bits without naming an engine wants no difference to anything: that is transformers.
+
+    Raises:
+        UserError: the engine cannot run here, or not with that precision.
+    """
+    if wanted == "auto":
+        wanted = "vllm" if precision == "fp8" or (precision in (None, "bf16") and why_not_vllm() is None) else "transformers"
+    if wanted == "vllm" and precision in (None, *PRECISIONS["vllm"]) and (reason := why_not_vllm()):
+        raise UserError(f"the vllm engine cannot run here ({reason}): pip install -r requirements-vllm.txt, or use --engine transformers")
+    known = PRECISIONS[wanted]
+    if precision is not None and precision not in known:
+        raise UserError(f"the {wanted} engine has no precision {precision}: choose one of {', '.join(known)}, or another --engine")
+    return wanted, precision or known[0]
+
+
+def why_not_vllm() -> str | None:
+    """What vLLM lacks on this machine, None where it can run."""
+    import importlib.util
+
+    if importlib.util.find_spec("vllm") is None:
+        return "vllm is not installed"
+    import torch
+
+    return None if torch.cuda.is_available() else "there is no CUDA GPU"

@@ -1,0 +1,139 @@
+"""Replies read from a file: recorded traffic, another team's run, or the rows file of an earlier evaluation."""
+
+import hashlib
+import itertools
+from array import array
+from collections.abc import Container, Generator, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from slm_swap.clients.protocol import Reply
+from slm_swap.common.errors import UserError
+from slm_swap.common.reports import sha256_file
+from slm_swap.common.settings import display_path
+from slm_swap.rows.examples import OPTIONAL_FIELDS, Example, decode_line, read_jsonl, read_lines
+from slm_swap.rows.prompts import Messages
+
+FINISH_REASONS = ("stop", "length", "content_filter", "refusal", "error")
+
+
+class ReplayClient:
+    """A client whose replies stand in a file: one JSON object a line with `prediction` (or `reply`) and `id` or `prompt`.
+
+    Lines may also hold `finish_reason`, `tokens` and `seconds`, as a rows file does. A line belongs to the row of its id, and
+    where no row has that id (or the line has none) to a row of its prompt; equal prompts take their lines in order. Only the place of
+    each row's line is kept in memory.
+
+    Raises:
+        UserError: a bad line, a second reply for an id, or rows without a reply.
+    """
+
+    kind = "replay"
+    load_seconds = 0.0
+
+    def __init__(self, path: str | Path, examples: Iterable[Example]):
+        self.path = path
+        ids = {example.id for example in examples}
+        by_id: dict[str, int] = {}
+        by_prompt: dict[bytes, list[int]] = {}
+        for where, start, line in read_lines(path):
+            _read_reply(line, where)
+            name, prompt = line.get("id"), line.get("prompt")
+            name = str(name) if isinstance(name, (str, int)) and name != "" else None
+            if name is None and not isinstance(prompt, str):
+                raise UserError(f"{where}: neither `id` nor `prompt`: say which row the reply belongs to")
+            if name in by_id:
+                raise UserError(f"{where}: a second reply for id {name!r}: keep one")
+            if name in ids:
+                by_id[name] = start
+            elif isinstance(prompt, str):
+                by_prompt.setdefault(_key(prompt), []).append(start)
+        self.identity = {"kind": self.kind, "path": display_path(path), "sha256": sha256_file(path)}
+        self._starts, rows, missing = array("q"), 0, []
+        for example in examples:
+            rows += 1
+            if example.id in by_id:
+                self._starts.append(by_id[example.id])
+            elif by_prompt.get(key := _key(example.prompt)):
+                self._starts.append(by_prompt[key].pop(0))
+            else:
+                missing.append(example.id)
+        if missing:
+            raise UserError(
+                f"{display_path(path)} has no reply for {len(missing)} of {rows} rows (first: id {missing[0]!r}): "
+                "give the dataset that the replies were recorded on, or --limit"
+            )
+        self._file = open(path, "rb")  # noqa: SIM115
+        self._next = itertools.count()
+
+    def generate(self, batch: list[Messages]) -> list[Reply]:
+        """The recorded replies of rows that are asked for in the order of `examples`, each once."""
+        return [self._reply(next(self._next)) for _ in batch]
+
+    def stream(self, rows: Iterable[tuple[int, Messages]], answered: Container[int] = ()) -> Generator[tuple[int, Reply]]:
+        """The recorded replies of rows that are asked for by their index in `examples`."""
+        return ((index, self._reply(index)) for index, _ in rows if index not in answered)
+
+    def _reply(self, index: int) -> Reply:
+        self._file.seek(self._starts[index])
+        return _read_reply(decode_line(self._file.readline()), self.identity["path"])
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None: ...
+
+    def describe(self) -> dict[str, Any]:
+        return self.identity
+
+    def cost(self, input_tokens: int, cached_tokens: int, output_tokens: int, seconds: float) -> float | None:
+        return None  # what the recorded run cost is not in the file
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _key(prompt: str) -> bytes:
+    """What stands for a prompt, in less memory."""
+    return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).digest()
+
+
+def _read_reply(line: Any, where: str) -> Reply:
+    if not isinstance(line, dict):
+        raise UserError(f"{where}: a line is a JSON object with `prediction` and `id` or `prompt`")
+    text = line.get("prediction", line.get("reply"))
+    if not isinstance(text, str):
+        raise UserError(f"{where}: `prediction` must be a text, the model's reply as it came (empty where there was none)")
+    finish_reason = line.get("finish_reason") or "stop"
+    if finish_reason not in FINISH_REASONS:
+        raise UserError(f"{where}: finish_reason {finish_reason!r} is none of {', '.join(FINISH_REASONS)}")
+    tokens = line.get("tokens") if isinstance(line.get("tokens"), dict) else {}
+    counts = {f"{name}_tokens": tokens[name] for name in ("input", "output", "cached") if type(tokens.get(name)) is int}
+    seconds = line.get("seconds")
+    error = line.get("reply_error")
+    return Reply(
+        _writable(text),
+        finish_reason,
+        seconds=float(seconds) if isinstance(seconds, (int, float)) else 0.0,
+        error=_writable(error) if isinstance(error, str) else None,
+        **counts,
+    )
+
+
+def _writable(text: str) -> str:
+    """The text with `?` for each half of a surrogate pair, which no file can hold."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def rows_of_replies(path: str | Path) -> Iterator[tuple[str, dict]]:
+    """("file:line", row) for each line of a file of replies that holds its own rows: for `examples.Dataset`.
+
+    Raises:
+        UserError: a line lacks `prompt` or `reference`, or as `examples.read_lines`.
+    """
+    for where, line in read_jsonl(path):
+        given = [line.get(name) for name in ("prompt", "reference")] if isinstance(line, dict) else [None]
+        if not all(isinstance(text, str) and text.strip() for text in given):
+            raise UserError(f"{where}: no `prompt` or no `reference`, so the file is no dataset too: pass --dataset or --split")
+        fields = {name: line[name] for name in ("prompt", *OPTIONAL_FIELDS) if name in line}
+        yield where, fields | {"completion": line["reference"]}

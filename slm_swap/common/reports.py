@@ -1,0 +1,166 @@
+"""Writing results: atomically, with what made them."""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import IO, Any
+
+from slm_swap.common.errors import UserError
+from slm_swap.common.settings import PACKAGE, ROOT, display_path
+
+SCHEMA_VERSION = 1
+PACKAGES = (
+    "torch",
+    "transformers",
+    "bitsandbytes",
+    "accelerate",
+    "deepspeed",
+    "unsloth",
+    "trl",
+    "peft",
+    "datasets",
+    "openai",
+    "langfuse",
+    "vllm",
+)
+
+_LINE_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
+
+
+def now() -> str:
+    """UTC, to the second, ISO 8601."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def write_atomically(path: str | Path, write: Callable[[IO[str]], object]) -> None:
+    """Write a text file beside its place and rename it: readers see the old file or the new one, never half of one.
+
+    Raises:
+        UserError: the folder cannot be made or written.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise UserError(f"cannot write {display_path(path)} ({error.strerror}): choose another place with --out") from None
+    try:
+        os.fchmod(handle, 0o644)  # mkstemp's own mode would hide the file from the team
+        with open(handle, "w", encoding="utf-8") as stream:
+            write(stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """One JSON document: sorted keys, no NaN."""
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+    write_atomically(path, lambda stream: stream.write(text))
+
+
+def json_line(row: dict) -> str:
+    """One JSON object as a line: no NaN."""
+    return _LINE_ENCODER.encode(row) + "\n"
+
+
+def json_text(text: str | None) -> str:
+    """A text as it stands in `json_line`."""
+    return "null" if text is None else _LINE_ENCODER.encode(text)
+
+
+def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
+    """One JSON object a line: no NaN."""
+
+    def write(stream: IO[str]) -> None:
+        for row in rows:
+            stream.write(json_line(row))
+
+    write_atomically(path, write)
+
+
+def read_json(path: str | Path, made_by: str) -> dict:
+    """A JSON object from a file that `made_by` writes.
+
+    Raises:
+        UserError: the file is missing, unreadable or not a JSON object.
+    """
+    shown = display_path(path)
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {shown} ({error.strerror}): make it with {made_by}") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{shown} is not JSON: make it again with {made_by}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{shown} is not a JSON object: make it again with {made_by}")
+    return value
+
+
+def rows_path(report: str | Path) -> Path:
+    """The rows file that lies beside a report."""
+    return Path(report).with_suffix(".rows.jsonl")
+
+
+def sha256_file(path: str | Path) -> str:
+    """sha256 of a file's bytes, as hex."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def code_version() -> dict[str, Any]:
+    """The checkout's commit and whether tracked files differ from it; None where git does not know."""
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(("git", "-C", str(ROOT), *words), capture_output=True, text=True, timeout=20)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    code = (str(PACKAGE), f":(exclude){PACKAGE / 'prices.toml'}")  # prices filled in are no change of the code
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", *code)
+    return {"commit": git("rev-parse", "HEAD"), "dirty": None if changed is None else bool(changed)}
+
+
+def package_versions() -> dict[str, str]:
+    """The versions of the packages that decide results; those not installed are left out."""
+    from importlib import metadata
+
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, cores and GPUs; the GPUs only where torch is loaded already (asking would load it)."""
+    import sys
+
+    torch = sys.modules.get("torch")
+    gpus = []
+    if torch is not None and torch.cuda.is_available():
+        gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {"machine": platform.machine(), "processor": _processor(), "cores": os.cpu_count(), "gpus": gpus}
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,219 @@
+"""The journal of an evaluation under way: every row is in a file as soon as it is answered, so that nothing is asked twice.
+
+The file, `<report>.rows.jsonl.part`, has one JSON object a line. The first is the header: what is asked of which model, when the
+run began, and its `run_id`. Then, as they come: `{"session": when}` each time that the program starts, `{"row": index, "spent":
+seconds, "line": {...}}` with a line of the rows file, and `{"state": ...}` whenever the client has learned something (see
+`protocol.Client`). A line is with the operating system at once, so that it outlives the process; a power cut costs the lines of a
+second at most.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import time
+import uuid
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from slm_swap.clients.protocol import Reply
+from slm_swap.common.errors import UserError
+from slm_swap.common.reports import json_line, now, rows_path
+from slm_swap.common.settings import display_path
+from slm_swap.rows.examples import decode_line, dump_json
+
+SYNC_SECONDS = 1.0  # between two fsyncs: one a row would cost more than all else that a row costs
+RUN_KEYS = ("started_at", "run_id")  # of the header: what differs between two runs of the same command
+
+
+def journal_path(report: str | Path) -> Path:
+    """The journal that lies beside a report until it is written."""
+    return rows_path(report).with_suffix(".jsonl.part")
+
+
+class Journal:
+    """One run's journal, opened for this process alone; `begin` comes before everything else.
+
+    `answered` counts the rows that are not asked again, which are those with a reply other than a failed request; `cached` those
+    whose reply came from a reply cache. `seconds` is the time that all sessions together spent on replies. As a context manager it
+    closes the file in the end, and removes it where nothing was answered.
+
+    Raises:
+        UserError: another process has the journal open, or the file cannot be written; in `begin`: it is of another run.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.header: dict[str, Any] = {}
+        self.state: dict[str, Any] | None = None
+        self.answered = self.cached = self.sessions = 0
+        self.seconds = 0.0
+        self._synced = time.monotonic()
+        try:
+            self._file = self._open()
+        except OSError as error:
+            raise UserError(f"cannot write {self._shown} ({error.strerror}): choose another place with --out") from None
+
+    @property
+    def _shown(self) -> str:
+        return display_path(self.path)
+
+    def _open(self) -> IO[bytes]:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            file = open(self.path, "a+b")  # noqa: SIM115
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(file.fileno()), self.path.stat()):
+                    return file
+            except BlockingIOError:
+                file.close()
+                raise UserError(f"{self._shown} is another process's: wait until it is done or choose another --out") from None
+            except FileNotFoundError:
+                pass
+            file.close()  # the process that had it has finished and removed it: it is not this run's any more
+
+    def begin(self, identity: dict[str, Any], rows: int) -> None:
+        """Start a run over `rows` rows, or go on with the one in the file.
+
+        A torn last line is cut off; another line that is no record is passed over, and its row asked again.
+
+        Raises:
+            UserError: the file is of another run, by its `identity`, or no journal at all.
+        """
+        self._offsets, self._failed = array("q", [-1]) * rows, set[int]()
+        self._end = 0
+        self._file.seek(0)
+        for line in self._file:
+            if not line.endswith(b"\n"):
+                break
+            record = _decode(line)
+            if self._end == 0:
+                self._check(record, json.loads(dump_json(identity)))
+            elif record is not None:
+                self._take(record)
+            self._end += len(line)
+        self._file.truncate(self._end)
+        if not self.header:
+            self.header = identity | {"started_at": now(), "run_id": uuid.uuid4().hex}
+            self._append(self.header)
+        self._append({"session": now()})
+        self.sync()
+
+    def _check(self, header: dict[str, Any] | None, identity: dict[str, Any]) -> None:
+        advice = "finish that run with its own command, delete the file, or choose another --out"
+        if header is None or "run_id" not in header:
+            raise UserError(f"{self._shown} is not a journal of an evaluation: move it away or choose another --out")
+        there, here = (_flat({key: value for key, value in told.items() if key not in RUN_KEYS}) for told in (header, identity))
+        differ = [name for name in here | there if here.get(name) != there.get(name)]
+        if differ:
+            told = "; ".join(f"{name} {_brief(there.get(name))} there, {_brief(here.get(name))} here" for name in differ)
+            raise UserError(f"{self._shown} is of another run ({told}): {advice}")
+        self.header = header
+
+    def _take(self, record: dict[str, Any]) -> None:
+        """What one line of the file says; it begins at `_end`."""
+        match record:
+            case {"session": str()}:
+                self.sessions += 1
+            case {"state": dict(state)}:
+                self.state = state
+            case {"row": int(index), "spent": float(spent), "line": {"finish_reason": str(reason)}} if index < len(self._offsets):
+                self._note_row(index, spent, reason == "error", "from_cache" in record)
+
+    def _note_row(self, index: int, spent: float, failed: bool, from_cache: bool) -> None:
+        self.answered += index not in self and not failed
+        self._offsets[index] = self._end
+        (self._failed.add if failed else self._failed.discard)(index)
+        self.seconds += spent
+        self.cached += from_cache
+
+    def __contains__(self, index: int) -> bool:
+        """Whether a row is answered."""
+        return self._offsets[index] >= 0 and index not in self._failed
+
+    def add(self, index: int, line: str, reply: Reply, spent: float, from_cache: bool = False) -> None:
+        """Write a row's line down; `spent` are the seconds since the row before it, their sum is what the run took.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        spent = round(float(spent), 6)
+        cached = ', "from_cache": true' if from_cache else ""
+        size = self._write(f'{{"row": {index}, "spent": {spent}{cached}, "line": {line[:-1]}}}\n')
+        self._note_row(index, spent, reply.finish_reason == "error", from_cache)
+        self._end += size
+
+    def note(self, state: dict[str, Any]) -> None:
+        """Write the client's state down where it is a new one.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        if state != self.state:
+            self._append({"state": state})
+
+    def _append(self, record: dict[str, Any]) -> None:
+        size = self._write(json_line(record))
+        self._take(record)
+        self._end += size
+
+    def _write(self, line: str) -> int:
+        try:
+            size = self._file.write(line.encode())
+            self._file.flush()
+            if time.monotonic() - self._synced > SYNC_SECONDS:
+                self.sync()
+        except OSError as error:
+            raise UserError(f"cannot write {self._shown} ({error.strerror}): make room and run the same command again") from None
+        return size
+
+    def sync(self) -> None:
+        """Wait until everything is on the disk."""
+        os.fsync(self._file.fileno())
+        self._synced = time.monotonic()
+
+    def line(self, index: int) -> str:
+        """The line that was written down for a row."""
+        self._file.seek(self._offsets[index])
+        _, _, line = self._file.readline().partition(b'"line": ')
+        return line[:-2].decode() + "\n"
+
+    def lines(self) -> Iterator[str]:
+        """The lines of the rows file, in the dataset's order."""
+        return map(self.line, range(len(self._offsets)))
+
+    def remove(self) -> None:
+        """The report is written, and the journal has done its work."""
+        self.path.unlink()
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if not self.answered and (self.header or self._file.seek(0, os.SEEK_END) == 0):
+            self.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a disk that is full has been told of
+            self._file.close()
+
+
+def _decode(line: bytes) -> dict[str, Any] | None:
+    try:
+        value = decode_line(line)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """The leaves of nested objects by their dotted names."""
+    if not isinstance(value, dict):
+        return {name: value}
+    return {path: leaf for key, child in value.items() for path, leaf in _flat(child, f"{name}.{key}" if name else key).items()}
+
+
+def _brief(value: Any) -> str:
+    text = dump_json(value)
+    return text if len(text) <= 40 else f"{text[:12]}..."

@@ -1,0 +1,168 @@
+"""Two models side by side over the same rows, batch by batch, until all rows are answered or the verdict is certain."""
+
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from slm_swap.clients.protocol import Client
+from slm_swap.evaluating.evaluation import Row, Stopwatch, evaluate, model_name, summary
+from slm_swap.rows.examples import Example
+from slm_swap.scoring.metrics import Reference
+from slm_swap.scoring.tracks import TRACKS, Track
+from slm_swap.verdict.decision import FINE_TUNE, NEED_MORE_DATA
+
+if TYPE_CHECKING:
+    from slm_swap.verdict.stats.betting import SequentialVerdict
+
+
+class Side:
+    """One of the two models: what it has answered and how long it took."""
+
+    def __init__(self, client: Client):
+        self.client, self.rows, self.seconds = client, [], 0.0
+
+    @property
+    def failed_requests(self) -> int:
+        return sum(row.reply.finish_reason == "error" for row in self.rows)
+
+    def work(self, track: str, batch: list[Example], gold: list[Reference]) -> tuple[list[Row], float]:
+        clock = Stopwatch()
+        return evaluate(track, self.client, batch, gold, len(batch)), clock.lap()
+
+
+def side_by_side(
+    track: str, sides: list[Side], examples: list[Example], gold: list[Reference], batch_size: int
+) -> Iterator[None]:
+    """Ask all sides at the same time, a batch at a time; yields when a batch is answered by all of them."""
+    pool = ThreadPoolExecutor(len(sides))
+    try:
+        for start in range(0, len(examples), batch_size):
+            part = slice(start, start + batch_size)
+            running = [pool.submit(side.work, track, examples[part], gold[part]) for side in sides]
+            # Both or none: a batch counts only when both models have answered it.
+            for side, (rows, seconds) in zip(sides, [future.result() for future in running], strict=True):
+                side.rows += rows
+                side.seconds += seconds
+            yield
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+class EarlyStop:
+    """Stops a run once the sequential verdict is certain (`stats.betting`).
+
+    `examples` are the rows in the order in which they are to be asked: random, as the rows of a file may be sorted, and the rows
+    of a group together, as they are one bet. A look counts the groups that are answered whole.
+    """
+
+    def __init__(self, track: Track, examples: list[Example], delta: float, alpha: float, seed: int):
+        from slm_swap.verdict.stats.betting import random_clusters
+
+        clusters = random_clusters([example.group for example in examples], seed)
+        self.track, self.delta, self.alpha = track, delta, alpha
+        self.examples = [examples[index] for cluster in clusters for index in cluster]
+        self.sizes = [len(cluster) for cluster in clusters]
+        self.found: SequentialVerdict | None = None
+        self.failed = 0
+
+    @property
+    def verdict(self) -> str:
+        """What is certain; a request that failed says nothing of a model, so that nothing is certain then."""
+        return self.found.verdict if self.found and not self.failed else NEED_MORE_DATA
+
+    @property
+    def rows_if_equal(self) -> int | None:
+        """The rows after which two models that never differ would be a SWAP; None where all rows are too few."""
+        return self._decide({"difference": [0.0] * len(self.examples)}, self.sizes).rows
+
+    def _decide(self, differences: dict[str, list[float]], sizes: list[int]) -> "SequentialVerdict":
+        from slm_swap.verdict.stats.betting import sequential_verdict
+
+        return sequential_verdict(differences, sizes, delta=self.delta, alpha=self.alpha, largest=max(self.sizes))
+
+    def look(self, azure: Side, slm: Side) -> bool:
+        """Look at what both have answered so far; True once the verdict is certain."""
+        self.failed = azure.failed_requests + slm.failed_requests
+        complete = rows = 0
+        while complete < len(self.sizes) and rows + self.sizes[complete] <= len(azure.rows):
+            rows += self.sizes[complete]
+            complete += 1
+        if complete:
+            left, right = ([self.track.gate_values(row.scored.strict) for row in side.rows[:rows]] for side in (azure, slm))
+            differences = {name: [a[name] - b[name] for a, b in zip(left, right, strict=True)] for name in self.track.gate}
+            self.found = self._decide(differences, self.sizes[:complete])
+        return self.verdict != NEED_MORE_DATA
+
+    def line(self) -> str:
+        """The verdict so far, and the metric that stands worst."""
+        if self.failed:
+            return f"{NEED_MORE_DATA}: {self.failed} requests failed, so that nothing is certain"
+        if not self.found:
+            return f"{NEED_MORE_DATA}: no group of rows is answered whole"
+        end = 0 if self.verdict == FINE_TUNE else 1
+        name, worst = max(self.found.metrics.items(), key=lambda item: item[1].interval[end])
+        low, high = worst.interval
+        return f"{self.verdict}: {name} azure - slm is between {low:+.3f} and {high:+.3f}, margin {self.delta:g}"
+
+    def saved(self, azure: Side) -> str:
+        """How many of the hosted calls were saved, and the money."""
+        done, available = len(azure.rows), len(self.examples)
+        saved = available - done
+        told = f"{self.verdict} after {done} of {available} rows: {saved} hosted calls saved ({saved / available:.0%})"
+        tokens = [sum(getattr(row.reply, f"{name}_tokens") for row in azure.rows) for name in ("input", "cached", "output")]
+        cost = azure.client.cost(*tokens, azure.seconds)
+        if cost is None:
+            return f"{told}; the money is not known: give the deployment's prices in slm_swap/prices.toml"
+        return f"{told}, about {cost / done * saved:.4g} at {cost / done * 1000:.4g} per 1,000 calls"
+
+    def to_json(self, rows: int) -> dict[str, Any]:
+        """The reports' `stopped_early`."""
+        return {
+            "rows_available": len(self.examples),
+            "rows": rows,
+            "largest_cluster": max(self.sizes),
+            "delta": self.delta,
+            "alpha": self.alpha,
+            "verdict": self.verdict,
+        }
+
+
+def table(track: Track, sides: list[Side], total: int, early: EarlyStop | None) -> Any:
+    """The running metrics of both models, as a rich table, and the verdict so far under it."""
+    from rich.console import Group
+    from rich.table import Table
+
+    done = len(sides[0].rows)
+    shown = Table(title=f"{track.title}: {done} of {total} rows")
+    names = [model_name(side.client.describe()) for side in sides]
+    for heading in ("metric", *names, f"{names[0]} - {names[1]}"):
+        shown.add_column(heading, justify="left" if heading == "metric" else "right")
+    if done:
+        left, right = (summary(track, side.rows)["metrics"] for side in sides)
+        for name in left:
+            shown.add_row(name, f"{left[name]:.3f}", f"{right[name]:.3f}", f"{left[name] - right[name]:+.3f}")
+        shown.add_row("seconds", *(f"{side.seconds:.1f}" for side in sides), "")
+    return Group(shown, early.line()) if early else shown
+
+
+def watch(
+    track: str, sides: list[Side], examples: list[Example], gold: list[Reference], batch_size: int, early: EarlyStop | None
+) -> bool:
+    """Both models over the rows with their metrics in the terminal; False when Ctrl-C ended it."""
+    from rich.live import Live
+
+    azure, slm = sorted(sides, key=lambda side: side.client.kind != "azure")
+    try:
+        with Live(table(TRACKS[track], sides, len(examples), early), refresh_per_second=4) as live:
+            for _ in side_by_side(track, sides, examples, gold, batch_size):
+                certain = early is not None and early.look(azure, slm)
+                live.update(table(TRACKS[track], sides, len(examples), early))
+                if certain:
+                    break
+    except KeyboardInterrupt:
+        return False
+    finally:
+        if not sys.stdout.isatty():
+            print()  # where there is no terminal, rich leaves the last line open
+    return True

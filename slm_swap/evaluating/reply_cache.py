@@ -1,0 +1,67 @@
+"""Replies kept for later runs, by what they depend on: the model's identity with its parameters, and the messages.
+
+One SQLite file in the cache's folder, which several processes of one machine may use at once; measured, an entry costs a fifth of
+what a file of its own costs to write and to read. Write-ahead logging wants a local disk.
+"""
+
+import hashlib
+import json
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+from slm_swap.clients.protocol import Reply
+from slm_swap.common.errors import UserError
+from slm_swap.common.settings import display_path
+from slm_swap.rows.examples import dump_json
+from slm_swap.rows.prompts import Messages
+
+KEPT = ("stop", "length")  # a filter, a refusal or a failure may be another one tomorrow
+WAIT_SECONDS = 60.0  # for another process's write
+
+
+class ReplyCache:
+    """The replies of one model; `identity` is `protocol.Client.identity`.
+
+    Raises:
+        UserError: the folder cannot be made or written, or holds another kind of file by that name.
+    """
+
+    def __init__(self, folder: str | Path, identity: dict[str, Any]):
+        self.path = Path(folder) / "replies.sqlite3"
+        self._identity = identity
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._database = sqlite3.connect(self.path, timeout=WAIT_SECONDS, isolation_level=None)
+            self._run("PRAGMA journal_mode = WAL")
+            self._run("PRAGMA synchronous = NORMAL")  # a power cut may cost the last entries, never the file
+            self._run("CREATE TABLE IF NOT EXISTS replies (key BLOB PRIMARY KEY, reply TEXT NOT NULL) WITHOUT ROWID")
+        except OSError as error:
+            raise UserError(f"cannot write {display_path(folder)} ({error.strerror}): choose another --cache") from None
+
+    def get(self, messages: Messages) -> tuple[Reply, float] | None:
+        """(reply, seconds that it took of the run that asked for it), None where the model was not asked that before."""
+        found = self._run("SELECT reply FROM replies WHERE key = ?", self._key(messages)).fetchone()
+        if found is None:
+            return None
+        told = json.loads(found[0])
+        return Reply(**told["reply"]), told["spent"]
+
+    def put(self, messages: Messages, reply: Reply, spent: float) -> None:
+        """Keep a reply, if it is one that may be kept."""
+        if reply.finish_reason in KEPT and reply.error is None:
+            told = dump_json({"reply": vars(reply) | {"batch": None}, "spent": round(spent, 6)})
+            self._run("INSERT OR REPLACE INTO replies VALUES (?, ?)", self._key(messages), told)
+
+    def _key(self, messages: Messages) -> bytes:
+        text = json.dumps([self._identity, messages], sort_keys=True)
+        return hashlib.sha256(text.encode()).digest()
+
+    def _run(self, statement: str, *values: Any) -> sqlite3.Cursor:
+        try:
+            return self._database.execute(statement, values)
+        except sqlite3.Error as error:
+            raise UserError(f"{display_path(self.path)} cannot be used ({error}): delete it or choose another --cache") from None
+
+    def close(self) -> None:
+        self._database.close()

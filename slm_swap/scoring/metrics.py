@@ -1,0 +1,473 @@
+"""Parse, match, score: pure functions from a reply and a reference to numbers.
+
+Every row stays in the denominator: a bad reply scores 0 with one `error` out of `ERRORS`. JSON is compared by value with JSON's
+own types (RFC 8259): `true` is not 1, `1` equals `1.0`, key order is nothing, list order counts, numbers are compared exactly
+at any size; duplicate keys, NaN and nesting deeper than 100 levels make a reply invalid.
+
+A miss has the first of these errors that holds:
+
+- `filtered`, `refused`: the client says so, and the text is no answer whatever stands in it.
+- `truncated`: the reply was cut off, and misses.
+- `no_json`: no JSON in the text; a request that failed counts here too.
+- `bad_json`: a `{` stands in the text, but no whole JSON object (syntax, a duplicate key, NaN, nested too deeply, cut off).
+- `extra_text`: a whole reply stands in the text, and so does something else: prose, a code fence, a second object or call.
+- `wrong_shape`: JSON, but no whole reply: not an object, or no wrapper or another one around it.
+- `wrong_tool`, then the differences between the two objects: `missing_argument` and `extra_argument` (keys, at any depth),
+  `wrong_type` (another JSON type) and `wrong_value` (also a list of another length).
+"""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from slm_swap.rows.examples import nested_too_deeply
+from slm_swap.rows.toolschema import coerce, property_schema, with_defaults
+
+ERRORS = (
+    "filtered", "refused", "truncated", "no_json", "bad_json", "extra_text", "wrong_shape", "wrong_tool", "missing_argument",
+    "extra_argument", "wrong_type", "wrong_value",
+)  # fmt: skip
+MATCHERS = ("strict", "schema", "lenient")
+UNSCORED = {"content_filter": "filtered", "refusal": "refused", "error": "no_json"}  # such a text is no answer
+
+
+class InvalidReply(ValueError):
+    """A text that is not one well-formed reply; `error` is one of ERRORS."""
+
+    def __init__(self, error: str, reason: str):
+        super().__init__(reason)
+        self.error = error
+
+
+class Parsed(NamedTuple):
+    """A well-formed reply: the structured object, or a call's arguments with the tool's `name`."""
+
+    value: dict[str, Any]
+    name: str | None = None
+
+
+# -- JSON ------------------------------------------------------------------------------------------------------------------------
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise ValueError("an object with a duplicate key")
+    return value
+
+
+def _constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _number(digits: str) -> Decimal:
+    """A number as it is written: 0.1, 12345678901234567890.5, and integers of more digits than Python's int() reads."""
+    try:
+        return Decimal(digits)
+    except InvalidOperation:
+        raise ValueError("an exponent that no number has") from None
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant, parse_float=_number, parse_int=_number)
+_TOKENS = re.compile(r'"(?:[^"\\\n]|\\.)*"?|[{}]')  # strings, also those that do not end, and braces
+
+
+def parse_json(text: str) -> Any:
+    """One JSON value, white space around it allowed; numbers are Decimal.
+
+    Raises:
+        ValueError: not JSON, NaN or Infinity, a duplicate key, nested too deeply.
+    """
+    text = text.strip()
+    value, end = _decode(text, 0)
+    if end != len(text):
+        raise ValueError("there is more than one JSON value")
+    return value
+
+
+def _decode(text: str, at: int) -> tuple[Any, int]:
+    """The JSON value that begins at a position, and the position behind it."""
+    try:
+        value, end = _DECODER.raw_decode(text, at)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if nested_too_deeply(value, text[at:end]):
+        raise ValueError("nested too deeply")
+    return value, end
+
+
+def _objects_in(text: str, start: int = 0) -> list[tuple[dict, int]]:
+    """The whole JSON objects that stand in a text behind `start`, outermost only, each with the position behind it.
+
+    A `{` that begins no JSON is passed over up to its closing brace: what stands inside a broken object is no object of its own.
+    """
+    found, at = [], text.find("{", start)
+    while at >= 0:
+        try:
+            value, end = _decode(text, at)
+            found.append((value, end))
+        except ValueError:
+            end = _closing(text, at)
+        at = text.find("{", end)
+    return found
+
+
+def _closing(text: str, at: int) -> int:
+    """The position behind the brace that closes the one at `at`; the text's end where none does."""
+    depth = 0
+    for token in _TOKENS.finditer(text, at):
+        depth += {"{": 1, "}": -1}.get(token[0], 0)
+        if not depth:
+            return token.end()
+    return len(text)
+
+
+_JSON_TYPES = {str: "string", bool: "boolean", type(None): "null", dict: "object", list: "array"}
+Leaf = tuple[tuple[str | int, ...], str, Any]
+
+
+def _json_type(value: Any) -> str:
+    return _JSON_TYPES.get(type(value), "number")
+
+
+def leaves(value: Any) -> frozenset[Leaf]:
+    """The fields of a JSON value: (path, JSON type, scalar) of each leaf; an empty object or list is a leaf too.
+
+    Two values are equal as JSON exactly where their leaves are equal. A float (out of a schema) is the number that it is
+    written as: 0.1 is Decimal("0.1").
+    """
+    found, stack = [], [((), value)]
+    while stack:
+        path, node = stack.pop()
+        kind = type(node)
+        if kind is dict and node:
+            stack += [((*path, key), child) for key, child in node.items()]
+        elif kind is list and node:
+            stack += [((*path, index), child) for index, child in enumerate(node)]
+        elif kind is dict or kind is list:
+            found.append((path, _JSON_TYPES[kind], None))
+        else:
+            found.append((path, _json_type(node), Decimal(repr(node)) if kind is float else node))
+    return frozenset(found)
+
+
+def same(left: Any, right: Any) -> bool:
+    """Whether two values of `parse_json` are equal as JSON: as equal leaves say, but sooner. Their Python types are JSON's."""
+    if type(left) is not type(right):
+        return False
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(child, right[key]) for key, child in left.items())
+    if isinstance(left, list):
+        return len(left) == len(right) and all(map(same, left, right))
+    return left == right
+
+
+def size(value: Any) -> int:
+    """How many leaves a value has."""
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return sum(map(size, children)) or 1
+
+
+# -- Replies ---------------------------------------------------------------------------------------------------------------------
+
+_OPEN, _CLOSE = re.compile(r'<tool_call name="([^"<>]+)">'), "</tool_call>"
+_LOOSE_OPEN = re.compile(r"<tool_call\s+name\s*=\s*[\"']([^\"'<>]+)[\"']\s*>\s*(?={)", re.IGNORECASE)
+_LOOSE_CLOSE = re.compile(r"\s*</tool_call\s*>", re.IGNORECASE)
+
+
+def parse_structured(text: str, lenient: bool = False) -> Parsed:
+    """One JSON object and nothing else, white space around it allowed; `lenient` takes the one object out of the text around it.
+
+    Raises:
+        InvalidReply: no_json, bad_json, extra_text or wrong_shape, as this module defines them.
+    """
+    if lenient:
+        return _only([Parsed(value) for value, _ in _objects_in(text)])
+    try:
+        value = parse_json(text)
+    except ValueError as error:
+        if _objects_in(text):
+            raise InvalidReply("extra_text", "there is other text beside the JSON object") from None
+        raise _no_object(text, error) from None
+    if not isinstance(value, dict):
+        raise InvalidReply("wrong_shape", f"a JSON {_json_type(value)} instead of an object")
+    return Parsed(value)
+
+
+def parse_toolcall(text: str, lenient: bool = False) -> Parsed:
+    """Exactly one `<tool_call name="X">{...}</tool_call>`, white space around it and around its object allowed.
+
+    `lenient` takes the one call out of the text around it, with other quotes, case and white space in the wrapper.
+
+    Raises:
+        InvalidReply: no_json, bad_json, extra_text or wrong_shape, as this module defines them.
+    """
+    if lenient:
+        return _only(_loose_calls(text))
+    stripped = text.strip()
+    opened = _OPEN.match(stripped)
+    if not opened or not stripped.endswith(_CLOSE):
+        raise _no_call(text)
+    try:
+        value = parse_json(stripped[opened.end() : -len(_CLOSE)])
+    except ValueError as error:
+        raise _no_call(text, error) from None
+    if not isinstance(value, dict):
+        raise InvalidReply("wrong_shape", f"the arguments are a JSON {_json_type(value)} instead of an object")
+    return Parsed(value, opened[1])
+
+
+def _no_call(text: str, reason: object = "no JSON object in it is whole") -> InvalidReply:
+    """What is wrong with a text that is not one call: it is extra_text where a tag, a whole object and a closing tag follow."""
+    opened = _OPEN.search(text)
+    inside = _objects_in(text, opened.end()) if opened else []
+    if inside and _CLOSE in text[inside[0][1] :]:
+        return InvalidReply("extra_text", "there is other text or a second call beside the call")
+    if _objects_in(text):
+        return InvalidReply("wrong_shape", 'there is JSON, but not inside <tool_call name="..."> and </tool_call>')
+    return _no_object(text, reason)
+
+
+def _no_object(text: str, reason: object) -> InvalidReply:
+    return InvalidReply("bad_json", str(reason)) if "{" in text else InvalidReply("no_json", "no JSON object begins in it")
+
+
+def _only(found: list[Parsed]) -> Parsed:
+    if len(found) != 1:
+        raise InvalidReply("wrong_shape" if found else "no_json", f"{len(found)} replies in the text instead of one")
+    return found[0]
+
+
+def _loose_calls(text: str) -> list[Parsed]:
+    """The calls in a text, behind each other; what stands inside a call's arguments is no call."""
+    calls, opened = [], _LOOSE_OPEN.search(text)
+    while opened:
+        try:
+            value, end = _decode(text, opened.end())
+            if closed := _LOOSE_CLOSE.match(text, end):
+                calls.append(Parsed(value, opened[1].strip()))
+                end = closed.end()
+        except ValueError:
+            end = opened.end()
+        opened = _LOOSE_OPEN.search(text, end)
+    return calls
+
+
+Parser = Callable[..., Parsed]
+
+
+# -- Matching --------------------------------------------------------------------------------------------------------------------
+
+
+class Match(NamedTuple):
+    """How one reply compares with its reference: three yes-no answers and the counts behind precision and recall.
+
+    `predicted` and `expected` count leaves, `matched` those in both; with the wrong tool `matched` is 0.
+    """
+
+    valid: bool
+    name: bool
+    exact: bool
+    matched: int
+    predicted: int
+    expected: int
+
+    @property
+    def precision(self) -> float:
+        return self.matched / self.predicted if self.predicted else 0.0
+
+    @property
+    def recall(self) -> float:
+        return self.matched / self.expected if self.expected else 0.0
+
+    @property
+    def f1(self) -> float:
+        return 2 * self.matched / (self.predicted + self.expected) if self.predicted + self.expected else 0.0
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A row's gold, parsed once, with what the looser matchers need: worked out when the first miss asks for it.
+
+    `text` is what it was parsed from: a reply that is the same letter by letter needs no parsing.
+    """
+
+    parsed: Parsed
+    schema: dict | None = None
+    accept: dict[str, list] | None = None
+    text: str | None = None
+
+    @cached_property
+    def leaves(self) -> frozenset[Leaf]:
+        return leaves(self.parsed.value)
+
+    @cached_property
+    def coerced(self) -> dict[str, Any]:
+        return coerce(self.parsed.value, self.schema)
+
+    @cached_property
+    def filled(self) -> frozenset[Leaf]:
+        """The leaves that an aligned reply is compared with."""
+        return leaves(with_defaults(self.coerced, self.schema))
+
+    @cached_property
+    def nested(self) -> bool:
+        """Whether a structured gold is `{"tool_name", "arguments"}`, so that `accept` speaks of what stands under `arguments`."""
+        call = self.parsed.name is None and "tool_name" in self.coerced
+        return call and isinstance(self.coerced.get("arguments"), dict)
+
+    @cached_property
+    def options(self) -> dict[str, list]:
+        """`accept` with its values converted as a reply's are."""
+        schema = property_schema(self.schema or {}, "arguments") if self.nested else self.schema
+        schema = schema if isinstance(schema, dict) else {}
+        given = self.accept or {}
+        return {key: [coerce(option, property_schema(schema, key)) for option in options] for key, options in given.items()}
+
+    def align(self, value: dict[str, Any], folded: bool) -> frozenset[Leaf]:
+        """A reply's leaves, once its types are converted, acceptable values replaced by the gold's own and defaults filled in."""
+        value = coerce(value, self.schema)
+        if not self.nested:
+            value = _accepted(value, self.coerced, self.options, folded)
+        elif isinstance(value.get("arguments"), dict):
+            value = value | {"arguments": _accepted(value["arguments"], self.coerced["arguments"], self.options, folded)}
+        return leaves(with_defaults(value, self.schema))
+
+
+class Scored(NamedTuple):
+    """One reply under the three matchers, and why it missed under `strict` (None: it did not)."""
+
+    strict: Match
+    schema: Match
+    lenient: Match
+    error: str | None
+
+
+def score(parse: Parser, reference: Reference, text: str, finish_reason: str = "stop") -> Scored:
+    """Score one reply.
+
+    A filtered, refused or failed reply scores 0 whatever its text; a truncated one is scored as it stands (a reply may be whole
+    when the limit cuts it), and its error is `truncated` where it misses.
+    """
+    if finish_reason in UNSCORED:
+        missed = _missed(reference)
+        return Scored(missed, missed, missed, UNSCORED[finish_reason])
+    gold = reference.parsed
+    try:
+        parsed = gold if text == reference.text else parse(text)
+    except InvalidReply as invalid:
+        strict, error, parsed = _missed(reference), invalid.error, _leniently(parse, text)
+        schema, lenient = strict, _loose_matches(parsed, reference)[1] if parsed else strict
+    else:
+        if parsed is gold or (parsed.name == gold.name and same(parsed.value, gold.value)):
+            count = size(parsed.value)
+            exact = Match(True, True, True, count, count, count)
+            return Scored(exact, exact, exact, None)  # equal by value is equal under the looser matchers too
+        strict = _match(leaves(parsed.value), reference.leaves, parsed.name == gold.name)
+        schema, lenient = _loose_matches(parsed, reference)
+        error = _difference_error(parsed, gold)
+    return Scored(strict, schema, lenient, "truncated" if finish_reason == "length" else error)
+
+
+def _leniently(parse: Parser, text: str) -> Parsed | None:
+    try:
+        return parse(text, lenient=True)
+    except InvalidReply:
+        return None
+
+
+def _missed(reference: Reference) -> Match:
+    return Match(False, False, False, 0, 0, size(reference.parsed.value))
+
+
+def _match(predicted: frozenset[Leaf], expected: frozenset[Leaf], right_tool: bool = True) -> Match:
+    matched = len(predicted & expected) if right_tool else 0
+    return Match(True, right_tool, right_tool and predicted == expected, matched, len(predicted), len(expected))
+
+
+def _difference_error(parsed: Parsed, gold: Parsed) -> str:
+    """The first of ERRORS that holds for a well-formed reply that is not equal to its reference."""
+    if parsed.name != gold.name or ("tool_name" in gold.value and _differs_at(parsed, gold, "tool_name")):
+        return "wrong_tool"
+    found: set[str] = set()
+    _collect(gold.value, parsed.value, found)
+    return min(found, key=ERRORS.index)
+
+
+def _differs_at(parsed: Parsed, gold: Parsed, key: str) -> bool:
+    return key in parsed.value and not same(parsed.value[key], gold.value[key])
+
+
+def _collect(want: Any, got: Any, found: set[str]) -> None:
+    """Add the errors between two JSON values; lists of other lengths are a wrong value, not missing arguments."""
+    if _json_type(want) != _json_type(got):
+        found.add("wrong_type")
+    elif isinstance(want, dict):
+        found.update({"missing_argument"} if want.keys() - got.keys() else ())
+        found.update({"extra_argument"} if got.keys() - want.keys() else ())
+        for key in want.keys() & got.keys():
+            _collect(want[key], got[key], found)
+    elif isinstance(want, list) and len(want) == len(got):
+        for left, right in zip(want, got, strict=True):
+            _collect(left, right, found)
+    elif want != got:
+        found.add("wrong_value")
+
+
+# -- The looser matchers ---------------------------------------------------------------------------------------------------------
+
+
+def _loose_matches(parsed: Parsed, reference: Reference) -> tuple[Match, Match]:
+    """(schema, lenient). To the schema matcher the same is what the schema allows: types it can convert, its defaults, and the
+    row's acceptable values; to the lenient one, case and white space in the tool's name and in values (not in keys) are nothing
+    besides."""
+    if _fold(parsed.name) != _fold(reference.parsed.name):
+        wrong = _match(leaves(parsed.value), reference.leaves, right_tool=False)
+        return wrong, wrong
+    aligned = reference.align(parsed.value, folded=False)
+    schema = _match(aligned, reference.filled, parsed.name == reference.parsed.name)
+    if reference.accept:  # more values are acceptable once they are folded
+        aligned = reference.align(parsed.value, folded=True)
+    return schema, _match(_folded(aligned), _folded(reference.filled))
+
+
+def _fold(text: Any) -> Any:
+    """A text without its case and white space; anything else as it is."""
+    return " ".join(text.casefold().split()) if isinstance(text, str) else text
+
+
+def _folded(fields: frozenset[Leaf]) -> frozenset[Leaf]:
+    return frozenset([(path, kind, _fold(value)) for path, kind, value in fields])
+
+
+def _accepted(value: dict, gold: dict, accept: dict[str, list], folded: bool) -> dict:
+    """The arguments with every acceptable value replaced by the gold's own."""
+    value = dict(value)
+    for key, options in accept.items():
+        if key in value and any(_accepts(option, value[key], folded) for option in options):
+            del value[key]
+        elif key in value or "" not in options:
+            continue
+        if key in gold:
+            value[key] = gold[key]
+    return value
+
+
+def _accepts(option: Any, value: Any, folded: bool) -> bool:
+    """Whether a value is one that the row accepts: equal, or (BFCL) an object whose leaves are lists of acceptable values."""
+    wanted, given = leaves(option), leaves(value)
+    if wanted == given or (folded and _folded(wanted) == _folded(given)):
+        return True
+    if isinstance(option, dict) and isinstance(value, dict):
+        choices = {key: given if isinstance(given, list) else [given] for key, given in option.items()}
+        return value.keys() <= choices.keys() and all(
+            any(_accepts(choice, value[key], folded) for choice in given) if key in value else "" in given
+            for key, given in choices.items()
+        )
+    if isinstance(option, list) and isinstance(value, list) and len(option) == len(value):
+        return all(_accepts(left, right, folded) for left, right in zip(option, value, strict=True))
+    return False

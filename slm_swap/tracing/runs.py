@@ -1,0 +1,269 @@
+"""Langfuse: every run is one trace, every row a generation under it with its usage and scores.
+
+A trace goes into a file beside the run's report and from there to Langfuse (`outbox`): an outage never fails a run and
+holds its end up by at most `CLOSE_SECONDS`; what did not arrive stays in the file, and one line on stderr says so.
+"""
+
+import hashlib
+import math
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slm_swap.common.settings import Settings, display_path
+from slm_swap.tracing.outbox import SUFFIX, Outbox
+from slm_swap.tracing.wire import NoLangfuse, Server, as_text
+
+if TYPE_CHECKING:
+    from slm_swap.clients.protocol import Reply
+    from slm_swap.rows.prompts import Messages
+
+CLOSE_SECONDS = 10
+ROOT_SPAN = "run"
+
+
+@dataclass(frozen=True)
+class Tracing:
+    """How a run is traced: `optional` goes on without Langfuse, `content` sends prompts and replies, `session` groups runs."""
+
+    optional: bool = False
+    content: bool = True
+    session: str | None = None
+
+
+@dataclass(frozen=True)
+class Connection:
+    """A Langfuse project that runs are traced to; `project` None: it is not there, and traces are kept on the disk."""
+
+    server: Server
+    project: str | None
+    secrets: list[str]
+    tracing: Tracing
+
+
+def connect(settings: Settings, tracing: Tracing | None = None) -> Connection | None:
+    """Where this run is traced to, None where it is not; called before any model is loaded.
+
+    Raises:
+        UserError: tracing is on, and as `wire.address`; or the server gives no answer or rejects the keys (not where tracing is
+            optional).
+    """
+    tracing = tracing or Tracing()
+    if settings.langfuse_disabled:
+        return None
+    server, project = Server(settings), None
+    try:
+        project = server.project()
+    except NoLangfuse as trouble:
+        if not tracing.optional:
+            raise
+        print(f"warning: {trouble}", file=sys.stderr)
+    return Connection(server, project, sorted(settings.secrets, key=len, reverse=True), tracing)
+
+
+@contextmanager
+def trace_run(
+    connection: Connection | None,
+    name: str,
+    beside: Path,
+    metadata: dict[str, Any] | None = None,
+    tags: list[str] | None = None,
+    seed: str | None = None,
+    keep: bool = False,
+) -> Iterator["RunTrace | NoTrace"]:
+    """One trace around a run, kept on its way in a file beside `beside`, the run's report; none without a connection.
+
+    `seed` makes the trace's id: a run that was interrupted goes on with its trace under the same seed. With `keep` the file stays until
+    the run ends well, so that rows are not told twice. An exception inside marks the trace ERROR and goes on its way after it is delivered.
+
+    Raises:
+        UserError: before the body runs: the file is another run's or cannot be written.
+    """
+    if connection is None:
+        yield NoTrace()
+        return
+    trace = RunTrace(connection, name, beside, metadata or {}, tags or [], seed or str(uuid.uuid4()))
+    try:
+        yield trace
+    except BaseException as error:
+        trace.fail(f"{type(error).__name__}: {error}")
+        trace.close(keep)
+        raise
+    trace.close()
+
+
+class NoTrace:
+    """What a run with LANGFUSE_DISABLED=1 gets: every call is taken and nothing is sent."""
+
+    id: str | None = None
+    url: str | None = None
+
+    def generation(self, *_: Any, **__: Any) -> None: ...
+
+    scores = event = span = update = row_id = generation
+
+
+class RunTrace:
+    """The trace of one run. Calls may come from any thread and never fail for Langfuse's sake."""
+
+    def __init__(self, connection: Connection, name: str, beside: Path, metadata: dict[str, Any], tags: list[str], seed: str):
+        self._content, session = connection.tracing.content, connection.tracing.session
+        server, self._host = connection.server, connection.server.host
+        self.id = trace_id(seed)
+        self.url = f"{server.base_url}/project/{connection.project}/traces/{self.id}" if connection.project else None
+        shared = {
+            "langfuse.trace.name": name,
+            "langfuse.trace.tags": [str(tag) for tag in tags],
+            **({"session.id": session} if session else {}),
+            **{f"langfuse.trace.metadata.{key}": value for key, value in metadata.items()},
+        }
+        header = {"trace": self.id, "base_url": server.base_url, "attributes": shared}
+        self._outbox = Outbox(outbox_path(beside), header, server if connection.project else None, connection.secrets)
+        self._root = _span_id(self.id, ROOT_SPAN)
+        self._start = time.time_ns()
+        self._root_facts: dict[str, Any] = {"type": "chain", "metadata": dict(metadata)}
+        self._name = name
+
+    def generation(
+        self,
+        name: str,
+        model: str,
+        messages: "Messages",
+        reply: "Reply",
+        scores: dict[str, float | str] | None = None,
+        error: str | None = None,
+        cost: float | None = None,
+        metadata: dict[str, Any] | None = None,
+        parent: str | None = None,
+        attributes: Callable[[str], dict[str, str]] | None = None,
+        ended: int | None = None,
+    ) -> None:
+        """One row, whose span has the id `row_id(name)`; gone over where the trace has it already.
+
+        A failed request (`reply.error`) is level ERROR, a reply that misses (`error`) level WARNING. Without `cost` Langfuse may show
+        a price of its own for a model that it knows by name. `attributes` gives, for the span's id, attributes of OpenTelemetry's own, such as an experiment's.
+        """
+        end = ended or time.time_ns()
+
+        def records() -> list[dict[str, Any]]:
+            identity = self.row_id(name)
+            if identity in self._outbox.known:
+                return []
+            facts = {
+                "type": "generation",
+                "input": messages if self._content else _digest(messages),
+                "output": reply.text if self._content else _digest(reply.text),
+                "model.name": model,
+                "metadata": {"finish_reason": reply.finish_reason, "seconds": reply.seconds, "error": error, **(metadata or {})},
+                "level": "ERROR" if reply.error else "WARNING" if error else "DEFAULT",
+                "status_message": reply.error or error,
+                "usage_details": {  # the keys must not overlap, and the server adds them up
+                    "input": int(reply.input_tokens) - int(reply.cached_tokens),
+                    "input_cached_tokens": int(reply.cached_tokens),
+                    "output": int(reply.output_tokens),
+                },
+                "cost_details": None if cost is None else {"total": cost},
+            }
+            start = end - int(reply.seconds * 1e9)
+            more = attributes(identity) if attributes else None
+            span = self._span(identity, parent or self._root, name, start, end, facts, more)
+            return [span, *self._scores(identity, scores or {})]
+
+        self._outbox.add(records)
+
+    def row_id(self, name: str) -> str:
+        """The id of a row's span."""
+        return _span_id(self.id, f"row:{name}")
+
+    def span(
+        self, name: str, start: int, end: int, metadata: dict[str, Any] | None = None, parent: str | None = None, level: str = "DEFAULT"
+    ) -> str:
+        """A stretch of the run (a batch, a retry) in nanoseconds since 1970, and its id: equal spans are one."""
+        identity = _span_id(self.id, f"span:{name}:{start}")
+        facts = {"type": "span", "metadata": metadata or {}, "level": level}
+        self._outbox.add(lambda: [self._span(identity, parent or self._root, name, start, end, facts)])
+        return identity
+
+    def scores(self, values: dict[str, float | str]) -> None:
+        """Scores of the whole run: numbers are numeric, texts categorical."""
+        given = dict(values)
+        self._outbox.add(lambda: self._scores(None, given))
+
+    def event(self, name: str, metadata: dict[str, Any] | None = None) -> None:
+        """A point in time under the run: a decision, a point of the loss curve."""
+        now = time.time_ns()
+        identity, facts = _span_id(self.id, f"event:{name}:{now}"), {"type": "event", "metadata": metadata or {}}
+        self._outbox.add(lambda: [self._span(identity, self._root, name, now, now, facts)])
+
+    def update(self, output: Any = None, metadata: dict[str, Any] | None = None) -> None:
+        """The outcome of the run (its metrics), and facts known only later (paths)."""
+        self._root_facts |= {} if output is None else {"output": output}
+        self._root_facts["metadata"] |= metadata or {}
+
+    def fail(self, message: str) -> None:
+        """Mark the run as failed."""
+        self._root_facts |= {"level": "ERROR", "status_message": message}
+
+    def close(self, keep: bool = False) -> None:
+        """End the trace and wait, at most CLOSE_SECONDS, until it has arrived; say on stderr what has not. `keep` its file anyway."""
+        end = time.time_ns()
+        self._outbox.add(lambda: [self._span(self._root, "", self._name, self._start, end, self._root_facts)])
+        missing = {kind: count for kind, count in self._outbox.close(CLOSE_SECONDS, keep).items() if count}
+        if self._outbox.unwritten:
+            print(f"warning: {display_path(self._outbox.path)} could not take all of the trace ({self._outbox.unwritten})", file=sys.stderr)
+        if self._outbox.turned_down:
+            print(f"warning: Langfuse at {self._host} turned {self._outbox.turned_down:,} scores down as not valid", file=sys.stderr)
+        if missing:
+            told = " and ".join(f"{count:,} {kind}" for kind, count in missing.items())
+            why = f" ({self._outbox.reason})" if self._outbox.reason else ""
+            print(
+                f"warning: {told} have not reached Langfuse at {self._host}{why}: they are kept in "
+                f"{display_path(self._outbox.path)}; send them by python 01_eval/resend_traces.py",
+                file=sys.stderr,
+            )
+
+    def _span(
+        self,
+        identity: str,
+        parent: str,
+        name: str,
+        start: int,
+        end: int,
+        facts: dict[str, Any],
+        attributes: dict[str, str] | None = None,
+    ) -> dict[str, Any]:
+        """A record of a span, as the outbox keeps it; `wire.encode` makes attributes of the facts."""
+        span = {"id": identity, "parent": parent, "name": name, "start": start, "end": end, "facts": facts}
+        return {"span": span | ({"attributes": attributes} if attributes else {})}
+
+    def _scores(self, of: str | None, values: dict[str, float | str]) -> list[dict[str, Any]]:
+        """A record of an observation's scores, or of the trace's; without None, NaN and infinity, which Langfuse rejects."""
+        good = {
+            name: value for name, value in values.items() if isinstance(value, str) or (value is not None and math.isfinite(value))
+        }
+        return [{"scores": good, "of": of, "at": time.time_ns()}] if good else []
+
+
+def trace_id(seed: str) -> str:
+    """As the SDK's create_trace_id."""
+    return hashlib.sha256(seed.encode()).digest()[:16].hex()
+
+
+def outbox_path(report: Path) -> Path:
+    """Where what a run's trace still has to deliver lies: beside its report."""
+    return report.with_name(report.name.removesuffix(".json") + SUFFIX)
+
+
+def _span_id(trace: str, name: str) -> str:
+    return hashlib.blake2b(f"{trace}:{name}".encode("utf-8", "replace"), digest_size=8).hexdigest()
+
+
+def _digest(value: Any) -> dict[str, Any]:
+    """What stands for a text that is not sent: its length and sha256."""
+    text = as_text(value)
+    return {"sha256": hashlib.sha256(text.encode("utf-8", "replace")).hexdigest(), "characters": len(text)}

@@ -1,0 +1,140 @@
+"""The process that delivers a run's records to Langfuse, from the file that the run writes (`outbox`).
+
+Its standard input says what to do: a line with the task (the file's descriptor, the keys), and, when the run has ended, a line with the
+seconds that are left. Where the input ends before, the run was killed: what is on its way is waited for, and the rest stays in the file.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from slm_swap.common.settings import Settings
+from slm_swap.tracing.outbox import KINDS, Item, TraceFile, parse
+from slm_swap.tracing.wire import Answer, Server
+
+BATCH = {"spans": 256, "scores": 1024}  # in one request: a quarter of a megabyte or so
+LAST_TRIES = 3  # of what fails while the run ends
+REFUSALS = 3  # so many refused alone, one after the other, and nothing taken: it is the server, not they
+SEND_EVERY = 0.5  # seconds: less would make more, smaller requests
+KILLED_SECONDS = 2  # what a killed run's sender waits for its last answers; less than outbox.LOCK_SECONDS
+
+
+class Sender:
+    """A thread for spans and one for scores, until all is delivered and the run has ended, or there is no use in trying on."""
+
+    def __init__(self, file: TraceFile, server: Server, pauses: Sequence[float]):
+        self._file, self._pauses = file, pauses
+        self._header = next(value["header"] for _, line in file.lines() if "header" in (value := parse(line)))
+        self._mark = file.mark()
+        self._change = threading.Condition()
+        self._closing = False
+        self._deadline = float("inf")
+        self._took = dict.fromkeys(KINDS, 0.0)  # seconds of the last request
+        posts = {"spans": server.send_spans, "scores": server.send_scores}
+        self._threads = [threading.Thread(target=self._send, args=post, daemon=True) for post in posts.items()]
+        for thread in self._threads:
+            thread.start()
+
+    def end(self, seconds: float) -> None:
+        """The run has ended: deliver what is left, and begin no request that `seconds` may be too short for."""
+        with self._change:
+            self._closing, self._deadline = True, time.monotonic() + seconds
+            self._change.notify_all()
+
+    def join(self) -> None:
+        for thread in self._threads:
+            thread.join()
+
+    def _send(self, kind: str, post: Callable[[list[dict]], Answer]) -> None:
+        failures = last = 0
+        self._retry_refused(kind, post)
+        at = self._mark["delivered"][kind]
+        while self._in_time(kind):
+            closing = self._closing
+            items, end = self._file.items(kind, at, BATCH[kind], self._header)
+            if not items and closing:
+                return
+            if not items or self._deliver(kind, post, items):
+                at, failures, last = end, 0, 0
+                if len(items) < BATCH[kind] and not closing:
+                    self._wait(SEND_EVERY, closing)
+                continue
+            at = max(at, self._mark["delivered"][kind])
+            failures, last = failures + 1, last + closing
+            if last > LAST_TRIES:
+                return
+            self._wait(self._pauses[min(last or failures, len(self._pauses)) - 1], closing)
+
+    def _wait(self, seconds: float, closing: bool) -> None:
+        """Wait, until the run ends at most, or where it has ended (`closing`) until the deadline."""
+        with self._change:
+            self._change.wait_for(lambda: self._closing > closing, min(seconds, max(0.0, self._deadline - time.monotonic())))
+
+    def _in_time(self, kind: str) -> bool:
+        """Whether a request that takes as long as the last one would be answered in time: one that is not would be sent twice."""
+        return time.monotonic() + self._took[kind] < self._deadline
+
+    def _deliver(self, kind: str, post: Callable[[list[dict]], Answer], items: list[Item]) -> bool:
+        """Post items, in halves where the server refuses them as they are; False where they cannot be delivered now."""
+        parts, alone = deque([items]), []
+        while parts and self._in_time(kind):
+            part = parts.popleft()
+            begun = time.monotonic()
+            answer = post([item.value for item in part])
+            self._took[kind] = time.monotonic() - begun
+            if answer.taken:
+                self._note(kind, parts[0][0].at if parts else items[-1].end, alone, turned_down=answer.turned_down)
+                alone = []
+            elif answer.refused and len(part) > 1:
+                middle = len(part) // 2
+                parts.extendleft((part[middle:], part[:middle]))
+            else:
+                self._note(kind, self._mark["delivered"][kind], [], reason=answer.reason)
+                alone.append(part[0])
+                if not answer.refused or len(alone) >= REFUSALS:
+                    return False
+        if alone and not parts:
+            self._note(kind, items[-1].end, alone)
+        return not parts
+
+    def _retry_refused(self, kind: str, post: Callable[[list[dict]], Answer]) -> None:
+        """What the server refused in an earlier process may be to its taste now."""
+        for place in list(self._mark["refused"][kind]):
+            items = [item for item in self._file.items(kind, place[0], 1, self._header)[0] if item.index == place[1]]
+            if post([item.value for item in items]).taken:
+                self._mark["refused"][kind].remove(place)
+                self._note(kind, self._mark["delivered"][kind], [])
+
+    def _note(self, kind: str, at: int, refused: list[Item], reason: str = "", turned_down: int = 0) -> None:
+        """Write into the file how far it has come, where that is news."""
+        with self._change:
+            before = json.dumps(self._mark)
+            self._mark["delivered"][kind] = at
+            self._mark["refused"][kind] += [[item.at, item.index] for item in refused]
+            self._mark["turned_down"] += turned_down
+            self._mark["reason"] = reason or self._mark["reason"]
+            if json.dumps(self._mark) != before:
+                self._file.append([self._mark])
+
+
+def main() -> None:
+    """Deliver as standard input says, until all is delivered or the run is gone."""
+    os.nice(10)  # the run goes first where it needs every core
+    task = json.loads(sys.stdin.buffer.readline())
+    server = Server(Settings(**task["account"]), task["request_seconds"])
+    sender = Sender(TraceFile(task["descriptor"]), server, task["pauses"])
+
+    def leave() -> None:
+        sender.join()
+        os._exit(0)
+
+    threading.Thread(target=leave).start()
+    while seconds := sys.stdin.buffer.readline():
+        sender.end(float(seconds))
+    sender.end(0)
+    time.sleep(KILLED_SECONDS)
+    os._exit(0)

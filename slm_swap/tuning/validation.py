@@ -1,0 +1,93 @@
+"""What is measured while a model is being trained: the loss on the validation rows, and the track's own metrics on generated replies."""
+
+from typing import Any
+
+from slm_swap.common.errors import UserError
+from slm_swap.evaluating.evaluation import evaluate, references, summary
+from slm_swap.rows.examples import Example
+from slm_swap.scoring.tracks import TRACKS
+from slm_swap.slm_client import SLMClient
+from slm_swap.tuning.packing import IGNORED
+
+MAX_NEW_TOKENS = 256  # as eval.py
+BATCH = 32
+
+
+class ExactEvaluation:
+    """Mixed into a Trainer: the mean loss over all targets of the validation rows, however they lie in batches and on ranks.
+
+    transformers' own loop repeats rows so that all ranks have as many, and counts the repeats; with DeepSpeed it refuses to run before
+    training has begun. Here each rank has its rows, nothing waits in between, and the model is not cast or wrapped.
+    """
+
+    def targets_loss(self, batch: dict[str, Any]) -> tuple[Any, Any]:
+        """The sum of the losses of a batch's targets, and their number, as tensors; by default of a model that gives the mean."""
+        count = (batch["labels"][..., 1:] != IGNORED).sum()
+        return self.model(**batch, use_cache=False)["loss"] * count, count
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        """Each row once: ranks may have different numbers of batches."""
+        self.accelerator.even_batches = False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.accelerator.even_batches = True
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        import torch
+
+        training = self.model.training
+        self.model.eval()
+        total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        with torch.no_grad(), self.accelerator.autocast():
+            for batch in self.get_eval_dataloader(eval_dataset):
+                loss, count = self.targets_loss(self._prepare_inputs(batch))
+                total += torch.stack((loss.double(), count.double()))
+        self.model.train(training)
+        loss, count = self.accelerator.reduce(total).tolist()
+        metrics = {f"{metric_key_prefix}_loss": loss / count}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+class GenerationSample:
+    """Called, it lets a trainer's model reply to some rows, each rank to its share, and gives the metrics of eval.py's report.
+
+    Raises:
+        UserError: the back end's model cannot generate while it is trained.
+    """
+
+    def __init__(self, trainer: Any, tokenizer: Any, track: str, examples: list[Example], backend: str):
+        if examples and backend == "unsloth":
+            raise UserError("--eval-generate does not work with Unsloth's model: use --backend trl, or drop it")
+        self.trainer, self.tokenizer, self.track, self.examples = trainer, tokenizer, track, examples
+
+    def __call__(self) -> dict[str, float]:
+        if not self.examples:
+            return {}
+        import torch
+        from accelerate.utils import gather_object
+
+        model, arguments = self.trainer.model, self.trainer.args
+        base, share = model.get_base_model(), self.examples[arguments.process_index :: arguments.world_size]
+        attention, training = base.config._attn_implementation, model.training
+        base.set_attn_implementation("sdpa")  # that of packed rows knows no cache
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                client = LiveClient(model.eval(), self.tokenizer)
+                rows = evaluate(self.track, client, share, references(TRACKS[self.track], share), BATCH)
+        finally:
+            base.set_attn_implementation(attention)
+            model.train(training)
+        return summary(TRACKS[self.track], gather_object(rows))["metrics"]
+
+
+class LiveClient(SLMClient):
+    """A model in memory behind the client protocol."""
+
+    def __init__(self, model: Any, tokenizer: Any):
+        from slm_swap.clients.engines.transformers_engine import TransformersEngine
+
+        self.tokenizer, self.max_new_tokens = tokenizer, MAX_NEW_TOKENS
+        self.engine = TransformersEngine(model, tokenizer, BATCH, capture=False)

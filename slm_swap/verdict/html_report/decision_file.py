@@ -1,0 +1,333 @@
+"""The decision file that compare.py writes, the rows files and the dataset behind it: read, checked, nothing in them trusted."""
+
+import json
+import re
+from collections.abc import Iterator
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from slm_swap.common.errors import UserError
+from slm_swap.common.reports import read_json, sha256_file
+from slm_swap.common.settings import display_path, find_path
+from slm_swap.rows.examples import read_jsonl, text_hash
+from slm_swap.scoring.tracks import TRACKS, Track
+from slm_swap.verdict.decision import EXIT_CODES
+from slm_swap.verdict.html_report.text import all_visible, visible, word_diff
+
+MADE_BY = "03_compare/compare.py"
+HALF_PAIR = re.compile("[\ud800-\udfff]")  # no text: it has no hash, and no row is made of it
+
+# -- The file's form, as JSON Schema. What may be null may be absent, too: then it is null. --------------------------------------
+
+
+def maybe(schema: dict) -> dict:
+    return {"anyOf": [{"type": "null"}, schema]}
+
+
+def record(**properties: dict) -> dict:
+    required = [name for name, schema in properties.items() if "anyOf" not in schema]
+    return {"type": "object", "properties": properties, "required": required}
+
+
+def listed(schema: dict) -> dict:
+    return {"type": "array", "items": schema}
+
+
+def named(schema: dict, **more: Any) -> dict:
+    return {"type": "object", "additionalProperties": schema, **more}
+
+
+TEXT, FLAG = {"type": "string"}, {"type": "boolean"}
+RATE = {"type": "number", "minimum": 0, "maximum": 1}
+DIFFERENCE = {"type": "number", "minimum": -1, "maximum": 1}
+AMOUNT = {"type": "number", "minimum": 0, "maximum": 1e15}
+COUNT = {"type": "integer", "minimum": 0, "maximum": 10**15}
+INTERVAL = {"type": "array", "items": DIFFERENCE, "minItems": 2, "maxItems": 2}
+VERDICT = {"enum": list(EXIT_CODES)}
+PATH = {"type": "string", "pattern": r"^[^\x00]+$"}
+SIDE = record(path=maybe(PATH), sha256=maybe(TEXT), rows_path=maybe(PATH), rows_sha256=maybe(TEXT))
+COMPARED = {"azure": RATE, "slm": RATE, "difference": DIFFERENCE, "interval": maybe(INTERVAL)}
+SCHEMA = record(
+    stage={"const": "compare"},
+    track={"enum": list(TRACKS)},
+    verdict=VERDICT,
+    sentence=maybe(TEXT),
+    created_at=maybe(TEXT),
+    code=maybe(record(commit=maybe(TEXT), dirty=maybe(FLAG))),
+    rule=TEXT,
+    delta=RATE,
+    alpha=maybe({"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 0.5}),
+    rows=maybe(COUNT),
+    clusters=maybe(record(by=TEXT, count=COUNT, effective=AMOUNT)),
+    reports=record(azure=SIDE, slm=SIDE, before=maybe(SIDE)),
+    models=maybe(named(maybe({"type": "object"}))),
+    labels=maybe(record(azure=maybe(TEXT), slm=maybe(TEXT), before=maybe(TEXT))),
+    inputs=maybe(record(path=maybe(PATH), sha256=maybe(TEXT))),
+    metrics=named(
+        record(
+            **COMPARED,
+            p_value=maybe(RATE),
+            p_worse=maybe(RATE),
+            p_worse_holm=maybe(RATE),
+            azure_interval=maybe(INTERVAL),
+            slm_interval=maybe(INTERVAL),
+            discordant=maybe(record(azure_better=COUNT, slm_better=COUNT, equal=COUNT)),
+        ),
+        minProperties=1,
+    ),
+    failing=maybe(listed(TEXT)),
+    need=maybe(
+        record(
+            towards=VERDICT,
+            metric=TEXT,
+            rows=maybe(COUNT),
+            clusters=maybe(COUNT),
+            rows_if_equal=maybe(COUNT),
+            azure_cost=maybe(AMOUNT),
+            slm_cost=maybe(AMOUNT),
+            why=maybe(TEXT),
+        )
+    ),
+    matchers=maybe(named(record(verdict=VERDICT, metrics=named(record(**COMPARED))))),
+    flips=maybe(FLAG),
+    gap=maybe(
+        record(
+            metric=TEXT,
+            azure=RATE,
+            slm=RATE,
+            difference=DIFFERENCE,
+            errors=listed(record(kind=TEXT, azure=RATE, slm=RATE, difference=DIFFERENCE, azure_rows=COUNT, slm_rows=COUNT)),
+            remedies=maybe(
+                listed(
+                    record(
+                        remedy=TEXT,
+                        kinds=listed(TEXT),
+                        rows=COUNT,
+                        gain_at_most=DIFFERENCE,
+                        gain_measured=maybe(DIFFERENCE),
+                    )
+                )
+            ),
+        )
+    ),
+    groups=maybe(
+        record(
+            by=TEXT,
+            metric=TEXT,
+            mean=maybe(DIFFERENCE),
+            between_sd=maybe(AMOUNT),
+            all=listed(
+                record(group=TEXT, rows=COUNT, azure=RATE, slm=RATE, difference=DIFFERENCE, shrunk=DIFFERENCE, interval=INTERVAL)
+            ),
+        )
+    ),
+    gold_audit=maybe(
+        record(
+            rows=listed(record(id=TEXT, group=maybe(TEXT), reference=TEXT, reply=TEXT)),
+            count=COUNT,
+            verdict_without=maybe(VERDICT),
+            metrics_without=maybe(named(record(**COMPARED))),
+        )
+    ),
+    before=maybe(
+        record(
+            metrics=named(
+                record(before=RATE, slm=RATE, gain=DIFFERENCE, interval=maybe(INTERVAL), p_value=maybe(RATE)), minProperties=1
+            ),
+            worse=listed(TEXT),
+            better=listed(TEXT),
+            metric=maybe(TEXT),
+        )
+    ),
+    cost=maybe(
+        record(
+            currency=maybe(TEXT),
+            azure=maybe(
+                record(
+                    per_1000=maybe(AMOUNT),
+                    input_tokens_per_row=maybe(AMOUNT),
+                    cached_tokens_per_row=maybe(AMOUNT),
+                    output_tokens_per_row=maybe(AMOUNT),
+                )
+            ),
+            slm=maybe(record(per_1000=maybe(AMOUNT), seconds_per_row=maybe(AMOUNT), hour=maybe(AMOUNT))),
+            training=maybe(record(seconds=maybe(AMOUNT), cost=maybe(AMOUNT))),
+            on_demand=maybe(record(break_even_tasks=maybe(AMOUNT), why=maybe(TEXT))),
+            always_on=maybe(
+                record(
+                    hours_per_month=maybe(AMOUNT),
+                    per_month=maybe(AMOUNT),
+                    capacity_tasks_per_month=maybe(AMOUNT),
+                    pay_off_months=maybe(AMOUNT),
+                    break_even_tasks_per_month=maybe(AMOUNT),
+                    why=maybe(TEXT),
+                )
+            ),
+            unknown=maybe(listed(TEXT)),
+        )
+    ),
+    sequential=maybe(
+        record(
+            stopped_after_rows=maybe(COUNT),
+            rows_available=maybe(COUNT),
+            calls_saved=maybe(COUNT),
+            azure_cost_saved=maybe(AMOUNT),
+            certain_at=maybe(named(maybe(COUNT))),
+        )
+    ),
+    warnings=maybe(listed(TEXT)),
+    trace=maybe(record(id=maybe(TEXT), url=maybe(TEXT))),
+)
+
+
+def with_nulls(value: Any, schema: dict) -> Any:
+    """A value of a schema of this module, with every property that is absent there and null."""
+    if value is None:
+        return None
+    schema = schema["anyOf"][1] if "anyOf" in schema else schema
+    if "items" in schema:
+        return [with_nulls(item, schema["items"]) for item in value]
+    if "additionalProperties" in schema:
+        return {key: with_nulls(child, schema["additionalProperties"]) for key, child in value.items()}
+    if "properties" in schema:
+        return value | {key: with_nulls(value.get(key), child) for key, child in schema["properties"].items()}
+    return value
+
+
+def read_decision(path: Path) -> dict[str, Any]:
+    """A decision with every key of the contract, null where the file does not give it. Its strings are as they stand there.
+
+    Raises:
+        UserError: the file is missing or is not a decision.
+    """
+    from jsonschema import Draft202012Validator
+    from jsonschema.exceptions import best_match
+
+    value, shown = read_json(path, MADE_BY), display_path(path)
+    if value.get("stage") != "compare":
+        raise UserError(f"{shown} is not a decision: give one that {MADE_BY} has written")
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        raise UserError(f"{shown} has a number in it that is none (NaN, infinity): make it again with {MADE_BY}") from None
+    if fault := best_match(Draft202012Validator(SCHEMA).iter_errors(value)):
+        place = visible(fault.json_path)[:200]
+        raise UserError(f"{shown} is not a decision as compare writes it (see {place}): make it again with {MADE_BY}")
+    return with_nulls(value, SCHEMA)
+
+
+# -- Rows ------------------------------------------------------------------------------------------------------------------------
+
+
+class Rows:
+    """Both models' rows, side by side, read from their files each time that they are iterated over."""
+
+    def __init__(self, decision: dict[str, Any], azure: Path, slm: Path):
+        self.azure, self.slm = azure, slm
+        self.track = TRACKS[decision["track"]]
+        self.by_tool = (decision["groups"] or decision["clusters"] or {}).get("by") == "tool"
+        audit, before = decision["gold_audit"], decision["before"]
+        self.marks = {
+            "reference": {row["id"] for row in audit["rows"]} if audit else set(),
+            "broken": set(before["worse"]) if before else set(),
+            "mended": set(before["better"]) if before else set(),
+        }
+        self.dataset = dataset(decision["inputs"])
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Each row as page.js takes it, every string of it visible.
+
+        Raises:
+            UserError: a line is not a row, or the files hold other rows; the line is named.
+        """
+        prompts = prompts_of(self.dataset) if self.dataset else {}
+        end = (f"{display_path(self.azure)}, behind its end", None)
+        for (where, azure), (_, slm) in zip_longest(read_jsonl(self.azure), read_jsonl(self.slm), fillvalue=end):
+            if not is_row(azure) or not is_row(slm) or azure["id"] != slm["id"]:
+                raise UserError(f"{where}: not the same row as in {display_path(self.slm)}: evaluate and compare again")
+            marks = [mark for mark, ids in self.marks.items() if azure["id"] in ids]
+            row = {
+                "id": azure["id"],
+                "group": self.group(azure),
+                "azure": self.side(azure),
+                "slm": self.side(slm),
+                "marks": marks,
+            }
+            if azure.get("prompt_sha256") in prompts:
+                row["prompt"] = prompts[azure["prompt_sha256"]]
+            yield all_visible(row)
+
+    def group(self, row: dict[str, Any]) -> str:
+        """The row's group; the tool that its reference calls where tools are what is compared, or no group is given."""
+        return (tool_of(self.track, row["reference"]) if self.by_tool or not row.get("group") else None) or row.get("group") or ""
+
+    def side(self, row: dict[str, Any]) -> dict[str, Any]:
+        """What one model did: whether it was right, the error, and the difference between its reply and the reference."""
+        told = {
+            "right": row["scores"].get(self.track.exact) == 1,
+            "error": row.get("error"),
+            "diff": word_diff(visible(row["reference"]), visible(row["reply"])),
+        }
+        if row.get("reply_error") or row.get("finish_reason") not in (None, "stop"):
+            told["ended"] = row.get("reply_error") or row["finish_reason"]
+        return told
+
+
+def is_row(value: Any) -> bool:
+    """Whether a decoded line has what is read of it here, of the right types."""
+    if not isinstance(value, dict) or not isinstance(value.get("scores"), dict):
+        return False
+    texts = all(isinstance(value.get(name), str) for name in ("id", "reply", "reference"))
+    perhaps = ("group", "prompt_sha256", "error", "finish_reason", "reply_error")
+    return texts and all(value.get(name) is None or isinstance(value[name], str) for name in perhaps)
+
+
+def open_rows(decision: dict[str, Any]) -> Rows | None:
+    """The rows behind a decision; None where it does not name both files with their hashes.
+
+    Raises:
+        UserError: as `rows_file`.
+    """
+    azure, slm = (rows_file(decision["reports"][side]) for side in ("azure", "slm"))
+    return Rows(decision, azure, slm) if azure and slm else None
+
+
+def rows_file(report: dict[str, str | None]) -> Path | None:
+    """The rows file that a decision names; None where it names none with a hash.
+
+    Raises:
+        UserError: it is missing, or not the file that was compared.
+    """
+    if not report["rows_path"] or not report["rows_sha256"]:
+        return None
+    path = find_path(report["rows_path"])
+    if not path.is_file():
+        raise UserError(f"no rows at {display_path(path)}: put the file back, or evaluate and compare again")
+    if sha256_file(path) != report["rows_sha256"]:
+        raise UserError(f"{display_path(path)} is not the file that was compared (its sha256 differs): compare again")
+    return path
+
+
+def dataset(inputs: dict[str, Any] | None) -> Path | None:
+    """The dataset that the models were evaluated on, where it is still there as it was."""
+    if not inputs or not inputs["path"] or not inputs["sha256"]:
+        return None
+    path = find_path(inputs["path"])
+    return path if path.is_file() and sha256_file(path) == inputs["sha256"] else None
+
+
+def prompts_of(path: Path) -> dict[str, str]:
+    """The prompts of a dataset by the hash that rows files know them by."""
+    prompts = (row["prompt"] for _, row in read_jsonl(path) if isinstance(row, dict) and isinstance(row.get("prompt"), str))
+    return {text_hash(prompt): prompt for prompt in prompts if not HALF_PAIR.search(prompt)}
+
+
+def tool_of(track: Track, reference: str) -> str | None:
+    """The tool that a reference calls; None where it calls none."""
+    try:
+        parsed = track.parse(reference)
+    except ValueError:
+        return None
+    name = parsed.name or parsed.value.get("tool_name")
+    return name if isinstance(name, str) else None

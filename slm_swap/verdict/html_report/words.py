@@ -1,0 +1,111 @@
+"""Numbers and names of a decision in plain words. Rates and differences are 0..1; people read per cent and points."""
+
+from slm_swap.verdict.decision import FINE_TUNE, NEED_MORE_DATA, SWAP
+
+HEADLINES = {
+    SWAP: "Swap: the small model can take this task over",
+    FINE_TUNE: "Not yet: the small model falls short",
+    NEED_MORE_DATA: "Not decided yet: more rows are needed",
+}
+VERDICTS = {SWAP: "Swap", FINE_TUNE: "Not yet", NEED_MORE_DATA: "More rows needed"}
+METRICS = {  # a metric's name, and what it is the share of
+    "json_valid_rate": ("Valid JSON", "replies that are one JSON object and nothing else"),
+    "exact_match_rate": ("Fully right reply", "replies that equal the reference in every field"),
+    "field_precision": ("Field precision", "the given fields that are right, averaged over rows"),
+    "field_recall": ("Field recall", "the wanted fields that are given and right, averaged over rows"),
+    "field_f1": ("Field F1", "precision and recall in one number (harmonic mean)"),
+    "valid_call_rate": ("Well-formed call", "replies that are exactly one call, in the form that was asked for"),
+    "name_match_rate": ("Right tool", "replies that call the right tool"),
+    "args_exact_rate": ("Fully right call", "replies with the right tool and every argument right"),
+    "args_precision": ("Argument precision", "the given arguments that are right, averaged over rows"),
+    "args_recall": ("Argument recall", "the wanted arguments that are given and right, averaged over rows"),
+    "args_f1": ("Argument F1", "precision and recall in one number (harmonic mean)"),
+}
+ERROR_KINDS = {  # the kinds of the decision's gap, then the errors of single rows
+    "format": "Wrong form",
+    "wrong_tool": "Wrong tool",
+    "missing": "Something missing",
+    "extra": "Something too much",
+    "type": "Wrong type",
+    "value": "Wrong value",
+    "truncated": "Cut off",
+    "filtered": "Filtered or refused",
+    "failed": "Request failed",
+    "refused": "Refused",
+    "no_json": "No JSON",
+    "bad_json": "Broken JSON",
+    "extra_text": "Other text around it",
+    "wrong_shape": "Wrong shape",
+    "missing_argument": "Missing argument",
+    "extra_argument": "Extra argument",
+    "wrong_type": "Wrong type of value",
+    "wrong_value": "Wrong value in it",
+}
+MATCHERS = {
+    "strict": ("Strict", "equal as JSON, in the exact form asked for: what the verdict goes by"),
+    "schema": ("By schema", "types that the schema can convert, its defaults and acceptable values count as right"),
+    "lenient": ("Lenient", "also other upper and lower case, white space and text around the reply"),
+}
+MINUS = "\u2212"
+
+
+def percent(rate: float) -> str:
+    return f"{100 * rate:.1f}%"
+
+
+def signed(difference: float) -> str:
+    """Points with their sign; one that rounds to zero has none."""
+    text = f"{100 * difference:+.1f}".replace("-", MINUS)
+    return "0.0" if text[1:] == "0.0" else text
+
+
+def range_of(difference: float, interval: list[float] | None) -> str:
+    """`+3.2 (+1.1 to +5.3)`, in points."""
+    return signed(difference) if interval is None else f"{signed(difference)} ({signed(interval[0])} to {signed(interval[1])})"
+
+
+def rate_of(rate: float, interval: list[float] | None) -> str:
+    """`91.2% (88.0 to 93.5)`"""
+    return percent(rate) if interval is None else f"{percent(rate)} ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})"
+
+
+def points(difference: float) -> str:
+    """`3.2 points`, without a sign."""
+    return f"{abs(100 * difference):.1f} points"
+
+
+def standing(difference: float) -> str:
+    """Where the small model stands for azure - slm: `3.2 points behind`."""
+    if signed(difference) == "0.0":
+        return "level"
+    return f"{points(difference)} {'behind' if difference > 0 else 'ahead'}"
+
+
+def count(number: float, what: str = "") -> str:
+    """`1,234 rows`, `1 row`"""
+    text = f"{number:,.0f}"
+    return f"{text} {what if text != '1' else what.removesuffix('s')}".strip()
+
+
+def significant(number: float) -> str:
+    """An amount as a person would write it: 1,234, 12.30, 0.042."""
+    if number == 0 or number >= 100:
+        return f"{number:,.0f}"
+    if number >= 1:
+        return f"{number:.2f}"
+    return f"{number:.2g}" if number >= 1e-4 else f"{number:.1e}"
+
+
+def short(number: float) -> str:
+    """A tick of an axis: 250k, 1.5M, 0.05."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:g}{letter}"
+    return f"{number:g}"
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `12 min`, `3.5 h`"""
+    if seconds < 90:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,209 @@
+"""A decision as text: the lines that compare.py prints, its tables in a terminal, and Markdown for a pull request.
+
+Names of models, groups and rows come from outside: what a terminal or Markdown would act on is shown, not done.
+"""
+
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from slm_swap.verdict.comparison import points
+
+MOST = 10  # groups, rows or ids that are listed; the decision file has all
+ACTING = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}  # Unicode's categories of what is no visible character
+Table = tuple[str, Sequence[str], list[Sequence[str]]]  # title, headings, rows
+
+
+def plain(text: Any, length: int = 80) -> str:
+    """One line without control, direction or line-break characters, cut to a length."""
+    shown = "".join("\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) in ACTING else c for c in str(text))
+    return shown if len(shown) <= length else shown[: length - 1] + "…"
+
+
+def brief(told: dict[str, Any]) -> None:
+    """All differences, on standard output."""
+    print(f"{'metric':24} {'azure':>8} {'slm':>8} {'azure - slm':>12}" + ("" if told["alpha"] is None else f"  {_level(told)} interval"))
+    for name, values in told["metrics"].items():
+        shown = f"{name:24} {values['azure']:8.4f} {values['slm']:8.4f} {values['difference']:+12.4f}"
+        if told["alpha"] is not None:
+            shown += "  {:+.4f} to {:+.4f}".format(*values["interval"])
+        print(shown + (f"  worse by more than {told['delta']:g}" if name in told["failing"] else ""))
+    if told.get("sentence"):
+        print(told["sentence"])
+
+
+def table(told: dict[str, Any]) -> None:
+    """The evidence as tables, on standard output."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table as Rich
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    for title, headings, rows in tables(told):
+        console.print(Text(title, style="bold"))
+        shown = Rich(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for index, heading in enumerate(headings):
+            shown.add_column(Text(heading), justify="left" if _is_text(index, heading) else "right", overflow="fold")
+        for row in rows:
+            shown.add_row(*(Text(cell) for cell in row))
+        console.print(shown)
+    for text in notes(told):
+        console.print(Text(plain(text, 1000)))
+
+
+def markdown(told: dict[str, Any]) -> str:
+    """The same as Markdown."""
+    parts = [f"## {told['track']}: {told['verdict']}", *(_escape(plain(text, 1000)) for text in notes(told))]
+    for title, headings, rows in tables(told):
+        cells = [[_escape(cell) for cell in line] for line in (headings, *rows)]
+        cells.insert(1, ["---" if _is_text(*heading) else "--:" for heading in enumerate(headings)])
+        parts.append("\n".join([f"**{_escape(title)}**", "", *(f"| {' | '.join(line)} |" for line in cells)]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _is_text(index: int, heading: str) -> bool:
+    """Whether a column holds texts, which stand to the left, and not numbers."""
+    return index == 0 or heading in ("verdict", "reference", "both models say")
+
+
+def _escape(text: str) -> str:
+    """Text that Markdown leaves alone: no markup, no HTML, and (by a space of no width) no mention, reference or link of itself."""
+    text = re.sub(r"([\\`*_{}\[\]<>|~&$])", r"\\\1", text)
+    return re.sub(r"([@#]|:(?=//)|www(?=\.)|gh(?=-))", "\\1\u200b", text, flags=re.IGNORECASE)
+
+
+def notes(told: dict[str, Any]) -> list[str]:
+    """What is said in sentences: the verdict, what would settle it, doubtful references, money, warnings."""
+    told = {"need": None, "gold_audit": None, "cost": None, "sequential": None, "before": None, "sentence": None} | told
+    found = [told["sentence"]] if told["sentence"] else []
+    if told["need"] and told["need"]["azure_cost"] is not None:
+        rows, cost = told["need"]["rows"], told["need"]["azure_cost"]
+        found.append(f"The azure model's replies to {rows:,} further rows would cost about {cost:.2f}{_currency(told)}.")
+    if told["sequential"]:
+        found.append(_sequential(told))
+    if told["gold_audit"] and told["gold_audit"]["count"]:
+        audit = told["gold_audit"]
+        without = f"; the verdict without them: {audit['verdict_without']}" if audit["verdict_without"] else ""
+        found.append(f"Rows on which both models agree with each other and not with the reference: {audit['count']}{without}.")
+    if told["before"]:
+        changed = told["before"]
+        found.append(f"Rows that are right now and were wrong before: {len(changed['better'])}. Right before and wrong now: {_ids(changed['worse'])}.")
+    found += _money(told)
+    return found + [f"Warning: {text}" for text in told["warnings"]]
+
+
+def _ids(ids: Sequence[str]) -> str:
+    """How many, and which are the first."""
+    shown = ", ".join(plain(name, 40) for name in ids[:MOST])
+    return f"{len(ids)}" + (f" ({shown}{', …' if len(ids) > MOST else ''})" if ids else "")
+
+
+def _sequential(told: dict[str, Any]) -> str:
+    saved = told["sequential"]
+    if saved["stopped_after_rows"] is None:
+        at = saved["certain_after_rows"]
+        return f"Looked at after every row, the verdict was certain after {at} rows." if at else "Looked at after every row, no verdict is certain yet."
+    money = "" if saved["azure_cost_saved"] is None else f", {saved['azure_cost_saved']:.2f}{_currency(told)}"
+    return f"Stopped after {saved['stopped_after_rows']} of {saved['rows_available']} rows: {saved['calls_saved']} calls saved{money}."
+
+
+def _currency(told: dict[str, Any]) -> str:
+    currency = (told["cost"] or {}).get("currency")
+    return f" {currency}" if currency else ""
+
+
+def _money(told: dict[str, Any]) -> list[str]:
+    cost = told["cost"]
+    if not cost:
+        return []
+    found, unit = [], _currency(told)
+    known = [f"{name} {cost[name]['per_1000']:.4f}{unit}" for name in ("azure", "slm") if cost[name]["per_1000"] is not None]
+    if known:
+        found.append(f"1,000 tasks cost: {', '.join(known)}.")
+    for part, key, what in (
+        ("on_demand", "break_even_tasks", "tasks in all, the machine paid while it works"),
+        ("always_on", "break_even_tasks_per_month", "tasks a month, the machine kept running"),
+    ):
+        if cost[part] and cost[part][key] is not None:
+            found.append(f"The volume from which the small model is the cheaper one ({what}): {cost[part][key]:,}.")
+        elif cost[part] and cost[part]["why"]:
+            found.append(f"No break-even ({what}): {cost[part]['why']}.")
+    return found + [f"Not known: {text}." for text in cost["unknown"]]
+
+
+def _level(told: dict[str, Any]) -> str:
+    return f"{100 * (1 - 2 * told['alpha']):g}%"
+
+
+def _range(interval: Iterable[float] | None) -> str:
+    return "" if interval is None else " to ".join(points(end) for end in interval)
+
+
+def tables(told: dict[str, Any]) -> list[Table]:
+    """The decision's tables, in points (hundredths) but for p-values and counts; those that it has no evidence for are left out."""
+    found: list[Table] = [_metrics(told)]
+    if told.get("matchers"):
+        title = "Verdict by matcher" + (": it flips" if told["flips"] else "")
+        exact = told["gap"]["metric"]
+        rows = [
+            (name, own["verdict"], points(own["metrics"][exact]["difference"]), _range(own["metrics"][exact]["interval"]))
+            for name, own in told["matchers"].items()
+        ]
+        found.append((title, ("matcher", "verdict", f"{exact}, azure - slm", "interval"), rows))
+    if told.get("gap"):
+        found += _gap(told["gap"])
+    if told.get("groups"):
+        found.append(_groups(told["groups"]))
+    if told.get("gold_audit") and told["gold_audit"]["rows"]:
+        audit = told["gold_audit"]
+        rows = [[plain(row[name], 120) for name in ("id", "reference", "reply")] for row in audit["rows"][:MOST]]
+        found.append((f"Doubtful references, {len(rows)} of {audit['count']}", ("id", "reference", "both models say"), rows))
+    if told.get("before"):
+        rows = [
+            (name, points(own["before"]), points(own["slm"]), points(own["gain"]), _range(own["interval"]))
+            for name, own in told["before"]["metrics"].items()
+        ]
+        found.append((f"Before: {plain(told['labels']['before'])}, in points", ("metric", "before", "slm", "gain", "interval"), rows))
+    return found
+
+
+def _metrics(told: dict[str, Any]) -> Table:
+    paired = told["alpha"] is not None
+    headings = ["metric", "azure", "slm", "azure - slm", *([f"{_level(told)} interval", "p non-inf.", "p worse"] if paired else [])]
+    rows = []
+    for name, values in told["metrics"].items():
+        row = [name, points(values["azure"]), points(values["slm"]), points(values["difference"])]
+        if paired:
+            row += [_range(values["interval"]), f"{values['p_value']:.4f}", f"{values['p_worse_holm']:.4f}"]
+        rows.append(row)
+    labels = ", ".join(f"{name}: {plain(told['labels'][name], 40)}" for name in ("azure", "slm"))
+    return f"{told['rows']} rows, margin {points(told['delta'])}, in points; {labels}", headings, rows
+
+
+def _gap(gap: dict[str, Any]) -> list[Table]:
+    errors = [
+        (own["kind"], str(own["azure_rows"]), str(own["slm_rows"]), points(own["difference"]))
+        for own in gap["errors"] if own["azure_rows"] or own["slm_rows"]
+    ]  # fmt: skip
+    errors.append(("all", "", "", points(gap["difference"])))
+    remedies = [
+        (own["remedy"], str(own["rows"]), points(own["gain_at_most"]), "" if own["gain_measured"] is None else points(own["gain_measured"]))
+        for own in gap["remedies"]
+    ]
+    found: list[Table] = [(f"Where the gap in {gap['metric']} comes from", ("what is wrong", "azure rows", "slm rows", "points"), errors)]
+    if remedies:
+        found.append(("What would close it, the cheapest first", ("remedy", "slm rows", "gain at most", "right but for that"), remedies))
+    return found
+
+
+def _groups(groups: dict[str, Any]) -> Table:
+    rows = [
+        (plain(own["group"], 40), str(own["rows"]), points(own["azure"]), points(own["slm"]), points(own["shrunk"]), _range(own["interval"]))
+        for own in groups["all"][:MOST]
+    ]
+    title = f"By {groups['by']}, the worst {len(rows)} of {len(groups['all'])}: {groups['metric']}, azure - slm shrunk towards {points(groups['mean'])}"
+    if groups["between_sd"] == 0:
+        title += "; they differ by no more than chance"
+    return title, (groups["by"], "rows", "azure", "slm", "shrunk", "interval"), rows

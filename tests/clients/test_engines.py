@@ -1,0 +1,205 @@
+"""The engines of the local model, as far as a machine without a GPU goes: on the embedded tiny model, in fp32."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slm_swap.clients import engines
+from slm_swap.clients.engines import Prompt, Workload, choose_engine, vllm_engine
+from slm_swap.clients.engines import transformers_engine as module
+from slm_swap.clients.engines.attention import GROUPED, grouped_sdpa
+from slm_swap.clients.engines.transformers_engine import CapturedDecoder, take
+from slm_swap.clients.engines.vllm_engine import end_tokens, lora_rank, start_for
+from slm_swap.common.errors import UserError
+from slm_swap.common.settings import PACKAGE, ROOT, Settings
+from slm_swap.slm_client import SLMClient, encode_prompt, measure_workload
+from tests.clients.test_slm_client import BATCH, ask
+
+SETTINGS = Settings(slm_model_path="models/phi-tiny")
+
+
+@pytest.fixture(scope="module")
+def client() -> SLMClient:
+    return SLMClient(SETTINGS, precision="fp32", max_new_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def prompts(client) -> list[Prompt]:
+    """Of different lengths and limits."""
+    asked = [encode_prompt(client.tokenizer, messages) for messages in [*BATCH, ask("Check weather " + "for Rome " * 30), BATCH[0][1:]]]
+    return [Prompt(index, tokens, 3 + 5 * index % 22) for index, tokens in enumerate(asked)]
+
+
+@pytest.fixture(scope="module")
+def expected(client, prompts) -> dict[int, list[int]]:
+    """What transformers' own `generate` makes of each prompt alone, with its own attention."""
+    model, found = client.engine.model, {}
+    model.set_attn_implementation("sdpa")
+    for prompt in prompts:
+        ids = torch.tensor([prompt.tokens])
+        made = model.generate(input_ids=ids, max_new_tokens=prompt.limit, do_sample=False, pad_token_id=client.tokenizer.pad_token_id)
+        found[prompt.index] = [token for token in made[0, len(prompt.tokens) :].tolist() if token not in client.engine.ends]
+    model.set_attn_implementation(GROUPED)
+    return found
+
+
+def generated(engine, prompts, answered=()) -> dict[int, list[int]]:
+    return {made.index: made.tokens for made in engine.generate(prompts, answered)}
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 16])
+def test_replies_are_those_of_transformers(client, prompts, expected, size, monkeypatch):
+    monkeypatch.setattr(client.engine, "batch_size", size)
+    assert generated(client.engine, prompts) == expected
+    assert {len(tokens) for tokens in expected.values()} > {3}, "rows must leave their batch at different times"
+
+
+def test_rows_leave_a_batch_when_they_are_done(client, prompts, monkeypatch):
+    """The model is called with fewer and fewer rows, once half of them are done."""
+    sizes, forward = [], client.engine.model.forward
+
+    def counted(*args, **inputs):
+        sizes.append(len(inputs["input_ids"]))
+        return forward(*args, **inputs)
+
+    monkeypatch.setattr(client.engine, "batch_size", 16)
+    monkeypatch.setattr(client.engine.model, "forward", counted)
+    generated(client.engine, prompts)
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) >= 3
+    assert len(sizes) <= max(prompt.limit for prompt in prompts)
+
+
+@pytest.fixture
+def captured(client, monkeypatch):
+    """The decoder that replays CUDA graphs on a GPU, with its steps run as they are: all but the capturing."""
+
+    def steps(self, step):
+        step.at.zero_()
+        for _ in range(module.CHECK_EVERY):
+            self._step(step)
+
+    monkeypatch.setattr(CapturedDecoder, "_run", steps)
+    decoder = CapturedDecoder(client.engine.model, client.engine.ends)
+    monkeypatch.setattr(client.engine, "_captured", decoder)
+    return decoder
+
+
+@pytest.mark.parametrize("size", [1, 3, 16])
+def test_static_caches_give_the_same_replies(client, captured, prompts, expected, size, monkeypatch):
+    monkeypatch.setattr(client.engine, "batch_size", size)
+    monkeypatch.setattr(module, "PREFILL_TOKENS", 600)  # a batch's prompts in several parts
+    assert generated(client.engine, prompts) == expected
+    assert generated(client.engine, prompts) == expected, "caches and masks are used again"
+    assert all(rows & (rows - 1) == 0 for rows, _ in captured._steps)
+    if size == 16:
+        assert {rows for rows, _ in captured._steps} >= {16, 8}, "it goes on with a smaller cache"
+
+
+def test_a_model_is_captured_as_far_as_its_rotary_embedding_is_fixed(client):
+    class Model:
+        config = type("Config", (), {"rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 4096}, "sliding_window": 512})
+
+    decoder = CapturedDecoder(Model, {0})
+    assert decoder.fits(512 - module.CHECK_EVERY) and not decoder.fits(513 - module.CHECK_EVERY)
+    assert CapturedDecoder(client.engine.model, {0}).fits(10**6)
+
+
+def test_what_is_answered_keeps_its_place_in_a_batch(client, prompts, expected, monkeypatch):
+    batches, decode = [], client.engine._decode
+
+    def seen(batch):
+        batches.append([prompt.index for prompt in batch])
+        return decode(batch)
+
+    monkeypatch.setattr(client.engine, "batch_size", 4)
+    monkeypatch.setattr(client.engine, "_decode", seen)
+    generated(client.engine, prompts)
+    whole, left = list(batches), {prompts[2].index, prompts[5].index}
+    batches.clear()
+    found = generated(client.engine, prompts, answered={prompt.index for prompt in prompts} - left)
+    assert found == {index: expected[index] for index in left}
+    assert batches == [batch for batch in whole if left & set(batch)] and len(batches) < len(whole)
+
+
+def test_auto_takes_a_batch_size_and_keeps_it(client, prompts):
+    engine = module.TransformersEngine(client.engine.model, client.tokenizer, "auto")
+    assert engine.state()["batch_size_used"] is None
+    next(engine.generate(prompts))
+    assert engine.state() == {"batch_size_used": 8, "batches_halved": 0}
+    other = module.TransformersEngine(client.engine.model, client.tokenizer, "auto")
+    other.restore({"batch_size_used": 4, "batches_halved": 2})
+    assert other.state() == {"batch_size_used": 4, "batches_halved": 2}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 9), st.data())
+def test_grouped_attention_is_attention(rows, kv_heads, length, data):
+    """Against keys and values that are repeated for each query head, with any mask that leaves each row a slot."""
+    groups, size = data.draw(st.integers(1, 4)), 8
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    query = torch.randn(rows, kv_heads * groups, 1, size, generator=generator)
+    key, value = (torch.randn(rows, kv_heads, length, size, generator=generator) for _ in range(2))
+    mask = torch.rand(rows, 1, 1, length, generator=generator) < 0.5
+    mask[..., data.draw(st.integers(0, length - 1))] = True
+    mask = data.draw(st.sampled_from([None, mask]))
+    out, _ = grouped_sdpa(torch.nn.Module(), query, key, value, mask, scaling=0.3)
+    scores = torch.einsum("bhqd,bhkd->bhqk", query, key.repeat_interleave(groups, 1)) * 0.3
+    scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+    wanted = torch.einsum("bhqk,bhkd->bqhd", scores.softmax(-1), value.repeat_interleave(groups, 1))
+    torch.testing.assert_close(out, wanted)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1), st.lists(st.integers(0, 9)), st.integers(1, 30))
+def test_a_row_takes_tokens_up_to_its_end_or_limit(tokens, made, limit):
+    tokens = tokens[:limit]
+    taken, before = list(tokens), len(tokens)
+    take(taken, made, limit, {0})
+    assert taken[:before] == tokens and taken[before:] == made[: len(taken) - before] and len(taken) <= limit
+    assert 0 not in taken[:-1]
+    assert len(taken) == limit or taken[-1] == 0 or len(taken) - before == len(made)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "precision", "fast", "chosen"),
+    [
+        ("auto", None, True, ("vllm", "bf16")),
+        ("auto", "bf16", True, ("vllm", "bf16")),
+        ("auto", "fp8", True, ("vllm", "fp8")),
+        ("auto", "int8", True, ("transformers", "int8")),
+        ("auto", "fp32", True, ("transformers", "fp32")),
+        ("auto", None, False, ("transformers", "int8")),
+        ("transformers", None, True, ("transformers", "int8")),
+        ("vllm", "fp32", True, ("vllm", "fp32")),
+        ("vllm", None, False, "the vllm engine cannot run here .no GPU.: pip install -r requirements-vllm.txt"),
+        ("auto", "fp8", False, "the vllm engine cannot run here"),
+        ("vllm", "int8", True, "the vllm engine has no precision int8: choose one of bf16, fp8, fp32"),
+        ("vllm", "nf4", False, "the vllm engine has no precision nf4"),
+        ("transformers", "fp8", True, "the transformers engine has no precision fp8"),
+    ],
+)
+def test_the_engine_is_chosen(wanted, precision, fast, chosen, monkeypatch):
+    monkeypatch.setattr(engines, "why_not_vllm", lambda: None if fast else "no GPU")
+    if isinstance(chosen, tuple):
+        assert choose_engine(wanted, precision) == chosen
+    else:
+        with pytest.raises(UserError, match=chosen):
+            choose_engine(wanted, precision)
+
+
+def test_the_start_is_chosen_by_what_was_measured():
+    told = json.loads((ROOT / "benchmarks/results/engine_start.json").read_text())
+    assert told["extra_seconds"] == pytest.approx(vllm_engine.EXTRA_SECONDS, rel=0.01)
+    assert told["saved_seconds"] == pytest.approx(vllm_engine.SAVED_SECONDS, rel=0.01)
+
+
+def test_vllm_starts_for_its_workload(client, tmp_path):
+    assert [start_for(rows) for rows in (1, 512, 2_500, 3_000, 200_000)] == ["eager", "eager", "eager", "graphs", "graphs"]
+    lengths = [len(encode_prompt(client.tokenizer, messages)) for messages in BATCH]
+    assert measure_workload(client.tokenizer, iter(BATCH), 7) == Workload(len(BATCH), max(lengths) + 7)
+    assert set(end_tokens(PACKAGE / "models/phi-tiny", None)) == client.engine.ends
+    for rank, wanted in ((4, 8), (8, 8), (64, 64), (65, 128)):
+        (tmp_path / "adapter_config.json").write_text(f'{{"r": 1, "rank_pattern": {{"q": {rank}}}}}')
+        assert lora_rank(tmp_path) == wanted

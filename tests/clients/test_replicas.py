@@ -1,0 +1,373 @@
+"""Evaluation by several processes, each with a replica of the tiny model: the report of one process, whatever happens to them."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import slm_swap.clients.replicas as module
+from slm_swap.clients.protocol import Reply
+from slm_swap.clients.replicas import Replicas, answer, take_one_gpu
+from slm_swap.common.errors import UserError
+from slm_swap.common.reports import rows_path, write_jsonl
+from slm_swap.common.settings import PACKAGE, Launch
+from slm_swap.evaluating.journal import journal_path
+from slm_swap.rows.examples import Example
+from tests.support import eval_process
+from tests.tuning.test_launches import children_of
+
+ROWS = [Example(f"Say {number} {'and again ' * (number % 7)}", f'{{"a":{number}}}', id=f"r{number}").to_json() for number in range(64)]
+TIMES = ("created_at", "seconds", "args", "sessions")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    write_jsonl(path, ROWS)
+    return path
+
+
+def flags(rows, out, *more) -> list:
+    return ["--track", "structured", "--model-kind", "slm", "--dataset", rows, "--precision", "fp32", "--max-new-tokens", 6, "--out", out, *more]
+
+
+def environment(rank: int = 0, world: int = 1, port: int = 0) -> dict[str, str]:
+    told = {"LANGFUSE_DISABLED": "1", "SLM_MODEL_PATH": "models/phi-tiny", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return told | ({name: str(value) for name, value in ranks.items()} if world > 1 else {})
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(tmp_path, world: int, argv: list, **changed: dict[str, str]) -> list:
+    """The ranks' processes, as a launcher would start them; `changed` by rank is other environment, as rank1={...}."""
+    port = free_port() if world > 1 else 0
+    told = [environment(rank, world, port) | changed.get(f"rank{rank}", {}) for rank in range(world)]
+    return [eval_process.start(argv, variables, tmp_path / f"log{rank}") for rank, variables in enumerate(told)]
+
+
+def finish(processes: list) -> list[int]:
+    for process in processes:
+        process.join(90)
+    return [process.exitcode for process in processes]
+
+
+def outcome(out) -> tuple:
+    report = {name: value for name, value in json.loads(out.read_text()).items() if name not in TIMES}
+    lines = [json.loads(line) for line in rows_path(out).read_text().splitlines()]
+    return report, [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def whole(rows, tmp_path_factory):
+    """What one process makes of the rows."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert finish(start(folder, 1, flags(rows, folder / "out.json"))) == [0], (folder / "log0").read_text()
+    return outcome(folder / "out.json")
+
+
+def test_three_processes_end_in_the_report_of_one(tmp_path, rows, whole):
+    out = tmp_path / "three/out.json"
+    assert finish(start(tmp_path, 3, flags(rows, out, "--batch-size", 8))) == [0, 0, 0], (tmp_path / "log0").read_text()
+    assert outcome(out) == whole
+    assert [(tmp_path / f"log{rank}").read_text() for rank in (1, 2)] == ["", ""], "only rank 0 prints"
+    assert sorted(path.name for path in out.parent.iterdir()) == ["out.json", "out.rows.jsonl"]
+
+
+def test_killed_with_all_processes_it_goes_on_with_another_number_of_them(tmp_path, rows, whole):
+    out = tmp_path / "killed/out.json"
+    journal = journal_path(out)
+    processes = start(tmp_path, 2, flags(rows, out))
+    answered(journal, 16)
+    for process in processes:
+        process.kill()
+    finish(processes)
+    kept = journal.read_bytes().count(b'"row"')
+    assert 16 <= kept < len(ROWS)
+    assert finish(start(tmp_path, 3, flags(rows, out))) == [0, 0, 0]
+    assert outcome(out) == whole and json.loads(out.read_text())["sessions"] == 2
+
+
+def answered(journal, rows: int) -> None:
+    """Wait until so many rows are in the journal."""
+    deadline = time.monotonic() + 90
+    while not (journal.exists() and journal.read_bytes().count(b'"row"') >= rows):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_a_process_that_dies_ends_the_run_and_costs_none_of_its_rows(tmp_path, rows, whole):
+    out = tmp_path / "dies/out.json"
+    processes = start(tmp_path, 2, flags(rows, out))
+    answered(journal_path(out), 8)
+    processes[1].kill()
+    assert finish(processes) == [2, -signal.SIGKILL]
+    said = (tmp_path / "log0").read_text()
+    assert "error: rank 1 has ended (what it said stands above): run the same command again to go on" in said
+    assert "rows are answered and kept: the same command goes on from there" in said
+    assert finish(start(tmp_path, 1, flags(rows, out))) == [0] and outcome(out) == whole
+
+
+@pytest.mark.parametrize(("rank", "sent", "code", "said"), [(0, signal.SIGINT, 130, "interrupted"), (1, signal.SIGKILL, 2, "error: rank 1 has ended")])
+def test_rank_0_ends_in_order_in_the_middle_of_a_batch(tmp_path, rows, rank, sent, code, said):
+    """As processes of their own: those of `start` are forks, whose interpreter is never wound up. One batch takes longer than the rest."""
+    out, port = tmp_path / "out.json", free_port()
+    told = [os.environ | environment(number, 2, port) for number in range(2)]
+    words = [sys.executable, str(eval_process.EVAL), *map(str, flags(rows, out, "--batch-size", 4, "--max-new-tokens", 512))]
+    processes = [subprocess.Popen(words, env=env, stderr=subprocess.PIPE, text=True) for env in told]
+    answered(journal_path(out), 4)
+    processes[rank].send_signal(sent)
+    heard = [process.communicate(timeout=90)[1] for process in processes]
+    assert processes[0].returncode == code and said in heard[0] and "terminate called" not in heard[0], heard[0]
+    assert "rows are answered and kept: the same command goes on from there" in heard[0]
+    assert rank == 1 or processes[1].returncode == 0
+
+
+def served(client) -> tuple[Connection, threading.Thread]:
+    """A connection to a replica in a thread, which ends with it."""
+    here, there = Pipe()
+
+    def work():
+        there.send((client.load_seconds, client.identity, client.state()))
+        with pytest.raises(EOFError):
+            answer(client, there)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    return here, thread
+
+
+class Echo:
+    """Says each row's text again."""
+
+    load_seconds = 0.0
+
+    def __init__(self, **state):
+        self.identity, self.told = {"device": "cpu", "files_sha256": "ab"}, state
+
+    def stream(self, rows, answered=()):
+        for index, messages in rows:
+            if index not in answered:
+                yield index, Reply(messages[0]["content"])
+
+    def state(self):
+        return dict(self.told)
+
+    def restore(self, state):
+        self.told = state
+
+
+def test_what_fails_in_a_rank_is_told_before_it_ends():
+    """A launcher ends rank 0 as soon as another rank has ended."""
+
+    class Failing(Echo):
+        def stream(self, rows, answered=()):
+            for index, _ in rows:
+                raise UserError(f"row {index} does not fit")
+            yield
+
+    (fine, _), (failing, thread) = served(Echo()), served(Failing())
+    replicas = Replicas([fine, failing], lambda seconds: None)
+    with pytest.raises(UserError, match="rank 1: row 1 does not fit"):
+        list(replicas.stream([(0, [{"content": "a"}]), (1, [{"content": "b"}])]))
+    thread.join(0.3)
+    assert thread.is_alive()
+    replicas.close()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+class Store(dict):
+    """A launcher's store, as far as replicas go."""
+
+    set = dict.__setitem__
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_rank_that_does_not_come_is_named(monkeypatch, ended):
+    """Also where rank 0's own replica has ended by then."""
+    here, there = Pipe()
+    if ended:
+        there.close()
+    monkeypatch.setattr(module, "PATIENCE", 0.2)
+    monkeypatch.setattr(module, "_store", Store)
+    with pytest.raises(UserError, match=r"not connected within 0\.2 s: rank 1, 2: see"):
+        module.open_replicas(Launch(0, 3, replica=here), None, lambda seconds: None)
+
+
+def test_a_replica_that_ends_before_the_rows_come_is_told_of(monkeypatch):
+    here, there = Pipe()
+    there.close()
+    monkeypatch.setattr(module, "_store", Store)
+    with pytest.raises(UserError, match="rank 0 has ended"):
+        module.open_replicas(Launch(0, 1, replica=here), None, lambda seconds: None)
+
+
+def test_what_a_replica_sent_does_not_hide_that_it_has_ended():
+    here, there = Pipe()
+    there.send((0.0, {"device": "cpu"}, {}))
+    replicas = Replicas([here], lambda seconds: None)
+    there.send((0, Reply("said")))
+    there.close()
+    with pytest.raises(UserError, match="rank 0 has ended"):
+        list(replicas.stream([(0, [])]))
+
+
+@pytest.mark.parametrize("missing", ["launcher", "rank 0"])
+def test_a_rank_that_finds_no_rank_0_ends(monkeypatch, missing):
+    """On another machine: no launcher ends it."""
+    for name, value in environment(1, 2, free_port()).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(module, "PATIENCE", 1)
+    if missing == "rank 0":
+        monkeypatch.setattr(module, "_store", lambda: {"port": free_port(), "key": b"secret"}, raising=True)
+    with pytest.raises(UserError, match=r"rank 0 is not to be reached at 127.0.0.1"):
+        module.serve(Launch(1, 2, 1, serves=True), lambda receive: None)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 4), st.integers(0, 40), st.integers(1, 9), st.integers(1, 9), st.integers(1, 9), st.data())
+def test_every_row_is_answered_once_however_they_are_dealt(ranks, count, ahead, taken, dealt, data):
+    """But those that are answered: also where a rank says that it has taken rows before it may have more."""
+    answered = data.draw(st.sets(st.integers(0, 40)))
+    before = module.AHEAD, module.TAKEN, module.DEALT
+    module.AHEAD, module.TAKEN, module.DEALT = max(ahead, taken), taken, dealt
+    try:
+        replicas = Replicas([served(Echo())[0] for _ in range(ranks)], lambda seconds: None)
+        replies = list(replicas.stream(((number, [{"content": str(number)}]) for number in range(count)), answered))
+        replicas.close()
+    finally:
+        module.AHEAD, module.TAKEN, module.DEALT = before
+    assert sorted((index, reply.text) for index, reply in replies) == [(number, str(number)) for number in range(count) if number not in answered]
+
+
+def test_the_state_is_rank_0s_but_for_what_all_of_them_count():
+    """And it is there with the reply that it came up with."""
+
+    class Halving(Echo):
+        def stream(self, rows, answered=()):
+            for index, _ in rows:
+                self.told = {"batch_size_used": 8, "batches_halved": self.told["batches_halved"] + 1}
+                yield index, Reply("said")
+
+    clients = [Halving(batch_size_used=None, batches_halved=0) for _ in range(2)]
+    replicas = Replicas([served(client)[0] for client in clients], lambda seconds: 2 * seconds)
+    assert replicas.state() == {"batch_size_used": None, "batches_halved": 0}
+    replicas.restore({"batch_size_used": 4, "batches_halved": 5})
+    assert replicas.state() == {"batch_size_used": 4, "batches_halved": 5}
+    halved = [replicas.state()["batches_halved"] for index, _ in replicas.stream(enumerate([[], [], []])) if index % 2 == 0]
+    assert halved[0] >= 6 and replicas.state() == {"batch_size_used": 8, "batches_halved": 8}
+    assert replicas.describe() == {"device": "cpu", "batch_size_used": 8, "batches_halved": 8} and replicas.cost(1, 1, 1, 3.0) == 6.0
+    replicas.close()
+
+
+def test_when_rank_0_dies_the_others_end(tmp_path, rows):
+    """Its replica, which no launcher knows of, too."""
+    processes = start(tmp_path, 2, flags(rows, tmp_path / "out.json"))
+    answered(journal_path(tmp_path / "out.json"), 8)
+    (replica,) = children_of(processes[0].pid)
+    processes[0].kill()
+    assert finish(processes) == [-signal.SIGKILL, 0]
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{replica}/exe").exists() and time.monotonic() < deadline:  # a zombie has none
+        time.sleep(0.01)
+    assert not Path(f"/proc/{replica}/exe").exists()
+
+
+def test_rank_0_says_what_another_one_lacks(tmp_path, rows):
+    processes = start(tmp_path, 2, flags(rows, tmp_path / "out.json"), rank1={"SLM_MODEL_PATH": "models/none"})
+    assert finish(processes) == [2, 0]
+    assert "error: rank 1: no checkpoint at models/none" in (tmp_path / "log0").read_text()
+    assert (tmp_path / "log1").read_text() == "" and not journal_path(tmp_path / "out.json").exists()
+
+
+def test_mistakes_are_said_once(tmp_path, rows):
+    for argv, said in (
+        (["--track", "structured", "--model-kind", "azure"], "only the local model has use for several processes"),
+        (["--track", "none"], "invalid choice: 'none'"),
+    ):
+        assert finish(start(tmp_path, 2, argv)) == [2, 2]
+        assert said in (tmp_path / "log0").read_text() and (tmp_path / "log1").read_text() == ""
+
+
+def launched(words: list, **told: str) -> subprocess.Popen:
+    """A launcher's process, in the package's folder as documented."""
+    path = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.Popen(
+        [str(word) for word in words], cwd=PACKAGE, env=os.environ | environment() | {"PATH": path} | told,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def test_the_wrapper_starts_a_process_for_each_gpu_that_seems_to_be_there(tmp_path, rows, whole):
+    out = tmp_path / "wrapper/out.json"
+    process = launched(["./eval_parallel.sh", *flags(rows, out)], CUDA_VISIBLE_DEVICES="0,1")
+    said, error = process.communicate(timeout=180)
+    assert process.returncode == 0, error
+    assert outcome(out) == whole and said.count("report: ") == 1
+
+
+def test_accelerate_starts_it_on_several_machines(tmp_path, rows, whole):
+    """Both are this one; without a GPU the documented configuration's processes work on the CPU."""
+    port, out = free_port(), tmp_path / "machines/out.json"
+    launch = ["accelerate", "launch", "--config_file", "accelerate_config/phi4_2gpu.yaml", "--num_machines", 2, "--main_process_ip", "127.0.0.1"]
+    launch += ["--main_process_port", port, "--machine_rank"]
+    machines = [launched([*launch, rank, "01_eval/eval.py", *flags(rows, out)]) for rank in range(2)]
+    heard = [machine.communicate(timeout=180) for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], heard
+    assert outcome(out) == whole and [said.count("report: ") for said, _ in heard] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("visible", "rank", "taken"),
+    [(None, 1, "1"), ("2,3", 0, "2"), ("2,3", 1, "3"), ("2,3", 2, ""), ("GPU-ab,GPU-cd", 1, "GPU-cd"), ("", 1, "")],
+)
+def test_each_process_sees_one_gpu(visible, rank, taken, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    take_one_gpu(Launch(rank, 4, rank))
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == taken
+
+
+def test_prompts_that_do_not_fit_are_refused_without_end(tmp_path, monkeypatch):
+    """More rows in a stretch than a rank is ever given ahead: the engine waits for prompts that it can take, and gets on."""
+    from slm_swap.clients.engines import transformers_engine
+    from slm_swap.common.settings import Settings
+    from slm_swap.slm_client import SLMClient
+
+    monkeypatch.setattr(module, "AHEAD", 32)
+    monkeypatch.setattr(module, "TAKEN", 4)
+    monkeypatch.setattr(transformers_engine, "WINDOW", 16)
+    client = SLMClient(Settings(slm_model_path="models/phi-tiny"), precision="fp32", max_new_tokens=3)
+    monkeypatch.setattr(client.engine, "context", 120)
+    rows = [(n, [{"role": "user", "content": "Say it" + (" again" * 300 if n % 10 else "")}]) for n in range(300)]
+    replicas = Replicas([served(client)[0]], lambda seconds: None)
+    replies = dict(replicas.stream(rows, answered={0}))
+    replicas.close()
+    assert sorted(replies) == list(range(1, 300))
+    assert sum(reply.error is not None for reply in replies.values()) == 270
+
+
+def test_ranks_of_different_models_do_not_work_together(tmp_path, rows):
+    other = tmp_path / "other"
+    shutil.copytree(PACKAGE / "models/phi-tiny", other)
+    config = json.loads((other / "generation_config.json").read_text())
+    (other / "generation_config.json").write_text(json.dumps(config | {"top_k": 7}))
+    assert finish(start(tmp_path, 2, flags(rows, tmp_path / "out.json"), rank1={"SLM_MODEL_PATH": str(other)}))[0] == 2
+    assert "error: rank 1 has another model than rank 0 (files_sha256)" in (tmp_path / "log0").read_text()

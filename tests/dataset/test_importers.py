@@ -1,0 +1,310 @@
+"""Importers: every drop reason, every bad row, and what a good row becomes."""
+
+import json
+
+import pytest
+
+from slm_swap.common.errors import UserError
+from slm_swap.dataset.importers import Dropped, Row, bfcl, jsonl, read_rows, xlam
+
+WEATHER = {
+    "name": "weather",
+    "description": "The weather.",
+    "parameters": {"city": {"type": "str"}, "days": {"type": "int, optional"}, "unit": {"type": "str, optional", "default": "C"}},
+}
+CALL = {"name": "weather", "arguments": {"days": 2, "city": "Oslo"}}
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def xlam_row(answers=(CALL,), tools=(WEATHER,), **fields):
+    return {"id": 7, "query": "Oslo?", "answers": json.dumps(list(answers)), "tools": json.dumps(list(tools))} | fields
+
+
+def read_xlam(tmp_path, *rows):
+    return list(xlam([write(tmp_path / "rows.jsonl", rows)]))
+
+
+# -- xLAM ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_xlam_row(tmp_path):
+    [row] = read_xlam(tmp_path, xlam_row())
+    assert isinstance(row, Row)
+    assert (row.id, row.source, row.request, row.tool, row.accept) == ("7", "xlam:7", "Oslo?", "weather", None)
+    assert list(row.arguments.items()) == [("city", "Oslo"), ("days", 2)]  # in the schema's order
+    assert row.where.endswith("rows.jsonl:1")
+    assert row.tools[0]["parameters"]["required"] == ["city"]
+
+
+def test_lists_serve_as_well_as_json_in_strings(tmp_path):
+    assert read_xlam(tmp_path, xlam_row(answers=[CALL])) == read_xlam(
+        tmp_path, xlam_row() | {"answers": [CALL], "tools": [WEATHER]}
+    )
+
+
+def test_a_tool_listed_twice_is_listed_once(tmp_path):
+    [row] = read_xlam(tmp_path, xlam_row(tools=[WEATHER, WEATHER]))
+    assert len(row.tools) == 1
+
+
+@pytest.mark.parametrize(
+    "row, reason, why",
+    [
+        (xlam_row(answers=[CALL, CALL]), "several_answers", "2 answers"),
+        (xlam_row(answers=[]), "no_answer", "0 answers"),
+        (xlam_row(answers=[{"name": "news", "arguments": {}}]), "tool_not_listed", "news is not among weather"),
+        (xlam_row(answers=[{"arguments": {}}]), "tool_not_listed", "None is not among weather"),
+        (xlam_row(tools=[]), "tool_not_listed", "no tools"),
+        (xlam_row(tools=[WEATHER | {"parameters": {"city": {"type": "strin"}}}]), "schema_fault", "'strin'"),
+        (xlam_row(tools=[WEATHER, {"name": "odd", "parameters": {"p": {"type": "List[int"}}}]), "schema_fault", "'List[int'"),
+        (xlam_row(tools=[WEATHER, WEATHER | {"parameters": {}}]), "schema_fault", "two different tools of one name"),
+        (
+            xlam_row(answers=[{"name": "weather", "arguments": {"city": 5}}]),
+            "gold_breaks_schema",
+            "arguments.city: 5 is not of type",
+        ),
+        (xlam_row(answers=[{"name": "weather", "arguments": {}}]), "gold_breaks_schema", "'city' is a required property"),
+        (
+            xlam_row(answers=[{"name": "weather", "arguments": {"city": "x", "more": 1}}]),
+            "gold_breaks_schema",
+            "does not list it",
+        ),
+        (
+            xlam_row(answers=[{"name": "weather", "arguments": {"city": "x", "days": True}}]),
+            "gold_breaks_schema",
+            "True is not of type",
+        ),
+        (xlam_row(answers=[{"name": "weather"}]), "gold_breaks_schema", "None is not of type 'object'"),
+        (
+            xlam_row(answers='[{"name": "weather", "arguments": []}]') | {"answers": [CALL | {"arguments": []}]},
+            "gold_breaks_schema",
+            "[]",
+        ),
+        (xlam_row(answers=[{"name": "weather", "arguments": {"city": ""}}]), "empty_required_argument", "city"),
+    ],
+)
+def test_xlam_drops(tmp_path, row, reason, why):
+    [dropped] = read_xlam(tmp_path, row)
+    assert isinstance(dropped, Dropped)
+    assert (dropped.id, dropped.reason) == ("7", reason)
+    assert why in dropped.why
+
+
+def test_gold_with_nan_is_dropped(tmp_path):
+    tool = {"name": "f", "parameters": {"x": {"type": "float"}}}
+    [dropped] = read_xlam(tmp_path, xlam_row(answers=[{"name": "f", "arguments": {"x": float("nan")}}], tools=[tool]))
+    assert dropped.reason == "gold_breaks_schema"
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"prompt": "p"}, "rows.jsonl:2: no `query`"),
+        (xlam_row(query=" "), "rows.jsonl:2: no `query`"),
+        (xlam_row(query=["x"]), "rows.jsonl:2: no `query`"),
+        (xlam_row() | {"answers": "[{"}, "rows.jsonl:2: `answers` is not JSON"),
+        (xlam_row() | {"tools": "nope"}, "rows.jsonl:2: `tools` is not JSON"),
+        (xlam_row() | {"tools": '{"name": "f"}'}, "rows.jsonl:2: `tools` must be a list of objects"),
+        (xlam_row() | {"answers": None}, "rows.jsonl:2: `answers` must be a list of objects"),
+        (xlam_row() | {"answers": '["weather"]'}, "rows.jsonl:2: `answers` must be a list of objects"),
+        (xlam_row(id=[1]), "rows.jsonl:2: `id` must be a text or a whole number"),
+        (["row"], "rows.jsonl:2: a row is a JSON object"),
+    ],
+)
+def test_bad_xlam_rows(tmp_path, row, message):
+    with pytest.raises(UserError) as raised:
+        read_xlam(tmp_path, xlam_row(), row)
+    assert message in str(raised.value)
+
+
+# -- Files -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_rows_from_every_kind_of_file(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = [xlam_row(), xlam_row(id=8)]
+    (tmp_path / "list.json").write_text(json.dumps(rows, indent=1))
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    write(tmp_path / "lines.json", rows)  # BFCL calls its lines .json
+    for name in ("list.json", "rows.parquet", "lines.json"):
+        assert [row for _, row in read_rows(tmp_path / name)] == rows
+    assert [where.rpartition("/")[2] for where, _ in read_rows(tmp_path / "list.json")] == [
+        "list.json: row 1",
+        "list.json: row 2",
+    ]
+
+
+def test_a_row_without_id_is_named_by_its_hash(tmp_path):
+    first, second = (xlam_row(id=None, query=query) for query in ("a", "b"))
+    one, two = read_xlam(tmp_path, first, second)
+    assert one.id != two.id and len(one.id) == 16
+    assert read_xlam(tmp_path, first)[0].id == one.id
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("no.jsonl", None, "cannot read"),
+        ("no.parquet", None, "cannot read"),
+        ("bad.parquet", b"PAR1 or not", "cannot read"),
+        ("empty.jsonl", b"\n", "has no rows"),
+        ("empty.json", b" [ ]", "has no rows"),
+        ("cut.json", b'[{"id": 1},', "cut.json: not JSON"),
+        ("cut.jsonl", b'{"id": 1}\n{"id":', "cut.jsonl:2: not a line of JSON"),
+        ("latin.jsonl", b'{"id": "\xe4"}', "latin.jsonl:1: not a line of JSON"),
+        ("list.json", b"[1]", "list.json: row 1: a row is a JSON object"),
+    ],
+)
+def test_bad_files(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as raised:
+        list(read_rows(tmp_path / name))
+    assert message in str(raised.value)
+
+
+# -- BFCL ------------------------------------------------------------------------------------------------------------------------
+
+RIDE = {
+    "name": "uber.ride",
+    "description": "A ride.",
+    "parameters": {
+        "type": "dict",
+        "required": ["loc", "time"],
+        "properties": {
+            "loc": {"type": "string"},
+            "time": {"type": "float"},
+            "kind": {"type": "string", "enum": ["plus", "black"]},
+            "stops": {"type": "array", "items": {"type": "string"}},
+            "body": {"type": "dict", "properties": {"n": {"type": "integer"}, "note": {"type": "string"}}, "required": ["n"]},
+            "rows": {"type": "array", "items": {"type": "dict", "properties": {"n": {"type": "integer"}}}},
+            "at": {"type": "tuple", "items": {"type": "float"}},
+            "any": {"type": "any"},
+        },
+    },
+}
+
+
+def read_bfcl(tmp_path, acceptable=None, calls=None, **fields):
+    row = {"id": "simple_1", "question": [[{"role": "user", "content": "A ride."}]], "function": [RIDE]} | fields
+    calls = [{"uber.ride": {"loc": ["Home"], "time": [5]} | (acceptable or {})}] if calls is None else calls
+    answers = [{"id": "simple_1", "ground_truth": calls}] if calls != "none" else [{"id": "other", "ground_truth": []}]
+    return list(bfcl([write(tmp_path / "rows.json", [row])], [write(tmp_path / "gold.json", answers)]))
+
+
+@pytest.mark.parametrize(
+    "acceptable, arguments",
+    [
+        ({}, {"loc": "Home", "time": 5}),  # an integer where a float is wanted
+        ({"loc": ["Work", "Home"]}, {"loc": "Work", "time": 5}),
+        ({"kind": ["", "plus"]}, {"loc": "Home", "time": 5}),  # "" first: left out
+        ({"kind": ["plus", ""]}, {"loc": "Home", "time": 5, "kind": "plus"}),
+        ({"kind": ["pool", "black"]}, {"loc": "Home", "time": 5, "kind": "black"}),  # the first that fits the schema
+        ({"kind": ["pool", ""]}, {"loc": "Home", "time": 5}),
+        ({"loc": ["", "Home"]}, {"loc": "Home", "time": 5}),  # required: not left out
+        ({"stops": []}, {"loc": "Home", "time": 5, "stops": []}),  # no acceptable value: the empty array is meant
+        ({"stops": [["a", "b"]]}, {"loc": "Home", "time": 5, "stops": ["a", "b"]}),
+        ({"body": [{"n": [3, 4], "note": ["", "x"]}]}, {"loc": "Home", "time": 5, "body": {"n": 3}}),
+        ({"body": [{"n": ["", 4], "note": [""]}]}, {"loc": "Home", "time": 5, "body": {"n": 4}}),
+        ({"rows": [[{"n": [1]}, {"n": [2]}]]}, {"loc": "Home", "time": 5, "rows": [{"n": 1}, {"n": 2}]}),
+        ({"at": [[1.5, 2]]}, {"loc": "Home", "time": 5, "at": [1.5, 2]}),
+        ({"any": [{"a": [True]}]}, {"loc": "Home", "time": 5, "any": {"a": True}}),
+    ],
+)
+def test_bfcl_takes_the_first_acceptable_values(tmp_path, acceptable, arguments):
+    [row] = read_bfcl(tmp_path, acceptable)
+    assert isinstance(row, Row), row
+    assert row.arguments == arguments
+    expected = {"loc": ["Home"], "time": [5]} | acceptable
+    assert row.accept == expected | ({"stops": [[]]} if acceptable.get("stops") == [] else {})
+    assert (row.id, row.source, row.tool) == ("simple_1", "bfcl:simple_1", "uber.ride")
+
+
+def test_bfcl_joins_the_system_message(tmp_path):
+    messages = [{"role": "system", "content": "Be kind. "}, {"role": "user", "content": "A ride."}]
+    [row] = read_bfcl(tmp_path, question=[messages])
+    assert row.request == "Be kind.\n\nA ride."
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"calls": "none"}, "no_answer"),
+        ({"calls": []}, "no_answer"),
+        ({"calls": [{"uber.ride": {}}, {"uber.ride": {}}]}, "several_answers"),
+        ({"calls": [{"lyft": {"loc": ["x"]}}]}, "tool_not_listed"),
+        ({"calls": [{"uber.ride": {"loc": ["x"]}}]}, "gold_breaks_schema"),
+        ({"acceptable": {"kind": ["pool"]}}, "gold_breaks_schema"),
+        ({"acceptable": {"price": [3]}}, "gold_breaks_schema"),
+        ({"question": [[{"role": "user", "content": "a"}], [{"role": "user", "content": "b"}]]}, "several_turns"),
+        ({"function": [{"name": "f", "parameters": {"type": "dict", "properties": {"p": {"type": "strin"}}}}]}, "schema_fault"),
+    ],
+)
+def test_bfcl_drops(tmp_path, changes, reason):
+    [dropped] = read_bfcl(tmp_path, **changes)
+    assert isinstance(dropped, Dropped)
+    assert dropped.reason == reason
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"question": "A ride."}, "rows.json:1: no `question`"),
+        ({"question": [[]]}, "rows.json:1: no `question`"),
+        ({"question": [[{"role": "user", "content": None}]]}, "rows.json:1: no `question`"),
+        ({"function": None}, "rows.json:1: `function` must be a list of objects"),
+        ({"calls": [{"uber.ride": {"loc": "Home"}}]}, "gold.json:1: `ground_truth` must be"),
+        ({"calls": [{"a": {}, "b": {}}]}, "gold.json:1: `ground_truth` must be"),
+        ({"calls": {"uber.ride": {}}}, "gold.json:1: `ground_truth` must be a list"),
+    ],
+)
+def test_bad_bfcl_rows(tmp_path, changes, message):
+    with pytest.raises(UserError) as raised:
+        read_bfcl(tmp_path, **changes)
+    assert message in str(raised.value)
+
+
+def test_two_answers_for_one_id(tmp_path):
+    gold = write(tmp_path / "gold.json", [{"id": "a", "ground_truth": []}] * 2)
+    with pytest.raises(UserError, match=r"gold.json:2: a second answer for id 'a'"):
+        list(bfcl([], [gold]))
+
+
+# -- A team's own rows -----------------------------------------------------------------------------------------------------------
+
+
+def test_jsonl_keeps_the_row(tmp_path):
+    row = {
+        "id": "r1",
+        "prompt": "p",
+        "completion": '<tool_call name="f">{"a":1}</tool_call>',
+        "tools": [{"name": "g"}, 3],
+        "source": "log:1",
+    }
+    [made] = jsonl([write(tmp_path / "rows.jsonl", [row])], "toolcall")
+    assert made.example.to_json() == row
+    assert (made.request, made.tool, made.names, made.source) == ("p", "f", {"f", "g"}, "log:1")
+
+
+@pytest.mark.parametrize(
+    "track, completion, message",
+    [
+        ("toolcall", '{"a": 1}', "rows.jsonl:1: the completion is not a toolcall reply"),
+        ("toolcall", '<tool_call name="f">[1]</tool_call>', "rows.jsonl:1: the completion is not a toolcall reply (wrong_shape"),
+        ("toolcall", '<tool_call name="f">{"a":}</tool_call>', "rows.jsonl:1: the completion is not a toolcall reply (bad_json"),
+        ("structured", '{"a": 1} and more', "rows.jsonl:1: the completion is not a structured reply (extra_text"),
+        ("structured", "[1]", "rows.jsonl:1: the completion is not a structured reply (wrong_shape"),
+        ("structured", '{"a": NaN}', "rows.jsonl:1: the completion is not a structured reply"),
+        ("structured", "", "rows.jsonl:1: `completion` is not a text with something in it"),
+    ],
+)
+def test_bad_jsonl_rows(tmp_path, track, completion, message):
+    path = write(tmp_path / "rows.jsonl", [{"prompt": "p", "completion": completion}])
+    with pytest.raises(UserError) as raised:
+        list(jsonl([path], track))
+    assert message in str(raised.value)

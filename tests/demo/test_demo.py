@@ -1,0 +1,136 @@
+"""The embedded defaults: the sample, the tiny model and how both are made."""
+
+import json
+import math
+import re
+import runpy
+import sys
+from argparse import Namespace
+
+import pytest
+
+from slm_swap.common.settings import PACKAGE
+from slm_swap.demo import make_tiny_model
+from slm_swap.demo.language import CONCEPTS, Speaker, say
+from slm_swap.demo.make_sample_data import TOOLS
+from slm_swap.rows.toolschema import call_violations, xlam_tool
+from slm_swap.slm_client import load_model, load_tokenizer
+
+SAMPLE = PACKAGE / "02_dataset/sample/xlam_sample.jsonl"
+TINY = PACKAGE / "models/phi-tiny"
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict]:
+    return [json.loads(line) for line in SAMPLE.read_text().splitlines()]
+
+
+def run(monkeypatch, script: str, *flags: object) -> None:
+    monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(str(PACKAGE / script), run_name="__main__")
+    assert left.value.code == 0
+
+
+def test_the_sample_is_what_its_script_makes(tmp_path, monkeypatch):
+    run(monkeypatch, "demo/make_sample_data.py", "--out", tmp_path / "again.jsonl")
+    assert (tmp_path / "again.jsonl").read_bytes() == SAMPLE.read_bytes()
+
+
+def test_the_sample_has_xlams_form_and_quirks(rows):
+    assert len(rows) >= 2000 and all(set(row) == {"id", "query", "answers", "tools"} for row in rows)
+    answers, tools = [[json.loads(row[name]) for row in rows] for name in ("answers", "tools")]
+    assert len({tool["name"] for offered in tools for tool in offered}) == len(TOOLS) >= 40
+    types = {parameter["type"] for offered in tools for tool in offered for parameter in tool["parameters"].values()}
+    assert {"str", "int", "float", "List[int]", "str, optional", "int, optional", "List[str]"} <= types
+    defaults = {
+        str(parameter.get("default")) for offered in tools for tool in offered for parameter in tool["parameters"].values()
+    }
+    assert {"", "None", "10"} <= defaults
+    assert 0.05 < sum(len(calls) > 1 for calls in answers) / len(rows) < 0.2
+    assert sum(len(offered) > 1 for offered in tools) > len(rows) / 2
+
+
+def test_every_gold_of_the_sample_fits_its_tools_schema(rows):
+    for row in rows:
+        tools = {tool["name"]: xlam_tool(tool) for tool in json.loads(row["tools"])}
+        for call in json.loads(row["answers"]):
+            assert not call_violations(call["arguments"], tools[call["name"]]), row
+
+
+@pytest.mark.parametrize("key", CONCEPTS)
+def test_a_phrase_says_its_value(key):
+    rng, concept = Speaker(key), CONCEPTS[key]
+    for _ in range(50):
+        phrase, value = say(rng, concept, general=False)
+        assert "{" not in phrase and value not in ("", None, [])
+        if concept.type == "int":
+            assert isinstance(value, int)
+        if concept.type == "List[str]":
+            assert all(item in phrase for item in value)
+
+
+def test_invented_words_are_new_and_known_ones_stay_known():
+    known = ("apple", "pear")
+    assert {Speaker("a").word(known) for _ in range(3)} <= set(known)
+    rng = Speaker("b", invented=1.0)
+    words = [rng.word(known) for _ in range(500)]
+    assert not set(words) & set(known) and len(set(words)) > 450 and all(re.fullmatch("[a-z]{3,8}", word) for word in words)
+
+
+def test_the_sample_tools_are_not_in_the_pretraining_text():
+    names = {tool.name for tool in TOOLS}
+    for number in range(3000):
+        _, prompt, completion = make_tiny_model.make_row(42, number)
+        assert not any(f'"{name}"' in prompt or f'"{name}"' in completion for name in names)
+
+
+def test_the_tiny_model_has_phi_4_minis_architecture():
+    config = json.loads((TINY / "config.json").read_text())
+    assert config["architectures"] == ["Phi3ForCausalLM"] and config["tie_word_embeddings"] is True
+    assert config["num_key_value_heads"] < config["num_attention_heads"]
+    assert config["rope_parameters"]["partial_rotary_factor"] == 0.75
+    assert sum(path.stat().st_size for path in TINY.iterdir()) <= 20e6 and (TINY / "model.safetensors").is_file()
+
+
+def test_a_word_has_the_same_tokens_wherever_it_stands():
+    tokenizer = load_tokenizer(TINY)
+    word = tokenizer("restaurant", add_special_tokens=False)["input_ids"]
+    inside = tokenizer('Book a restaurant: {"restaurant_id": 7}', add_special_tokens=False)["input_ids"]
+    hits = [at for at in range(len(inside)) if inside[at : at + len(word)] == word]
+    assert len(hits) == 2
+
+
+def test_the_pretraining_loss_is_that_of_the_completion():
+    tokenizer = load_tokenizer(TINY)
+    model = load_model(TINY, "fp32", device_map=None)
+    steps = make_tiny_model.Steps(tokenizer, Namespace(seed=1, rows_per_step=4, steps=1, first_step=0, micro_batch=4))
+    ((ids, labels),) = steps[0]
+    tokens = (labels != -100).sum().item()
+    lengths = [(row != -100).nonzero().max().item() + 1 for row in labels]
+    losses = [
+        model(input_ids=ids[[r]][:, :n], labels=labels[[r]][:, :n]).loss.item() * (labels[r] != -100).sum().item()
+        for r, n in enumerate(lengths)
+    ]
+    assert math.isclose(make_tiny_model.completion_loss(model, ids, labels).item() / tokens, sum(losses) / tokens, rel_tol=1e-4)
+
+
+def test_pretraining_is_reproducible_and_lowers_the_loss(tmp_path, monkeypatch):
+    flags = ("--steps", 6, "--rows-per-step", 4, "--micro-batch", 4, "--workers", 0, "--layers", 1, "--tokenizer-rows", 200)
+    for name in ("one", "two"):
+        run(monkeypatch, "demo/make_tiny_model.py", *flags, "--out", tmp_path / name)
+    for file in ("model.safetensors", "tokenizer.json"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+    run(
+        monkeypatch,
+        "demo/make_tiny_model.py",
+        *flags,
+        "--start-from",
+        tmp_path / "one",
+        "--first-step",
+        6,
+        "--out",
+        tmp_path / "more",
+    )
+    runs = json.loads((tmp_path / "more/training_info.json").read_text())["runs"]
+    assert len(runs) == 2 and runs[0]["loss"]["6"] < runs[0]["loss"]["1"] and runs[1]["loss"]["6"] < runs[0]["loss"]["1"]

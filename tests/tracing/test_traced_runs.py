@@ -1,0 +1,275 @@
+"""The stages as traces: an evaluation, a comparison and a training run against the recording Langfuse server."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections import Counter
+
+import pytest
+
+from slm_swap.common.errors import UserError
+from slm_swap.common.reports import code_version, sha256_file
+from slm_swap.common.settings import PACKAGE
+from slm_swap.demo.azure_simulator import AzureSimulator, Faults
+from slm_swap.rows.examples import Example
+from slm_swap.rows.prompts import structured_prompt
+from slm_swap.tracing.runs import outbox_path, trace_id
+from slm_swap.tuning.checkpoints import Checkpoints
+from tests.support.langfuse_server import LangfuseServer
+
+ROWS = [
+    Example(
+        prompt=structured_prompt({"type": "object"}, f"Say {number}"), completion=f'{{"number":{number}}}', id=f"row-{number}"
+    )
+    for number in range(6)
+]
+
+
+@pytest.fixture
+def server():
+    with LangfuseServer(f"pk-lf-{uuid.uuid4()}") as recorder:
+        yield recorder
+
+
+@pytest.fixture
+def files(tmp_path):
+    replies = [{"id": row.id, "prediction": "{}" if row.id == "row-3" else row.completion} for row in ROWS]
+    for name, lines in (("rows", [row.to_json() for row in ROWS]), ("replies", replies)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path
+
+
+def begin(server, script: str, *flags: object) -> subprocess.Popen:
+    public_key, secret_key = server.keys.split(":")
+    keys = {
+        "LANGFUSE_PUBLIC_KEY": public_key,
+        "LANGFUSE_SECRET_KEY": secret_key,
+        "LANGFUSE_BASE_URL": server.url,
+        "LANGFUSE_DISABLED": "0",
+    }
+    command = [sys.executable, str(PACKAGE / script), *map(str, flags)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | keys)
+
+
+def run(server, script: str, *flags: object) -> subprocess.CompletedProcess:
+    with begin(server, script, *flags) as process:
+        output, errors = process.communicate(timeout=240)
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def evaluate(server, files, *more: object) -> dict:
+    rows, replies = files / "rows.jsonl", files / "replies.jsonl"
+    flags = (
+        "--track",
+        "structured",
+        "--model-kind",
+        "replay",
+        "--dataset",
+        rows,
+        "--replies",
+        replies,
+        "--out",
+        files / "report.json",
+    )
+    done = run(server, "01_eval/eval.py", *flags, *more)
+    assert done.returncode == 0, done.stderr
+    return json.loads((files / "report.json").read_text())
+
+
+def test_an_evaluation_is_one_trace_with_a_generation_a_row(server, files):
+    report = evaluate(server, files)
+    generations = [span for span in server.spans if span.kind == "generation"]
+    assert {span.trace for span in server.spans} == {report["trace"]["id"]}
+    assert sorted(span.name for span in generations) == [row.id for row in ROWS]
+    (missed,) = [span for span in generations if span.attributes["langfuse.observation.level"] == "WARNING"]
+    assert missed.name == "row-3" and missed.attributes["langfuse.observation.status_message"] == "missing_argument"
+    of_rows = [score for score in server.scores if score.get("observationId")]
+    assert len(of_rows) == len(ROWS) * 6  # five metrics, and the error as a category
+    errors = {score["observationId"]: score["value"] for score in of_rows if score["name"] == "error"}
+    assert {span.name: errors[span.id] for span in generations} == {row.id: "none" for row in ROWS} | {"row-3": "missing_argument"}
+    of_run = {score["name"]: score["value"] for score in server.scores if not score.get("observationId")}
+    assert of_run == pytest.approx(report["metrics"])
+
+
+def test_a_trace_tells_what_was_run_on_what(server, files):
+    evaluate(server, files, "--session", "pipeline-7")
+    told = {
+        "track": "structured", "split": "rows", "model_kind": "replay", "model": "replies.jsonl", "engine": "replay",
+        "dataset_sha256": sha256_file(files / "rows.jsonl"), "commit": code_version()["commit"] or "",
+    }  # fmt: skip
+    for span in server.spans:
+        assert {name: span.attributes[f"langfuse.trace.metadata.{name}"] for name in told} == told
+        assert span.attributes["session.id"] == "pipeline-7" and span.attributes["langfuse.trace.tags"] == ["eval", "structured", "replay"]
+
+
+def test_local_rows_are_under_their_batch_and_the_trace_names_model_and_engine(server, files, monkeypatch):
+    monkeypatch.setenv("SLM_MODEL_PATH", "models/phi-tiny")
+    flags = ("--track", "structured", "--model-kind", "slm", "--dataset", files / "rows.jsonl", "--out", files / "report.json")
+    done = run(server, "01_eval/eval.py", *flags, "--batch-size", 4, "--precision", "fp32", "--max-new-tokens", 4)
+    assert done.returncode == 0, done.stderr
+    batches = {span.id: span for span in server.spans if span.kind == "span"}
+    rows = [span for span in server.spans if span.kind == "generation"]
+    assert sorted(batch.name for batch in batches.values()) == ["batch 0", "batch 1"]
+    assert Counter(batches[row.parent].name for row in rows) == {"batch 0": 4, "batch 1": 2}
+    assert {row.attributes["langfuse.trace.metadata.model"] for row in rows} == {"phi-tiny"}
+    assert {row.attributes["langfuse.trace.metadata.engine"] for row in rows} == {"transformers"}
+
+
+def test_without_content_nothing_of_a_row_leaves_an_evaluation(server, files):
+    evaluate(server, files, "--no-trace-content")
+    assert len([span for span in server.spans if span.kind == "generation"]) == len(ROWS)
+    assert not [path for path, body in server.bodies if b"Say " in body or b"{\"number" in body or b'{\\"number' in body]
+
+
+def test_an_experiment_is_items_of_a_pushed_dataset(server, files):
+    flags = ("--track", "structured", "--model-kind", "replay", "--dataset", files / "rows.jsonl", "--replies", files / "replies.jsonl")
+    out = ("--out", files / "report.json", "--langfuse-experiment", "tiny-1")
+    done = run(server, "01_eval/eval.py", *flags, *out)
+    assert done.returncode == 2 and "push it first with python 02_dataset/push_langfuse.py --track structured --dataset" in done.stderr
+    assert run(server, "02_dataset/push_langfuse.py", *flags[:2], *flags[4:6]).returncode == 0
+    done = run(server, "01_eval/eval.py", *flags, *out)
+    assert done.returncode == 0 and "experiment: " in done.stdout, done.stderr
+    generations = [span for span in server.spans if span.kind == "generation"]
+    assert {span.attributes["langfuse.experiment.name"] for span in generations} == {"tiny-1"}
+    assert len({span.attributes["langfuse.experiment.item.id"] for span in generations}) == len(ROWS)
+    assert all(span.attributes["langfuse.experiment.item.root_observation_id"] == span.id for span in generations)
+    assert run(server, "01_eval/eval.py", *flags, *out[:-1], "tiny-2").returncode == 0  # the other model, to be seen beside it
+    items = {span.attributes["langfuse.experiment.item.id"] for span in generations}
+    others = [span for span in server.spans if span.attributes.get("langfuse.experiment.name") == "tiny-2"]
+    assert {span.attributes["langfuse.experiment.item.id"] for span in others} == items and len(others) == len(ROWS)
+    assert not {span.attributes["langfuse.experiment.id"] for span in others} & {
+        span.attributes["langfuse.experiment.id"] for span in generations
+    }
+
+
+def test_a_killed_and_resumed_evaluation_is_one_trace_with_a_generation_a_row(server, files):
+    rows = [Example(prompt=f"Say {number}", completion=f'{{"number":{number}}}', id=f"row-{number}") for number in range(60)]
+    (files / "rows.jsonl").write_text("".join(json.dumps(row.to_json()) + "\n" for row in rows))
+    public_key, secret_key = server.keys.split(":")
+    with AzureSimulator(rows, faults=Faults(slow=1.0, slow_seconds=0.4, rate_limit=0.2)) as azure:
+        environment = os.environ | {
+            "AZURE_ENDPOINT": azure.url, "AZURE_DEPLOYMENT": azure.deployment, "AZURE_API_KEY": azure.key, "AZURE_API_VERSION": "2024-10-21",
+            "LANGFUSE_PUBLIC_KEY": public_key, "LANGFUSE_SECRET_KEY": secret_key, "LANGFUSE_BASE_URL": server.url, "LANGFUSE_DISABLED": "0",
+        }  # fmt: skip
+        command = [
+            sys.executable, str(PACKAGE / "01_eval/eval.py"), "--track", "structured", "--model-kind", "azure",
+            "--dataset", str(files / "rows.jsonl"), "--out", str(files / "report.json"),
+        ]  # fmt: skip
+        for answered in (15, 35, 60):
+            process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            while process.poll() is None and (answered == 60 or journaled(files) < answered):
+                time.sleep(0.02)
+            process.kill()
+            _, error = process.communicate()
+        assert process.returncode == 0, error
+    report = json.loads((files / "report.json").read_text())
+    generations = [span for span in server.spans if span.kind == "generation"]
+    assert report["counts"]["rows"] == 60 and report["sessions"] == 3
+    assert {span.trace for span in server.spans} == {report["trace"]["id"]}
+    assert len(generations) == len({span.id for span in generations}) == len({span.name for span in generations}) == 60
+    of_rows = [score["id"] for score in server.scores if score.get("observationId")]
+    assert len(of_rows) == len(set(of_rows)) == 60 * 6
+    assert not list(files.glob("*.traces.jsonl")) and not list(files.glob("*.part"))
+    retries = [span for span in server.spans if span.name == "retry"]
+    assert retries and {span.parent for span in retries} <= {span.id for span in generations}
+    assert {span.json("metadata.status") for span in retries} == {429}
+
+
+def journaled(folder) -> int:
+    """How many replies the journal holds."""
+    path = folder / "report.rows.jsonl.part"
+    return path.read_text(errors="replace").count('"row":') if path.exists() else 0
+
+
+def test_a_comparison_is_a_trace_with_its_decision(server, files):
+    evaluate(server, files)
+    before = len(server.spans)
+    report, out = files / "report.json", files / "decision.json"
+    done = run(server, "03_compare/compare.py", "--track", "structured", "--azure", report, "--slm", report, "--before", report, "--out", out)
+    assert done.returncode == 11, done.stderr  # six rows are too few
+    decision = json.loads(out.read_text())
+    spans = server.spans[before:]
+    assert {span.trace for span in spans} == {decision["trace"]["id"]}
+    (event,) = [span for span in spans if span.kind == "event"]
+    assert event.name == "decision" and decision["verdict"] == "NEED_MORE_DATA"
+    assert "6 rows are too few" in json.dumps(event.attributes)
+    told = event.json("metadata.metrics")
+    assert {name: told[name]["difference"] for name in told} == dict.fromkeys(decision["metrics"], 0)
+    scores = {score["name"]: score["value"] for score in server.scores if score.get("traceId") == decision["trace"]["id"]}
+    assert scores == {"verdict": "NEED_MORE_DATA"} | {f"{name}_difference": 0 for name in decision["metrics"]}
+
+
+def training(files) -> tuple:
+    return (
+        "--track", "structured", "--train", files / "rows.jsonl", "--val", files / "rows.jsonl", "--out", files / "adapter", "--precision", "fp32",
+        "--model", "models/phi-tiny", "--batch-size", 3, "--gradient-accumulation", 1, "--no-gradient-checkpointing",
+    )  # fmt: skip
+
+
+def test_a_training_run_is_a_trace_with_its_losses(server, files):
+    done = run(server, "train_unsloth.py", *training(files))
+    assert done.returncode == 0, done.stderr
+    info = json.loads((files / "adapter/training_info.json").read_text())
+    scores = {score["name"]: score["value"] for score in server.scores}
+    assert scores["eval_loss_before"] == pytest.approx(info["eval_loss"]["before"])
+    assert scores["eval_loss_after"] == pytest.approx(info["eval_loss"]["after"])
+    assert len({span.trace for span in server.spans}) == 1
+    curve = [json.loads(line) for line in (files / "adapter/training_log.jsonl").read_text().splitlines()]
+    points = [span for span in server.spans if span.name == "loss"]
+    assert sorted(point.json("metadata.loss") for point in points) == sorted(entry["loss"] for entry in curve) and curve
+    root = next(span for span in server.spans if span.kind == "chain")
+    assert root.json("metadata.adapter_sha256") == sha256_file(files / "adapter/adapter_model.safetensors")
+
+
+def test_a_training_that_is_killed_and_resumed_is_one_trace(server, files):
+    flags, checkpoints = (*training(files), "--epochs", 40, "--save-steps", 2), Checkpoints(files / "adapter")
+    with begin(server, "train_unsloth.py", *flags) as process:
+        deadline = time.monotonic() + 120
+        while not checkpoints.steps():
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+            time.sleep(0.01)
+        with pytest.raises(UserError, match=r"another process trains with .*adapter.checkpoints: wait for its end"):
+            Checkpoints(files / "adapter").open({}, resume=True)
+        process.kill()
+    assert checkpoints.steps() and outbox_path(files / "adapter").exists() and not (files / "adapter").exists()
+    done = run(server, "train_unsloth.py", *flags, "--resume")
+    assert done.returncode == 0, done.stderr
+    info = json.loads((files / "adapter/training_info.json").read_text())
+    assert info["sessions"] == 2 and info["steps"] == 80
+    (root,) = [span for span in server.spans if span.kind == "chain"]
+    assert {span.trace for span in server.spans} == {root.trace} and root.trace == trace_id(info["run_id"])
+    assert len([span for span in server.spans if span.name == "loss"]) == sum(1 for _ in (files / "adapter/training_log.jsonl").open())
+    assert sorted(path.name for path in files.iterdir()) == ["adapter", "replies.jsonl", "rows.jsonl"], "nothing of the killed run is left"
+
+
+def test_a_training_that_fails_gives_its_trace_away_and_may_begin_again(server, files):
+    flags = training(files)
+    (files / "adapter.checkpoints").write_text("in the way")
+    assert run(server, "train_unsloth.py", *flags).returncode == 2
+    (root,) = server.spans
+    assert root.attributes["langfuse.observation.level"] == "ERROR" and not outbox_path(files / "adapter").exists()
+    (files / "adapter.checkpoints").unlink()
+    done = run(server, "train_unsloth.py", *flags)
+    assert done.returncode == 0, done.stderr
+    assert len({span.trace for span in server.spans}) == 2, "another run, another trace"
+
+
+def test_a_run_with_wrong_keys_stops_before_any_work(server, files):
+    server.keys = "pk-other:sk-other"
+    public_key = f"pk-lf-{uuid.uuid4()}"
+    keys = {
+        "LANGFUSE_PUBLIC_KEY": public_key,
+        "LANGFUSE_SECRET_KEY": "sk-lf-not-to-be-shown",
+        "LANGFUSE_BASE_URL": server.url,
+        "LANGFUSE_DISABLED": "0",
+    }
+    command = [
+        sys.executable, str(PACKAGE / "01_eval/eval.py"), "--track", "structured", "--model-kind", "replay", "--dataset", str(files / "rows.jsonl"),
+        "--replies", str(files / "replies.jsonl"), "--out", str(files / "report.json"),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | keys, timeout=120)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "sk-lf-not-to-be-shown" not in done.stderr
+    assert not (files / "report.json").exists()

@@ -1,0 +1,129 @@
+"""What is looked at before training, and what an adapter's folder tells."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slm_swap.common.errors import UserError
+from slm_swap.common.settings import ROOT
+from slm_swap.rows.examples import read_examples
+from slm_swap.tuning.checks import check_test_split, length_report, memory_needed, memory_warning
+from slm_swap.tuning.record import plot
+from slm_swap.tuning.training import PRESETS, Hyperparameters
+from tests.support.training_rows import ROWS
+
+PHI4_MINI = SimpleNamespace(
+    hidden_size=3072, intermediate_size=8192, num_hidden_layers=32, num_attention_heads=24, num_key_value_heads=8, vocab_size=200_064,
+    tie_word_embeddings=True,
+)  # fmt: skip
+FAST = Hyperparameters(**PRESETS["fast"])
+
+
+def test_a_prompt_of_the_test_split_is_not_trained_on(write_rows, tmp_path):
+    train = write_rows("train.jsonl", [row.to_json() for row in ROWS[:4]])
+    rows = read_examples(train)
+    assert check_test_split(train, rows, None) is None, "no test split is known"
+    clean = write_rows("clean.jsonl", [row.to_json() for row in ROWS[4:]])
+    assert check_test_split(train, rows, clean) == clean
+    beside = write_rows("test.jsonl", [{"prompt": ROWS[5].prompt, "completion": "x"}, {"prompt": ROWS[2].prompt, "completion": "x"}])
+    with pytest.raises(UserError, match=r"1 prompts of .*train.jsonl stand in the test split too \(first .*train.jsonl:3 and .*test.jsonl:2\)"):
+        check_test_split(train, rows, None)
+    assert check_test_split(train, rows, clean) == clean, "--test goes before what lies beside"
+    beside.unlink()
+    with pytest.raises(UserError, match="cannot read"):
+        check_test_split(train, rows, tmp_path / "none.jsonl")
+
+
+def test_lengths_are_told_with_the_limit_that_keeps_all():
+    assert length_report([10, 20, 30], [], 64) == "3 rows of 10 to 30 tokens, 20 on average; --max-length 64 cuts none"
+    assert length_report([10], [90, 70], 64).endswith("; 2 longer than 64 are left out (--max-length 90 keeps them all)")
+
+
+def test_the_estimate_counts_phi4_minis_weights():
+    needed = memory_needed(PHI4_MINI, FAST, 600)
+    assert needed["weights"] == pytest.approx(3.836e9 * 2 / 2**30, rel=0.01)
+    assert needed["LoRA"] == pytest.approx(92.27e6 * 16 / 2**30, rel=0.01)
+    assert memory_needed(PHI4_MINI, replace(FAST, precision="int8"), 600)["weights"] < 0.7 * needed["weights"]
+
+
+RESULTS = (ROOT / "benchmarks/results").glob("train*.json")
+MEASURED = {name: told for path in RESULTS for name, told in json.loads(path.read_text())["configurations"].items()}
+
+
+@pytest.mark.parametrize("name", [name for name, told in MEASURED.items() if "peak_gib" in told])
+def test_the_estimate_is_what_was_measured_on_a_gpu(name):
+    """The longest of the benchmark's rows has 599 tokens. Too little would be found out late; Unsloth offloads, and takes less."""
+    told = MEASURED[name]["hyperparameters"]
+    parameters = Hyperparameters(**told | {"compile": "yes" if told["packing"] else "no"})
+    needed, peak = sum(memory_needed(PHI4_MINI, parameters, 599).values()), MEASURED[name]["peak_gib"]
+    assert max(peak["allocated"], 0.95 * peak["reserved"]) < needed < 1.4 * peak["reserved"]
+
+
+@given(st.sampled_from(["fast", "rtx3090", "documented"]), st.integers(16, 2048))
+def test_the_flags_that_are_named_make_it_less(preset, longest):
+    parameters = Hyperparameters(**PRESETS[preset])
+    needed = sum(memory_needed(PHI4_MINI, parameters, longest).values())
+    assert memory_warning({"weights": 5.0, "LoRA": 1.0}, 6.0, parameters) is None
+    warning = memory_warning(memory_needed(PHI4_MINI, parameters, longest), 1.0, parameters)
+    assert f"{needed:.1f} GiB" in warning and "1.0 are free" in warning
+    changes = {
+        "--gradient-checkpointing": {"gradient_checkpointing": True},
+        "--pack-length 4096": {"pack_length": 4096},
+        "--precision nf4": {"precision": "nf4"},
+    }
+    named = [change for flag, change in changes.items() if flag in warning]
+    assert named or preset == "documented"
+    for change in named:
+        assert sum(memory_needed(PHI4_MINI, replace(parameters, **change), longest).values()) < needed, change
+
+
+def test_hyperparameters_of_evaluations_need_evaluations():
+    for wrong in ({"eval_generate": 4}, {"early_stopping": 2}, {"best_by": "exact_match_rate"}):
+        with pytest.raises(UserError, match="add --eval-steps N"):
+            Hyperparameters(**wrong)
+    with pytest.raises(UserError, match="add --eval-generate N"):
+        Hyperparameters(eval_steps=5, best_by="exact_match_rate")
+    chosen = Hyperparameters(eval_steps=5, eval_generate=5, best_by="exact_match_rate")
+    chosen.check_metric("structured")
+    with pytest.raises(UserError, match="no metric of toolcall: choose one of loss, valid_call_rate"):
+        chosen.check_metric("toolcall")
+
+
+def test_the_plot_shows_losses_and_metrics(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = {}
+
+    def remember(figure, path, **_):
+        axes = figure.axes
+        drawn[path.name] = [{line.get_label(): line.get_xydata().tolist() for line in axis.lines} for axis in axes]
+
+    monkeypatch.setattr(Figure, "savefig", remember)
+    log = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 2, "eval_loss": 1.5}]
+    plot(log, tmp_path / "losses")
+    plot([*log[:2], log[2] | {"eval_exact_match_rate": 0.5, "eval_field_f1": 0.75, "eval_field_f1_micro": 0.8}], tmp_path / "metrics")
+    losses = {"train": [[1, 2.0], [2, 1.0]], "validation": [[2, 1.5]]}
+    assert drawn == {"losses": [losses], "metrics": [losses, {"exact_match_rate": [[2, 0.5]], "field_f1": [[2, 0.75]]}]}
+
+
+def test_an_adapters_folder_tells_how_it_was_made(tmp_path):
+    from slm_swap.slm_client import files_hash
+    from slm_swap.tuning.training import train
+    from tests.support.training_rows import BASE, INPUTS, QUICK
+
+    said = []
+    out = tmp_path / "adapter"
+    train("structured", BASE, ROWS[:4], ROWS[4:6], out, replace(QUICK, epochs=2, max_length=170), "trl", INPUTS, say=said.append)
+    told = json.loads((out / "training_info.json").read_text())
+    assert told["base_model"]["files_sha256"] == files_hash(BASE) and len(told["code"]["commit"]) == 40
+    assert {"torch", "peft", "trl"} <= told["packages"].keys() and told["hardware"]["cores"]
+    assert told["peak_memory_gib"]["process"] > 0.1 and set(told["seconds"]) == {"train", "evaluate", "total"}
+    assert told["seconds"]["train"] <= told["seconds"]["total"]
+    wanted = told["tokens"]["train"] * 2 / told["seconds"]["train"]
+    assert told["tokens_per_second"] == pytest.approx(wanted, rel=0.01)
+    assert (out / "training_log.png").read_bytes().startswith(b"\x89PNG")
+    assert said and said[0].startswith(f"{told['rows']['train']} rows of ")
