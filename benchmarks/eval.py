@@ -115,9 +115,9 @@ def documented(checkpoint: Path, rows: Path, setting: dict[str, Any]) -> dict[st
     import torch
     from transformers import StoppingCriteria
 
+    from slm_swap.clients.loading import encode_prompt, load_model, load_tokenizer
     from slm_swap.rows.examples import read_examples
     from slm_swap.rows.prompts import build_messages
-    from slm_swap.slm_client import encode_prompt, load_model, load_tokenizer
 
     class OwnLength(StoppingCriteria):
         def __init__(self, width: int, limits: list[int]):

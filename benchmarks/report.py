@@ -18,14 +18,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere
 
-from tests.support.decision_files import make_decision
-
 from slm_swap.cli import Parser, positive, run
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import code_version, hardware, now, write_atomically, write_json
 from slm_swap.common.settings import ROOT
 from slm_swap.verdict.html_report.decision_file import read_decision
 from slm_swap.verdict.html_report.page import write_page
+from tests.support.decision_files import make_decision
 
 OPENED = 10
 LAID_OUT = "document.querySelectorAll('#body tr').length && document.body.getBoundingClientRect().height && performance.now()"

@@ -32,8 +32,10 @@ from slm_swap.clients.replicas import take_one_gpu
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import code_version, hardware, now, package_versions, read_json, write_json
 from slm_swap.common.settings import PACKAGE, ROOT, display_path, load_launch
+from slm_swap.tuning.backends import import_unsloth, load_trainable
+from slm_swap.tuning.hyperparameters import PRESETS, Hyperparameters
 from slm_swap.tuning.packing import IGNORED
-from slm_swap.tuning.training import PRESETS, Hyperparameters, import_unsloth, load_trainable, make_trainer, trainer_arguments
+from slm_swap.tuning.trainer import make_trainer, trainer_arguments
 
 WARM_UP = 3  # optimizer steps
 ZERO2 = PACKAGE / "accelerate_config/deepspeed_zero2.json"
@@ -103,8 +105,8 @@ def stock_trainer(folder: Path, tokenizer: Any, rows: list[dict], parameters: Hy
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
 
-    from slm_swap.slm_client import load_model
-    from slm_swap.tuning.training import linear_names
+    from slm_swap.clients.loading import load_model
+    from slm_swap.tuning.backends import linear_names
 
     cuda = torch.cuda.is_available()
     arguments = SFTConfig(
@@ -172,8 +174,8 @@ def measure(config: str, folder: Path, rows_wanted: int, seconds: float, out: Pa
     import torch
     from transformers import AutoConfig
 
+    from slm_swap.clients.loading import load_tokenizer
     from slm_swap.common.seeds import set_seed
-    from slm_swap.slm_client import load_tokenizer
 
     cuda = torch.cuda.is_available()
     set_seed(parameters.seed)

@@ -6,7 +6,6 @@ When a request may be sent, a first or a later try, is the quota's to say, where
 """
 
 import asyncio
-import ipaddress
 import queue
 import re
 import threading
@@ -16,8 +15,9 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from itertools import islice, pairwise
 from typing import Any
-from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
+from slm_swap.clients.completions import REJECTIONS, read_completion, rejected_parameter
+from slm_swap.clients.endpoint import is_loopback, parse_endpoint
 from slm_swap.clients.pricing import load_prices, to_float
 from slm_swap.clients.protocol import Reply
 from slm_swap.clients.quota import Mark, Quota
@@ -25,118 +25,14 @@ from slm_swap.common.errors import UserError
 from slm_swap.common.settings import Settings
 from slm_swap.rows.prompts import Messages
 
-FORMS = "https://R.openai.azure.com, .../openai/deployments/NAME, .../openai/v1, or https://R.services.ai.azure.com/models"
 TOKEN_SCOPE = "https://cognitiveservices.azure.com/.default"
 OTHER_LIMIT = {"max_completion_tokens": "max_tokens", "max_tokens": "max_completion_tokens"}
-REJECTIONS = {"unsupported_parameter", "unsupported_value", "unknown_parameter"}
 UNREACHABLE = {"ConnectError", "ConnectTimeout", "ProxyError"}  # what httpx calls a server that was never spoken to
 CONNECT_SECONDS = 10.0
 LOOK_SECONDS = 0.05  # between two looks at the quota: answers that come meanwhile may allow more
 TYPICAL_CHARACTERS, TYPICAL_TOKENS = 4000, 1000  # of English prompts, until the answers tell
 SHORTEST_SECRET = 16  # in replies: "test" as a key must not be cut out of a model's text; Azure's keys have 32 or 84 characters
 PLAIN_HEADERS = re.compile("host|accept|accept-encoding|connection|content-.*|user-agent|x-stainless-.*")
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """Where a deployment answers; `form` is "deployments", "models" or "v1"."""
-
-    base_url: str
-    deployment: str
-    form: str
-    query: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def host(self) -> str:
-        return urlsplit(self.base_url).hostname or ""
-
-
-def is_loopback(host: str) -> bool:
-    """Whether the host is this machine."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def parse_endpoint(
-    endpoint: str | None, deployment: str | None, api_version: str | None, missing: tuple[str, ...] = ()
-) -> Endpoint:
-    """AZURE_ENDPOINT as the portal shows it, in any of the forms of FORMS, with or without /chat/completions?api-version=...
-
-    A bare resource takes the deployments form. A dated api-version is left out of the v1 form, which refuses it (400).
-    `missing` are variables that the caller misses besides.
-
-    Raises:
-        UserError: variables are missing (all are named), the URL has no known form, it would carry the key in clear over a
-            network, or it says otherwise than AZURE_DEPLOYMENT or AZURE_API_VERSION.
-    """
-    origin, form, name, version = _take_apart(endpoint) if endpoint else ("", "deployments", None, None)
-    for variable, here, there in (("AZURE_DEPLOYMENT", deployment, name), ("AZURE_API_VERSION", api_version, version)):
-        if here and there and here != there:
-            raise UserError(f"AZURE_ENDPOINT says {there!r} but {variable} says {here!r}: take one of them out")
-    name, version = name or deployment, version or api_version
-    needed = {"AZURE_ENDPOINT": endpoint, "AZURE_DEPLOYMENT": name, "AZURE_API_VERSION": version or form == "v1"}
-    missing = (*(variable for variable, value in needed.items() if not value), *missing)
-    if missing:
-        raise UserError(f"the azure client misses {', '.join(missing)}: set them in .env or the environment (see .env.example)")
-    if form == "v1" and version and version[0].isdigit():
-        version = None
-    path = {"deployments": f"openai/deployments/{quote(name, safe='')}", "models": "models", "v1": "openai/v1"}[form]
-    return Endpoint(f"{origin}/{path}", name, form, {"api-version": version} if version else {})
-
-
-def _take_apart(endpoint: str) -> tuple[str, str, str | None, str | None]:
-    """(origin, form, deployment, api-version) of a URL; never shows more of it than its host and path."""
-    try:
-        url = urlsplit(endpoint)
-        host, _ = url.hostname, url.port
-    except ValueError:
-        host = None
-    if not re.fullmatch(r"[\w.:-]+", host or "", re.ASCII) or url.scheme not in ("http", "https"):
-        raise UserError(f"AZURE_ENDPOINT is not a URL: set it to {FORMS}")
-    if url.username is not None or url.password is not None:
-        raise UserError(f"AZURE_ENDPOINT ({host}) has a user or password inside: take it out and set AZURE_API_KEY")
-    if url.scheme == "http" and not is_loopback(host):
-        raise UserError(f"AZURE_ENDPOINT ({host}) is http, which would send the key in clear: write https://")
-    query = dict(parse_qsl(url.query, keep_blank_values=True))
-    if set(query) - {"api-version"}:
-        raise UserError(f"AZURE_ENDPOINT ({host}) has parameters besides api-version: take them out")
-    forms = r"/openai/deployments/(?P<name>[^/]+)|/(?P<models>models)|/openai/(?P<v1>v1)"
-    found = re.fullmatch(f"|(?:{forms})(?:/chat/completions)?", url.path.rstrip("/"))
-    if not found:
-        raise UserError(f"AZURE_ENDPOINT has the path {url.path!r} at {host}, none of Azure's forms: set it to {FORMS}")
-    form = "models" if found["models"] else "v1" if found["v1"] else "deployments"
-    return f"{url.scheme}://{url.netloc}", form, unquote(found["name"]) if found["name"] else None, query.get("api-version")
-
-
-def rejected_parameter(status: int | None, code: str | None, param: str | None, message: str) -> str | None:
-    """The parameter that a deployment does not take, None for any other error. Old API versions say it in the message alone."""
-    if status != 400:
-        return None
-    if code in REJECTIONS:
-        return param
-    found = re.search(r"Unrecognized request argument supplied: (\w+)", message)
-    return found[1] if found else None
-
-
-def read_completion(body: Any) -> Reply:
-    """A chat completion's JSON as a Reply (seconds 0); anything else is an "error". A refusal outranks the finish_reason."""
-    try:
-        choice = body["choices"][0]
-        message = choice["message"]
-        refusal, content, reason = message.get("refusal"), message.get("content"), choice.get("finish_reason")
-        usage = body.get("usage") or {}
-        tokens = [usage.get("prompt_tokens"), usage.get("completion_tokens")]
-        tokens.append((usage.get("prompt_tokens_details") or {}).get("cached_tokens"))
-    except (KeyError, IndexError, TypeError, AttributeError):
-        return Reply("", "error", error="the server's reply is not a chat completion")
-    if refusal:
-        content, reason = refusal, "refusal"
-    if not isinstance(content, str | None):
-        return Reply("", "error", error="the server's reply holds no text")
-    numbers = (value if isinstance(value, int) else 0 for value in tokens)
-    return Reply(content or "", reason if reason in ("length", "content_filter", "refusal") else "stop", *numbers)
 
 
 def entra_token() -> Callable[[], str] | None:
@@ -376,7 +272,8 @@ class AzureClient:
             self._prompt_tokens += reply.input_tokens
             self._characters += sum(len(message["content"]) for message in messages)
         retries = [
-            [round(this.sent, 6), round((this.answered or later.sent) - this.sent, 6), this.status] for this, later in pairwise(row.tries)
+            [round(this.sent, 6), round((this.answered or later.sent) - this.sent, 6), this.status]
+            for this, later in pairwise(row.tries)
         ]
         return replace(reply, seconds=row.clock(), retries=retries)
 

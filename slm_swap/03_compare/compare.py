@@ -21,8 +21,9 @@ from slm_swap.common.reports import SCHEMA_VERSION, code_version, now, rows_path
 from slm_swap.common.settings import PACKAGE, display_path, load_settings
 from slm_swap.scoring.tracks import TRACKS
 from slm_swap.tracing.runs import RunTrace, connect, trace_run
-from slm_swap.verdict.comparison import CLUSTERS, Evaluation, examine, examine_means, read_evaluation, require_same
+from slm_swap.verdict.comparison import examine, examine_means
 from slm_swap.verdict.decision import EXIT_CODES, RULES
+from slm_swap.verdict.evaluations import CLUSTERS, Evaluation, read_evaluation, require_same
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

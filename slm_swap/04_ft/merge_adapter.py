@@ -11,9 +11,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
 from slm_swap.cli import Parser, run
+from slm_swap.clients.loading import adapter_path, model_path
 from slm_swap.common.reports import read_json
 from slm_swap.common.settings import display_path, load_settings
-from slm_swap.slm_client import adapter_path, model_path
 from slm_swap.tuning.merging import DTYPES, merge_adapter
 
 

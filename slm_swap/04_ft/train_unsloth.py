@@ -14,16 +14,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywher
 
 from slm_swap.cli import Parser, not_negative, positive, quieten, run, run_metadata, tracing_options, warn
 from slm_swap.clients.engines import PRECISIONS
+from slm_swap.clients.loading import model_path
 from slm_swap.clients.replicas import take_one_gpu
 from slm_swap.common.reports import sha256_file
 from slm_swap.common.settings import Launch, display_path, find_path, load_settings
 from slm_swap.rows.examples import Example, read_examples, read_jsonl
 from slm_swap.scoring.tracks import TRACKS
-from slm_swap.slm_client import model_path
 from slm_swap.tracing.runs import connect, trace_run
+from slm_swap.tuning.backends import choose_backend, choose_deepspeed, has_gpu
 from slm_swap.tuning.checkpoints import Checkpoints
 from slm_swap.tuning.checks import check_test_split
-from slm_swap.tuning.training import BACKENDS, COMPILE, PRESETS, Hyperparameters, choose_backend, choose_deepspeed, has_gpu, train
+from slm_swap.tuning.hyperparameters import BACKENDS, COMPILE, PRESETS, Hyperparameters
+from slm_swap.tuning.training import train
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -14,7 +14,8 @@ from typing import Any
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import display_path
 from slm_swap.rows.examples import Example, dump_json, parse_example, read_jsonl, text_hash
-from slm_swap.rows.toolschema import bfcl_tool, call_violations, item_schema, property_schema, violations, xlam_tool
+from slm_swap.rows.json_schema import call_violations, item_schema, property_schema, violations
+from slm_swap.rows.toolschema import bfcl_tool, xlam_tool
 from slm_swap.scoring.tracks import TRACKS
 
 

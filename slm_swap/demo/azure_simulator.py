@@ -16,7 +16,6 @@ import hashlib
 import json
 import math
 import random
-import re
 import signal
 import sys
 import threading
@@ -33,7 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywher
 
 from slm_swap.cli import Parser, not_negative, positive, run
 from slm_swap.common.errors import UserError
-from slm_swap.rows.examples import Example, dump_json, read_examples
+from slm_swap.demo.mistakes import draw, make_mistake, parse_call
+from slm_swap.rows.examples import Example, read_examples
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -44,97 +44,12 @@ BYTES_PER_TOKEN = 4
 CACHE_FROM, CACHE_STEP = 1024, 128  # tokens: Azure caches prompt prefixes from 1,024 tokens up, in steps of 128
 
 
-def draw(seed: int, *parts: object) -> float:
-    """A number in [0, 1) that depends on the arguments alone."""
-    digest = hashlib.sha256("\0".join(map(str, (seed, *parts))).encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:6]) / 2**48
-
-
 def count_tokens(text: str) -> int:
     """The estimate of tokens: 4 bytes of UTF-8 each, rounded up."""
     return math.ceil(len(text.encode("utf-8", "replace")) / BYTES_PER_TOKEN)
 
 
 # Mistakes
-
-
-@dataclass(frozen=True)
-class Call:
-    """A completion taken apart; `frame` is the whole object of the structured form, None for the `<tool_call>` wrapper."""
-
-    name: str
-    arguments: dict[str, Any]
-    frame: dict[str, Any] | None = None
-
-    def text(self) -> str:
-        """The completion in its own form again."""
-        if self.frame is None:
-            return f'<tool_call name="{self.name}">{dump_json(self.arguments)}</tool_call>'
-        return dump_json(self.frame | {"tool_name": self.name, "arguments": self.arguments})
-
-
-def parse_call(completion: str) -> Call | None:
-    """Either form of completion; None for any other text."""
-    wrapper = re.fullmatch(r'\s*<tool_call name="([^"]*)">(.*)</tool_call>\s*', completion, re.DOTALL)
-    try:
-        value = json.loads(wrapper[2] if wrapper else completion)
-        dump_json(value)  # what cannot be written back (NaN) is left alone
-    except (ValueError, RecursionError):
-        return None
-    frame = {"tool_name": wrapper[1], "arguments": value} if wrapper else value
-    if not isinstance(frame, dict) or not isinstance(frame.get("tool_name"), str) or not isinstance(frame.get("arguments"), dict):
-        return None
-    return Call(frame["tool_name"], frame["arguments"], None if wrapper else frame)
-
-
-def _changed(value: Any) -> Any:
-    """Another value of the same type."""
-    match value:
-        case bool():
-            return not value
-        case int():
-            return value + 1
-        case float():
-            return value + 1 if value + 1 != value else 0.0
-        case str():
-            words = value.split(" ")
-            return " ".join(words[:-1]) if len(words) > 1 else value[:-1] if len(value) > 1 else value + "x"
-        case list():
-            return value[:-1] if value else ["unknown"]
-        case dict():
-            return {} if value else {"value": "unknown"}
-    return "unknown"
-
-
-def make_mistake(call: Call | None, completion: str, others: list[str], rng: random.Random) -> tuple[str, str]:
-    """One mistake that a model could make in this completion: (its kind, the spoilt text); `others` are other tools' names.
-
-    A truncated reply is one whose model stopped too early: its finish_reason stays "stop".
-    """
-    text = completion.strip()
-    kinds: dict[str, Callable[[], str]] = {
-        "prose": lambda: f"Sure! Here is what you asked for:\n{text}",
-        "code_fence": lambda: f"```json\n{text}\n```",
-        "truncated": lambda: text[: int(len(text) * rng.uniform(0.3, 0.9))],
-    }
-
-    def edited(changes: dict[str, Any], drop: str | None = None, name: str | None = None) -> str:
-        arguments = {key: value for key, value in (call.arguments | changes).items() if key != drop}
-        return Call(name or call.name, arguments, call.frame).text()
-
-    if call is not None:
-        extra = next(key for key in ("limit", "format", "language", f"extra_{len(call.arguments)}") if key not in call.arguments)
-        kinds["extra_argument"] = lambda: edited({extra: 10 if extra == "limit" else "default"})
-        if others:
-            kinds["other_tool"] = lambda: edited({}, name=rng.choice(others))
-        if call.arguments:
-            key = rng.choice(sorted(call.arguments))
-            value = call.arguments[key]
-            kinds["changed_value"] = lambda: edited({key: _changed(value)})
-            kinds["wrong_type"] = lambda: edited({key: [value] if isinstance(value, str) else dump_json(value)})
-            kinds["missing_argument"] = lambda: edited({}, drop=key)
-    kind = rng.choice(sorted(kinds))
-    return kind, kinds[kind]()
 
 
 # Faults and quotas

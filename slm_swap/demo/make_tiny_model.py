@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
 from slm_swap.cli import Parser, positive, run
+from slm_swap.clients.loading import load_model, load_tokenizer
 from slm_swap.common.reports import code_version, hardware, package_versions, read_json, sha256_file, write_json
 from slm_swap.common.seeds import set_seed
 from slm_swap.common.settings import PACKAGE, display_path
@@ -24,7 +25,6 @@ from slm_swap.demo.language import CODED, CONCEPTS, WORDS, Parameter, Speaker, T
 from slm_swap.rows.examples import dump_json
 from slm_swap.rows.prompts import build_messages, structured_prompt, structured_schema, toolcall_prompt
 from slm_swap.rows.toolschema import xlam_tool
-from slm_swap.slm_client import load_model, load_tokenizer
 
 VOCABULARY = 4096
 SPECIAL = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")

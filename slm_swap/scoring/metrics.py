@@ -16,16 +16,13 @@ A miss has the first of these errors that holds:
   `wrong_type` (another JSON type) and `wrong_value` (also a list of another length).
 """
 
-import json
-import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from slm_swap.rows.examples import nested_too_deeply
-from slm_swap.rows.toolschema import coerce, property_schema, with_defaults
+from slm_swap.rows.json_schema import coerce, property_schema, with_defaults
+from slm_swap.scoring.json_values import Leaf, json_type, leaves, same, size
+from slm_swap.scoring.replies import InvalidReply, Parsed, Parser
 
 ERRORS = (
     "filtered", "refused", "truncated", "no_json", "bad_json", "extra_text", "wrong_shape", "wrong_tool", "missing_argument",
@@ -33,231 +30,6 @@ ERRORS = (
 )  # fmt: skip
 MATCHERS = ("strict", "schema", "lenient")
 UNSCORED = {"content_filter": "filtered", "refusal": "refused", "error": "no_json"}  # such a text is no answer
-
-
-class InvalidReply(ValueError):
-    """A text that is not one well-formed reply; `error` is one of ERRORS."""
-
-    def __init__(self, error: str, reason: str):
-        super().__init__(reason)
-        self.error = error
-
-
-class Parsed(NamedTuple):
-    """A well-formed reply: the structured object, or a call's arguments with the tool's `name`."""
-
-    value: dict[str, Any]
-    name: str | None = None
-
-
-# -- JSON ------------------------------------------------------------------------------------------------------------------------
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        raise ValueError("an object with a duplicate key")
-    return value
-
-
-def _constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _number(digits: str) -> Decimal:
-    """A number as it is written: 0.1, 12345678901234567890.5, and integers of more digits than Python's int() reads."""
-    try:
-        return Decimal(digits)
-    except InvalidOperation:
-        raise ValueError("an exponent that no number has") from None
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant, parse_float=_number, parse_int=_number)
-_TOKENS = re.compile(r'"(?:[^"\\\n]|\\.)*"?|[{}]')  # strings, also those that do not end, and braces
-
-
-def parse_json(text: str) -> Any:
-    """One JSON value, white space around it allowed; numbers are Decimal.
-
-    Raises:
-        ValueError: not JSON, NaN or Infinity, a duplicate key, nested too deeply.
-    """
-    text = text.strip()
-    value, end = _decode(text, 0)
-    if end != len(text):
-        raise ValueError("there is more than one JSON value")
-    return value
-
-
-def _decode(text: str, at: int) -> tuple[Any, int]:
-    """The JSON value that begins at a position, and the position behind it."""
-    try:
-        value, end = _DECODER.raw_decode(text, at)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    if nested_too_deeply(value, text[at:end]):
-        raise ValueError("nested too deeply")
-    return value, end
-
-
-def _objects_in(text: str, start: int = 0) -> list[tuple[dict, int]]:
-    """The whole JSON objects that stand in a text behind `start`, outermost only, each with the position behind it.
-
-    A `{` that begins no JSON is passed over up to its closing brace: what stands inside a broken object is no object of its own.
-    """
-    found, at = [], text.find("{", start)
-    while at >= 0:
-        try:
-            value, end = _decode(text, at)
-            found.append((value, end))
-        except ValueError:
-            end = _closing(text, at)
-        at = text.find("{", end)
-    return found
-
-
-def _closing(text: str, at: int) -> int:
-    """The position behind the brace that closes the one at `at`; the text's end where none does."""
-    depth = 0
-    for token in _TOKENS.finditer(text, at):
-        depth += {"{": 1, "}": -1}.get(token[0], 0)
-        if not depth:
-            return token.end()
-    return len(text)
-
-
-_JSON_TYPES = {str: "string", bool: "boolean", type(None): "null", dict: "object", list: "array"}
-Leaf = tuple[tuple[str | int, ...], str, Any]
-
-
-def _json_type(value: Any) -> str:
-    return _JSON_TYPES.get(type(value), "number")
-
-
-def leaves(value: Any) -> frozenset[Leaf]:
-    """The fields of a JSON value: (path, JSON type, scalar) of each leaf; an empty object or list is a leaf too.
-
-    Two values are equal as JSON exactly where their leaves are equal. A float (out of a schema) is the number that it is
-    written as: 0.1 is Decimal("0.1").
-    """
-    found, stack = [], [((), value)]
-    while stack:
-        path, node = stack.pop()
-        kind = type(node)
-        if kind is dict and node:
-            stack += [((*path, key), child) for key, child in node.items()]
-        elif kind is list and node:
-            stack += [((*path, index), child) for index, child in enumerate(node)]
-        elif kind is dict or kind is list:
-            found.append((path, _JSON_TYPES[kind], None))
-        else:
-            found.append((path, _json_type(node), Decimal(repr(node)) if kind is float else node))
-    return frozenset(found)
-
-
-def same(left: Any, right: Any) -> bool:
-    """Whether two values of `parse_json` are equal as JSON: as equal leaves say, but sooner. Their Python types are JSON's."""
-    if type(left) is not type(right):
-        return False
-    if isinstance(left, dict):
-        return left.keys() == right.keys() and all(same(child, right[key]) for key, child in left.items())
-    if isinstance(left, list):
-        return len(left) == len(right) and all(map(same, left, right))
-    return left == right
-
-
-def size(value: Any) -> int:
-    """How many leaves a value has."""
-    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return sum(map(size, children)) or 1
-
-
-# -- Replies ---------------------------------------------------------------------------------------------------------------------
-
-_OPEN, _CLOSE = re.compile(r'<tool_call name="([^"<>]+)">'), "</tool_call>"
-_LOOSE_OPEN = re.compile(r"<tool_call\s+name\s*=\s*[\"']([^\"'<>]+)[\"']\s*>\s*(?={)", re.IGNORECASE)
-_LOOSE_CLOSE = re.compile(r"\s*</tool_call\s*>", re.IGNORECASE)
-
-
-def parse_structured(text: str, lenient: bool = False) -> Parsed:
-    """One JSON object and nothing else, white space around it allowed; `lenient` takes the one object out of the text around it.
-
-    Raises:
-        InvalidReply: no_json, bad_json, extra_text or wrong_shape, as this module defines them.
-    """
-    if lenient:
-        return _only([Parsed(value) for value, _ in _objects_in(text)])
-    try:
-        value = parse_json(text)
-    except ValueError as error:
-        if _objects_in(text):
-            raise InvalidReply("extra_text", "there is other text beside the JSON object") from None
-        raise _no_object(text, error) from None
-    if not isinstance(value, dict):
-        raise InvalidReply("wrong_shape", f"a JSON {_json_type(value)} instead of an object")
-    return Parsed(value)
-
-
-def parse_toolcall(text: str, lenient: bool = False) -> Parsed:
-    """Exactly one `<tool_call name="X">{...}</tool_call>`, white space around it and around its object allowed.
-
-    `lenient` takes the one call out of the text around it, with other quotes, case and white space in the wrapper.
-
-    Raises:
-        InvalidReply: no_json, bad_json, extra_text or wrong_shape, as this module defines them.
-    """
-    if lenient:
-        return _only(_loose_calls(text))
-    stripped = text.strip()
-    opened = _OPEN.match(stripped)
-    if not opened or not stripped.endswith(_CLOSE):
-        raise _no_call(text)
-    try:
-        value = parse_json(stripped[opened.end() : -len(_CLOSE)])
-    except ValueError as error:
-        raise _no_call(text, error) from None
-    if not isinstance(value, dict):
-        raise InvalidReply("wrong_shape", f"the arguments are a JSON {_json_type(value)} instead of an object")
-    return Parsed(value, opened[1])
-
-
-def _no_call(text: str, reason: object = "no JSON object in it is whole") -> InvalidReply:
-    """What is wrong with a text that is not one call: it is extra_text where a tag, a whole object and a closing tag follow."""
-    opened = _OPEN.search(text)
-    inside = _objects_in(text, opened.end()) if opened else []
-    if inside and _CLOSE in text[inside[0][1] :]:
-        return InvalidReply("extra_text", "there is other text or a second call beside the call")
-    if _objects_in(text):
-        return InvalidReply("wrong_shape", 'there is JSON, but not inside <tool_call name="..."> and </tool_call>')
-    return _no_object(text, reason)
-
-
-def _no_object(text: str, reason: object) -> InvalidReply:
-    return InvalidReply("bad_json", str(reason)) if "{" in text else InvalidReply("no_json", "no JSON object begins in it")
-
-
-def _only(found: list[Parsed]) -> Parsed:
-    if len(found) != 1:
-        raise InvalidReply("wrong_shape" if found else "no_json", f"{len(found)} replies in the text instead of one")
-    return found[0]
-
-
-def _loose_calls(text: str) -> list[Parsed]:
-    """The calls in a text, behind each other; what stands inside a call's arguments is no call."""
-    calls, opened = [], _LOOSE_OPEN.search(text)
-    while opened:
-        try:
-            value, end = _decode(text, opened.end())
-            if closed := _LOOSE_CLOSE.match(text, end):
-                calls.append(Parsed(value, opened[1].strip()))
-                end = closed.end()
-        except ValueError:
-            end = opened.end()
-        opened = _LOOSE_OPEN.search(text, end)
-    return calls
-
-
-Parser = Callable[..., Parsed]
 
 
 # -- Matching --------------------------------------------------------------------------------------------------------------------
@@ -404,7 +176,7 @@ def _differs_at(parsed: Parsed, gold: Parsed, key: str) -> bool:
 
 def _collect(want: Any, got: Any, found: set[str]) -> None:
     """Add the errors between two JSON values; lists of other lengths are a wrong value, not missing arguments."""
-    if _json_type(want) != _json_type(got):
+    if json_type(want) != json_type(got):
         found.add("wrong_type")
     elif isinstance(want, dict):
         found.update({"missing_argument"} if want.keys() - got.keys() else ())

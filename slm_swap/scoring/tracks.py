@@ -9,17 +9,8 @@ from typing import Any
 
 from slm_swap.common.errors import UserError
 from slm_swap.rows.examples import Example
-from slm_swap.scoring.metrics import (
-    InvalidReply,
-    Match,
-    Parsed,
-    Parser,
-    Reference,
-    Scored,
-    parse_structured,
-    parse_toolcall,
-    score,
-)
+from slm_swap.scoring.metrics import Match, Reference, Scored, score
+from slm_swap.scoring.replies import InvalidReply, Parsed, Parser, parse_structured, parse_toolcall
 
 MATCH_PARTS = ("valid", "name", "exact", "precision", "recall", "f1", "matched", "predicted", "expected")
 

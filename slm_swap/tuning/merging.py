@@ -4,10 +4,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from slm_swap.clients.loading import files_hash, load_model, load_tokenizer, with_adapter
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import code_version, now, read_json, sha256_file, write_json
 from slm_swap.common.settings import display_path
-from slm_swap.slm_client import files_hash, load_model, load_tokenizer, with_adapter
 from slm_swap.tuning.record import INFO
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")

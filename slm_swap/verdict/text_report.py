@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from slm_swap.verdict.comparison import points
+from slm_swap.verdict.sentence import points
 
 MOST = 10  # groups, rows or ids that are listed; the decision file has all
 ACTING = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}  # Unicode's categories of what is no visible character

@@ -9,8 +9,8 @@ import pytest
 
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import ROOT
+from slm_swap.tuning.hyperparameters import Hyperparameters
 from slm_swap.tuning.packing import IGNORED
-from slm_swap.tuning.training import Hyperparameters
 
 SCRIPT = ROOT / "benchmarks/train.py"
 BROKEN = "fast:precision=fp32,pack_length=2048,scheduler=none"

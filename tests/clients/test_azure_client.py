@@ -18,8 +18,10 @@ from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slm_swap.azure_client import AzureClient, Endpoint, parse_endpoint, read_completion, rejected_parameter
+from slm_swap.azure_client import AzureClient
 from slm_swap.cli import Parser, client_options
+from slm_swap.clients.completions import read_completion, rejected_parameter
+from slm_swap.clients.endpoint import Endpoint, parse_endpoint
 from slm_swap.clients.protocol import Reply
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import ROOT, Settings

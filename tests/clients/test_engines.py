@@ -11,11 +11,12 @@ from slm_swap.clients import engines
 from slm_swap.clients.engines import Prompt, Workload, choose_engine, vllm_engine
 from slm_swap.clients.engines import transformers_engine as module
 from slm_swap.clients.engines.attention import GROUPED, grouped_sdpa
-from slm_swap.clients.engines.transformers_engine import CapturedDecoder, take
+from slm_swap.clients.engines.captured import CapturedDecoder, take
 from slm_swap.clients.engines.vllm_engine import end_tokens, lora_rank, start_for
+from slm_swap.clients.loading import encode_prompt
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import PACKAGE, ROOT, Settings
-from slm_swap.slm_client import SLMClient, encode_prompt, measure_workload
+from slm_swap.slm_client import SLMClient, measure_workload
 from tests.clients.test_slm_client import BATCH, ask
 
 SETTINGS = Settings(slm_model_path="models/phi-tiny")

@@ -11,21 +11,12 @@ from hypothesis import strategies as st
 
 from slm_swap import slm_client
 from slm_swap.clients import replicas
+from slm_swap.clients.loading import adapter_path, encode_prompt, encode_prompts, model_path, placement, training_seconds
 from slm_swap.clients.pricing import LocalPrices, Prices
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import PACKAGE, ROOT, Settings
 from slm_swap.rows.prompts import build_messages, toolcall_prompt
-from slm_swap.slm_client import (
-    SLMClient,
-    adapter_path,
-    encode_prompt,
-    encode_prompts,
-    local_client,
-    model_path,
-    placement,
-    serve_rows,
-    training_seconds,
-)
+from slm_swap.slm_client import SLMClient, local_client, serve_rows
 
 SETTINGS = Settings(slm_model_path="models/phi-tiny")
 CITY = {"city": {"type": "string", "description": "The city."}}

@@ -16,7 +16,7 @@ from slm_swap.dataset import build as build_module
 from slm_swap.dataset.build import Sizes, build, components, make_example, near_duplicates, select, split
 from slm_swap.dataset.importers import Dropped, Row
 from slm_swap.rows.examples import parse_example
-from slm_swap.scoring.metrics import parse_json, same
+from slm_swap.scoring.json_values import parse_json, same
 from slm_swap.scoring.tracks import TRACKS
 
 

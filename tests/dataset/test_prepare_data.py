@@ -12,7 +12,7 @@ import pytest
 from slm_swap.cli import run
 from slm_swap.common.settings import ROOT
 from slm_swap.rows.examples import read_examples
-from slm_swap.rows.toolschema import call_violations
+from slm_swap.rows.json_schema import call_violations
 from slm_swap.scoring.metrics import _accepts
 from slm_swap.scoring.tracks import TRACKS
 

@@ -9,12 +9,13 @@ from argparse import Namespace
 
 import pytest
 
+from slm_swap.clients.loading import load_model, load_tokenizer
 from slm_swap.common.settings import PACKAGE
 from slm_swap.demo import make_tiny_model
 from slm_swap.demo.language import CONCEPTS, Speaker, say
 from slm_swap.demo.make_sample_data import TOOLS
-from slm_swap.rows.toolschema import call_violations, xlam_tool
-from slm_swap.slm_client import load_model, load_tokenizer
+from slm_swap.rows.json_schema import call_violations
+from slm_swap.rows.toolschema import xlam_tool
 
 SAMPLE = PACKAGE / "02_dataset/sample/xlam_sample.jsonl"
 TINY = PACKAGE / "models/phi-tiny"

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slm_swap.rows.toolschema import bfcl_tool, call_violations, coerce, parse_type, violations, with_defaults, xlam_tool
-from slm_swap.scoring.metrics import leaves
+from slm_swap.rows.json_schema import call_violations, coerce, violations, with_defaults
+from slm_swap.rows.toolschema import bfcl_tool, parse_type, xlam_tool
+from slm_swap.scoring.json_values import leaves
 
 STRING, INTEGER, NUMBER = {"type": "string"}, {"type": "integer"}, {"type": "number"}
 

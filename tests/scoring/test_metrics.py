@@ -10,17 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slm_swap.rows.examples import Example
-from slm_swap.scoring.metrics import (
-    ERRORS,
-    MATCHERS,
-    InvalidReply,
-    leaves,
-    parse_json,
-    parse_structured,
-    parse_toolcall,
-    same,
-    size,
-)
+from slm_swap.scoring.json_values import leaves, parse_json, same, size
+from slm_swap.scoring.metrics import ERRORS, MATCHERS
+from slm_swap.scoring.replies import InvalidReply, parse_structured, parse_toolcall
 from slm_swap.scoring.tracks import TRACKS
 
 quick = settings(max_examples=150, deadline=None)

@@ -95,5 +95,3 @@ def write_report(
     write_jsonl(rows_path(out), (row.to_json(TRACKS[track]) for row in rows))
     write_json(out, report | {"trace": {"id": None, "url": None}} | more)
     return out
-
-

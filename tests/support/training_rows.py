@@ -3,7 +3,7 @@
 from slm_swap.common.settings import PACKAGE
 from slm_swap.rows.examples import Example
 from slm_swap.rows.prompts import structured_prompt, structured_schema
-from slm_swap.tuning.training import Hyperparameters
+from slm_swap.tuning.hyperparameters import Hyperparameters
 
 BASE = PACKAGE / "models/phi-tiny"
 QUICK = Hyperparameters(

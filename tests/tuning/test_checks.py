@@ -12,8 +12,8 @@ from slm_swap.common.errors import UserError
 from slm_swap.common.settings import ROOT
 from slm_swap.rows.examples import read_examples
 from slm_swap.tuning.checks import check_test_split, length_report, memory_needed, memory_warning
+from slm_swap.tuning.hyperparameters import PRESETS, Hyperparameters
 from slm_swap.tuning.record import plot
-from slm_swap.tuning.training import PRESETS, Hyperparameters
 from tests.support.training_rows import ROWS
 
 PHI4_MINI = SimpleNamespace(
@@ -111,7 +111,7 @@ def test_the_plot_shows_losses_and_metrics(tmp_path, monkeypatch):
 
 
 def test_an_adapters_folder_tells_how_it_was_made(tmp_path):
-    from slm_swap.slm_client import files_hash
+    from slm_swap.clients.loading import files_hash
     from slm_swap.tuning.training import train
     from tests.support.training_rows import BASE, INPUTS, QUICK
 

@@ -173,4 +173,3 @@ def test_attention_for_packs_gets_rows_and_window(monkeypatch):
     assert asked["scale"] == 0.5 and asked["window_size"] == (-1, 0)
     fast_training.varlen_attention(None, query, key, key, None, sliding_window=2, cu_seq_lens_q=starts, max_length_q=3)
     assert asked["window_size"] == (1, 0)
-

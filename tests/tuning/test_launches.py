@@ -21,8 +21,9 @@ import pytest
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import PACKAGE, Launch
 from slm_swap.tuning import training
+from slm_swap.tuning.backends import choose_deepspeed, has_gpu
 from slm_swap.tuning.checkpoints import Checkpoints
-from slm_swap.tuning.training import choose_deepspeed, has_gpu, load_together, train
+from slm_swap.tuning.training import load_together, train
 from tests.support.training_rows import BASE, INPUTS, QUICK, ROWS
 
 CONFIGS = PACKAGE / "accelerate_config"

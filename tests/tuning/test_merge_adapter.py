@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from slm_swap.clients.loading import files_hash
 from slm_swap.common.settings import Settings
 from slm_swap.rows.prompts import build_messages
-from slm_swap.slm_client import SLMClient, files_hash
+from slm_swap.slm_client import SLMClient
 from slm_swap.tuning.merging import merge_adapter
 from slm_swap.tuning.training import train
 from tests.support.scripts import load_script

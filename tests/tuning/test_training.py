@@ -6,11 +6,15 @@ from dataclasses import replace
 
 import pytest
 
+from slm_swap.clients.loading import encode_prompt, load_tokenizer
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import PACKAGE, Settings
 from slm_swap.rows.prompts import build_messages
-from slm_swap.slm_client import SLMClient, encode_prompt, load_tokenizer
-from slm_swap.tuning.training import IGNORED, PRESETS, Hyperparameters, choose_backend, end_token, tokenize, train
+from slm_swap.slm_client import SLMClient
+from slm_swap.tuning.backends import choose_backend
+from slm_swap.tuning.hyperparameters import PRESETS, Hyperparameters
+from slm_swap.tuning.tokens import end_token, tokenize
+from slm_swap.tuning.training import IGNORED, train
 from tests.support.training_rows import BASE, INPUTS, QUICK, ROWS
 
 

@@ -14,13 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from slm_swap.clients.loading import load_model, load_tokenizer, with_adapter
 from slm_swap.common.settings import PACKAGE, Settings
 from slm_swap.rows.prompts import build_messages
-from slm_swap.slm_client import SLMClient, load_model, load_tokenizer, with_adapter
+from slm_swap.slm_client import SLMClient
 from slm_swap.tuning import fast_training
 from slm_swap.tuning.checkpoints import Checkpoints
 from slm_swap.tuning.packing import IGNORED, PackCollator, packed_rows
-from slm_swap.tuning.training import tokenize
+from slm_swap.tuning.tokens import tokenize
 from tests.support.training_rows import BASE, ROWS
 from tests.tuning.test_fast_training import some_rows, tiny_model
 

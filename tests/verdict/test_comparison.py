@@ -11,19 +11,10 @@ from slm_swap.common.errors import UserError
 from slm_swap.common.reports import rows_path
 from slm_swap.scoring.metrics import ERRORS
 from slm_swap.scoring.tracks import TRACKS
-from slm_swap.verdict.comparison import (
-    CLUSTERS,
-    KINDS,
-    REMEDIES,
-    aligned,
-    cluster_labels,
-    examine,
-    examine_means,
-    gap,
-    points,
-    read_evaluation,
-    require_same,
-)
+from slm_swap.verdict.comparison import examine, examine_means
+from slm_swap.verdict.evaluations import CLUSTERS, aligned, cluster_labels, read_evaluation, require_same
+from slm_swap.verdict.gap import KINDS, REMEDIES, gap
+from slm_swap.verdict.sentence import points
 from tests.support.evaluated import AZURE, SLM, TUNED, calls, objects, replies, write_report
 
 TRACK = TRACKS["toolcall"]

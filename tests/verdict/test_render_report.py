@@ -17,8 +17,9 @@ from slm_swap.rows.examples import Example, text_hash
 from slm_swap.verdict.decision import FINE_TUNE, NEED_MORE_DATA, SWAP
 from slm_swap.verdict.html_report import plots, words
 from slm_swap.verdict.html_report.decision_file import open_rows, read_decision
-from slm_swap.verdict.html_report.page import Page, csp_hash, write_page
+from slm_swap.verdict.html_report.page import csp_hash, write_page
 from slm_swap.verdict.html_report.text import MOST_COMPARISONS, all_visible, embedded_json, one_line, visible, word_diff
+from slm_swap.verdict.html_report.view import Page
 from tests.support.decision_files import MADE, TRACK, call, make_decision, make_rows
 from tests.support.scripts import load_script
 

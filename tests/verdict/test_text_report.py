@@ -10,7 +10,9 @@ from markdown_it import MarkdownIt
 
 from slm_swap.clients.pricing import HostedPrices, LocalPrices, Prices
 from slm_swap.scoring.tracks import TRACKS
-from slm_swap.verdict.comparison import examine, examine_means, points, read_evaluation
+from slm_swap.verdict.comparison import examine, examine_means
+from slm_swap.verdict.evaluations import read_evaluation
+from slm_swap.verdict.sentence import points
 from slm_swap.verdict.text_report import _escape, brief, markdown, notes, plain, table, tables
 from tests.support.evaluated import AZURE, REPLIES, SLM, TUNED, calls, replies, write_report
 

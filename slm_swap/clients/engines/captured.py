@@ -1,0 +1,259 @@
+"""Decoding by CUDA graphs: a batch's step captured once and replayed."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+CACHE_ROUND = 256  # and static caches to a multiple of this one
+CHECK_EVERY = 8  # captured steps between two looks at who has finished: each look stops the GPU for a moment
+PREFILL_TOKENS = 16_384  # of a captured batch's prompts at a time
+
+
+def positions_of(mask: Any) -> Any:
+    """Each token's place in its own prompt; padding on the left is at 0."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def can_capture(model: Any) -> bool:
+    """Whether a decode step can be replayed from a CUDA graph: its cache is a plain one, and nothing is decided on the host."""
+    from transformers import StaticCache
+    from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
+
+    if model.device.type != "cuda" or model.config._attn_implementation == "eager":
+        return False
+    int8 = bool(getattr(getattr(model.config, "quantization_config", None), "load_in_8bit", False))
+    spread = len(set(getattr(model, "hf_device_map", {0: 0}).values())) > 1
+    config = model.config.get_text_config(decoder=True)
+    layers = StaticCache(config=config, max_cache_len=8).layers
+    plain = len(layers) == config.num_hidden_layers and all(
+        type(layer) in (StaticLayer, StaticSlidingWindowLayer) for layer in layers
+    )
+    return plain and not int8 and not spread and not getattr(config, "kv_lora_rank", None)
+
+
+@dataclass
+class Step:
+    """A captured decode step of `rows` rows over caches of `length` tokens, with the tensors that it reads and writes."""
+
+    cache: Any
+    tokens: Any  # [rows, 1], the last token of each row
+    position: Any  # [rows, 1], its place in its own row
+    mask: Any  # [rows, 1, 1, length], which cache slots a row attends to
+    slot: Any  # [1], where in the cache the last token goes
+    left: Any  # [rows], tokens that a row may still get; 0: it is done
+    made: Any  # [rows, CHECK_EVERY], the tokens since the last look
+    at: Any  # [1], the column of `made` that is written next
+    graph: Any = None
+
+
+class CapturedDecoder:
+    """Decoding by replaying CUDA graphs; all caches share one storage, and all graphs one memory pool."""
+
+    def __init__(self, model: Any, ends: set[int]):
+        self.model, self.ends = model, ends
+        config = model.config
+        rope = getattr(config, "rope_parameters", None) or {}
+        # LongRoPE chooses its factors on the host by the longest position: fixed up to here, and captured only so
+        self.longest = rope.get("original_max_position_embeddings", None) if rope.get("rope_type") == "longrope" else None
+        window = getattr(config, "sliding_window", None)
+        self.longest = min((limit for limit in (self.longest, window) if limit), default=None)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all graphs and caches."""
+        self._steps: dict[tuple[int, int], Step] = {}
+        self._storage: list[tuple[Any, Any]] = []
+        self._pool = None
+
+    def fits(self, length: int) -> bool:
+        return self.longest is None or length + CHECK_EVERY <= self.longest
+
+    def decode(self, ids: Any, mask: Any, limits: list[int]) -> list[list[int]]:
+        """The new tokens of each row, the one that ended it included. ids, mask: [rows, width]."""
+        import torch
+
+        rows, width = ids.shape
+        length = -(-(width + max(limits) + CHECK_EVERY) // CACHE_ROUND) * CACHE_ROUND
+        step = self._prepare(1 << (rows - 1).bit_length(), length)
+        first = self._prefill(step, ids, mask)
+        tokens = [[token] for token in first.tolist()]
+        left = torch.tensor(limits, device=ids.device) - 1
+        left[torch.isin(first, torch.tensor(sorted(self.ends), device=ids.device))] = 0
+        step.left.zero_()
+        step.left[:rows] = left
+        step.tokens.zero_()
+        step.tokens[:rows, 0] = first
+        step.position.zero_()
+        step.position[:rows, 0] = mask.sum(1)
+        step.mask.zero_()
+        step.mask[:rows, 0, 0, :width] = mask.bool()
+        step.mask[:, :, :, width] = True  # also in rows that stand for nothing: a softmax over no slot is NaN
+        step.slot.fill_(width)
+        names = list(range(rows))  # which prompt each row of the step is
+        while names:
+            self._run(step)
+            made, still = step.made.tolist(), step.left.tolist()
+            for at, name in enumerate(names):
+                take(tokens[name], made[at], limits[name], self.ends)
+            kept = [at for at in range(len(names)) if still[at]]
+            if not kept:
+                break
+            if len(kept) <= step.tokens.shape[0] // 2:
+                step, names = self._shrink(step, kept), [names[at] for at in kept]
+        return tokens
+
+    def _prefill(self, step: Step, ids: Any, mask: Any) -> Any:
+        """Fill the step's cache with the prompts, some rows at a time; gives each row's first new token, [rows]."""
+        import torch
+
+        rows, width = ids.shape
+        size, first = max(1, PREFILL_TOKENS // width), []
+        for start in range(0, rows, size):
+            part = slice(start, min(start + size, rows))
+            out = self.model(
+                input_ids=ids[part],
+                attention_mask=mask[part],
+                position_ids=positions_of(mask[part]),
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            first.append(out.logits[:, -1].argmax(-1))
+            for static, grown in zip(step.cache.layers, out.past_key_values.layers, strict=True):
+                static.keys[part, :, :width] = grown.keys
+                static.values[part, :, :width] = grown.values
+        for layer in step.cache.layers:
+            set_length(layer, width)
+        return torch.cat(first)
+
+    def _prepare(self, rows: int, length: int) -> Step:
+        """The step of that shape, not captured yet."""
+        import torch
+
+        if (rows, length) in self._steps:
+            return self._steps[rows, length]
+        device = self.model.device
+        step = Step(
+            cache=self._cache(rows, length),
+            tokens=torch.zeros(rows, 1, dtype=torch.long, device=device),
+            position=torch.zeros(rows, 1, dtype=torch.long, device=device),
+            mask=torch.zeros(rows, 1, 1, length, dtype=torch.bool, device=device),
+            slot=torch.zeros(1, dtype=torch.long, device=device),
+            left=torch.zeros(rows, dtype=torch.long, device=device),
+            made=torch.zeros(rows, CHECK_EVERY, dtype=torch.long, device=device),
+            at=torch.zeros(1, dtype=torch.long, device=device),
+        )
+        self._steps[rows, length] = step
+        return step
+
+    def _cache(self, rows: int, length: int) -> Any:
+        """A static cache over the shared storage, which grows where it is too small (and then all graphs are void)."""
+        import torch
+        from transformers import StaticCache
+
+        config = self.model.config.get_text_config(decoder=True)
+        heads = config.num_key_value_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        needed = rows * heads * length * size
+        if not self._storage or self._storage[0][0].numel() < needed:
+            self.clear()
+            options = {"dtype": self.model.dtype, "device": self.model.device}
+            self._storage = [tuple(torch.zeros(needed, **options) for _ in range(2)) for _ in range(config.num_hidden_layers)]
+        cache = StaticCache(config=config, max_cache_len=length)
+        for layer, storage in zip(cache.layers, self._storage, strict=True):
+            layer.lazy_initialization(*(flat[: heads * size].view(1, heads, 1, size) for flat in storage))
+            layer.batch_size = rows
+            layer.keys, layer.values = (flat[:needed].view(rows, heads, length, size) for flat in storage)
+        return cache
+
+    def _run(self, step: Step) -> None:
+        """CHECK_EVERY steps."""
+        import torch
+
+        step.at.zero_()
+        if step.graph is None:
+            # The first steps run as usual, which also sets up what must not be set up while capturing; then one is captured.
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(CHECK_EVERY):
+                    self._step(step)
+            torch.cuda.current_stream().wait_stream(stream)
+            step.graph = torch.cuda.CUDAGraph()
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            with fixed_rope(self.model), torch.cuda.graph(step.graph, pool=self._pool):
+                self._step(step)
+            return
+        for _ in range(CHECK_EVERY):
+            step.graph.replay()
+
+    def _step(self, step: Step) -> None:
+        """One token for every row; all of it on the device."""
+
+        out = self.model(
+            input_ids=step.tokens,
+            attention_mask=step.mask,
+            position_ids=step.position,
+            past_key_values=step.cache,
+            use_cache=True,
+        )
+        new = out.logits[:, -1].argmax(-1)
+        step.made.index_copy_(1, step.at, new[:, None])
+        step.left.sub_(1).clamp_(min=0)
+        for end in self.ends:
+            step.left.masked_fill_(new == end, 0)
+        step.tokens.copy_(new[:, None])
+        step.position.add_(1)
+        step.slot.add_(1)
+        step.mask.index_fill_(3, step.slot, True)
+        step.at.add_(1)
+
+    def _shrink(self, step: Step, kept: list[int]) -> Step:
+        """The step of half as many rows (or fewer), with the rows that are not done."""
+        import torch
+
+        length = step.mask.shape[3]
+        smaller = self._prepare(1 << (len(kept) - 1).bit_length(), length)
+        index = torch.tensor(kept, device=step.tokens.device)
+        for name in ("tokens", "position", "mask", "left"):
+            old, new = getattr(step, name), getattr(smaller, name)
+            new.zero_()
+            new[: len(kept)] = old[index]
+        smaller.slot.copy_(step.slot)
+        smaller.mask.index_fill_(3, step.slot, True)
+        used = int(step.slot)
+        for old, new in zip(step.cache.layers, smaller.cache.layers, strict=True):
+            keys, values = old.keys[index, :, :used], old.values[index, :, :used]  # copies: the storage is the same
+            new.keys[: len(kept), :, :used] = keys
+            new.values[: len(kept), :, :used] = values
+            set_length(new, used)
+        return smaller
+
+
+def take(tokens: list[int], made: list[int], limit: int, ends: set[int]) -> None:
+    """Add what was made to a row's tokens, up to its end or limit."""
+    for token in made:
+        if len(tokens) == limit or tokens[-1] in ends:
+            return
+        tokens.append(token)
+
+
+def set_length(layer: Any, length: int) -> None:
+    """Tell a static cache's layer how many tokens it holds."""
+    layer.cumulative_length.fill_(length)
+    if hasattr(layer, "cumulative_length_int"):
+        layer.cumulative_length_int = length
+
+
+@contextmanager
+def fixed_rope(model: Any) -> Iterator[None]:
+    """Rotary embeddings that do not look at the positions on the host (LongRoPE does, to choose its factors)."""
+    modules = [module for module in model.modules() if getattr(module, "rope_type", None) == "longrope"]
+    for module in modules:
+        module.forward = type(module).forward.__wrapped__.__wrapped__.__get__(module)
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward

@@ -1,0 +1,108 @@
+"""A reply's text to the value or call that it is."""
+
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from slm_swap.scoring.json_values import decode_at, json_type, objects_in, parse_json
+
+
+class InvalidReply(ValueError):
+    """A text that is not one well-formed reply; `error` is one of ERRORS."""
+
+    def __init__(self, error: str, reason: str):
+        super().__init__(reason)
+        self.error = error
+
+
+class Parsed(NamedTuple):
+    """A well-formed reply: the structured object, or a call's arguments with the tool's `name`."""
+
+    value: dict[str, Any]
+    name: str | None = None
+
+
+_OPEN, _CLOSE = re.compile(r'<tool_call name="([^"<>]+)">'), "</tool_call>"
+_LOOSE_OPEN = re.compile(r"<tool_call\s+name\s*=\s*[\"']([^\"'<>]+)[\"']\s*>\s*(?={)", re.IGNORECASE)
+_LOOSE_CLOSE = re.compile(r"\s*</tool_call\s*>", re.IGNORECASE)
+
+
+def parse_structured(text: str, lenient: bool = False) -> Parsed:
+    """One JSON object and nothing else, white space around it allowed; `lenient` takes the one object out of the text around it.
+
+    Raises:
+        InvalidReply: no_json, bad_json, extra_text or wrong_shape, as this module defines them.
+    """
+    if lenient:
+        return _only([Parsed(value) for value, _ in objects_in(text)])
+    try:
+        value = parse_json(text)
+    except ValueError as error:
+        if objects_in(text):
+            raise InvalidReply("extra_text", "there is other text beside the JSON object") from None
+        raise _no_object(text, error) from None
+    if not isinstance(value, dict):
+        raise InvalidReply("wrong_shape", f"a JSON {json_type(value)} instead of an object")
+    return Parsed(value)
+
+
+def parse_toolcall(text: str, lenient: bool = False) -> Parsed:
+    """Exactly one `<tool_call name="X">{...}</tool_call>`, white space around it and around its object allowed.
+
+    `lenient` takes the one call out of the text around it, with other quotes, case and white space in the wrapper.
+
+    Raises:
+        InvalidReply: no_json, bad_json, extra_text or wrong_shape, as this module defines them.
+    """
+    if lenient:
+        return _only(_loose_calls(text))
+    stripped = text.strip()
+    opened = _OPEN.match(stripped)
+    if not opened or not stripped.endswith(_CLOSE):
+        raise _no_call(text)
+    try:
+        value = parse_json(stripped[opened.end() : -len(_CLOSE)])
+    except ValueError as error:
+        raise _no_call(text, error) from None
+    if not isinstance(value, dict):
+        raise InvalidReply("wrong_shape", f"the arguments are a JSON {json_type(value)} instead of an object")
+    return Parsed(value, opened[1])
+
+
+def _no_call(text: str, reason: object = "no JSON object in it is whole") -> InvalidReply:
+    """What is wrong with a text that is not one call: it is extra_text where a tag, a whole object and a closing tag follow."""
+    opened = _OPEN.search(text)
+    inside = objects_in(text, opened.end()) if opened else []
+    if inside and _CLOSE in text[inside[0][1] :]:
+        return InvalidReply("extra_text", "there is other text or a second call beside the call")
+    if objects_in(text):
+        return InvalidReply("wrong_shape", 'there is JSON, but not inside <tool_call name="..."> and </tool_call>')
+    return _no_object(text, reason)
+
+
+def _no_object(text: str, reason: object) -> InvalidReply:
+    return InvalidReply("bad_json", str(reason)) if "{" in text else InvalidReply("no_json", "no JSON object begins in it")
+
+
+def _only(found: list[Parsed]) -> Parsed:
+    if len(found) != 1:
+        raise InvalidReply("wrong_shape" if found else "no_json", f"{len(found)} replies in the text instead of one")
+    return found[0]
+
+
+def _loose_calls(text: str) -> list[Parsed]:
+    """The calls in a text, behind each other; what stands inside a call's arguments is no call."""
+    calls, opened = [], _LOOSE_OPEN.search(text)
+    while opened:
+        try:
+            value, end = decode_at(text, opened.end())
+            if closed := _LOOSE_CLOSE.match(text, end):
+                calls.append(Parsed(value, opened[1].strip()))
+                end = closed.end()
+        except ValueError:
+            end = opened.end()
+        opened = _LOOSE_OPEN.search(text, end)
+    return calls
+
+
+Parser = Callable[..., Parsed]

@@ -1,0 +1,132 @@
+"""What trains: Unsloth or TRL with PEFT, DeepSpeed or not, and the base model with fresh LoRA weights."""
+
+import atexit
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from slm_swap.clients.loading import load_model, quiet_int8
+from slm_swap.common.errors import UserError
+from slm_swap.common.settings import PACKAGE, Launch, display_path, find_path
+from slm_swap.tuning.hyperparameters import Hyperparameters
+
+
+def choose_backend(wanted: str, packing: bool = False) -> str:
+    """`auto` is Unsloth where there is a CUDA GPU, and TRL + PEFT elsewhere, and where rows are packed: there it is faster.
+
+    Raises:
+        UserError: Unsloth is asked for and cannot work here.
+    """
+    import importlib.util
+
+    import torch
+
+    installed = importlib.util.find_spec("unsloth") is not None
+    if wanted == "auto":
+        return "unsloth" if torch.cuda.is_available() and installed and not packing else "trl"
+    if wanted == "unsloth" and not torch.cuda.is_available():
+        raise UserError("--backend unsloth needs a CUDA GPU and there is none: use --backend trl")
+    if wanted == "unsloth" and not installed:
+        raise UserError("unsloth is not installed: pip install -r requirements.txt, or use --backend trl")
+    return wanted
+
+
+def has_gpu(launch: Launch) -> bool:
+    """Whether this process has a GPU of its own, or none has one."""
+    import torch
+
+    return not torch.cuda.is_available() or launch.local_rank < torch.cuda.device_count()
+
+
+def choose_deepspeed(given: str | None, launch: Launch) -> Path | None:
+    """DeepSpeed's configuration: `given`, for "none" no DeepSpeed, and for None ZeRO-2 where several GPUs are used.
+
+    Raises:
+        UserError: there is no such file, or DeepSpeed cannot work here.
+    """
+    import importlib.util
+
+    import torch
+
+    if given == "none" or (given is None and (launch.world == 1 or not torch.cuda.is_available())):
+        return None
+    path = find_path(given or PACKAGE / "accelerate_config/deepspeed_zero2.json")
+    if not path.is_file():
+        raise UserError(f"no DeepSpeed configuration at {display_path(path)}: check --deepspeed-config, or pass none")
+    if launch.world == 1 or not torch.cuda.is_available():
+        raise UserError(
+            "DeepSpeed is for several processes on CUDA GPUs: start them with torchrun or accelerate launch, or pass none"
+        )
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UserError("deepspeed is not installed: pip install -r requirements.txt, or use --deepspeed-config none")
+    return path
+
+
+def load_trainable(path: Path, parameters: Hyperparameters, backend: str, device: Any) -> Any:
+    """The base model on `device` (a torch.device), frozen, with fresh LoRA weights on all linear layers."""
+    if backend == "unsloth":
+        return _load_unsloth(path, parameters)
+    from peft import LoraConfig, get_peft_model
+
+    model = load_model(path, parameters.precision, device_map={"": device})
+    lora = LoraConfig(
+        r=parameters.lora_r,
+        lora_alpha=parameters.lora_alpha,
+        lora_dropout=parameters.lora_dropout,
+        target_modules=linear_names(model),
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, lora)
+
+
+def import_unsloth(generated: Path, rank: int) -> None:
+    """Import Unsloth, which patches transformers and TRL and so must come before them.
+
+    The code that it generates goes into the folder `generated`, which rank 0 removes in the end, not into whatever folder one is in,
+    where two trainings would share it.
+    """
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(generated.resolve()))
+    if rank == 0:
+        atexit.register(shutil.rmtree, generated, ignore_errors=True)
+    import unsloth  # noqa: F401
+
+
+def _load_unsloth(path: Path, parameters: Hyperparameters) -> Any:
+    import torch
+    from transformers import AutoConfig
+
+    # Unsloth compiles by default. bitsandbytes' 8-bit layers break its graphs: more than a minute, on an H200, before the first step.
+    if parameters.compile == "no" or (parameters.compile == "auto" and parameters.precision == "int8"):
+        os.environ["UNSLOTH_BLOCK_COMPILE"] = "0"
+    from unsloth import FastLanguageModel
+
+    quiet_int8()
+    model, _ = FastLanguageModel.from_pretrained(
+        model_name=str(path),
+        max_seq_length=parameters.pack_length if parameters.packing else parameters.max_length,
+        dtype=torch.float32 if parameters.precision == "fp32" else torch.bfloat16,
+        load_in_4bit=parameters.precision == "nf4",
+        load_in_8bit=parameters.precision == "int8",
+    )
+    vocabulary = AutoConfig.from_pretrained(path).vocab_size
+    if model.get_input_embeddings().weight.shape[0] != vocabulary:
+        # Where padding and the end of a text are one token, Unsloth adds a row for another: the checkpoint has none.
+        model.resize_token_embeddings(vocabulary)
+    return FastLanguageModel.get_peft_model(
+        model,
+        r=parameters.lora_r,
+        lora_alpha=parameters.lora_alpha,
+        lora_dropout=parameters.lora_dropout,
+        target_modules=linear_names(model),
+        use_gradient_checkpointing="unsloth" if parameters.gradient_checkpointing else False,
+        random_state=parameters.seed,
+    )
+
+
+def linear_names(model: Any) -> list[str]:
+    """The names of a decoder's linear layers, without the output head: what LoRA goes onto."""
+    from torch import nn
+
+    names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return sorted(names - {"lm_head"})

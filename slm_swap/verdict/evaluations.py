@@ -1,0 +1,178 @@
+"""The evaluations that a comparison reads: reports with their rows, and whether they answer the same question."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slm_swap.common.errors import UserError
+from slm_swap.common.reports import read_json, rows_path, sha256_file
+from slm_swap.common.settings import display_path, find_path
+from slm_swap.rows.examples import read_jsonl
+from slm_swap.scoring.metrics import ERRORS, MATCHERS, InvalidReply
+from slm_swap.scoring.tracks import Track
+from slm_swap.verdict.decision import (
+    Values,
+)
+
+MADE_BY = "01_eval/eval.py"
+CLUSTERS = ("group", "tool", "row")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A report of `01_eval/eval.py` and, where they were asked for, its rows."""
+
+    path: Path
+    report: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+    @property
+    def label(self) -> str:
+        """The model's short name: deployment or folder, and its adapter."""
+        model = self.report.get("model") if isinstance(self.report.get("model"), dict) else {}
+        name = str(model.get("deployment") or Path(str(model.get("path") or "?")).stem)
+        adapter = model.get("adapter")
+        path = adapter.get("path") if isinstance(adapter, dict) else adapter
+        return f"{name} + {Path(path).name}" if path else name
+
+    def files(self) -> dict[str, Any]:
+        """Which files these are, as the decision records them."""
+        told = {"path": display_path(self.path), "sha256": sha256_file(self.path), "rows_path": None, "rows_sha256": None}
+        if self.rows:
+            rows = rows_path(self.path)
+            told |= {"rows_path": display_path(rows), "rows_sha256": sha256_file(rows)}
+        return told
+
+
+def read_evaluation(path: str | Path, track: Track, with_rows: bool) -> Evaluation:
+    """A report with every gate metric, and its rows if they are asked for.
+
+    Raises:
+        UserError: not such a report, of another track, or rows that are not the report's.
+    """
+    found = find_path(path)
+    report = read_json(found, MADE_BY)
+    shown = display_path(found)
+    if report.get("stage") not in (None, "eval") or not isinstance(report.get("metrics"), dict):
+        raise UserError(f"{shown} is not a report of {MADE_BY}: make one with it")
+    if report.get("track") != track.title:
+        raise UserError(
+            f"{shown} is of track {report.get('track')!r}, not {track.title}: give reports of the same track as --track"
+        )
+    missing = [name for name in track.gate if not _is_share(report["metrics"].get(name))]
+    if missing:
+        raise UserError(f"{shown} has no usable {', '.join(missing)} among its metrics: make it again with {MADE_BY}")
+    return Evaluation(found, report, _read_rows(found, report, track) if with_rows else [])
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+def _read_rows(path: Path, report: dict[str, Any], track: Track) -> list[dict[str, Any]]:
+    rows_file = rows_path(path)
+    if not rows_file.is_file():
+        raise UserError(
+            f"no {display_path(rows_file)} beside its report: put it there, or decide on the means alone by --rule point"
+        )
+    rows, metrics_of_rows, yes_no = [], tuple(track.row_names.values()), track.yes_no
+    for where, row in read_jsonl(rows_file):
+        if not _is_row(row, metrics_of_rows, yes_no, track.exact):
+            raise UserError(f"{where}: not a row as {MADE_BY} writes them: make report and rows again with it")
+        rows.append({"group": None, "error": None} | row)
+    told = f"{display_path(rows_file)} does not match its report"
+    if len({row["id"] for row in rows}) != len(rows):
+        raise UserError(f"{told}: an id stands there twice; make both again with {MADE_BY}")
+    expected = report["inputs"].get("rows") if isinstance(report.get("inputs"), dict) else None
+    if len(rows) != expected or not rows:
+        raise UserError(f"{told}: {len(rows)} rows for {expected}; make both again with {MADE_BY}")
+    by_matcher = report["metrics_by_matcher"] if isinstance(report.get("metrics_by_matcher"), dict) else {}
+    for matcher in MATCHERS:
+        metrics = report["metrics"] if matcher == "strict" else by_matcher.get(matcher, {})
+        for name, values in values_of(rows, track, matcher).items():
+            if not _is_share(metrics.get(name)) or abs(sum(values) / len(values) - metrics[name]) > 1e-6:
+                raise UserError(f"{told}: another mean of {name} ({matcher}); make both again with {MADE_BY}")
+    return rows
+
+
+def _is_row(row: Any, names: Sequence[str], yes_no: Sequence[str], exact: str) -> bool:
+    if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in ("id", "reply", "reference")):
+        return False
+    if row.get("error") not in (None, *ERRORS) or not isinstance(row.get("group"), (str, type(None))):
+        return False
+    scores = row.get("scores_by_matcher")
+    if not isinstance(scores, dict) or not all(isinstance(scores.get(matcher), dict) for matcher in MATCHERS):
+        return False
+    if (row.get("error") is None) != (scores["strict"].get(exact) == 1):  # what went wrong adds up to the misses
+        return False
+    return all(
+        _is_share(value := scores[matcher].get(name)) and (name not in yes_no or value in (0, 1))
+        for matcher in MATCHERS
+        for name in names
+    )
+
+
+def require_same(azure: Evaluation, other: Evaluation) -> list[str]:
+    """Refuse evaluations that do not answer the same question; gives what is not known, for a warning.
+
+    Raises:
+        UserError: other rows or other prompts, or fewer than two rows.
+    """
+    inputs = [given if isinstance(given := side.report.get("inputs"), dict) else {} for side in (azure, other)]
+    # The rows' own hash where both have it: two files of recorded replies hold the same rows and differ all the same.
+    key = "rows_sha256" if all(given.get("rows_sha256") for given in inputs) else "sha256"
+    if any(not given.get(key) for given in inputs):
+        raise UserError(f"a report does not say which data it is of (inputs.sha256): make it again with {MADE_BY}")
+    if inputs[0][key] != inputs[1][key] or inputs[0].get("rows") != inputs[1].get("rows"):
+        told = " and ".join(f"{given.get('path')!r} ({given.get('rows')!r} rows)" for given in inputs)
+        raise UserError(f"the reports are of different data, {told}: evaluate both models on the same rows")
+    if not isinstance(inputs[0].get("rows"), int) or inputs[0]["rows"] < 2:
+        raise UserError(
+            f"the reports are of {inputs[0].get('rows')!r} rows: a comparison needs at least 2, and a verdict some hundreds"
+        )
+    if azure.rows and other.rows:
+        theirs = {row["id"]: row for row in other.rows}
+        for row in azure.rows:
+            twin = theirs.get(row["id"])
+            if twin is None or any(row.get(name) != twin.get(name) for name in ("reference", "prompt_sha256", "group")):
+                raise UserError(
+                    f"{display_path(rows_path(azure.path))} and {display_path(rows_path(other.path))} hold different rows "
+                    f"(first: id {row['id']!r}): evaluate both models on the same rows"
+                )
+    prompts = [side.report.get("prompt_sha256") for side in (azure, other)]
+    if None in prompts:
+        return ["what a replayed model was asked is not recorded: whether both got the same prompts is not known"]
+    if prompts[0] != prompts[1]:
+        raise UserError("the reports are of different prompts: evaluate both models with the same version of the code")
+    return []
+
+
+def aligned(rows: list[dict[str, Any]], like: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows in the order of others with the same ids."""
+    by_id = {row["id"]: row for row in rows}
+    return [by_id[row["id"]] for row in like]
+
+
+def values_of(rows: Sequence[dict[str, Any]], track: Track, matcher: str = "strict") -> Values:
+    """Each gate metric's value on each row."""
+    return {name: [float(row["scores_by_matcher"][matcher][key]) for row in rows] for name, key in track.row_names.items()}
+
+
+def cluster_labels(rows: Sequence[dict[str, Any]], track: Track, by: str) -> list[str] | None:
+    """The cluster of each row: its `group` or its reference's tool; a row without one is alone. None where every row is alone."""
+    if by == "row":
+        return None
+    names = [row["group"] if by == "group" else _tool(track, row["reference"]) for row in rows]
+    if not any(names):
+        return None
+    return [f"={name}" if name else f"#{row['id']}" for name, row in zip(names, rows, strict=True)]
+
+
+def _tool(track: Track, reference: str) -> str | None:
+    try:
+        parsed = track.parse_reference(reference)
+    except InvalidReply:  # no reference that an evaluation takes: somebody changed the rows file
+        return None
+    name = parsed.name or (parsed.value.get("tool_name") if isinstance(parsed.value, dict) else None)
+    return name if isinstance(name, str) else None

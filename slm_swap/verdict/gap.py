@@ -1,0 +1,170 @@
+"""Where the gap between two models comes from, for which tools, which references are doubtful, and what was gained."""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from slm_swap.scoring.metrics import InvalidReply, same
+from slm_swap.scoring.tracks import Track
+from slm_swap.verdict.decision import Decision
+from slm_swap.verdict.evaluations import cluster_labels, values_of
+
+KINDS = {  # what went wrong, and the errors of metrics.ERRORS that say so
+    "format": ("no_json", "bad_json", "extra_text", "wrong_shape"),
+    "wrong_tool": ("wrong_tool",),
+    "missing": ("missing_argument",),
+    "extra": ("extra_argument",),
+    "type": ("wrong_type",),
+    "value": ("wrong_value",),
+    "truncated": ("truncated",),
+    "filtered": ("filtered", "refused"),
+    "failed": (),  # a request that was never answered, whatever its error
+}
+REMEDIES = (  # the cheapest first: what, which errors it would close, and the matcher that says what is right already but for that
+    ("evaluate again: requests failed", ("failed",), None),
+    ("a larger --max-new-tokens", ("truncated",), None),
+    ("the prompt, or the model's native tool format", ("extra_text", "wrong_shape"), "lenient"),
+    ("constrained decoding by the JSON Schema", ("no_json", "bad_json", "wrong_type"), "schema"),
+    ("a few examples in the prompt (few-shot)", ("wrong_tool", "missing_argument", "extra_argument"), "schema"),
+    ("the content filter's settings, or those rows to the other model", ("filtered", "refused"), None),
+    ("fine-tuning", ("wrong_value",), "schema"),
+)
+FINE_TUNING = REMEDIES[-1][0]
+ANSWERS = {
+    "wrong_tool",
+    "missing_argument",
+    "extra_argument",
+    "wrong_type",
+    "wrong_value",
+}  # whole replies that miss the reference
+
+
+def gap(azure: Sequence[dict], slm: Sequence[dict], track: Track) -> dict[str, Any]:
+    """The difference in the exact metric split by what went wrong: each row has one error or none, so the parts add up to it.
+
+    A remedy could gain at most the rows that miss so, were all of them right afterwards. `gain_measured` is what a looser matcher
+    finds right already: rows that only the format, a convertible type or an acceptable value keeps from being exact.
+    """
+    counts = {"azure": Counter(map(_kind, azure)), "slm": Counter(map(_kind, slm))}
+    n = len(azure)
+    rates = {side: {kind: count[kind] / n for kind in KINDS} for side, count in counts.items()}
+    exact = {side: (n - sum(count[kind] for kind in KINDS)) / n for side, count in counts.items()}
+    remedies = []
+    for remedy, errors, matcher in REMEDIES:
+        rows = [row for row in slm if _error(row) in errors]
+        if rows:
+            already = matcher and sum(row["scores_by_matcher"][matcher][track.exact] for row in rows) / n
+            kinds = [kind for kind in KINDS if any(_kind(row) == kind for row in rows)]
+            remedies.append(
+                {"remedy": remedy, "kinds": kinds, "rows": len(rows), "gain_at_most": len(rows) / n, "gain_measured": already}
+            )
+    return {
+        "metric": track.exact_gate,
+        **exact,
+        "difference": exact["azure"] - exact["slm"],
+        "errors": [
+            {
+                "kind": kind, "azure": rates["azure"][kind], "slm": rates["slm"][kind],
+                "difference": rates["slm"][kind] - rates["azure"][kind],
+                "azure_rows": counts["azure"][kind], "slm_rows": counts["slm"][kind],
+            }
+            for kind in KINDS
+        ],
+        "remedies": remedies,
+    }  # fmt: skip
+
+
+def _error(row: dict) -> str | None:
+    return "failed" if row.get("finish_reason") == "error" else row["error"]
+
+
+def _kind(row: dict) -> str | None:
+    error = _error(row)
+    return error and next((kind for kind, errors in KINDS.items() if error in errors), error)
+
+
+def by_group(azure: Sequence[dict], slm: Sequence[dict], track: Track, by: Sequence[str], alpha: float) -> dict[str, Any] | None:
+    """Each group's or tool's difference in the exact metric, shrunk towards the mean where its rows are few; the worst first.
+
+    `by` is group or tool, the first of them that the rows have; None where they have none.
+    """
+    from slm_swap.verdict.stats.shrink import shrink
+
+    by, labels = next(((own, labels) for own in by if (labels := cluster_labels(azure, track, own))), (None, None))
+    if not labels:
+        return None
+    members: dict[str, list[int]] = defaultdict(list)
+    for index, label in enumerate(labels):
+        members[label].append(index)
+    values = [[row["scores_by_matcher"]["strict"][track.exact] for row in rows] for rows in (azure, slm)]
+    found = shrink([[values[0][i] - values[1][i] for i in indices] for indices in members.values()], alpha)
+    groups = [
+        {
+            "group": label[1:],
+            "rows": len(indices),
+            "azure": sum(values[0][i] for i in indices) / len(indices),
+            "slm": sum(values[1][i] for i in indices) / len(indices),
+            "difference": estimate.raw,
+            "shrunk": estimate.shrunk,
+            "interval": [estimate.low, estimate.high],
+        }
+        for (label, indices), estimate in zip(members.items(), found.groups, strict=True)
+    ]
+    groups.sort(key=lambda group: (-group["shrunk"], group["group"]))
+    return {"by": by, "metric": track.exact_gate, "mean": found.mean, "between_sd": found.between_sd, "all": groups}
+
+
+def gold_audit(
+    azure: Sequence[dict], slm: Sequence[dict], track: Track, decide: Callable[[list[int]], Decision | None]
+) -> dict[str, Any]:
+    """Rows on which both models agree with each other and not with the reference: perhaps the reference is wrong.
+
+    `decide` gives the decision on the rows at some indices, None where they are too few. Leaving such rows out hides
+    misses that both models share, so the verdict on all rows stays the verdict.
+    """
+    doubtful = [index for index, pair in enumerate(zip(azure, slm, strict=True)) if _agree(track, *pair)]
+    left = sorted(set(range(len(azure))) - set(doubtful))
+    without = decide(left) if doubtful and len(left) > 1 else None
+    return {
+        "rows": [{name: azure[index][name] for name in ("id", "group", "reference", "reply")} for index in doubtful],
+        "count": len(doubtful),
+        "verdict_without": without and without.verdict,
+        "metrics_without": without and without.metrics,
+    }
+
+
+def _agree(track: Track, left: dict, right: dict) -> bool:
+    if not {left["error"], right["error"]} <= ANSWERS:
+        return False
+    try:
+        parsed = [track.parse(row["reply"]) for row in (left, right)]
+    except InvalidReply:
+        return False
+    return parsed[0].name == parsed[1].name and same(parsed[0].value, parsed[1].value)
+
+
+def gains(
+    before: Sequence[dict], slm: Sequence[dict], track: Track, alpha: float, labels: Sequence[str] | None
+) -> dict[str, Any]:
+    """What fine-tuning changed: each gate metric's gain (slm - before) with its interval of level 1 - 2 alpha, and a one-sided
+    p-value of "no gain"; the rows that were right before and are not now, and the other way round."""
+    from slm_swap.verdict.decision import differences
+    from slm_swap.verdict.stats.score import interval, p_above
+
+    old, new = values_of(before, track), values_of(slm, track)
+    yes_no = [name for name, key in track.row_names.items() if key in track.yes_no]
+    metrics = {
+        name: {
+            "before": sum(old[name]) / len(before), "slm": sum(new[name]) / len(slm), "gain": sample.mean,
+            "interval": list(interval(sample, alpha)), "p_value": p_above(sample, 0.0),
+        }
+        for name, sample in differences(new, old, yes_no, labels).items()
+    }  # fmt: skip
+    was, now = old[track.exact_gate], new[track.exact_gate]
+    ids = [row["id"] for row in slm]
+    return {
+        "metrics": metrics,
+        "metric": track.exact_gate,
+        "worse": [name for name, left, right in zip(ids, was, now, strict=True) if left > right],
+        "better": [name for name, left, right in zip(ids, was, now, strict=True) if left < right],
+    }
