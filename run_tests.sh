@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 . ./setup_env.sh
 "$PYTHON" -m ruff check .
-"$(dirname "$PYTHON")/lint-imports" --no-logo --no-color
+"$(dirname "$PYTHON")/lint-imports" --no-logo --no-cache
 # One thread a process and a process a core: torch's threads would wait for each other on a busy machine.
 cores=$(nproc)  # before the next line, which nproc heeds
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
