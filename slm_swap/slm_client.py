@@ -175,7 +175,7 @@ class SLMClient:
         self.engine.restore(state)
 
     def describe(self) -> dict[str, Any]:
-        return self._told | self.state()
+        return self.identity | self.state()
 
     def cost(self, input_tokens: int, cached_tokens: int, output_tokens: int, seconds: float) -> float | None:
         """The machine's price an hour times the seconds that it worked."""

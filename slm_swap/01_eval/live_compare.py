@@ -24,6 +24,7 @@ from slm_swap.evaluating.factory import make_client
 from slm_swap.evaluating.live import EarlyStop, Side, watch
 from slm_swap.scoring.tracks import TRACKS
 from slm_swap.tracing.runs import Connection, connect, trace_run
+from slm_swap.verdict.evaluations import QUESTIONS
 
 LIVE_BATCH = 32  # rows between two looks with --batch-size auto
 
@@ -37,6 +38,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--stop-early", action="store_true", help="stop calling the hosted model once the verdict is certain")
     parser.add_argument("--delta", type=share, default=0.02, help="non-inferiority margin of --stop-early, 0..1")
     parser.add_argument("--alpha", type=share, default=0.05, help="error rate of --stop-early's verdict, 0..1")
+    parser.add_argument(
+        "--tools", choices=QUESTIONS, default="these", help="what --stop-early decides on: the tools of these rows, or other tools like them"
+    )
     parser.add_argument("--save", action="store_true", help="write both reports, <track>_<kind>_<split>_live.json")
     parser.add_argument("--out-dir", type=Path, default=PACKAGE / "01_eval/reports", help="where --save writes")
     parser.add_seed()
@@ -78,13 +82,14 @@ def main(argv: list[str] | None = None) -> int:
     clock, settings, track = Stopwatch(), load_settings(), TRACKS[args.track]
     connection = connect(settings, tracing_options(args, settings))
     examples, inputs, name = load_rows(args, args.models)
-    early = EarlyStop(track, examples, args.delta, args.alpha, args.seed) if args.stop_early else None
+    early = EarlyStop(track, examples, args.delta, args.alpha, args.seed, args.tools) if args.stop_early else None
     examples = early.examples if early else examples
     gold = references(track, examples)
     if early and early.rows_if_equal is None:
         warn(
-            f"too few rows for a SWAP at --delta {args.delta:g}, unless the small model is the better one: "
-            f"a group of rows is one bet, and there are {len(early.sizes)}, the largest of {max(early.sizes)} rows"
+            f"too few {'tools' if args.tools == 'others' else 'rows'} for a SWAP at --delta {args.delta:g}, unless the small model is the "
+            f"better one: {'a tool' if args.tools == 'others' else 'a row or group of rows'} is one bet, and there are {len(early.sizes)}, "
+            f"the largest of {max(early.sizes)} rows"
         )
     sides: list[Side] = []
     try:

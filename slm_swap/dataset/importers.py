@@ -274,7 +274,7 @@ def jsonl(paths: Iterable[Path], track: str) -> Iterator[Row | Dropped]:
         for where, row in read_rows(path):
             example = parse_example(row, where)
             parsed = TRACKS[track].reference(example).parsed
-            tool = parsed.name or parsed.value.get("tool_name") or example.group
+            tool = parsed.name or parsed.value.get("tool_name")
             listed = [offer for offer in example.tools or [] if isinstance(offer, dict) and isinstance(offer.get("name"), str)]
             yield Row(
                 id=example.id,

@@ -158,7 +158,7 @@ def _taken(
             id=str(generation["id"]),
             tools=tools,
             schema=schema,
-            group=tool,
+            group=generation.get("sessionId") or generation.get("traceId"),
             source=f"langfuse:{generation.get('traceId')}",
             request=text if text != prompt else None,
         ).to_json()

@@ -11,6 +11,7 @@ from slm_swap.rows.examples import Example
 from slm_swap.scoring.metrics import Reference
 from slm_swap.scoring.tracks import TRACKS, Track
 from slm_swap.verdict.decision import FINE_TUNE, NEED_MORE_DATA
+from slm_swap.verdict.evaluations import units
 
 if TYPE_CHECKING:
     from slm_swap.verdict.stats.betting import SequentialVerdict
@@ -49,18 +50,25 @@ def side_by_side(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+def row_of(example: Example) -> dict[str, Any]:
+    """What `evaluations.units` goes by, of a row that is not answered yet."""
+    return {"id": example.id, "group": example.group, "reference": example.completion}
+
+
 class EarlyStop:
     """Stops a run once the sequential verdict is certain (`stats.betting`).
 
     `examples` are the rows in the order in which they are to be asked: random, as the rows of a file may be sorted, and the rows
-    of a group together, as they are one bet. A look counts the groups that are answered whole.
+    that are one bet together: those of a group, or for the question about other tools those of a tool. A look counts the bets that
+    are answered whole.
     """
 
-    def __init__(self, track: Track, examples: list[Example], delta: float, alpha: float, seed: int):
+    def __init__(self, track: Track, examples: list[Example], delta: float, alpha: float, seed: int, question: str = "these"):
         from slm_swap.verdict.stats.betting import random_clusters
 
-        clusters = random_clusters([example.group for example in examples], seed)
-        self.track, self.delta, self.alpha = track, delta, alpha
+        _, labels = units([row_of(example) for example in examples], track, question)
+        clusters = random_clusters(labels or [None] * len(examples), seed)
+        self.track, self.delta, self.alpha, self.question = track, delta, alpha, question
         self.examples = [examples[index] for cluster in clusters for index in cluster]
         self.sizes = [len(cluster) for cluster in clusters]
         self.found: SequentialVerdict | None = None
@@ -124,6 +132,7 @@ class EarlyStop:
             "largest_cluster": max(self.sizes),
             "delta": self.delta,
             "alpha": self.alpha,
+            "tools": self.question,
             "verdict": self.verdict,
         }
 

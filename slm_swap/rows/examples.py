@@ -30,7 +30,7 @@ class Example:
     """One row of a dataset.
 
     `tools` are `{"name", "description", "parameters": JSON Schema}`; `schema` is the wanted object's JSON Schema; `accept`
-    maps an argument to its acceptable values (`""`: may be left out); `group` names rows that are not independent; `request` is
+    maps an argument to its acceptable values (`""`: may be left out); `group` is the one thing that rows come from which are not independent (conversation, session, document), never the tool; `request` is
     the part of the prompt that is this row's own, where a preamble that many rows share stands around it.
     `where` is "file:line", for messages only.
     """
