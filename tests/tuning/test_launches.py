@@ -20,7 +20,7 @@ import pytest
 
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import PACKAGE, Launch
-from slm_swap.tuning import training
+from slm_swap.tuning import backends
 from slm_swap.tuning.backends import choose_deepspeed, has_gpu
 from slm_swap.tuning.checkpoints import Checkpoints
 from slm_swap.tuning.training import load_together, train
@@ -130,7 +130,7 @@ def test_two_processes_that_are_killed_go_on_to_the_same_adapter(two_processes, 
 def train_as_unsloth(rank: int, out: Path, deepspeed: Path | None, processes: int) -> dict:
     """With what Unsloth's trainer is made of, TRL's, on a model that PEFT made: a stand-in, as Unsloth needs a GPU."""
     sys.modules["unsloth"] = types.ModuleType("unsloth")
-    training._load_unsloth = lambda path, parameters: training.load_trainable(path, parameters, "trl", "cpu")
+    backends._load_unsloth = lambda path, parameters: backends.load_trainable(path, parameters, "trl", "cpu")
     launch = Launch(rank, 2, rank) if processes == 2 else Launch()
     parameters = replace(QUICK, batch_size=1, gradient_accumulation=4 // processes, epochs=2, eval_steps=3, lora_dropout=0.0)
     told = train("structured", BASE, ROWS, ROWS[:5], out, parameters, "unsloth", INPUTS, deepspeed=deepspeed, launch=launch)
@@ -140,7 +140,7 @@ def train_as_unsloth(rank: int, out: Path, deepspeed: Path | None, processes: in
 @pytest.mark.parametrize("config", [None, pytest.param(ZERO2, marks=needs_deepspeed)])
 def test_the_other_back_ends_trainer_measures_in_two_processes_what_it_does_in_one(tmp_path, config, monkeypatch):
     monkeypatch.setitem(sys.modules, "unsloth", None)
-    monkeypatch.setattr(training, "_load_unsloth", None)
+    monkeypatch.setattr(backends, "_load_unsloth", None)
     alone = train_as_unsloth(0, tmp_path / "one", None, 1)
     for _, told, _ in on_two_ranks(train_as_unsloth, tmp_path / "two", config, 2):
         assert told == pytest.approx(alone, rel=2e-3)
