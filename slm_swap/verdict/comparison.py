@@ -29,7 +29,7 @@ def examine(track: Track, sides: dict[str, Evaluation], gate: Gate, prices: Pric
     judge = Judge(track, rows, gate, stopped)
     by, labels = judge.units[gate.question]
     latency = speed(azure.report, slm.report, gate.max_p95_ms)
-    by_matcher = {matcher: judge.decide(matcher) for matcher in MATCHERS}
+    by_matcher = {matcher: judge.decide(matcher, brief=matcher != "strict") for matcher in MATCHERS}
     decision = by_matcher["strict"]
     if decision.verdict == SWAP and latency["passed"] is False:
         decision = replace(decision, verdict=NEED_MORE_DATA, withheld=SWAP)
@@ -43,7 +43,7 @@ def examine(track: Track, sides: dict[str, Evaluation], gate: Gate, prices: Pric
     found, split = decision.to_json(), gap(rows["azure"], rows["slm"], track, gate.delta)
     found |= {
         "question": gate.question,
-        "questions": {question: judge.answer(question) for question in QUESTIONS},
+        "questions": {question: judge.answer(question, decision) for question in QUESTIONS},
         "tools": len({tool for row in rows["azure"] if (tool := tool_of(row, track))}) or None,
         "clusters": {"by": by} | found["clusters"],
         "unmeasured": told,

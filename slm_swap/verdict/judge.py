@@ -33,8 +33,11 @@ class Judge:
         self.units = {question: units(rows["azure"], track, question) for question in QUESTIONS}
         self.yes_no = [name for name, key in track.row_names.items() if key in track.yes_no]
 
-    def decide(self, matcher: str = "strict", some: Sequence[int] | None = None, question: str | None = None) -> Decision:
-        """The decision on the rows at the indices `some` (None: all); a verdict that rests on unmeasured rows is withheld."""
+    def decide(
+        self, matcher: str = "strict", some: Sequence[int] | None = None, question: str | None = None, brief: bool = True
+    ) -> Decision:
+        """The decision on the rows at the indices `some` (None: all); a verdict that rests on unmeasured rows is withheld. `brief`: see
+        `decision.paired_decision`."""
         question, gate = question or self.gate.question, self.gate
         some = range(len(self.rows["azure"])) if some is None else some
         values = {side: values_of([self.rows[side][i] for i in some], self.track, matcher) for side in ("azure", "slm")}
@@ -45,21 +48,21 @@ class Judge:
         def rule(azure: Values, slm: Values) -> Decision:
             if gate.rule == "paired":
                 swap_alpha = gate.alpha * gate.swap_share
-                return paired_decision(azure, slm, self.yes_no, gate.delta, gate.alpha, labels, swap_alpha)
-            largest = (self.stopped or {}).get("largest_cluster")
+                return paired_decision(azure, slm, self.yes_no, gate.delta, gate.alpha, labels, swap_alpha, brief)
+            largest, alpha = (self.stopped or {}).get("largest_cluster"), gate.alpha * gate.swap_share
             return sequential_decision(
-                azure, slm, self.yes_no, gate.delta, gate.alpha, labels, in_order=bool(self.stopped), largest=largest
+                azure, slm, self.yes_no, gate.delta, alpha, labels, bool(self.stopped), largest, brief
             )
 
         decision = guarded(values, missing, rule)
         return about_tools(decision) if self.units[question][0] == "tool" else decision
 
-    def answer(self, question: str) -> dict[str, Any] | None:
-        """What the decision says of one question; None where the rows have no tools to ask it of."""
+    def answer(self, question: str, known: Decision) -> dict[str, Any] | None:
+        """What the decision says of one question, of which `known` is the gate's own; None where the rows have no tools to ask it of."""
         by, _ = self.units[question]
         if question == "others" and by != "tool":
             return None
-        decision = self.decide(question=question)
+        decision = known if question == self.gate.question else self.decide(question=question)
         return {
             "verdict": decision.verdict,
             "withheld": decision.withheld,

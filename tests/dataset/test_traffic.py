@@ -64,7 +64,7 @@ def test_a_tool_call_in_every_form(given, output, as_text):
         "prompt": toolcall_prompt([TOOL], "Rain in Oslo?"),
         "completion": COMPLETION,
         "tools": [TOOL],
-        "group": "weather",
+        "group": "trace-1",
         "source": "langfuse:t1",
         "request": "Rain in Oslo?",
     }

@@ -16,7 +16,8 @@ RECORDED = ROOT.parent / "shared/data/recorded"
 GOOD, BAD, UNSURE = ["right"], ["right", "wrong_value"], ["right"] * 29 + ["wrong_value"]
 DECISION = {  # the keys of the decision file
     "schema_version", "stage", "created_at", "code", "track", "verdict", "fine_tune", "sentence", "rule", "delta", "alpha", "rows", "clusters",
-    "reports", "models", "labels", "inputs", "metrics", "failing", "need", "matchers", "flips", "gap", "groups", "gold_audit", "before", "cost",
+    "reports", "models", "labels", "inputs", "metrics", "failing", "need", "swap_alpha", "withheld", "question", "questions", "tools",
+    "unmeasured", "filtered", "latency", "repeat", "looks", "matchers", "flips", "gap", "groups", "gold_audit", "before", "cost",
     "sequential", "warnings", "trace",
 }  # fmt: skip
 
@@ -131,7 +132,7 @@ def test_the_decision_file_has_the_keys_that_are_promised(compare, make, decisio
 def test_what_is_not_known_is_null(compare, make, decision):
     compare(make("azure"), make("slm"))
     told = decision()
-    assert [name for name in told if told[name] is None] == ["before", "need", "sequential"]
+    assert [name for name in told if told[name] is None] == ["withheld", "before", "need", "unmeasured", "filtered", "sequential"]
     assert told["reports"]["before"] is told["models"]["before"] is told["labels"]["before"] is None
 
 
@@ -148,13 +149,15 @@ def test_the_decision_does_not_hang_on_the_order_of_rows(compare, make, decision
     assert found[0] == found[2] == found[4] and found[1] == found[3] == found[5]
 
 
-def test_clusters(compare, make, decision):
+def test_the_two_questions(compare, make, decision):
     groups = ["a", "b", None]
     azure, slm = (make(name, groups=groups, tools=["book", "hire"], rows=300) for name in ("azure", "slm"))
-    for flags, by, count, code in (([], "group", 102, 11), (["--cluster", "tool"], "tool", 2, 11), (["--cluster", "row"], "row", 300, 0)):
-        assert compare(azure, slm, *flags)[0] == code
-        assert (decision()["clusters"]["by"], decision()["clusters"]["count"]) == (by, count)
-    assert compare(azure, slm, "--cluster", "tool")[1].count("300 rows in 2 groups do not settle it") == 1
+    for flags, by, count in (([], "group", 102), (["--tools", "these"], "group", 102), (["--tools", "others"], "tool", 2)):
+        assert compare(azure, slm, *flags)[0] == 11
+        told = decision()
+        assert (told["clusters"]["by"], told["clusters"]["count"]) == (by, count)
+        assert {name: own["clusters"]["by"] for name, own in told["questions"].items()} == {"these": "group", "others": "tool"}
+    assert compare(azure, slm, "--tools", "others")[1].count("300 rows of 2 tools do not settle it for other tools") == 1
 
 
 def test_before(compare, make, decision, refused):
@@ -232,10 +235,10 @@ def test_reports_without_what_the_point_rule_does_not_need(compare, make, decisi
     paths = []
     for name in ("azure", "slm"):
         path = bare(make(name))
-        path.write_text(json.dumps({key: read(path)[key] for key in keep} | {"inputs": {"sha256": "a", "rows": 4}}))
+        path.write_text(json.dumps({key: read(path)[key] for key in keep} | {"inputs": {"sha256": "a", "rows": 4}, "stage": (name == "azure" and "eval") or None}))
         paths.append(path)
     code, _, error = compare(*paths, "--rule", "point")
-    assert code == 0 and "same report" in error
+    assert (code, error) == (0, "")
     assert decision()["models"] == {"azure": None, "slm": None, "before": None} and decision()["rows"] == 4
 
 
@@ -249,8 +252,7 @@ def test_a_stopped_run_takes_the_sequential_rule(compare, refused, make, decisio
     azure, slm = make("azure", changes={"stopped_early": STOPPED}), make("slm", BAD, changes={"stopped_early": STOPPED})
     for flags in ([], ["--rule", "point"]):
         assert "only --sequential holds for such rows" in refused(azure, slm, *flags)
-    for cluster in ("tool", "row"):
-        assert "leave --cluster out" in refused(azure, slm, "--sequential", "--cluster", cluster)
+    assert "for the question --tools these: pass --tools these" in refused(azure, slm, "--sequential", "--tools", "others")
     code, _, error = compare(azure, slm, "--sequential")
     assert (code, error) == (10, "")
     told = decision()["sequential"]
@@ -444,7 +446,7 @@ def test_where_results_cannot_go(compare, make, tmp_path, out, flag):
         (["--track", "toolcall", "--azure", "a", "--slm", "b", "--alpha", "0"], "--alpha"),
         (["--track", "toolcall", "--azure", "a", "--slm", "b", "--alpha", "0.5"], "--alpha"),
         (["--track", "toolcall", "--azure", "a", "--slm", "b", "--rule", "coin"], "invalid choice: 'coin'"),
-        (["--track", "toolcall", "--azure", "a", "--slm", "b", "--cluster", "moon"], "invalid choice: 'moon'"),
+        (["--track", "toolcall", "--azure", "a", "--slm", "b", "--tools", "moon"], "invalid choice: 'moon'"),
         (["--track", "toolcall", "--azure", "a", "--slm", "b", "--rule", "point", "--sequential"], "leave --rule out"),
         (["--track", "toolcall", "--azure", "a", "--slm", "b", "--rule", "point", "--before", "c"], "--before needs the rows"),
         (["--track", "toolcall", "--azure", "a", "--slm", "b", "--out", "x/../c", "--markdown", "c"], "name the same file"),
