@@ -40,7 +40,7 @@ def examine(track: Track, sides: dict[str, Evaluation], gate: Gate, prices: Pric
         )
     told = account(sides, judge.missing)
     model = model_of(slm.report)
-    found, split = decision.to_json(), gap(rows["azure"], rows["slm"], track, gate.delta)
+    found, split = decision.to_json(), gap(rows["azure"], rows["slm"], track)
     found |= {
         "question": gate.question,
         "questions": {question: judge.answer(question, decision) for question in QUESTIONS},

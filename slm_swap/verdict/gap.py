@@ -40,12 +40,12 @@ REMEDIES = (
 ANSWERS = {*CALL, "wrong_value"}  # whole replies that miss the reference
 
 
-def gap(azure: Sequence[dict], slm: Sequence[dict], track: Track, delta: float) -> dict[str, Any]:
+def gap(azure: Sequence[dict], slm: Sequence[dict], track: Track) -> dict[str, Any]:
     """The difference in the exact metric split by what went wrong: each row has one error or none, so the parts add up to it.
 
     A remedy could gain at most the rows that miss in a way that it could close, were all of them right afterwards. `gain_measured` is
     what a looser matcher finds right already: rows that only the format or a convertible type keeps from being exact. `first` is the
-    remedy to begin with: the cheapest that could bring the difference within the margin, else the one that could gain the most.
+    remedy to begin with: of those cheaper than fine-tuning the one that could gain the most, and of equal ones the cheapest.
     """
     counts = {"azure": Counter(map(_kind, azure)), "slm": Counter(map(_kind, slm))}
     n = len(azure)
@@ -61,8 +61,8 @@ def gap(azure: Sequence[dict], slm: Sequence[dict], track: Track, delta: float) 
                 {"remedy": remedy, "kinds": kinds, "rows": len(rows), "gain_at_most": len(rows) / n, "gain_measured": already}
             )
     difference = exact["azure"] - exact["slm"]
-    enough = [own for own in remedies if own["gain_at_most"] >= difference - delta]
-    first = enough[0] if enough else max(remedies, key=lambda own: own["gain_at_most"], default=None)
+    cheaper = [own for own in remedies if own["remedy"] != FINE_TUNING]
+    first = max(cheaper or remedies, key=lambda own: own["rows"], default=None)
     return {
         "metric": track.exact_gate,
         **exact,

@@ -58,9 +58,11 @@ class Judge:
         return about_tools(decision) if self.units[question][0] == "tool" else decision
 
     def answer(self, question: str, known: Decision) -> dict[str, Any] | None:
-        """What the decision says of one question, of which `known` is the gate's own; None where the rows have no tools to ask it of."""
+        """What the decision says of one question, of which `known` is the gate's own; None where the rows have no tools to
+        ask it of, or were drawn for the other question."""
         by, _ = self.units[question]
-        if question == "others" and by != "tool":
+        drawn_otherwise = self.stopped and question != self.gate.question
+        if drawn_otherwise or (question == "others" and by != "tool"):
             return None
         decision = known if question == self.gate.question else self.decide(question=question)
         return {

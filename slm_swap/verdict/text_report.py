@@ -76,8 +76,18 @@ def _escape(text: str) -> str:
 
 def notes(told: dict[str, Any]) -> list[str]:
     """What is said in sentences: the verdict, what would settle it, doubtful references, money, warnings."""
-    told = {"need": None, "gold_audit": None, "cost": None, "sequential": None, "before": None, "sentence": None} | told
+    told = {"question": None, "need": None, "gold_audit": None, "cost": None, "sequential": None, "before": None, "sentence": None} | told
     found = [told["sentence"]] if told["sentence"] else []
+    if (told.get("latency") or {}).get("slm") or (told.get("latency") or {}).get("azure"):
+        found.append(_latency(told["latency"]))
+    other = next((name for name in told.get("questions") or {} if name != told["question"]), None)
+    if other and told["questions"][other]:
+        scope = {"these": "For the tools of these rows", "others": "For other tools like these"}[other]
+        found.append(f"{scope} the verdict would be {told['questions'][other]['verdict']}.")
+    if told.get("filtered"):
+        taken = told["filtered"]
+        without = f" Without them the verdict is {taken['verdict_without']}." if taken["verdict_without"] != told["verdict"] else ""
+        found.append(f"A content filter took {taken['azure']} hosted and {taken['slm']} small replies, which count as misses.{without}")
     if told["need"] and told["need"]["azure_cost"] is not None:
         rows, cost = told["need"]["rows"], told["need"]["azure_cost"]
         found.append(f"The azure model's replies to {rows:,} further rows would cost about {cost:.2f}{_currency(told)}.")
@@ -92,6 +102,20 @@ def notes(told: dict[str, Any]) -> list[str]:
         found.append(f"Rows that are right now and were wrong before: {len(changed['better'])}. Right before and wrong now: {_ids(changed['worse'])}.")
     found += _money(told)
     return found + [f"Warning: {text}" for text in told["warnings"]]
+
+
+def _latency(latency: dict[str, Any]) -> str:
+    """`Latency p50/p95: azure 412/980 ms alone, 520/1,400 ms with 32 at a time; slm not measured (why).`"""
+    parts = []
+    for side in ("azure", "slm"):
+        told = latency[side] or {}
+        ways = [
+            f"{1000 * way['p50']:,.0f}/{1000 * way['p95']:,.0f} ms {load}"
+            for way, load in ((told.get("alone"), "alone"), (told.get("loaded"), f"with {(told.get('loaded') or {}).get('concurrency')} at a time"))
+            if way
+        ]
+        parts.append(f"{side} {', '.join(ways) or 'not measured'}")
+    return f"Latency p50/p95: {'; '.join(parts)}."
 
 
 def _ids(ids: Sequence[str]) -> str:
@@ -194,7 +218,7 @@ def _gap(gap: dict[str, Any]) -> list[Table]:
     ]
     found: list[Table] = [(f"Where the gap in {gap['metric']} comes from", ("what is wrong", "azure rows", "slm rows", "points"), errors)]
     if remedies:
-        found.append(("What would close it, the cheapest first", ("remedy", "slm rows", "gain at most", "right but for that"), remedies))
+        found.append(("What would close it, the cheapest first" + (f"; begin with {gap['first']}" if gap.get("first") else ""), ("remedy", "slm rows", "gain at most", "right but for that"), remedies))
     return found
 
 
@@ -204,6 +228,6 @@ def _groups(groups: dict[str, Any]) -> Table:
         for own in groups["all"][:MOST]
     ]
     title = f"By {groups['by']}, the worst {len(rows)} of {len(groups['all'])}: {groups['metric']}, azure - slm shrunk towards {points(groups['mean'])}"
-    if groups["between_sd"] == 0:
-        title += "; they differ by no more than chance"
+    if (1.0 if groups["between_sd"] == 0 else groups.get("p_value") or 0.0) > 0.05:
+        title += "; no difference between them is shown"
     return title, (groups["by"], "rows", "azure", "slm", "shrunk", "interval"), rows

@@ -51,7 +51,7 @@ def test_the_gap_adds_up_and_every_error_has_its_kind_and_its_remedy(sides):
         "wrong_value", "truncated", "filtered", "refused", "failed", "right", "right",
     ]  # fmt: skip
     found = sides(calls(32), ["right", "wrong_value", "right", "right"], errors)
-    told = gap(found["azure"].rows, found["slm"].rows, TRACK, 0.02)
+    told = gap(found["azure"].rows, found["slm"].rows, TRACK)
     assert (told["metric"], told["azure"], told["slm"], told["difference"]) == ("args_exact_rate", 24 / 32, 6 / 32, 18 / 32)
     rows = {own["kind"]: (own["azure_rows"], own["slm_rows"]) for own in told["errors"]}
     assert rows == {
@@ -79,7 +79,7 @@ def test_the_bound_is_of_what_the_remedy_can_gain_not_of_the_misses_that_bear_it
     most = {own["remedy"]: own["gain_at_most"] for own in told["gap"]["remedies"]}
     assert most["constrained decoding by the JSON Schema"] == 0.4 and most["fine-tuning"] == 0.5
     assert most["a few examples in the prompt (few-shot)"] == 0.5
-    assert told["gap"]["first"] == "a few examples in the prompt (few-shot)", "the prompt's wording could not close the gap"
+    assert told["gap"]["first"] == "a few examples in the prompt (few-shot)", "the prompt's wording could gain 20 points at most"
     assert "First try a few examples in the prompt (few-shot) (at most 50.0 points)." in told["sentence"]
 
 
@@ -92,7 +92,7 @@ def test_every_error_belongs_to_one_kind_and_some_remedy():
 
 def test_without_misses_there_is_nothing_to_close(sides):
     found = sides(calls(4))
-    told = gap(found["azure"].rows, found["slm"].rows, TRACK, 0.02)
+    told = gap(found["azure"].rows, found["slm"].rows, TRACK)
     assert told["first"] is None and told["remedies"] == [] and told["difference"] == 0 and len(told["errors"]) == len(KINDS)
 
 
@@ -291,8 +291,7 @@ def test_fine_tune_and_its_sentence(sides):
     low, high = (points(end) for end in exact["interval"])
     assert told["sentence"] == (
         f"The small model is worse by more than the margin of 2.0 points: args_exact_rate is 50.0 points lower ({low} to {high}) on 200 "
-        "rows. First try a few examples in the prompt (few-shot) (at most 25.0 points). Then train it on more rows, or on better ones, and "
-        "measure again."
+        "rows. First try a larger --max-new-tokens (at most 25.0 points). Then train it on more rows, or on better ones, and measure again."
     )
 
 

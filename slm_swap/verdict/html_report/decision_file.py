@@ -13,6 +13,7 @@ from slm_swap.common.settings import display_path, find_path
 from slm_swap.rows.examples import read_jsonl, text_hash
 from slm_swap.scoring.tracks import TRACKS, Track
 from slm_swap.verdict.decision import EXIT_CODES
+from slm_swap.verdict.evaluations import QUESTIONS
 from slm_swap.verdict.html_report.text import all_visible, visible, word_diff
 
 MADE_BY = "03_compare/compare.py"
@@ -47,6 +48,10 @@ INTERVAL = {"type": "array", "items": DIFFERENCE, "minItems": 2, "maxItems": 2}
 VERDICT = {"enum": list(EXIT_CODES)}
 PATH = {"type": "string", "pattern": r"^[^\x00]+$"}
 SIDE = record(path=maybe(PATH), sha256=maybe(TEXT), rows_path=maybe(PATH), rows_sha256=maybe(TEXT))
+SPEED = record(rows=maybe(COUNT), concurrency=maybe(COUNT), p50=AMOUNT, p95=AMOUNT)  # seconds
+LATENCY = record(alone=maybe(SPEED), loaded=maybe(SPEED), why=maybe(TEXT))
+CAUSES = record(failed=maybe(COUNT), truncated=maybe(COUNT))
+REPEAT = record(rows=COUNT, different_text=maybe(COUNT), exact_changed=maybe(COUNT))
 COMPARED = {"azure": RATE, "slm": RATE, "difference": DIFFERENCE, "interval": maybe(INTERVAL)}
 SCHEMA = record(
     stage={"const": "compare"},
@@ -58,6 +63,16 @@ SCHEMA = record(
     rule=TEXT,
     delta=RATE,
     alpha=maybe({"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 0.5}),
+    swap_alpha=maybe({"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 0.5}),
+    withheld=maybe(VERDICT),
+    question=maybe({"enum": list(QUESTIONS)}),
+    questions=maybe(named(maybe(record(verdict=VERDICT, withheld=maybe(VERDICT), need=maybe(record(rows=maybe(COUNT), clusters=maybe(COUNT))))))),
+    tools=maybe(COUNT),
+    unmeasured=maybe(record(azure=CAUSES, slm=CAUSES, measure=listed(TEXT))),
+    filtered=maybe(record(azure=COUNT, slm=COUNT, verdict_without=maybe(VERDICT))),
+    latency=maybe(record(azure=maybe(LATENCY), slm=maybe(LATENCY), max_p95_ms=maybe(AMOUNT), p95_ms=maybe(AMOUNT), passed=maybe(FLAG))),
+    repeat=maybe(record(azure=maybe(REPEAT), slm=maybe(REPEAT))),
+    looks=maybe(record(number=COUNT, share=RATE, earlier=listed(record(at=maybe(TEXT), verdict=maybe(VERDICT), rows=maybe(COUNT))))),
     rows=maybe(COUNT),
     clusters=maybe(record(by=TEXT, count=COUNT, effective=AMOUNT)),
     reports=record(azure=SIDE, slm=SIDE, before=maybe(SIDE)),
@@ -109,6 +124,7 @@ SCHEMA = record(
                     )
                 )
             ),
+            first=maybe(TEXT),
         )
     ),
     groups=maybe(
@@ -117,6 +133,7 @@ SCHEMA = record(
             metric=TEXT,
             mean=maybe(DIFFERENCE),
             between_sd=maybe(AMOUNT),
+            p_value=maybe(RATE),
             all=listed(
                 record(group=TEXT, rows=COUNT, azure=RATE, slm=RATE, difference=DIFFERENCE, shrunk=DIFFERENCE, interval=INTERVAL)
             ),

@@ -152,9 +152,15 @@ def both_models(names: Sequence[str], metrics: Sequence[dict[str, Any]], labels:
 
 
 def behind(
-    names: Sequence[str], differences: Sequence[float], intervals: Sequence[list[float] | None], delta: float | None, x_label: str
+    names: Sequence[str],
+    differences: Sequence[float],
+    intervals: Sequence[list[float] | None],
+    delta: float | None,
+    x_label: str,
+    measured: Sequence[float] = (),
 ) -> Draw:
-    """How far the small model is behind on each line, in points, with intervals; with `delta`, the margin that is good enough."""
+    """How far the small model is behind on each line, in points, with intervals; with `delta`, the margin that is good enough; hollow,
+    what was `measured` where `differences` are estimates."""
 
     def draw(canvas: Canvas) -> None:
         from matplotlib.lines import Line2D
@@ -164,6 +170,8 @@ def behind(
         legend = [] if delta is None else [f"margin: {100 * delta:g} points", "good enough"]
         axes = canvas.lines(names, [range_of(*pair) for pair in zip(differences, intervals, strict=True)], legend)
         ends = [*dots(axes, list(zip(differences, intervals, strict=True)), 0, theme.slm, "s"), 0, 100 * (delta or 0)]
+        axes.plot([100 * value for value in measured], range(len(measured)), color=theme.slm, linestyle="none", marker="o", fillstyle="none")
+        ends += [100 * value for value in measured]
         limits = room(min(ends), max(ends), -100, 100)
         upright(canvas, axes, len(names), 0, color=theme.muted, linewidth=1)
         if delta is not None:

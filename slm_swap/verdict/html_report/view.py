@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 from slm_swap.scoring.tracks import TRACKS
 from slm_swap.verdict.decision import FINE_TUNE, SWAP
+from slm_swap.verdict.gap import FINE_TUNING
 from slm_swap.verdict.html_report import plots, words
 from slm_swap.verdict.html_report.text import one_line, word_diff
 from slm_swap.verdict.html_report.words import count, percent, range_of, rate_of, signed, significant, standing
@@ -45,13 +46,17 @@ class Page:
         self.metrics = known + [name for name in decision["metrics"] if name not in known]
         self.delta, self.alpha = decision["delta"], decision["alpha"]
         self.level = None if self.alpha is None else f"{100 * (1 - 2 * self.alpha):g}%"
+        self.swap_alpha = decision["swap_alpha"] or self.alpha
         self.currency = one_line((decision["cost"] or {}).get("currency") or "", 12)
 
     # -- The verdict -------------------------------------------------------------------------------------------------------------
 
     @property
     def headline(self) -> str:
-        return words.HEADLINES[self.decision["verdict"]]
+        withheld, latency = self.decision["withheld"], self.decision["latency"] or {}
+        if withheld and latency.get("passed") is False and not self.decision["unmeasured"]:
+            return "Not yet: good enough, but too slow"
+        return words.WITHHELD[withheld] if withheld else words.HEADLINES[self.decision["verdict"]]
 
     def facts(self) -> list[tuple[str, str, str]]:
         """The few numbers that stand beside the verdict: (what, number, explanation)."""
@@ -72,22 +77,48 @@ class Page:
         if cost and cost["on_demand"] and cost["on_demand"]["break_even_tasks"] is not None:
             told = count(cost["on_demand"]["break_even_tasks"], "tasks")
             facts.append(("Training is paid back after", told, "the machine paid only while it works"))
+        facts += self.speed()
         if decision["rows"] is not None:
             facts.append(("Compared on", count(decision["rows"], "rows"), self.clusters()))
         return facts
 
     def spelled(self, difference: float, interval: list[float] | None) -> str:
         """A gap with its interval, in words."""
-        between = f" ({signed(interval[0])} to {signed(interval[1])})" if interval else ""
+        between = f" ({words.stretch(*interval)})" if interval else ""
         return f"{standing(difference)}{between}, margin {100 * self.delta:g}"
+
+    def speed(self) -> list[tuple[str, str, str]]:
+        """The latencies as a fact: alone where both were measured so, else under load, else whatever is known."""
+        told = self.decision["latency"] or {}
+        sides = [told.get(side) or {} for side in ("azure", "slm")]
+        for way in ("alone", "loaded"):
+            if any(side.get(way) for side in sides):
+                shown = [f"{1000 * side[way]['p50']:,.0f} ms" if side.get(way) else "not measured" for side in sides]
+                slow = ", ".join(
+                    f"{name} {1000 * side[way]['p95']:,.0f} ms" for name, side in zip(("hosted", "small"), sides, strict=True) if side.get(way)
+                )
+                load = "one request at a time" if way == "alone" else "under load"
+                return [("Latency, median: hosted → small", " → ".join(shown), f"{load}; 95th percentile: {slow}")]
+        return []
+
+    def latency_table(self) -> Table | None:
+        """Both models' latencies as measured; None where none was."""
+        told, rows = self.decision["latency"] or {}, []
+        for side, name in (("azure", "Hosted"), ("slm", "Small")):
+            for way in ("alone", "loaded"):
+                if found := (told.get(side) or {}).get(way):
+                    load = "one at a time" if way == "alone" else f"{count(found['concurrency'])} at a time" if found["concurrency"] else "under load"
+                    rows.append([f"{name}, {load}", *(f"{1000 * found[p]:,.0f} ms" for p in ("p50", "p95")), count(found["rows"] or 0)])
+        return Table("Latency of a request", ["Model and load", "Median", "95th percentile", "Rows"], rows) if rows else None
 
     def clusters(self) -> str:
         clusters = self.decision["clusters"]
         if not clusters:
             return ""
+        scope = f", {words.SCOPES[self.decision['question']]}" if self.decision["question"] and self.decision["tools"] else ""
         if clusters["by"] == "row":
-            return "each row counts for itself"
-        return f"in {count(clusters['count'], clusters['by'] + 's')}, worth {count(clusters['effective'])} independent ones"
+            return f"each row counts for itself{scope}"
+        return f"in {count(clusters['count'], clusters['by'] + 's')}, worth {count(clusters['effective'])} independent ones{scope}"
 
     def doubts(self) -> list[str]:
         """Where the verdict would be another one."""
@@ -95,6 +126,10 @@ class Page:
         others = [words.MATCHERS[name][0].lower() for name, told in self.matchers() if told["verdict"] != decision["verdict"]]
         if others:
             found.append(f"Counted another way ({', '.join(others)}) the verdict is different: see “Does the verdict hold?”.")
+        filtered = decision["filtered"]
+        if filtered and filtered["azure"] and filtered["verdict_without"] not in (None, decision["verdict"]):
+            told = words.VERDICTS[filtered["verdict_without"]]
+            found.append(f"Without the {count(filtered['azure'], 'rows')} whose hosted reply a content filter took the verdict is “{told}”.")
         audit = decision["gold_audit"]
         if audit and audit["count"] and audit["verdict_without"] not in (None, decision["verdict"]):
             told = words.VERDICTS[audit["verdict_without"]]
@@ -111,14 +146,20 @@ class Page:
                 *(["Check under Cost from how many tasks on it pays."] if decision["cost"] else []),
             ]
         keep = "Keep the hosted model until then."
+        if decision["withheld"]:
+            commands = (decision["unmeasured"] or {}).get("measure") or []
+            asked = [f"Measure the rows that were not measured: {one_line(command, 400)}" for command in commands]
+            return [*(asked or ["Serve the small model faster, and measure its latency again."]), "Then compare again.", keep]
         if verdict == FINE_TUNE:
-            remedies = (decision["gap"] or {}).get("remedies") or []
-            cheapest = [f"Begin with the cheapest remedy: {remedies[0]['remedy'].rstrip('.')}."] if remedies else []
+            first = (decision["gap"] or {}).get("first")
+            cheapest = [f"Begin with {first.rstrip('.')}."] if first and first != FINE_TUNING else []
             train = "Fine-tune the small model (train_unsloth.py), evaluate it on the same rows and compare again."
             if decision["before"]:
                 train = "Training once was not enough: look at the rows that still miss, then train with more rows like them."
             return [*cheapest, train, keep]
-        if need and need["rows"] is not None:
+        if need and need["rows"] is None and need["clusters"] and decision["question"] == "others":
+            more = f"Evaluate both models on rows of about {count(need['clusters'], 'further tools')}: more rows of the same tools do not help."
+        elif need and need["rows"] is not None:
             more = f"Evaluate both models on {self.further(need)}, then compare all rows again."
         else:
             more = "Look at the rows below: on these models more rows alone will hardly settle it."
@@ -140,7 +181,7 @@ class Page:
         values = self.values(name)
         if name in (self.decision["failing"] or []):
             return "worse than the margin"
-        shown = values["p_value"] <= self.alpha if values["p_value"] is not None and self.alpha else None
+        shown = values["p_value"] <= self.swap_alpha if values["p_value"] is not None and self.alpha else None
         if shown is None:
             shown = (values["interval"] or [0, values["difference"]])[1] <= self.delta
         return "good enough" if shown else "not settled"
@@ -249,14 +290,15 @@ class Page:
         remedies = self.decision["gap"]["remedies"]
         if not remedies:
             return None
+        first = self.decision["gap"]["first"]
         rows = [
-            [remedy["remedy"], ", ".join(self.kind(kind).lower() for kind in remedy["kinds"]), count(remedy["rows"]),
+            [remedy["remedy"] + (" (begin here)" if remedy["remedy"] == first else ""), ", ".join(self.kind(kind).lower() for kind in remedy["kinds"]), count(remedy["rows"]),
              signed(remedy["gain_at_most"]),
              "not measured" if remedy["gain_measured"] is None else signed(remedy["gain_measured"])]
             for remedy in remedies
         ]  # fmt: skip
         head = ["Remedy", "Against", "Rows", "Gain at most, points", "Gain measured, points"]
-        return Table("Remedies, cheapest first", head, rows)
+        return Table("Remedies, the cheapest first", head, rows)
 
     def groups_figure(self) -> Figure:
         groups = self.decision["groups"]
@@ -265,11 +307,12 @@ class Page:
         pairs = [group["shrunk"] for group in worst], [group["interval"] for group in worst]
         told = "; ".join(f"{name} {range_of(*pair)}" for name, *pair in zip(names[:5], *pairs, strict=False))
         caption = (
-            f"In brackets: rows. Estimates are drawn towards the mean of all {groups['by']}s, the more the fewer rows there are."
+            f"In brackets: rows. Hollow: as measured. Filled: drawn towards the mean of all {groups['by']}s, the more the fewer rows there are."
         )
         if len(worst) < len(groups["all"]):
             caption = f"The {len(worst)} of {len(groups['all'])} with the largest gap; the table has all. {caption}"
-        draw = plots.behind(names, *pairs, None, f"points behind on {self.name(groups['metric'])}")
+        own = [group["difference"] for group in worst]
+        draw = plots.behind(names, *pairs, None, f"points behind on {self.name(groups['metric'])}", own)
         return Figure(plots.svgs(draw), f"Gap by {groups['by']}, the largest first. {told}.", caption)
 
     def groups_table(self) -> Table:
