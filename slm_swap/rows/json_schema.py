@@ -13,6 +13,7 @@ from typing import Any
 
 from slm_swap.common.exact_json import ExactEncoder, decimals, is_integral, is_multiple, is_number, same
 from slm_swap.rows.schema_parts import (
+    COMPOSED,
     choices_of,
     common_types,
     is_open,
@@ -81,12 +82,16 @@ def _validator_class() -> Any:
         if is_number(instance) and not is_multiple(instance, divisor):
             yield ValidationError(f"{instance} is not a multiple of {divisor}")
 
+    def type_named(validator: Any, types: Any, instance: Any, schema: dict) -> Iterator[Any]:
+        if instance is not None or schema.get("nullable") is not True:
+            yield from Draft202012Validator.VALIDATORS["type"](validator, types, instance, schema)
+
     numbers = {
         "number": lambda checker, value: is_number(value),
         "integer": lambda checker, value: is_number(value) and is_integral(value),
     }
     checker = Draft202012Validator.TYPE_CHECKER.redefine_many(numbers)
-    return extend(Draft202012Validator, {"multipleOf": multiple_of}, type_checker=checker)
+    return extend(Draft202012Validator, {"multipleOf": multiple_of, "type": type_named}, type_checker=checker)
 
 
 def fits_as_json(value: Any, schema: dict) -> bool:
@@ -136,10 +141,14 @@ class _Walk:
     def coerce(self, value: Any, schema: Any) -> Any:
         if not isinstance(schema, dict):
             return value
-        found = parts(schema, self.root)
-        for choices in (choices for part in found for choices in choices_of(part)):
-            value = self._choose(value, choices)[1]
-        value = _scalar(value, common_types(found))
+        if COMPOSED.isdisjoint(schema):
+            types = types_of(schema)
+        else:
+            found = parts(schema, self.root)
+            for choices in (choices for part in found for choices in choices_of(part)):
+                value = self._choose(value, choices)[1]
+            types = common_types(found)
+        value = _scalar(value, types)
         if isinstance(value, dict):
             return {key: self.coerce(child, property_schema(schema, key, self.root)) for key, child in value.items()}
         if isinstance(value, list):
@@ -149,20 +158,30 @@ class _Walk:
     def with_defaults(self, value: Any, schema: Any) -> Any:
         if not isinstance(schema, dict) or not isinstance(value, (dict, list)):
             return value
-        found = [part for part in parts(schema, self.root) if isinstance(part, dict)]
-        for choices in (choices for part in found for choices in choices_of(part)):
-            choice = self._choose(value, choices)[0]
-            value = self.with_defaults(value, choice)
+        found = [schema]
+        if not COMPOSED.isdisjoint(schema):
+            found = [part for part in parts(schema, self.root) if isinstance(part, dict)]
+            for choices in (choices for part in found for choices in choices_of(part)):
+                value = self.with_defaults(value, self._choose(value, choices)[0])
         if isinstance(value, list):
             return [self.with_defaults(child, item_schema(schema, at, self.root)) for at, child in enumerate(value)]
-        filled = {key: self.with_defaults(child, property_schema(schema, key, self.root)) for key, child in value.items()}
-        required = [key for part in found for key in part.get("required") or ()]
-        for key in (key for part in found for key in mapping(part.get("properties"))):
-            if key not in filled and key not in required:
-                child = property_schema(schema, key, self.root)
-                for default in self._defaults(child)[:1]:
-                    filled[key] = self.with_defaults(default, child)
+        filled = {}
+        for key, child in value.items():
+            nested = isinstance(child, (dict, list))
+            filled[key] = self.with_defaults(child, property_schema(schema, key, self.root)) if nested else child
+        for part in found:
+            for key in mapping(part.get("properties")):
+                if key not in filled and not any(key in (one.get("required") or ()) for one in found):
+                    self._fill(filled, key, property_schema(schema, key, self.root))
         return filled
+
+    def _fill(self, filled: dict, key: str, schema: Any) -> None:
+        if isinstance(schema, dict) and COMPOSED.isdisjoint(schema):
+            defaults = [schema["default"]] if "default" in schema else []
+        else:
+            defaults = self._defaults(schema)
+        for default in defaults[:1]:
+            filled[key] = self.with_defaults(default, schema)
 
     def _defaults(self, schema: Any) -> list:
         """What a schema says of a value that is missing: its own `default`, else those of its choices."""

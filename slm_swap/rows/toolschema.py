@@ -9,7 +9,7 @@ import re
 from functools import lru_cache
 from typing import Any
 
-from slm_swap.common.exact_json import EXACT, plain
+from slm_swap.common.exact_json import plain
 from slm_swap.rows.examples import dump_json
 from slm_swap.rows.json_schema import coerce, fits_as_json
 from slm_swap.rows.schema_parts import types_of

@@ -110,7 +110,7 @@ class Reference:
 
     def take(self, value: dict[str, Any]) -> dict[str, Any]:
         """A reply with every value that is acceptable as it stands replaced by the gold's own."""
-        return self._replaced(value, self.parsed.value, self.options, folded=False) if self.accept else value
+        return self._replaced(value, self.parsed.value, self.options, folded=False)
 
     def align(self, value: dict[str, Any], folded: bool) -> frozenset[Leaf]:
         """A reply's leaves, once its types are converted, acceptable values replaced by the gold's own and defaults filled in."""
@@ -154,9 +154,11 @@ def score(parse: Parser, reference: Reference, text: str, finish_reason: str = "
     else:
         if parsed is gold or (parsed.name == gold.name and same(parsed.value, gold.value)):
             return _exact(parsed.value)
-        taken = Parsed(reference.take(parsed.value), parsed.name)
-        if taken.name == gold.name and same(taken.value, gold.value):
-            return _exact(taken.value)
+        taken = parsed
+        if reference.accept and parsed.name == gold.name:
+            taken = Parsed(reference.take(parsed.value), parsed.name)
+            if same(taken.value, gold.value):
+                return _exact(taken.value)
         strict = _match(leaves(taken.value), reference.leaves, taken.name == gold.name)
         schema, lenient = _loose_matches(parsed, reference)
         error = _difference_error(taken, gold)
@@ -258,7 +260,7 @@ class _Options(NamedTuple):
         value = dict(value)
         for key, options in self.given.items():
             if key in value:
-                if not self._accepts_one(options, value[key], self.parts[key], folded):
+                if not _accepts_one(options, value[key], folded, self.parts[key], self.root):
                     continue
                 del value[key]
             elif "" not in options:
@@ -267,23 +269,24 @@ class _Options(NamedTuple):
                 value[key] = gold[key]
         return value
 
-    def _accepts_one(self, options: list, value: Any, schema: Any, folded: bool) -> bool:
-        return any(
-            self._accepts(option, value, schema, folded) for option in options if option != "" or allows_text(schema, self.root)
-        )
 
-    def _accepts(self, option: Any, value: Any, schema: Any, folded: bool) -> bool:
-        """Whether a value is an acceptable one: equal, or (BFCL) an object whose leaves are lists of acceptable values."""
-        wanted, given = leaves(option), leaves(value)
-        if wanted == given or (folded and _folded(wanted) == _folded(given)):
-            return True
-        if isinstance(option, dict) and isinstance(value, dict):
-            choices = {key: given if isinstance(given, list) else [given] for key, given in option.items()}
-            return value.keys() <= choices.keys() and all(
-                self._accepts_one(given, value[key], known_property(schema, key, self.root), folded) if key in value else "" in given
-                for key, given in choices.items()
-            )
-        if isinstance(option, list) and isinstance(value, list) and len(option) == len(value):
-            pairs = enumerate(zip(option, value, strict=True))
-            return all(self._accepts(left, right, item_schema(schema, at, self.root), folded) for at, (left, right) in pairs)
-        return False
+def _accepts_one(options: list, value: Any, folded: bool, schema: Any, root: Any) -> bool:
+    literal = (option for option in options if option != "" or allows_text(schema, root))
+    return any(_accepts(option, value, folded, schema, root) for option in literal)
+
+
+def _accepts(option: Any, value: Any, folded: bool, schema: Any = True, root: Any = None) -> bool:
+    """Whether a value is one that the row accepts: equal, or (BFCL) an object whose leaves are lists of acceptable values."""
+    wanted, given = leaves(option), leaves(value)
+    if wanted == given or (folded and _folded(wanted) == _folded(given)):
+        return True
+    if isinstance(option, dict) and isinstance(value, dict):
+        choices = {key: given if isinstance(given, list) else [given] for key, given in option.items()}
+        return value.keys() <= choices.keys() and all(
+            _accepts_one(given, value[key], folded, known_property(schema, key, root), root) if key in value else "" in given
+            for key, given in choices.items()
+        )
+    if isinstance(option, list) and isinstance(value, list) and len(option) == len(value):
+        pairs = enumerate(zip(option, value, strict=True))
+        return all(_accepts(left, right, folded, item_schema(schema, at, root), root) for at, (left, right) in pairs)
+    return False
