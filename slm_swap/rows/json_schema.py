@@ -137,6 +137,7 @@ class _Walk:
         self.root = root
         self.chosen: dict[tuple[int, int], tuple] = {}
         self.fitting: dict[tuple[int, int], tuple] = {}
+        self.under_way: set[tuple[int, int]] = set()
 
     def coerce(self, value: Any, schema: Any) -> Any:
         if not isinstance(schema, dict):
@@ -162,7 +163,7 @@ class _Walk:
         if not COMPOSED.isdisjoint(schema):
             found = [part for part in parts(schema, self.root) if isinstance(part, dict)]
             for choices in (choices for part in found for choices in choices_of(part)):
-                value = self.with_defaults(value, self._choose(value, choices)[0])
+                value = self._filled((id(value), id(choices)), value, self._choose(value, choices)[0])
         if isinstance(value, list):
             return [self.with_defaults(child, item_schema(schema, at, self.root)) for at, child in enumerate(value)]
         filled = {}
@@ -181,7 +182,16 @@ class _Walk:
         else:
             defaults = self._defaults(schema)
         for default in defaults[:1]:
-            filled[key] = self.with_defaults(default, schema)
+            filled[key] = self._filled((id(default), id(default)), default, schema)
+
+    def _filled(self, key: tuple[int, int], value: Any, schema: Any) -> Any:
+        """As `with_defaults`; a choice or a default that leads back to itself is not followed again."""
+        if key in self.under_way:
+            return value
+        self.under_way.add(key)
+        value = self.with_defaults(value, schema)
+        self.under_way.remove(key)
+        return value
 
     def _defaults(self, schema: Any) -> list:
         """What a schema says of a value that is missing: its own `default`, else those of its choices."""
@@ -192,24 +202,35 @@ class _Walk:
 
     def _choose(self, value: Any, choices: list) -> tuple[Any, Any]:
         """(the choice that a value is taken for, what the value becomes by it): the first that it fits, else the first that it fits
-        once converted, else the only one for values of its JSON type; (None, the value) where there is no such choice."""
+        once converted, else the only one for values of its JSON type, or for objects with its keys; (None, the value) where there is
+        no such choice."""
         key = id(value), id(choices)
         if key not in self.chosen:
             self.chosen[key] = None, value, value  # the last keeps the id from being given again
             fitting = next((choice for choice in choices if self._fits(value, choice)), None)
             if fitting is None:
                 converted = [(choice, self.coerce(value, choice)) for choice in choices]
-                like = [(choice, made) for choice, made in converted if self._is_like(value, choice)]
                 fit = (pair for pair in converted if self._fits(pair[1], pair[0]))
-                choice, made = next(fit, like[0] if len(like) == 1 else (None, value))
+                choice, made = next(fit, None) or self._likely(value, converted)
             else:
                 choice, made = fitting, self.coerce(value, fitting)
             self.chosen[key] = choice, made, value
         return self.chosen[key][:2]
 
-    def _is_like(self, value: Any, choice: Any) -> bool:
+    def _likely(self, value: Any, converted: list[tuple[Any, Any]]) -> tuple[Any, Any]:
+        for is_like in (self._has_type, self._has_keys):
+            like = [(choice, made) for choice, made in converted if is_like(value, choice)]
+            if len(like) == 1:
+                return like[0]
+        return None, value
+
+    def _has_type(self, value: Any, choice: Any) -> bool:
         types = common_types(parts(choice, self.root))
         return choice is not False and (not types or _is_a(value, types))
+
+    def _has_keys(self, value: Any, choice: Any) -> bool:
+        found = [part for part in parts(choice, self.root) if isinstance(part, dict)]
+        return isinstance(value, dict) and all(key in value for part in found for key in part.get("required") or ())
 
     def _fits(self, value: Any, schema: Any) -> bool:
         """Whether a value has the schema's types all the way down: no valid value is refused, some invalid ones pass."""
