@@ -337,6 +337,31 @@ def test_braces_inside_strings_are_text():
     assert structured('{"a":1}', '{"x":"{\\"a\\":1}", y}').error == "bad_json"
 
 
+# -- White space -----------------------------------------------------------------------------------------------------------------
+
+JSON_SPACE = [" ", "\t", "\r", "\n", " \r\n\t "]
+OTHER_SPACE = ["\xa0", "\u2028", "\u3000", "\x1c", "\x0b", "\x0c", "\x85", " \xa0"]
+
+
+@pytest.mark.parametrize("space", JSON_SPACE)
+def test_json_s_white_space_is_nothing(space):
+    body = f'{space}{{{space}"a"{space}:{space}1{space}}}{space}'
+    assert exact(structured('{"a":1}', body)) == (True, True, True)
+    assert exact(toolcall('{"a":1}', f"{space}{call(body)}{space}")) == (True, True, True)
+
+
+@pytest.mark.parametrize("space", OTHER_SPACE)
+def test_other_white_space_is_text(space):  # no JSON parser takes it
+    body = '{"a":1}'
+    for around in (f"{space}{body}", f"{body}{space}"):
+        scored = structured(body, around)
+        assert scored.error == "extra_text" and exact(scored) == (False, False, True) and not scored.schema.valid
+    for around in (f"{space}{ONE}", f"{ONE}{space}", call(f"{space}{body}"), call(f"{body}{space}")):
+        scored = toolcall(body, around)
+        assert scored.error == "extra_text" and exact(scored) == (False, False, True) and not scored.schema.valid
+    assert structured(body, f'{{{space}"a":1}}').error == "bad_json"
+
+
 # -- Numbers ---------------------------------------------------------------------------------------------------------------------
 
 
