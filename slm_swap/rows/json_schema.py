@@ -36,12 +36,18 @@ def violations(value: Any, schema: Any, at: str = "", root: dict | None = None) 
 
     Raises:
         referencing.exceptions.Unresolvable: a `$ref` that leads nowhere, or elsewhere: nothing is fetched.
-        RecursionError: a `$ref` that leads back to itself.
+        RecursionError: nested too deeply for the schema.
     """
     validator = _validator(json.dumps(schema if root is None else root, cls=ExactEncoder))
     if root is not None:
         validator = validator.evolve(schema=decimals(schema))
-    found = [(".".join([at, *map(str, error.absolute_path)]), error.message) for error in validator.iter_errors(decimals(value))]
+    try:
+        errors = list(validator.iter_errors(decimals(value)))
+    except BaseException as error:
+        if type(error).__name__ == "PanicException":  # of the library below `referencing`, once Python's stack is used up
+            raise RecursionError("nested too deeply for the schema") from None
+        raise
+    found = [(".".join([at, *map(str, error.absolute_path)]), error.message) for error in errors]
     return [f"{where.strip('.') or 'the value'}: {_DECIMAL.sub(_digits, message)[:200]}" for where, message in found]
 
 

@@ -188,6 +188,32 @@ def _applied(schema: Any, root: Any, seen: list) -> Iterator[dict]:
             yield from _applied(child, root, seen)
 
 
+def leads_to_itself(schema: Any) -> bool:
+    """Whether a `$ref` in a whole schema comes back to where it stands without going into the value: no check of it would end."""
+    waiting, clear = [schema], set()
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, dict) and isinstance(node.get("$ref"), str) and _comes_back(node, schema, [], clear):
+            return True
+        waiting += node.values() if isinstance(node, dict) else node if isinstance(node, list) else []
+    return False
+
+
+def _comes_back(part: Any, root: Any, above: list, clear: set[int]) -> bool:
+    if not isinstance(part, dict) or id(part) in clear:
+        return False
+    if any(part is one for one in above):
+        return True
+    beside = [_target(part["$ref"], root)] if isinstance(part.get("$ref"), str) else []
+    for name in ("allOf", "anyOf", "oneOf"):
+        beside += part[name] if isinstance(part.get(name), list) else []
+    beside += [part[name] for name in ("not", "if", "then", "else") if name in part]
+    if any(_comes_back(child, root, [*above, part], clear) for child in [*beside, *mapping(part.get("dependentSchemas")).values()]):
+        return True
+    clear.add(id(part))
+    return False
+
+
 def mapping(value: Any) -> dict:
     """The value where it is an object, else an empty one."""
     return value if isinstance(value, dict) else {}

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slm_swap.rows.json_schema import call_violations, coerce, violations, with_defaults
-from slm_swap.rows.schema_parts import allows_text, item_schema, known_property, property_schema
+from slm_swap.rows.schema_parts import allows_text, item_schema, known_property, leads_to_itself, property_schema
 
 INTEGER, NUMBER, STRING, NULL = ({"type": kind} for kind in ("integer", "number", "string", "null"))
 INNER = {"type": "object", "properties": {"n": INTEGER, "u": STRING | {"default": "kg"}}, "required": ["n"]}
@@ -112,6 +112,25 @@ def test_what_leads_nowhere_allows_anything(schema):
     for value in ("5", {"a": "5", "b": [1]}, [{"a": 1}], None):
         assert coerce(value, schema) == with_defaults(value, schema) == value
     assert allows_text(schema, schema) and property_schema(schema, "b") is True
+
+
+@pytest.mark.parametrize(
+    ("schema", "circle"),
+    [
+        ({"$ref": "#"}, True),
+        ({"properties": {"a": {"$ref": "#/properties/a"}}}, True),
+        ({"properties": {"a": {"$ref": "#/properties/b"}, "b": {"not": {"$ref": "#/properties/a"}}}}, True),
+        ({"$defs": {"A": {"anyOf": [{"type": "null"}, {"allOf": [{"$ref": "#/$defs/A"}]}]}}}, True),
+        ({"properties": {"a": {"$ref": "#"}}}, False),
+        ({"properties": {"a": {"items": {"$ref": "#/properties/a"}}}}, False),
+        ({"allOf": [{"$ref": "#/$defs/A"}, {"$ref": "#/$defs/A"}], "$defs": {"A": INTEGER}}, False),
+        ({"properties": {"$ref": {"type": "string"}}}, False),
+        ({"$ref": "https://example.com/"}, False),
+        (FORMS["ref to ref"], False),
+    ],
+)
+def test_a_ref_that_leads_back_to_itself(schema, circle):
+    assert leads_to_itself(schema) == circle
 
 
 def test_a_default_that_leads_back_to_itself_ends():
