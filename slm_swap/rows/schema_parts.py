@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import unquote
 
-
 COMPOSED = frozenset(("$ref", "allOf", "anyOf", "oneOf", "patternProperties"))  # without these, a schema says all of it itself
 
 

@@ -6,6 +6,7 @@ from decimal import Decimal
 import pytest
 
 from slm_swap.common.errors import UserError
+from slm_swap.common.exact_json import exact
 from slm_swap.common.reports import write_jsonl
 from slm_swap.dataset.build import make_example
 from slm_swap.dataset.importers import Dropped, Row, bfcl, jsonl, read_rows, xlam
@@ -307,7 +308,7 @@ def test_xlam_numbers_keep_their_digits(tmp_path, number, as_text):
     for name, content in (("rows.jsonl", line), ("rows.json", f"[{line}]")):
         (tmp_path / name).write_text(content)
         [row] = xlam([tmp_path / name])
-        assert isinstance(row, Row) and Decimal(row.arguments["x"]) == Decimal(number) or row.arguments["x"] == float(number)
+        assert isinstance(row, Row) and exact(row.arguments["x"]) == Decimal(number)
         assert set(given_again(tmp_path, row, number)) == {None}
 
 

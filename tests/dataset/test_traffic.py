@@ -1,7 +1,6 @@
 """One traced generation to one row: every form of input and output, and why some make no row."""
 
 import json
-
 from decimal import Decimal
 
 import pytest
