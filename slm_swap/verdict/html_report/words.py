@@ -50,7 +50,7 @@ ERROR_KINDS = {  # the kinds of the decision's gap, then the errors of single ro
 }
 MATCHERS = {
     "strict": ("Strict", "equal as JSON, in the exact form asked for: what the verdict goes by"),
-    "schema": ("By schema", "types that the schema can convert, its defaults and acceptable values count as right"),
+    "schema": ("By schema", "types that the schema can convert and its defaults count as right"),
     "lenient": ("Lenient", "also other upper and lower case, white space and text around the reply"),
 }
 MINUS = "\u2212"
