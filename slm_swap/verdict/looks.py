@@ -1,10 +1,13 @@
 """How often the same rows were looked at: a ledger beside the decisions, and what each further look may spend.
 
 A verdict of SWAP is wrong with probability alpha at one look. Whoever evaluates, trains, evaluates again and collects more looks
-several times, and one lucky look is enough. So each look at rows that were looked at before has a share of alpha: the first 0.7, then
-0.25, 0.12, 0.06, 0.035, and half of the one before from there on. The shares add up to 1.2, so that at alpha 0.05 the error over any
-number of looks is at most 6% (Bonferroni's inequality with unequal weights: Dunn, JASA 56, 1961; spent look by look as in Lan and
-DeMets, Biometrika 70, 1983). benchmarks/looks_error_rates.py measures it. Rows that were never looked at begin anew.
+several times, and one lucky look is enough. So each look at the same rows has a share of alpha: the first 0.7, the second 0.2, and each
+further one half of the one before. The shares add up to 1.1, so that at alpha 0.05 the error over any number of looks is at most 5.5% (Bonferroni's inequality with unequal weights: Dunn, JASA 56, 1961; spent look by look as in Lan and
+DeMets, Biometrika 70, 1983). benchmarks/looks_error_rates.py measures it.
+
+A look that ended in FINE_TUNE does not count: a model that is shown to be worse than the margin had next to no chance of a SWAP, as the
+two one-sided tests exclude each other. So the usual way, from a base model that falls short to the first adapter, costs nothing. Nor do
+rows that were never looked at.
 """
 
 import hashlib
@@ -18,27 +21,26 @@ from slm_swap.common.errors import UserError
 from slm_swap.common.reports import json_line, now
 from slm_swap.common.settings import display_path
 from slm_swap.rows.examples import read_jsonl
+from slm_swap.verdict.decision import FINE_TUNE
 
-SHARES = (0.7, 0.25, 0.12, 0.06, 0.035)
+FIRST, SECOND = 0.7, 0.2
 # What tells one model from another in a report; parameters such as the limit on new tokens do not: measuring again is no new look.
 IDENTITY = ("kind", "deployment", "endpoint", "path", "config_sha256", "files_sha256", "sha256", "adapter", "precision", "engine")
 
 
 def share(number: int) -> float:
     """The share of alpha that look `number` (from 1) has for SWAP."""
-    if number <= len(SHARES):
-        return SHARES[number - 1]
-    return SHARES[-1] / 2 ** (number - len(SHARES))
+    return FIRST if number == 1 else SECOND / 2 ** (number - 2)
 
 
 @dataclass(frozen=True)
 class Look:
-    """One look: its number among those at the same rows, and the earlier ones, without their rows."""
+    """One look: its number among those at the same rows that count, and the earlier ones, without their rows."""
 
     number: int
     earlier: list[dict[str, Any]]
     entry: dict[str, Any]
-    known: bool
+    verdict: str | None  # that it had, where it stands in the ledger
 
     @property
     def share(self) -> float:
@@ -88,25 +90,31 @@ def look_at(ledger: Path, rows: Sequence[dict[str, Any]], azure: dict | None, sl
         UserError: the ledger cannot be read.
     """
     entry = {"rows": sorted(map(row_hash, rows)), "azure": model_hash(azure), "slm": model_hash(slm)}
-    mine, earlier = set(entry["rows"]), []
+    key, there = _key(entry), dict[str, dict[str, Any]]()
     for where, line in read_jsonl(ledger) if ledger.exists() else ():
-        if not isinstance(line, dict) or not isinstance(line.get("rows"), list) or "slm" not in line:
+        if not isinstance(line, dict) or not isinstance(line.get("rows"), list) or not {"azure", "slm", "verdict"} <= line.keys():
             raise UserError(f"{where}: not a line of a ledger of looks: restore the file, or move it away and count the looks yourself")
-        brief = {name: line.get(name) for name in ("at", "verdict", "delta", "label", "slm")} | {"rows": len(line["rows"])}
-        if {name: line[name] for name in entry if name in line} == entry:
-            return Look(len(earlier) + 1, earlier, entry, known=True)
-        if not mine.isdisjoint(line["rows"]):
-            earlier.append(brief)
-    return Look(len(earlier) + 1, earlier, entry, known=False)
+        there.setdefault(_key(line), {}).update(line)  # in the order of the first looks, with the last verdicts
+    mine, earlier = set(entry["rows"]), []
+    for name, line in there.items():
+        if name == key:
+            break
+        if line["verdict"] != FINE_TUNE and not mine.isdisjoint(line["rows"]):
+            earlier.append({name: line.get(name) for name in ("at", "verdict", "delta", "label", "slm")} | {"rows": len(line["rows"])})
+    return Look(len(earlier) + 1, earlier, entry, there.get(key, {}).get("verdict"))
+
+
+def _key(line: dict[str, Any]) -> str:
+    return json.dumps([line["rows"], line["azure"], line["slm"]])
 
 
 def record(ledger: Path, look: Look, verdict: str, delta: float, label: str) -> None:
-    """Add a look to the ledger, unless it stands there.
+    """Add a look to the ledger, unless it stands there with the same verdict.
 
     Raises:
         UserError: the ledger cannot be written.
     """
-    if look.known:
+    if look.verdict == verdict:
         return
     try:
         ledger.parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slm_swap.common.errors import UserError
-from slm_swap.verdict.looks import SHARES, ledger_path, look_at, record, share
+from slm_swap.verdict.looks import ledger_path, look_at, record, share
 
 AZURE, BASE, TUNED = {"deployment": "gpt"}, {"path": "phi"}, {"path": "phi", "adapter": "a"}
 
@@ -29,9 +29,9 @@ def look(tmp_path):
     return see
 
 
-def test_the_shares_add_up_to_less_than_one_and_a_fifth_however_often_one_looks():
-    assert share(1) == SHARES[0] and share(len(SHARES) + 1) == SHARES[-1] / 2
-    assert sum(share(number) for number in range(1, 200)) == pytest.approx(1.2) and sum(map(share, range(1, 9))) < 1.2
+def test_the_shares_add_up_to_1_1_however_often_one_looks():
+    assert [share(number) for number in range(1, 6)] == [0.7, 0.2, 0.1, 0.05, 0.025]
+    assert sum(share(number) for number in range(1, 200)) == pytest.approx(1.1) and sum(map(share, range(1, 9))) < 1.1
 
 
 @given(st.integers(1, 100))
@@ -48,6 +48,19 @@ def test_the_documented_loop_is_counted(look):
         look(rows(50, 60), BASE).number,  # a part of them
     ]
     assert numbers == [1, 2, 3, 4, 5]
+
+
+def test_a_model_that_was_shown_to_be_worse_spent_nothing(look):
+    assert look(rows(0, 100), BASE, verdict="FINE_TUNE").number == 1
+    assert look(rows(0, 100), TUNED).number == 1, "from the base model to the first adapter"
+    assert look(rows(0, 300), TUNED, verdict="SWAP").number == 2
+    assert look(rows(0, 300), {"path": "other"}).number == 3
+
+
+def test_the_last_verdict_of_a_look_counts(look):
+    look(rows(0, 100), BASE, verdict="FINE_TUNE")
+    look(rows(0, 100), BASE, verdict="NEED_MORE_DATA")  # some rows were measured again
+    assert look(rows(0, 100), TUNED).number == 2 and look(rows(0, 100), BASE).number == 1
 
 
 def test_deciding_again_is_no_further_look(look):
@@ -78,14 +91,14 @@ def test_only_other_models_spend_of_a_rule_that_may_look_at_any_time(look):
 
 
 def test_what_the_ledger_keeps(look, tmp_path):
-    look(rows(0, 2), BASE, verdict="FINE_TUNE")
+    look(rows(0, 2), BASE, verdict="SWAP")
     (line,) = (tmp_path / "reports/toolcall.looks.jsonl").read_text().splitlines()
     told = json.loads(line)
-    assert (told["verdict"], told["delta"], told["label"], len(told["rows"])) == ("FINE_TUNE", 0.02, "phi", 2)
+    assert (told["verdict"], told["delta"], told["label"], len(told["rows"])) == ("SWAP", 0.02, "phi", 2)
     second = look(rows(0, 3), BASE)
-    assert second.earlier == [{"at": told["at"], "verdict": "FINE_TUNE", "delta": 0.02, "label": "phi", "slm": told["slm"], "rows": 2}]
+    assert second.earlier == [{"at": told["at"], "verdict": "SWAP", "delta": 0.02, "label": "phi", "slm": told["slm"], "rows": 2}]
     (warning,) = second.warning(0.05)
-    assert "look 2" in warning and "0.0125" in warning and "0.035" in warning
+    assert "look 2" in warning and "0.01 now" in warning and "0.035" in warning
 
 
 @pytest.mark.parametrize("line", ["[]", '{"rows": 1, "slm": "a"}', '{"rows": []}', "not JSON"])
