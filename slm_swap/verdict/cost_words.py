@@ -107,7 +107,7 @@ def margin(cost: dict[str, Any], delta: float, unit: str) -> str | None:
     bill, traffic = (cost["bills"] or [{}])[0], cost["traffic"] or {}
     allows = f"The margin of {100 * delta:g} points allows up to"
     if not traffic.get("tasks_per_month") or bill.get("wrong_replies") is None:
-        return f"{allows} {1000 * delta:g} more wrong replies in 1,000 tasks."
+        return f"{allows} {1000 * delta:g} more wrong replies per 1,000."
     told = f"{allows} {bill['wrong_replies']:,.0f} more wrong replies a month"
     if None in (bill["wrong_replies_cost"], traffic["cost_of_error"]):
         return f"{told} (not priced: cost_of_error in [traffic] of the prices)."
