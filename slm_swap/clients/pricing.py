@@ -245,6 +245,9 @@ class _Training:
     cost: Fraction | None
     month: Fraction | None
 
+    def to_json(self) -> dict[str, float | None]:
+        return {"seconds": to_float(self.seconds), "cost": to_float(self.cost), "per_month": to_float(self.month)}
+
 
 def _training(slm: _Measured, training_seconds: float | None, local: LocalPrices) -> _Training | None:
     """None where the small model has no adapter: there is nothing to pay back."""
@@ -299,10 +302,7 @@ def compare_costs(
             "per_month": to_float(machines.month),
             "capacity_tasks_per_month": None if machines.capacity is None else int(machines.capacity),
         },
-        "training": training and {
-            "seconds": to_float(training.seconds), "cost": to_float(training.cost),
-            "pay_off_months": local.pay_off_months, "per_month": to_float(training.month),
-        },
+        "training": training and training.to_json() | {"pay_off_months": local.pay_off_months},
         "traffic": {
             "tasks_per_month": volume, "peak_factor": traffic.peak_factor, "fallback_share": fallback_share,
             "cost_of_error": traffic.cost_of_error,
