@@ -55,7 +55,9 @@ def examine(track: Track, sides: dict[str, Evaluation], gate: Gate, prices: Pric
         "groups": by_group(rows["azure"], rows["slm"], track, ("tool", "group"), gate.alpha),
         "gold_audit": gold_audit(rows["azure"], rows["slm"], track, lambda some: judge.decide(some=some)),
         "before": gains(rows["before"], rows["slm"], track, gate.alpha, labels) if "before" in rows else None,
-        "cost": compare_costs(azure.report, slm.report, prices, model.get("training_seconds")),
+        "cost": compare_costs(
+            azure.report, slm.report, prices, model.get("training_seconds"), delta=gate.delta, verdict=decision.verdict
+        ),
         "sequential": _saved(decision, stopped, len(azure.rows), row_cost(azure.report, prices))
         if gate.rule == "sequential"
         else None,

@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from slm_swap.verdict.cost_words import headline, known, money, percent, sentences
 from slm_swap.verdict.sentence import points
 
 MOST = 10  # groups, rows or ids that are listed; the decision file has all
@@ -29,6 +30,8 @@ def brief(told: dict[str, Any]) -> None:
         if told["alpha"] is not None:
             shown += "  {:+.4f} to {:+.4f}".format(*values["interval"])
         print(shown + (f"  worse by more than {told['delta']:g}" if name in told["failing"] else ""))
+    if told.get("cost"):
+        print(plain(headline(told["cost"], told["cost"]["currency"] or ""), 1000))
     if told.get("sentence"):
         print(told["sentence"])
 
@@ -142,19 +145,8 @@ def _money(told: dict[str, Any]) -> list[str]:
     cost = told["cost"]
     if not cost:
         return []
-    found, unit = [], _currency(told)
-    known = [f"{name} {cost[name]['per_1000']:.4f}{unit}" for name in ("azure", "slm") if cost[name]["per_1000"] is not None]
-    if known:
-        found.append(f"1,000 tasks cost: {', '.join(known)}.")
-    for part, key, what in (
-        ("on_demand", "break_even_tasks", "tasks in all, the machine paid while it works"),
-        ("always_on", "break_even_tasks_per_month", "tasks a month, the machine kept running"),
-    ):
-        if cost[part] and cost[part][key] is not None:
-            found.append(f"The volume from which the small model is the cheaper one ({what}): {cost[part][key]:,}.")
-        elif cost[part] and cost[part]["why"]:
-            found.append(f"No break-even ({what}): {cost[part]['why']}.")
-    return found + [f"Not known: {text}." for text in cost["unknown"]]
+    found = sentences(cost, told["verdict"], told["delta"], cost["currency"] or "")
+    return found + [f"Assumed: {text}." for text in cost["assumed"]] + [f"Not known: {text}." for text in cost["unknown"]]
 
 
 def _level(told: dict[str, Any]) -> str:
@@ -190,6 +182,8 @@ def tables(told: dict[str, Any]) -> list[Table]:
             for name, own in told["before"]["metrics"].items()
         ]
         found.append((f"Before: {plain(told['labels']['before'])}, in points", ("metric", "before", "slm", "gain", "interval"), rows))
+    if told.get("cost") and known(told["cost"]):
+        found.append(_bills(told["cost"]))
     return found
 
 
@@ -220,6 +214,16 @@ def _gap(gap: dict[str, Any]) -> list[Table]:
     if remedies:
         found.append(("What would close it, the cheapest first" + (f"; begin with {gap['first']}" if gap.get("first") else ""), ("remedy", "slm rows", "gain at most", "right but for that"), remedies))
     return found
+
+
+def _bills(cost: dict[str, Any]) -> Table:
+    """What a month costs, by volume."""
+    rows = []
+    for bill in cost["bills"]:
+        run = ("–", "–") if bill["machines"] is None else (f"{bill['machines']:,}", percent(bill["utilisation"]))
+        rows.append((f"{bill['tasks']:,}", money(bill["azure"]), money(bill["slm"]), *run, money(bill["slm_per_1000"])))
+    unit = f", in {plain(cost['currency'], 12)}" if cost["currency"] else ""
+    return f"What a month costs{unit}", ("tasks a month", "azure", "slm", "machines", "utilised", "slm per 1,000"), rows
 
 
 def _groups(groups: dict[str, Any]) -> Table:

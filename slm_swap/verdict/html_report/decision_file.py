@@ -53,6 +53,48 @@ LATENCY = record(alone=maybe(SPEED), loaded=maybe(SPEED), why=maybe(TEXT))
 CAUSES = record(failed=maybe(COUNT), truncated=maybe(COUNT))
 REPEAT = record(rows=COUNT, different_text=maybe(COUNT), exact_changed=maybe(COUNT))
 COMPARED = {"azure": RATE, "slm": RATE, "difference": DIFFERENCE, "interval": maybe(INTERVAL)}
+COST = record(
+    currency=maybe(TEXT),
+    azure=maybe(
+        record(
+            per_1000=maybe(AMOUNT),
+            rows=maybe(COUNT),
+            rows_counted=maybe(COUNT),
+            input_tokens_per_row=maybe(AMOUNT),
+            cached_tokens_per_row=maybe(AMOUNT),
+            output_tokens_per_row=maybe(AMOUNT),
+        )
+    ),
+    slm=maybe(record(per_1000=maybe(AMOUNT), utilisation=maybe(RATE), seconds_per_row=maybe(AMOUNT), hour=maybe(AMOUNT))),
+    machine=maybe(record(hours_per_month=maybe(AMOUNT), per_month=maybe(AMOUNT), capacity_tasks_per_month=maybe(COUNT))),
+    training=maybe(record(seconds=maybe(AMOUNT), cost=maybe(AMOUNT), pay_off_months=maybe(AMOUNT), per_month=maybe(AMOUNT))),
+    traffic=maybe(
+        record(tasks_per_month=maybe(COUNT), peak_factor=maybe(AMOUNT), fallback_share=maybe(RATE), cost_of_error=maybe(AMOUNT))
+    ),
+    bills=maybe(
+        listed(
+            record(
+                tasks={"type": "integer", "minimum": 1, "maximum": 10**15},
+                azure=maybe(AMOUNT),
+                slm=maybe(AMOUNT),
+                saving=maybe({"type": "number", "minimum": -1e15, "maximum": 1e15}),
+                machines=maybe(COUNT),
+                utilisation=maybe(RATE),
+                slm_parts=maybe(named(maybe(AMOUNT))),
+                slm_per_1000=maybe(AMOUNT),
+                wrong_replies=maybe(AMOUNT),
+                wrong_replies_cost=maybe(AMOUNT),
+            )
+        )
+    ),
+    cheaper=maybe(listed(record(first=COUNT, last=maybe(COUNT)))),
+    looked_up_to=maybe(COUNT),
+    why=maybe(TEXT),
+    curve=maybe(listed(record(tasks=COUNT, machines=maybe(COUNT), azure=maybe(AMOUNT), slm=maybe(AMOUNT)))),
+    paid_back_months=maybe(AMOUNT),
+    assumed=maybe(listed(TEXT)),
+    unknown=maybe(listed(TEXT)),
+)
 SCHEMA = record(
     stage={"const": "compare"},
     track={"enum": list(TRACKS)},
@@ -157,33 +199,7 @@ SCHEMA = record(
             metric=maybe(TEXT),
         )
     ),
-    cost=maybe(
-        record(
-            currency=maybe(TEXT),
-            azure=maybe(
-                record(
-                    per_1000=maybe(AMOUNT),
-                    input_tokens_per_row=maybe(AMOUNT),
-                    cached_tokens_per_row=maybe(AMOUNT),
-                    output_tokens_per_row=maybe(AMOUNT),
-                )
-            ),
-            slm=maybe(record(per_1000=maybe(AMOUNT), seconds_per_row=maybe(AMOUNT), hour=maybe(AMOUNT))),
-            training=maybe(record(seconds=maybe(AMOUNT), cost=maybe(AMOUNT))),
-            on_demand=maybe(record(break_even_tasks=maybe(AMOUNT), why=maybe(TEXT))),
-            always_on=maybe(
-                record(
-                    hours_per_month=maybe(AMOUNT),
-                    per_month=maybe(AMOUNT),
-                    capacity_tasks_per_month=maybe(AMOUNT),
-                    pay_off_months=maybe(AMOUNT),
-                    break_even_tasks_per_month=maybe(AMOUNT),
-                    why=maybe(TEXT),
-                )
-            ),
-            unknown=maybe(listed(TEXT)),
-        )
-    ),
+    cost=maybe(COST),
     sequential=maybe(
         record(
             stopped_after_rows=maybe(COUNT),

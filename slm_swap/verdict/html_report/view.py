@@ -1,33 +1,19 @@
 """What the page shows of a decision: its figures, tables and words."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from slm_swap.scoring.tracks import TRACKS
+from slm_swap.verdict.cost_words import money
 from slm_swap.verdict.decision import FINE_TUNE, SWAP
 from slm_swap.verdict.gap import FINE_TUNING
 from slm_swap.verdict.html_report import plots, words
+from slm_swap.verdict.html_report.cost import CostView
+from slm_swap.verdict.html_report.parts import Figure, Table
 from slm_swap.verdict.html_report.text import one_line, word_diff
-from slm_swap.verdict.html_report.words import count, percent, range_of, rate_of, signed, significant, standing
+from slm_swap.verdict.html_report.words import count, percent, range_of, rate_of, signed, standing
 
 MOST_GROUPS = 16  # in the plot; the table has all
 MOST_AUDITED = 20  # rows shown in full above the table of rows
-HORIZON = 100_000  # tasks that the cost plot spans where the lines never meet
-
-
-class Figure(NamedTuple):
-    """A plot, what it says to those who do not see it, and what stands below it."""
-
-    pictures: dict[str, plots.Picture]
-    alt: str
-    caption: str
-
-
-class Table(NamedTuple):
-    """A table whose first column names the rows."""
-
-    caption: str
-    head: list[str]
-    rows: list[list[str]]
 
 
 class Page:
@@ -48,6 +34,10 @@ class Page:
         self.level = None if self.alpha is None else f"{100 * (1 - 2 * self.alpha):g}%"
         self.swap_alpha = decision["swap_alpha"] or self.alpha
         self.currency = one_line((decision["cost"] or {}).get("currency") or "", 12)
+        self.cost = CostView(decision, self.currency) if decision["cost"] else None
+
+    def money(self, amount: float) -> str:
+        return money(amount, self.currency)
 
     # -- The verdict -------------------------------------------------------------------------------------------------------------
 
@@ -70,13 +60,7 @@ class Page:
             values = decision["metrics"][worst]
             told = f"{percent(values['azure'])} → {percent(values['slm'])}"
             facts.append((f"{self.name(worst)}: hosted → small", told, self.spelled(values["difference"], values["interval"])))
-        cost = decision["cost"]
-        if cost and cost["azure"] and cost["slm"] and None not in (cost["azure"]["per_1000"], cost["slm"]["per_1000"]):
-            told = f"{self.money(cost['azure']['per_1000'])} → {self.money(cost['slm']['per_1000'])}"
-            facts.append(("1,000 tasks: hosted → small", told, "while the machine works; idle time is counted under Cost"))
-        if cost and cost["on_demand"] and cost["on_demand"]["break_even_tasks"] is not None:
-            told = count(cost["on_demand"]["break_even_tasks"], "tasks")
-            facts.append(("Training is paid back after", told, "the machine paid only while it works"))
+        facts += self.cost.facts() if self.cost else []
         facts += self.speed()
         if decision["rows"] is not None:
             facts.append(("Compared on", count(decision["rows"], "rows"), self.clusters()))
@@ -143,7 +127,7 @@ class Page:
             return [
                 "Move the traffic over in steps, and keep the hosted model at hand as the way back.",
                 "Go on scoring a sample of the live replies: the verdict holds for requests like those compared here.",
-                *(["Check under Cost from how many tasks on it pays."] if decision["cost"] else []),
+                *([self.cost.advice()] if self.cost else []),
             ]
         keep = "Keep the hosted model until then."
         if decision["withheld"]:
@@ -324,71 +308,6 @@ class Page:
         ]  # fmt: skip
         head = [groups["by"].capitalize(), "Rows", "Hosted", "Small", "Behind by, points", "Estimate (interval), points"]
         return Table(f"Gap on {self.name(groups['metric'])} by {groups['by']}, the largest first", head, rows)
-
-    # -- Money -------------------------------------------------------------------------------------------------------------------
-
-    def money(self, amount: float) -> str:
-        return f"{significant(amount)} {self.currency}" if self.currency else significant(amount)
-
-    def cost_table(self) -> Table:
-        cost = self.decision["cost"]
-        azure, slm, training, always = cost["azure"] or {}, cost["slm"] or {}, cost["training"] or {}, cost["always_on"] or {}
-        told = [
-            ("Hosted, 1,000 tasks", azure.get("per_1000"), self.money),
-            ("Small, 1,000 tasks, while it works", slm.get("per_1000"), self.money),
-            ("Hosted, tokens a task: in", azure.get("input_tokens_per_row"), significant),
-            ("Hosted, tokens a task: of these cached", azure.get("cached_tokens_per_row"), significant),
-            ("Hosted, tokens a task: out", azure.get("output_tokens_per_row"), significant),
-            ("Small, time of a task", slm.get("seconds_per_row"), words.duration),
-            ("Small, an hour of the machine", slm.get("hour"), self.money),
-            ("Training, once", training.get("cost"), self.money),
-            ("Training, time", training.get("seconds"), words.duration),
-            ("Small, always on, a month", always.get("per_month"), self.money),
-            ("Small, always on, tasks a month at most", always.get("capacity_tasks_per_month"), count),
-        ]
-        return Table(
-            "What it costs", ["What", "Amount"], [[what, show(value)] for what, value, show in told if value is not None]
-        )
-
-    def cost_figures(self) -> list[Figure]:
-        """In all, paid by work; and by month, always on. Only where both models' costs are known."""
-        cost = self.decision["cost"]
-        azure, slm = (((cost[side] or {}).get("per_1000")) for side in ("azure", "slm"))
-        if azure is None:
-            return []
-        unit, labels, figures = self.currency or "amount", [self.labels["azure"], self.labels["slm"]], []
-        always, training = cost["always_on"], (cost["training"] or {}).get("cost") or 0
-        if slm is not None:
-            meets = (cost["on_demand"] or {}).get("break_even_tasks")
-            most = 2 * meets if meets else HORIZON
-            draw = plots.cost_lines(
-                most, azure / 1000, (training, slm / 1000), meets, None, labels, ("tasks in all", f"{unit}, in all")
-            )
-            told = f"The lines meet at {count(meets, 'tasks')}." if meets else "The lines do not meet."
-            begins = f"The small model's line begins at the {self.money(training)} that training costs. " if training else ""
-            figures.append(
-                Figure(
-                    plots.svgs(draw),
-                    f"Cost in all against the number of tasks. {told}",
-                    f"Paid only while it works. {begins}{told}",
-                )
-            )
-        if always and always["per_month"] is not None:
-            meets, capacity = always["break_even_tasks_per_month"], always["capacity_tasks_per_month"]
-            most = 2 * meets if meets else capacity or HORIZON
-            draw = plots.cost_lines(
-                most, azure / 1000, (always["per_month"], 0), meets, capacity, labels, ("tasks a month", f"{unit} a month")
-            )
-            told = f"The lines meet at {count(meets, 'tasks')} a month." if meets else "The lines do not meet."
-            full = (
-                f" The dotted line marks the {count(capacity, 'tasks')} that the machine can do."
-                if capacity and capacity < most
-                else ""
-            )
-            figures.append(
-                Figure(plots.svgs(draw), f"Cost a month against tasks a month, always on. {told}", f"Always on. {told}{full}")
-            )
-        return figures
 
     # -- Before and after --------------------------------------------------------------------------------------------------------
 

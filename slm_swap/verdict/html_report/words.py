@@ -53,6 +53,12 @@ MATCHERS = {
     "schema": ("By schema", "types that the schema can convert and its defaults count as right"),
     "lenient": ("Lenient", "also other upper and lower case, white space and text around the reply"),
 }
+COST_PARTS = {  # of the small model's month
+    "machines": "machines",
+    "tokens": "its own tokens",
+    "training": "share of training",
+    "fallback": "hosted replies to what falls back",
+}
 MINUS = "\u2212"
 
 
