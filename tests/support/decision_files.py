@@ -160,6 +160,7 @@ def make_gap(azure: list[dict], slm: list[dict]) -> dict:
         "difference": right[0] - right[1],
         "errors": errors,
         "remedies": remedies,
+        "first": remedies[0]["remedy"],
     }
 
 
@@ -261,6 +262,13 @@ def make_decision(
         "inputs": inputs | {"rows": len(azure), "rows_sha256": "0" * 64},
         "metrics": metrics,
         "failing": ["args_exact_rate"],
+        "question": "these",
+        "questions": {"these": {"verdict": "FINE_TUNE"}, "others": {"verdict": "NEED_MORE_DATA", "need": {"clusters": 41}}},
+        "tools": len(TOOLS),
+        "latency": {
+            "azure": {"alone": {"rows": 20, "p50": 0.41, "p95": 0.98}, "loaded": {"rows": 80, "concurrency": 32, "p50": 0.5, "p95": 1.4}},
+            "slm": {"alone": {"rows": 20, "p50": 0.22, "p95": 0.3}, "why": "not under load"},
+        },
         "need": {
             "towards": "FINE_TUNE",
             "metric": "args_exact_rate",

@@ -394,7 +394,7 @@ def test_parts_of_the_cost_may_be_null(tmp_path, parts):
 
 @pytest.mark.parametrize(
     ("verdict", "told"),
-    [(SWAP, "in steps"), (FINE_TUNE, "cheapest remedy"), (NEED_MORE_DATA, "about 240 further rows (of about 28 further tools)")],
+    [(SWAP, "in steps"), (FINE_TUNE, "Begin with Force the reply's form"), (NEED_MORE_DATA, "about 240 further rows (of about 28 further tools)")],
 )
 def test_each_verdict_says_what_to_do(tmp_path, verdict, told):
     page = Page(read_decision(make_decision(tmp_path, 8, change=lambda decision: decision.update(verdict=verdict))))
