@@ -117,7 +117,8 @@ def by_group(azure: Sequence[dict], slm: Sequence[dict], track: Track, by: Seque
         for (label, indices), estimate in zip(members.items(), found.groups, strict=True)
     ]
     groups.sort(key=lambda group: (-group["shrunk"], group["group"]))
-    return {"by": by, "metric": track.exact_gate, "mean": found.mean, "between_sd": found.between_sd, "all": groups}
+    told = {"by": by, "metric": track.exact_gate, "mean": found.mean, "between_sd": found.between_sd, "p_value": found.p_same}
+    return told | {"all": groups}
 
 
 def gold_audit(

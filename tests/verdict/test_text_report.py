@@ -160,7 +160,7 @@ def test_a_sequential_decision(make):
 
 @pytest.mark.parametrize("rule", ["paired", "sequential", "point"])
 def test_the_tables_fit_a_terminal_of_80_columns(make, rule, capsys, monkeypatch):
-    told = make(groups=[f"a group of a rather long name, number {n}" for n in range(30)], rule=rule, names=["n" * 90] * 2)
+    told = make(tools=[f"a group of a rather long name, number {n}" for n in range(30)], rule=rule, names=["n" * 90] * 2)
     shown = printed(told, capsys, monkeypatch)
     assert max(map(len, shown.splitlines())) <= 80
     assert all(name in shown for name in TRACK.gate)  # no name is folded
