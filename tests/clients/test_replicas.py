@@ -28,7 +28,7 @@ from tests.support import eval_process
 from tests.tuning.test_launches import children_of
 
 ROWS = [Example(f"Say {number} {'and again ' * (number % 7)}", f'{{"a":{number}}}', id=f"r{number}").to_json() for number in range(64)]
-TIMES = ("created_at", "seconds", "args", "sessions")
+TIMES = ("created_at", "seconds", "args", "sessions", "latency", "run_id")
 
 
 @pytest.fixture(scope="module")
