@@ -138,6 +138,11 @@ def encode_prompts(tokenizer: Any, rows: list[Messages]) -> list[list[int]]:
     return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
+def count_tokens(tokenizer: Any, text: str) -> int:
+    """How many tokens a reply of this text has, without the one that ends it."""
+    return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
 def placement(path: Path, precision: str, processes: int = 1) -> Any:
     """transformers' device_map: the first GPU where the model fits on it, so that no layer waits for another GPU's; else "auto".
 

@@ -6,7 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from slm_swap.clients.protocol import Client
-from slm_swap.evaluating.evaluation import Row, Stopwatch, evaluate, model_name, summary
+from slm_swap.evaluating.evaluation import Stopwatch, evaluate
+from slm_swap.evaluating.report import summary
+from slm_swap.evaluating.row import Row
+from slm_swap.evaluating.row_traces import model_name
 from slm_swap.rows.examples import Example
 from slm_swap.scoring.metrics import Reference
 from slm_swap.scoring.tracks import TRACKS, Track
@@ -118,11 +121,14 @@ class EarlyStop:
         done, available = len(azure.rows), len(self.examples)
         saved = available - done
         told = f"{self.verdict} after {done} of {available} rows: {saved} hosted calls saved ({saved / available:.0%})"
-        tokens = [sum(getattr(row.reply, f"{name}_tokens") for row in azure.rows) for name in ("input", "cached", "output")]
-        cost = azure.client.cost(*tokens, azure.seconds)
+        counted = [row.reply.counts for row in azure.rows if row.reply.counts]
+        if not counted:
+            return f"{told}; the money is not known: no answer says how many tokens it took"
+        cost = azure.client.cost(*map(sum, zip(*counted, strict=True)), azure.seconds)
         if cost is None:
             return f"{told}; the money is not known: give the deployment's prices in slm_swap/prices.toml"
-        return f"{told}, about {cost / done * saved:.4g} at {cost / done * 1000:.4g} per 1,000 calls"
+        each = cost / len(counted)
+        return f"{told}, about {each * saved:.4g} at {each * 1000:.4g} per 1,000 calls"
 
     def to_json(self, rows: int) -> dict[str, Any]:
         """The reports' `stopped_early`."""

@@ -8,6 +8,7 @@ is right under every matcher: it counts as the gold's own value, in the leaves a
 A miss has the first of these errors that holds:
 
 - `filtered`, `refused`: the client says so, and the text is no answer whatever stands in it.
+- `prompt_too_long`: the prompt does not fit in the model's context, so that nothing was generated.
 - `truncated`: the reply was cut off, and misses.
 - `no_json`: no JSON in the text; a request that failed counts here too.
 - `bad_json`: a `{` stands in the text, but no whole JSON object (syntax, a duplicate key, NaN, nested too deeply, cut off).
@@ -27,11 +28,13 @@ from slm_swap.scoring.json_values import Leaf, json_type, leaves, same, size
 from slm_swap.scoring.replies import InvalidReply, Parsed, Parser
 
 ERRORS = (
-    "filtered", "refused", "truncated", "no_json", "bad_json", "extra_text", "wrong_shape", "wrong_tool", "missing_argument",
-    "extra_argument", "wrong_type", "wrong_value",
+    "filtered", "refused", "prompt_too_long", "truncated", "no_json", "bad_json", "extra_text", "wrong_shape", "wrong_tool",
+    "missing_argument", "extra_argument", "wrong_type", "wrong_value",
 )  # fmt: skip
 MATCHERS = ("strict", "schema", "lenient")
-UNSCORED = {"content_filter": "filtered", "refusal": "refused", "error": "no_json"}  # such a text is no answer
+UNSCORED = {  # such a text is no answer
+    "content_filter": "filtered", "refusal": "refused", "prompt_too_long": "prompt_too_long", "error": "no_json",
+}  # fmt: skip
 
 
 # -- Matching --------------------------------------------------------------------------------------------------------------------
@@ -139,7 +142,7 @@ class Scored(NamedTuple):
 def score(parse: Parser, reference: Reference, text: str, finish_reason: str = "stop") -> Scored:
     """Score one reply.
 
-    A filtered, refused or failed reply scores 0 whatever its text; a truncated one is scored as it stands (a reply may be whole
+    A filtered, refused or failed reply, and one to a prompt longer than the context, scores 0 whatever its text; a truncated one is scored as it stands (a reply may be whole
     when the limit cuts it), and its error is `truncated` where it misses.
     """
     if finish_reason in UNSCORED:

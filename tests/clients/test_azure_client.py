@@ -562,10 +562,10 @@ def test_odd_completions():
     assert read_completion(completion("length", content="x", refusal="no")) == Reply("no", "refusal")
     assert read_completion(completion(content=["x"])).finish_reason == "error"
     usage = {"prompt_tokens": 5, "completion_tokens": None, "prompt_tokens_details": None}
-    assert read_completion(completion(usage=usage, content="x")) == Reply("x", input_tokens=5)
+    assert read_completion(completion(usage=usage, content="x")) == Reply("x", input_tokens=5, cached_tokens=0)
 
 
-def test_a_prompt_longer_than_the_context_is_cut_off():
+def test_a_prompt_longer_than_the_context_says_so():
     class Small(AzureSimulator):
         async def handle(self, request):
             error = {"code": "context_length_exceeded", "message": "This model's maximum context length is 8192 tokens."}
@@ -573,7 +573,7 @@ def test_a_prompt_longer_than_the_context_is_cut_off():
 
     with talking(kind=Small) as (_, client):
         reply = one(client)
-    assert (reply.text, reply.finish_reason) == ("", "length") and "8192" in reply.error
+    assert (reply.text, reply.finish_reason) == ("", "prompt_too_long") and "8192" in reply.error
 
 
 # The key

@@ -28,7 +28,7 @@ from tests.support import eval_process
 from tests.tuning.test_launches import children_of
 
 ROWS = [Example(f"Say {number} {'and again ' * (number % 7)}", f'{{"a":{number}}}', id=f"r{number}").to_json() for number in range(64)]
-TIMES = ("created_at", "seconds", "args", "sessions")
+TIMES = ("created_at", "seconds", "args", "sessions", "latency", "run_id")
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +207,7 @@ def test_a_rank_that_does_not_come_is_named(monkeypatch, ended):
     monkeypatch.setattr(module, "PATIENCE", 0.2)
     monkeypatch.setattr(module, "_store", Store)
     with pytest.raises(UserError, match=r"not connected within 0\.2 s: rank 1, 2: see"):
-        module.open_replicas(Launch(0, 3, replica=here), None, lambda seconds: None)
+        module.open_replicas(Launch(0, 3, replica=here), None, lambda seconds: None, len)
 
 
 def test_a_replica_that_ends_before_the_rows_come_is_told_of(monkeypatch):
@@ -215,7 +215,7 @@ def test_a_replica_that_ends_before_the_rows_come_is_told_of(monkeypatch):
     there.close()
     monkeypatch.setattr(module, "_store", Store)
     with pytest.raises(UserError, match="rank 0 has ended"):
-        module.open_replicas(Launch(0, 1, replica=here), None, lambda seconds: None)
+        module.open_replicas(Launch(0, 1, replica=here), None, lambda seconds: None, len)
 
 
 def test_what_a_replica_sent_does_not_hide_that_it_has_ended():

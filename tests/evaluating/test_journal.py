@@ -17,8 +17,10 @@ from slm_swap.common.errors import UserError
 from slm_swap.common.reports import write_atomically, write_jsonl
 from slm_swap.common.settings import Settings
 from slm_swap.demo.azure_simulator import AzureSimulator, Faults
-from slm_swap.evaluating.evaluation import Tally, check_rows, evaluate_rows, make_report, read_reply, score_row
+from slm_swap.evaluating.evaluation import check_rows, evaluate_rows
 from slm_swap.evaluating.journal import Journal, journal_path
+from slm_swap.evaluating.report import Tally, make_report
+from slm_swap.evaluating.row import read_reply, score_row
 from slm_swap.rows.examples import Dataset, Example
 from slm_swap.rows.prompts import SYSTEM_PROMPTS, toolcall_prompt
 from slm_swap.scoring.tracks import TRACKS
@@ -28,7 +30,7 @@ IDENTITY = {"track": "structured", "dataset_sha256": "d" * 64, "rows": 4, "model
 STRUCTURED = TRACKS["structured"]
 REPLIES = [
     Reply('{"line": "\u00e4\u2028"}', "stop", 10, 2, 4, 0.25), Reply("", "content_filter"), Reply("", "error", error="500"),
-    Reply("x", "length"),
+    Reply("x", "length", cut={"limit": 7, "reference_tokens": 2, "thinking": False}, reasoning_tokens=1, load=3),
 ]  # fmt: skip
 ENTRIES = [  # what Journal.add is given of each row
     (score_row(STRUCTURED, Example(f"p{number}", '{"line": ["a"]}', id=f"r{number}"), reply).line(STRUCTURED), reply)
@@ -213,7 +215,7 @@ def outcome(out):
     """A report and its rows without the times."""
     report = json.loads(out.read_text())
     rows = [json.loads(line) for line in out.with_suffix(".rows.jsonl").read_text().splitlines()]
-    for key in ("created_at", "seconds", "sessions", "trace"):
+    for key in ("created_at", "seconds", "sessions", "trace", "latency", "run_id"):
         del report[key]
     del report["args"]["out"]
     for row in rows:
@@ -372,7 +374,7 @@ def interrupted(tmp_path, write_rows, run_script, eval_script, monkeypatch):
         return run_script(eval_script, *(word for pair in given.items() for word in pair))
 
     with monkeypatch.context() as patch:
-        patch.setattr(eval_script, "make_report", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(eval_script, "make_report", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         code, _, error = again()
     assert code == 130 and "4 of 4 rows are answered and kept" in error
     return again

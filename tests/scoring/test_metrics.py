@@ -301,8 +301,8 @@ def test_errors_of_toolcall_texts(reply, error):
 
 def test_the_errors_are_the_design_s():
     assert ERRORS == (
-        "filtered", "refused", "truncated", "no_json", "bad_json", "extra_text", "wrong_shape", "wrong_tool", "missing_argument",
-        "extra_argument", "wrong_type", "wrong_value",
+        "filtered", "refused", "prompt_too_long", "truncated", "no_json", "bad_json", "extra_text", "wrong_shape", "wrong_tool",
+        "missing_argument", "extra_argument", "wrong_type", "wrong_value",
     )  # fmt: skip
     assert MATCHERS == ("strict", "schema", "lenient")
 

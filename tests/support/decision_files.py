@@ -10,7 +10,7 @@ from random import Random
 from slm_swap.clients.pricing import HostedPrices, LocalPrices, Prices, Traffic, compare_costs
 from slm_swap.clients.protocol import Reply
 from slm_swap.common.reports import sha256_file
-from slm_swap.evaluating.evaluation import Row
+from slm_swap.evaluating.row import Row
 from slm_swap.rows.examples import Example, dump_json
 from slm_swap.scoring.metrics import MATCHERS
 from slm_swap.scoring.tracks import TRACKS

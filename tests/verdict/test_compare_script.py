@@ -7,7 +7,7 @@ import pytest
 
 from slm_swap.common.reports import rows_path, sha256_file
 from slm_swap.common.settings import ROOT
-from slm_swap.evaluating.evaluation import hash_of_hashes
+from slm_swap.evaluating.report import hash_of_hashes
 from slm_swap.scoring.tracks import TRACKS
 from tests.support.evaluated import AZURE, SLM, TUNED, calls, replies, write_report
 
