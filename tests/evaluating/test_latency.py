@@ -119,7 +119,7 @@ def test_replies_that_differ_are_counted_and_paid_for(hosted):
     assert report["repeat"] == {"runs": 2, "rows": 24, "different_text": 2, "exact_changed": 2, "share": 2 / 24}
     assert report["metrics"]["exact_match_rate"] == 1, "the rows' replies are the first ones"
     cost = report["cost"]
-    assert 0 < cost["repeat"] and cost["total"] == pytest.approx(cost["repeat"] + cost["per_1000_rows"] * 24 / 1000)
+    assert cost["repeat"] > 0 and cost["total"] == pytest.approx(cost["repeat"] + cost["per_1000_rows"] * 24 / 1000)
     assert "asked 2 times: 2 of 24 replies have another text, 2 change between right and wrong; asking again cost" in printed
     before = hosted.out.read_bytes()
     assert hosted.run("--repeat", 2)[0] == 0 and hosted.requests() == 0 and hosted.out.read_bytes() == before
