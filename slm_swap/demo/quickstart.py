@@ -87,7 +87,7 @@ class Demo:
         rows = ("--track", track, "--dataset", data / "test.jsonl")
 
         def evaluate(name: str, *flags: object) -> None:
-            self.stage(f"{track} evaluate {name}", "01_eval/eval.py", *rows, *flags, "--out", paths[name])
+            self.stage(f"{track} evaluate {name}", "01_eval/eval.py", *rows, *flags, "--overwrite", "--out", paths[name])
             self.say(f"{track} {name}: {exact} {json.loads(paths[name].read_text())['metrics'][exact]:.3f}")
 
         def compare(slm: str, out: str, *flags: object) -> str:

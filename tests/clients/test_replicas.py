@@ -273,6 +273,22 @@ def test_the_state_is_rank_0s_but_for_what_all_of_them_count():
     halved = [replicas.state()["batches_halved"] for index, _ in replicas.stream(enumerate([[], [], []])) if index % 2 == 0]
     assert halved[0] >= 6 and replicas.state() == {"batch_size_used": 8, "batches_halved": 8}
     assert replicas.describe() == {"device": "cpu", "batch_size_used": 8, "batches_halved": 8} and replicas.cost(1, 1, 1, 3.0) == 6.0
+
+
+def test_all_of_them_forget_and_go_on():
+    class Forgetful(Echo):
+        forgotten = 0
+
+        def forget(self):
+            self.forgotten += 1
+
+    clients = [Forgetful() for _ in range(3)]
+    replicas = Replicas([served(client)[0] for client in clients], lambda seconds: None, count=len)
+    replicas.forget()
+    assert sorted(replicas.stream((n, [{"content": str(n)}]) for n in range(6))) == [(n, Reply(str(n))) for n in range(6)]
+    replicas.forget()
+    assert replicas.generate([[{"content": "a"}]]) == [Reply("a")]
+    assert clients[0].forgotten == 2 and replicas.count_tokens("four") == 4
     replicas.close()
 
 

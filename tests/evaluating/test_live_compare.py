@@ -64,7 +64,7 @@ def stop_early(files, *flags: str, rows: list[Example], replies: list[dict], war
     (files / "rows.jsonl").write_text("".join(json.dumps(row.to_json()) + "\n" for row in rows))
     (files / "replies.jsonl").write_text("".join(json.dumps(reply) + "\n" for reply in replies))
     with AzureSimulator(rows) as server:
-        process = start(files, server, "--stop-early", "--save", *flags, **environment)
+        process = start(files, server, "--stop-early", "--save", "--overwrite", *flags, **environment)
         out, error = process.communicate(timeout=240)
         assert process.returncode == 0, error
         assert ("warning: too few rows for a SWAP" in error) == warns
@@ -97,6 +97,19 @@ def test_ctrl_c_keeps_what_both_have_answered(files):
     azure, replay = reports(files)
     assert 0 < azure["counts"]["rows"] == replay["counts"]["rows"] < 12
     assert azure["inputs"]["rows_sha256"] == replay["inputs"]["rows_sha256"]
+
+
+def test_saved_reports_are_kept(files):
+    with AzureSimulator(read_examples(files / "rows.jsonl")) as server:
+        assert start(files, server, "--save").wait(120) == 0
+        before, asked = [path.read_bytes() for path in sorted((files / "out").iterdir())], server.counts.total()
+        out, error = (process := start(files, server, "--save")).communicate(timeout=120)
+        assert process.returncode == 0 and error == "" and "both reports are finished" in out
+        _, error = (process := start(files, server, "--save", "--limit", "5")).communicate(timeout=120)
+        assert process.returncode == 2 and "rows 12 there, 5 here" in error and error.count("\n") == 1
+        assert [path.read_bytes() for path in sorted((files / "out").iterdir())] == before and server.counts.total() == asked
+        assert start(files, server, "--save", "--limit", "5", "--overwrite").wait(120) == 0
+    assert len(saved_ids(files)) == 5
 
 
 def test_the_same_model_twice_is_a_mistake(files):
