@@ -21,6 +21,7 @@ from slm_swap.clients.loading import (
     load_tokenizer,
     model_path,
     placement,
+    require_base,
     training_seconds,
     with_adapter,
 )
@@ -92,6 +93,8 @@ class SLMClient:
             self.tokenizer = tokenizer or load_tokenizer(self.path, trust_remote_code)
             self._load(name, batch_size, trust_remote_code, engine_start, workload, settings.launch.world)
         self._files_sha256 = hashes.result()
+        if self.adapter:
+            require_base(self.adapter, self.path, self._files_sha256[0], "set SLM_MODEL_PATH to its base, or train it again on this model")
         self.load_seconds = time.perf_counter() - started
 
     def _load(
