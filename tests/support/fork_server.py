@@ -56,7 +56,9 @@ def told(connection: socket.socket) -> int:
 
 
 def stand_in(address: str, words: list[str]) -> None:
-    """Be as good as the fork: signals go to it, and its end is this one's."""
+    """Be as good as the fork: signals go to it, and its end is this one's. What no fork can do is done by a new interpreter, in this process."""
+    if not forks(words):
+        os.execv(sys.executable, [sys.executable, *words])
     signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
     connection, child = ask(address, words, dict(os.environ), os.getcwd(), [0, 1, 2])
     for number in FORWARDED:
