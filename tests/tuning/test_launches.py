@@ -36,8 +36,6 @@ FLAGS = (
 
 def on_two_ranks(work, *args, killed: bool = False) -> list:
     """What `work(rank, *args)` gives on each of two forked processes that find each other as torchrun's do. `killed`: rank 0 kills itself."""
-    import slm_swap.tuning.fast_training  # noqa: F401  once, not in each
-
     context, port = multiprocessing.get_context("fork"), free_port()
     results = context.SimpleQueue()
 
@@ -221,9 +219,10 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def test_what_packages_say_is_heard_from_rank_0_alone(files, tmp_path):
+    """In new interpreters all through: packages read when they are imported whether they may talk."""
     (tmp_path / "driver.py").write_text(TALKING)
-    done = start("torchrun", "--standalone", "--nproc_per_node=2", tmp_path / "driver.py", PACKAGE / "train_unsloth.py", *FLAGS, *files,
-                 PYTHONPATH=str(PACKAGE.parent))  # fmt: skip
+    done = start(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "driver.py",
+                 PACKAGE / "train_unsloth.py", *FLAGS, *files, PYTHONPATH=str(PACKAGE.parent))  # fmt: skip
     assert done.returncode == 0 and done.stdout.count("a package talks") == 1 and done.stdout.count("adapter:") == 1, done.stderr
     assert "a package works" not in done.stderr, "this is no terminal"
 
