@@ -18,7 +18,7 @@ from slm_swap.clients.loading import encode_prompt
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import PACKAGE, ROOT, Settings
 from slm_swap.slm_client import SLMClient, measure_workload
-from tests.clients.test_slm_client import BATCH, ask
+from tests.support.tool_requests import BATCH, ask
 
 SETTINGS = Settings(slm_model_path="models/phi-tiny")
 

@@ -15,37 +15,11 @@ from slm_swap.clients.loading import adapter_path, encode_prompt, encode_prompts
 from slm_swap.clients.pricing import LocalPrices, Prices
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import PACKAGE, ROOT, Settings
-from slm_swap.rows.prompts import build_messages, toolcall_prompt
+from slm_swap.rows.prompts import build_messages
 from slm_swap.slm_client import SLMClient, local_client, serve_rows
+from tests.support.tool_requests import BATCH, ask
 
 SETTINGS = Settings(slm_model_path="models/phi-tiny")
-CITY = {"city": {"type": "string", "description": "The city."}}
-DATE = {"date": {"type": "string", "description": "The date as YYYY-MM-DD."}}
-TOOLS = [
-    {
-        "name": "check_weather",
-        "description": "Check a weather.",
-        "parameters": {"type": "object", "properties": CITY, "required": ["city"]},
-    },
-    {
-        "name": "open_calendar",
-        "description": "Open a calendar.",
-        "parameters": {"type": "object", "properties": DATE, "required": ["date"]},
-    },
-]
-REQUESTS = (
-    "Check the weather in Oslo",
-    "Open the calendar on 3 May 2026, please",
-    "Check weather for Lima",
-    "Hi, open my calendar for June 9, 2027",
-)
-
-
-def ask(request: str, tools: int = 2) -> list[dict]:
-    return build_messages("toolcall", toolcall_prompt(TOOLS[:tools], request))
-
-
-BATCH = [ask(request, 1 + index % 2) for index, request in enumerate(REQUESTS * 2)]
 
 
 @pytest.fixture(scope="module")

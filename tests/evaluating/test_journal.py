@@ -5,8 +5,9 @@ import json
 import os
 import random
 import signal
-import time
+import subprocess
 import tracemalloc
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -15,7 +16,7 @@ from slm_swap.azure_client import AzureClient
 from slm_swap.clients.protocol import Reply
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import write_atomically, write_jsonl
-from slm_swap.common.settings import Settings
+from slm_swap.common.settings import PACKAGE, Settings
 from slm_swap.demo.azure_simulator import AzureSimulator, Faults
 from slm_swap.evaluating.evaluation import check_rows, evaluate_rows
 from slm_swap.evaluating.journal import Journal, journal_path
@@ -24,7 +25,7 @@ from slm_swap.evaluating.row import read_reply, score_row
 from slm_swap.rows.examples import Dataset, Example
 from slm_swap.rows.prompts import SYSTEM_PROMPTS, toolcall_prompt
 from slm_swap.scoring.tracks import TRACKS
-from tests.support import eval_process
+from tests.support.processes import Script, wait_until
 
 IDENTITY = {"track": "structured", "dataset_sha256": "d" * 64, "rows": 4, "model": {"kind": "azure", "parameters": {"seed": 42}}}
 STRUCTURED = TRACKS["structured"]
@@ -223,13 +224,6 @@ def outcome(out):
     return json.dumps([report, rows])
 
 
-def wait_until(condition, seconds=60.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.001)
-
-
 class Runs:
     """One command, run to its end or killed."""
 
@@ -239,24 +233,22 @@ class Runs:
 
     def start(self, out):
         out.parent.mkdir(exist_ok=True)
-        return eval_process.start([*self.flags, "--out", out], self.environment, self.log)
+        return Script(PACKAGE / "01_eval/eval.py", *self.flags, "--out", out, log=self.log, **self.environment)
 
     def finish(self, out):
-        process = self.start(out)
-        process.join(120)
-        assert process.exitcode == 0, self.log.read_text()
+        assert self.start(out).wait() == 0, self.log.read_text()
         return outcome(out)
 
     def killed(self, out, delay, ready=lambda: True):
         """Whether the process was killed `delay` seconds after it was ready; False: it had ended before."""
         process = self.start(out)
-        wait_until(lambda: ready() or not process.is_alive())
-        process.join(delay)
+        wait_until(lambda: ready() or process.poll() is not None)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(delay)
         process.kill()
-        process.join()
-        self.kills += process.exitcode == -signal.SIGKILL
-        assert process.exitcode in (0, -signal.SIGKILL), self.log.read_text()
-        return process.exitcode != 0
+        self.kills += process.wait() == -signal.SIGKILL
+        assert process.returncode in (0, -signal.SIGKILL), self.log.read_text()
+        return process.returncode != 0
 
 
 def test_killed_at_20_random_moments_it_ends_in_the_same_report(tmp_path, write_rows):
@@ -338,9 +330,8 @@ def test_ctrl_c_keeps_what_is_answered(tmp_path, write_rows):
         expected = runs.finish(tmp_path / "whole/out.json")
         process, before = runs.start(out), server.counts.total()
         wait_until(lambda: server.counts.total() > before + CONCURRENCY + 5)
-        os.kill(process.pid, signal.SIGINT)
-        process.join(60)
-        assert process.exitcode == 130 and not out.exists()
+        process.send_signal(signal.SIGINT)
+        assert process.wait() == 130 and not out.exists()
         assert "rows are answered and kept: the same command goes on" in runs.log.read_text()
         assert "Traceback" not in runs.log.read_text()
         assert runs.finish(out) == expected
@@ -354,8 +345,7 @@ def test_two_processes_at_once_do_not_mix(tmp_path, write_rows, run_script, eval
         wait_until(lambda: server.counts)
         code, _, error = run_script(eval_script, *flags, "--out", out)
         assert code == 2 and "another process" in error and error.count("\n") == 1
-        process.join(60)
-    assert process.exitcode == 0, runs.log.read_text()
+        assert process.wait() == 0, runs.log.read_text()
     assert json.loads(out.read_text())["counts"]["rows"] == 5
 
 
