@@ -146,7 +146,7 @@ def command(checkpoint: Path, rows: Path, setting: dict[str, Any], out: Path, pr
     stop_at_own_length(processes)
     flags = [word for name, value in setting["flags"].items() for word in (f"--{name.replace('_', '-')}", str(value))]
     sys.argv = ["eval.py", "--track", "structured", "--model-kind", "slm", "--dataset", str(rows), "--limit", str(setting["command"])]
-    sys.argv += ["--out", str(out), *flags]
+    sys.argv += ["--out", str(out), "--overwrite", "--latency-rows", "0", *flags]
     runpy.run_path(str(PACKAGE / "01_eval/eval.py"), run_name="__main__")
 
 

@@ -43,7 +43,7 @@ SETTINGS = {  # flags of eval.py
 def evaluated(args: argparse.Namespace, flags: str, out: Path) -> dict[str, Any]:
     """{"report", "replies" by row} of one setting, or {"failed": why}."""
     words = [sys.executable, PACKAGE / "01_eval/eval.py", "--track", args.track, "--model-kind", "slm", "--dataset", args.dataset]
-    words += ["--limit", args.limit, "--out", out, *flags.split(), *(["--adapter", args.adapter] if args.adapter else [])]
+    words += ["--limit", args.limit, "--overwrite", "--latency-rows", 0, "--out", out, *flags.split(), *(["--adapter", args.adapter] if args.adapter else [])]
     environment = os.environ | {"SLM_MODEL_PATH": args.model, "LANGFUSE_DISABLED": "1"}
     done = subprocess.run([str(word) for word in words], capture_output=True, text=True, env=environment)
     if done.returncode:

@@ -28,8 +28,9 @@ from slm_swap.cli import Parser, positive, run
 from slm_swap.clients.protocol import Reply
 from slm_swap.common.reports import code_version, hardware, now, rows_path, write_atomically, write_json, write_jsonl
 from slm_swap.common.settings import ROOT, display_path
-from slm_swap.evaluating.evaluation import Stopwatch, check_rows, evaluate_rows, make_report
+from slm_swap.evaluating.evaluation import Stopwatch, check_rows, evaluate_rows
 from slm_swap.evaluating.journal import Journal, journal_path
+from slm_swap.evaluating.report import make_report
 from slm_swap.rows.examples import Dataset, Example
 from slm_swap.rows.prompts import Messages
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice, pairwise
 from typing import Any
 
-from slm_swap.clients.completions import REJECTIONS, read_completion, rejected_parameter
+from slm_swap.clients.completions import REJECTIONS, read_completion, refused_request, rejected_parameter
 from slm_swap.clients.endpoint import is_loopback, parse_endpoint
 from slm_swap.clients.pricing import load_prices, to_float
 from slm_swap.clients.protocol import Reply
@@ -264,7 +264,8 @@ class AzureClient:
             except openai.OpenAIError as error:
                 failure = error
             except (ValueError, RecursionError):
-                reply = Reply("", "error", error="the request cannot be encoded, or its reply is not JSON")
+                answered = bool(row.tries and row.tries[-1].answered is not None)  # a gateway's page: the service behind it may be out
+                reply = Reply("", "error", error="the request cannot be encoded, or its reply is not JSON", transient=answered)
             if failure and not self._drop_rejected(failure, sent):
                 reply = self._fail(failure)
         self._give_up(row)
@@ -275,7 +276,8 @@ class AzureClient:
             [round(this.sent, 6), round((this.answered or later.sent) - this.sent, 6), this.status]
             for this, later in pairwise(row.tries)
         ]
-        return replace(reply, seconds=row.clock(), retries=retries)
+        limit = next((sent[name] for name in OTHER_LIMIT if name in sent), None)
+        return replace(reply, seconds=row.clock(), retries=retries, limit=limit)
 
     def _accept(self, body: Any) -> Reply:
         reply = read_completion(body)
@@ -313,11 +315,9 @@ class AzureClient:
             UserError: every row would fail alike.
         """
         status, code, _, message = self._details(failure)
-        if code == "content_filter":
-            return Reply("", "content_filter")
-        reason = self._one_line(message)
-        if code == "context_length_exceeded":
-            return Reply("", "length", error=reason)
+        response, reason = getattr(failure, "response", None), self._one_line(message)
+        if ended := refused_request(status, code, message, response.text if response is not None else ""):
+            return Reply("", ended, error=reason if ended == "prompt_too_long" else None)
         cause = failure.__cause__
         advice = self._advice(status, code, message)
         if status is None and type(cause).__name__ in UNREACHABLE and not self._answered:
@@ -329,7 +329,8 @@ class AzureClient:
         tries = 1 + int(request.headers.get("x-stainless-retry-count", 0)) if request is not None else 1
         kind = status or ("time-out" if "Timeout" in type(failure).__name__ else "connection error")
         detail = reason if status or not cause else self._one_line(cause) or type(cause).__name__
-        return Reply("", "error", error=f"{kind} after {tries} {'try' if tries == 1 else 'tries'}: {detail}")
+        passing = status is None or status in (408, 409, 429) or status >= 500
+        return Reply("", "error", error=f"{kind} after {tries} {'try' if tries == 1 else 'tries'}: {detail}", transient=passing)
 
     @staticmethod
     def _advice(status: int | None, code: str | None, message: str) -> str | None:
@@ -367,6 +368,11 @@ class AzureClient:
     def restore(self, state: dict[str, Any]) -> None:
         self._parameters, self._dropped = dict(state["parameters"]), list(state["dropped_parameters"])
         self._served = {"model": set(state["served_model"]), "system_fingerprint": set(state["system_fingerprint"])}
+
+    def count_tokens(self, text: str) -> int | None:
+        return None  # the deployment's tokenizer is not here
+
+    def forget(self) -> None: ...
 
     def describe(self) -> dict[str, Any]:
         """What was asked and what served it: host only. No secret."""

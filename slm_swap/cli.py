@@ -96,6 +96,14 @@ def not_negative(text: str) -> int:
     return number
 
 
+def minutes(text: str) -> float:
+    """A number of at least 0 that is not infinite, for argparse."""
+    number = float(text)
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
+    return number
+
+
 def share(text: str) -> float:
     """A number from 0 to 1, for argparse."""
     number = float(text)

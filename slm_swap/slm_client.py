@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Container, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from slm_swap.clients.engines import Engine, Generated, Prompt, Workload, choose_engine
 from slm_swap.clients.loading import (
     adapter_path,
+    count_tokens,
     encode_prompt,
     encode_prompts,
     files_hash,
@@ -20,6 +21,7 @@ from slm_swap.clients.loading import (
     load_tokenizer,
     model_path,
     placement,
+    require_base,
     training_seconds,
     with_adapter,
 )
@@ -49,7 +51,7 @@ class SLMClient:
     """The local model: greedy decoding by one of `engines.ENGINES`, only the new tokens decoded.
 
     The same rows give the same replies whatever the engine and the batch size, up to numeric ties. A prompt that leaves no room in
-    the context gives a `length` reply instead of being cut.
+    the context gives a `prompt_too_long` reply instead of being cut.
 
     Args:
         precision: one of the engine's `engines.PRECISIONS`; None takes its first ("int8" is LLM.int8(), the documented setting).
@@ -91,6 +93,8 @@ class SLMClient:
             self.tokenizer = tokenizer or load_tokenizer(self.path, trust_remote_code)
             self._load(name, batch_size, trust_remote_code, engine_start, workload, settings.launch.world)
         self._files_sha256 = hashes.result()
+        if self.adapter:
+            require_base(self.adapter, self.path, self._files_sha256[0], "set SLM_MODEL_PATH to its base, or train it again on this model")
         self.load_seconds = time.perf_counter() - started
 
     def _load(
@@ -122,7 +126,7 @@ class SLMClient:
         return [replies[index] for index in range(len(batch))]
 
     def stream(self, rows: Iterable[tuple[int, Messages]], answered: Container[int] = ()) -> Generator[tuple[int, Reply]]:
-        lengths: dict[int, int] = {}
+        asked: dict[int, Prompt] = {}
         refused: list[tuple[int, Reply]] = []
 
         def prompts() -> Iterator[Prompt]:
@@ -131,24 +135,31 @@ class SLMClient:
                 for index, tokens in zip(chunk, encode_prompts(self.tokenizer, list(chunk.values())), strict=True):
                     room = self.engine.context - len(tokens)
                     if room > 0:
+                        prompt = Prompt(index, tokens, min(self.max_new_tokens, room))
                         if index not in answered:
-                            lengths[index] = len(tokens)
-                        yield Prompt(index, tokens, min(self.max_new_tokens, room))
+                            asked[index] = prompt
+                        yield prompt
                     elif index not in answered:
                         error = f"the prompt has {len(tokens)} tokens, the context {self.engine.context}"
-                        refused.append((index, Reply("", "length", input_tokens=len(tokens), error=error)))
+                        refused.append((index, Reply("", "prompt_too_long", len(tokens), 0, 0, error=error)))
 
         for made in self.engine.generate(prompts(), answered):
-            yield made.index, self._reply(lengths.pop(made.index), made)
+            yield made.index, self._reply(asked.pop(made.index), made)
             yield from refused
             refused.clear()
         yield from refused
 
-    def _reply(self, length: int, made: Generated) -> Reply:
+    def _reply(self, prompt: Prompt, made: Generated) -> Reply:
         text = self.tokenizer.decode(made.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         spent = len(made.tokens) + made.stopped  # the end token was generated too
         reason = "stop" if made.stopped else "length"
-        return Reply(text, reason, length, spent, made.cached, made.seconds, batch=made.batch)
+        return Reply(text, reason, len(prompt.tokens), spent, made.cached, made.seconds, batch=made.batch, limit=prompt.limit)
+
+    def count_tokens(self, text: str) -> int | None:
+        return count_tokens(self.tokenizer, text)
+
+    def forget(self) -> None:
+        self.engine.forget()
 
     @cached_property
     def _told(self) -> dict[str, Any]:
@@ -175,7 +186,7 @@ class SLMClient:
         self.engine.restore(state)
 
     def describe(self) -> dict[str, Any]:
-        return self._told | self.state()
+        return self.identity | self.state()
 
     def cost(self, input_tokens: int, cached_tokens: int, output_tokens: int, seconds: float) -> float | None:
         """The machine's price an hour times the seconds that it worked."""
@@ -214,7 +225,14 @@ def local_client(settings: Settings, rows: Iterable[Messages], max_new_tokens: i
     from slm_swap.clients.replicas import open_replicas
 
     price = load_prices(settings.prices_file).local
-    return open_replicas(settings.launch, workload, lambda seconds: to_float(price.cost(seconds)))
+
+    @cache
+    def own_tokenizer() -> Any:
+        return tokenizer or load_tokenizer(model_path(settings, options.get("model")), options.get("trust_remote_code", False))
+
+    return open_replicas(
+        settings.launch, workload, lambda seconds: to_float(price.cost(seconds)), lambda text: count_tokens(own_tokenizer(), text)
+    )
 
 
 def serve_rows(settings: Settings, seed: int, concurrency: int | None = None, **options: Any) -> None:

@@ -9,12 +9,21 @@ from types import ModuleType
 import pytest
 
 from slm_swap.cli import run
+from tests.support import processes
 from tests.support.scripts import load_script
 
 # Several tests fork: a child would wait for threads of torch's that are not there. Before anything imports it.
 os.environ["OMP_NUM_THREADS"] = "1"
 # A job that a shell starts in the background ignores Ctrl-C, and so do its children: the tests that interrupt need it back.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One server for all of xdist's workers, which have this process' environment."""
+    if not hasattr(config, "workerinput"):
+        server = processes.server()
+        server.__enter__()
+        config.add_cleanup(lambda: server.__exit__(None, None, None))
 
 
 @pytest.fixture(scope="session")

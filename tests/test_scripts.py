@@ -100,7 +100,7 @@ def test_every_variable_is_in_the_example_file():
     documented = {
         line.split("=")[0] for line in (ROOT / ".env.example").read_text().splitlines() if "=" in line and line[0] != "#"
     }
-    read = {node.value for node in ast.walk(ast.parse((PACKAGE / "settings.py").read_text())) if isinstance(node, ast.Constant)}
+    read = {node.value for node in ast.walk(ast.parse((PACKAGE / "common/settings.py").read_text())) if isinstance(node, ast.Constant)}
     names = {
         value
         for value in read

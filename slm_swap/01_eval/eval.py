@@ -4,9 +4,10 @@
     python 01_eval/eval.py --track toolcall --model-kind slm --adapter 04_ft/adapter_toolcall --out 01_eval/reports/after.json
     python 01_eval/eval.py --track toolcall --model-kind replay --replies recorded.jsonl
     ./eval_parallel.sh --track toolcall --model-kind slm
+    python 01_eval/eval.py --track toolcall --model-kind azure --again failed,truncated --max-new-tokens 1024
 
 Interrupted in any way, the same command goes on where it stopped: until the report is written, every reply is in the journal
-beside it, <report>.rows.jsonl.part. slm_swap/README.md says what the report's keys mean.
+beside it, <report>.rows.jsonl.part. A finished report is never replaced without --overwrite. slm_swap/README.md says what its keys mean.
 """
 
 import argparse
@@ -18,21 +19,49 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
-from slm_swap.cli import Parser, check_out, client_options, find_rows, progress, run, run_metadata, tracing_options, warn
+from slm_swap.cli import (
+    Parser,
+    check_out,
+    client_options,
+    find_rows,
+    minutes,
+    not_negative,
+    positive,
+    progress,
+    run,
+    run_metadata,
+    tracing_options,
+    warn,
+)
 from slm_swap.clients.protocol import MODEL_KINDS, Client
 from slm_swap.clients.replicas import fork_replica, take_one_gpu
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import SCHEMA_VERSION, rows_path, write_atomically, write_json
-from slm_swap.common.settings import PACKAGE, Settings, display_path, load_settings
-from slm_swap.evaluating.evaluation import Row, RowTracer, Stopwatch, Tally, check_rows, evaluate_rows, make_report, model_name
+from slm_swap.common.settings import PACKAGE, display_path, load_settings
+from slm_swap.evaluating.console import show
+from slm_swap.evaluating.evaluation import Stopwatch, check_rows, evaluate_rows
+from slm_swap.evaluating.experiments import find_experiment, link
 from slm_swap.evaluating.factory import make_client
+from slm_swap.evaluating.finished import KINDS, Finished, finished_report, run_id_at
 from slm_swap.evaluating.journal import Journal, journal_path
+from slm_swap.evaluating.latency import alone_rows, latency_of
+from slm_swap.evaluating.outage import Outage
+from slm_swap.evaluating.repeat import repeat_rows
 from slm_swap.evaluating.reply_cache import ReplyCache
+from slm_swap.evaluating.report import Tally, make_report
+from slm_swap.evaluating.row import Row
+from slm_swap.evaluating.row_traces import RowTracer, model_name
 from slm_swap.rows.examples import Dataset
 from slm_swap.slm_client import serve_rows
-from slm_swap.tracing.api import LangfuseApi
-from slm_swap.tracing.datasets import Experiment, dataset_name, open_experiment
 from slm_swap.tracing.runs import connect, trace_run
+
+
+def kinds(text: str) -> list[str]:
+    """Some of finished.KINDS with commas between, for argparse."""
+    chosen = [word.strip() for word in text.split(",")]
+    if not set(chosen) <= set(KINDS):
+        raise argparse.ArgumentTypeError(f"{text}: give {', '.join(KINDS)} or both with a comma between")
+    return [kind for kind in KINDS if kind in chosen]
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -43,14 +72,23 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_client()
     parser.add_argument("--cache", metavar="DIR", help="take replies that this folder has already, and keep the others there")
     parser.add_argument("--out", type=Path, help="the report (default: 01_eval/reports/<track>_<model-kind>_<split>.json)")
+    parser.add_argument("--overwrite", action="store_true", help="ask all rows anew, whatever report is there")
+    parser.add_argument("--again", type=kinds, default=[], metavar="KINDS", help="ask only a finished report's unmeasured rows: failed,truncated")
+    parser.add_argument("--latency-rows", type=not_negative, default=20, help="rows asked one at a time, at most a tenth of all; 0: none")
+    parser.add_argument("--repeat", type=positive, default=1, metavar="RUNS", help="ask a sample of the rows so often, to see whether replies differ")
+    parser.add_argument("--repeat-rows", type=positive, default=100, metavar="N", help="rows in that sample")
+    parser.add_argument("--outage-minutes", type=minutes, default=5.0, help="minutes without an answer of the hosted model that end the run")
     parser.add_seed()
     parser.add_tracing()
     parser.add_argument("--langfuse-experiment", metavar="NAME", help="record the run as an experiment on the rows' Langfuse dataset")
     args = parser.parse_args(argv)
     if (args.model_kind == "replay") != bool(args.replies):
         parser.error("--model-kind replay and --replies FILE go together")
-    if args.replies and args.cache:
-        parser.error("--cache is of no use with --replies, where no model is asked")
+    for flag, given in (("--cache", args.cache), ("--again", args.again), ("--repeat", args.repeat > 1)):
+        if args.replies and given:
+            parser.error(f"{flag} is of no use with --replies, where no model is asked")
+    if args.again and args.overwrite:
+        parser.error("--again keeps the report's other rows and --overwrite keeps none: give one of them")
     return args
 
 
@@ -68,64 +106,55 @@ def main(argv: list[str] | None = None) -> int:
     connection = connect(settings, tracing_options(args, settings))
     dataset, inputs, name = find_rows(args, [args.model_kind])
     tally = check_rows(args.track, dataset)
-    rows = len(tally.contents)
-    out = args.out or PACKAGE / f"01_eval/reports/{args.track}_{args.model_kind}_{name}.json"
+    out = args.out = args.out or PACKAGE / f"01_eval/reports/{args.track}_{args.model_kind}_{name}.json"
     check_out(out, rows_path(out), journal_path(out), inputs=[inputs["path"], args.replies])
-    experiment = find_experiment(args, settings, dataset, inputs, name) if args.langfuse_experiment else None
+    asked = {"schema_version": SCHEMA_VERSION, "track": args.track, "dataset_sha256": inputs["sha256"]}
+    asked |= {"rows": len(tally.contents), "prompt_sha256": tally.prompt_sha256}
+    old = finished_report(out, asked, bool(args.again), args.overwrite)
+    experiment = find_experiment(args, settings, dataset, inputs, name, run_metadata(args)) if args.langfuse_experiment else None
     with Journal(journal_path(out)) as journal:
         client = make_client(args.model_kind, settings, args.track, dataset, seed=args.seed, **client_options(args))
         try:
-            asked = {"track": args.track, "dataset_sha256": inputs["sha256"], "rows": rows, "prompt_sha256": tally.prompt_sha256}
-            journal.begin({"schema_version": SCHEMA_VERSION, **asked, "model": client.identity}, rows)
+            asked |= {"model": client.identity}
+            journal.discard(run_id_at(out))
+            if old is None:
+                journal.begin(asked, asked["rows"])
+            elif not old.begin(journal, asked, args.again, args.max_new_tokens, client.kind != "slm", args.repeat):
+                print(f"nothing to ask: the report of these rows is finished (--overwrite asks them anew)\nreport: {display_path(out)}")
+                return 0
             told, read = client.describe(), {"split": name, "dataset": inputs["path"], "dataset_sha256": inputs["sha256"]}
             model = {"model": model_name(told), "engine": told.get("engine", args.model_kind)}
             metadata = run_metadata(args) | read | model | {"report": display_path(out)}
             title, tags = f"eval-{args.track}-{args.model_kind}", ["eval", args.track, args.model_kind]
             with trace_run(connection, title, out, metadata, tags, seed=journal.header["run_id"], keep=True) as trace:
-                earlier = journal.seconds
-                tell = RowTracer(trace, args.track, client, experiment)
-                ask(args, tally, client, dataset, journal, tell)
-                seconds, flags = (journal.seconds, clock.total + earlier), vars(args) | {"out": display_path(out)}
-                report = make_report(args.track, client, tally, *seconds, inputs, flags, journal.sessions, journal.cached)
+                report = measure(args, tally, client, dataset, journal, RowTracer(trace, args.track, client, experiment), clock, inputs, old)
                 trace.scores(report["metrics"])
                 trace.update(output={"metrics": report["metrics"], "counts": report["counts"]}, metadata={"model": report["model"]})
-                report["trace"] = {"id": trace.id, "url": trace.url}
+                report |= {"trace": {"id": trace.id, "url": trace.url}, "asked": old.report["asked"] if old else asked}
                 write_atomically(rows_path(out), lambda stream: stream.writelines(journal.lines()))
                 write_json(out, report)
             if experiment:
-                link(experiment, settings, dataset, trace)
+                link(experiment, settings, dataset, trace, warn)
         except BaseException:
             if journal.answered:
-                warn(f"{journal.answered} of {rows} rows are answered and kept: the same command goes on from there")
+                warn(f"{journal.answered} of {len(journal)} rows are answered and kept: the same command goes on from there")
             raise
         finally:
             client.close()
         journal.remove()
-    show(report, out)
+    show(report, out, sys.argv[1:] if argv is None else argv, warn)
     return 0
 
 
-def find_experiment(args: argparse.Namespace, settings: Settings, dataset: Dataset, inputs: dict, name: str) -> Experiment:
-    """The experiment of `--langfuse-experiment` on the dataset that was pushed from these rows."""
-    source = f"--dataset {inputs['path']}" if args.dataset or args.replies else f"--split {args.split or 'test'}"
-    push = f"python 02_dataset/push_langfuse.py --track {args.track} {source}"
-    told = run_metadata(args)
-    return open_experiment(settings, args.track, dataset_name(args.track, name), list(dataset), args.langfuse_experiment, push, told)
-
-
-def link(experiment: Experiment, settings: Settings, dataset: Dataset, trace: Any) -> None:
-    """Tell an older server which rows are whose items; newer ones go by the spans. The report is written: what fails is said."""
-    try:
-        with LangfuseApi(settings) as api:
-            experiment.link(api, ((example, trace.id, trace.row_id(example.id)) for example in dataset))
-        print(f"experiment: {experiment.url}")
-    except UserError as error:
-        warn(f"the experiment {experiment.name} may lack rows: {error}")
-
-
-def ask(args: argparse.Namespace, tally: Tally, client: Client, dataset: Dataset, journal: Journal, tell: RowTracer) -> None:
-    """Get the rows that the journal has not, with a progress bar."""
-    rows = len(tally.contents)
+def measure(
+    args: argparse.Namespace, tally: Tally, client: Client, dataset: Dataset, journal: Journal, tell: RowTracer, clock: Stopwatch,
+    inputs: dict[str, Any], old: Finished | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Get the rows that the journal has not, with a progress bar, and what is measured besides: the report."""
+    rows, earlier, outage = len(journal), journal.seconds, Outage(args.outage_minutes)
+    to_ask = journal.kept.get("to ask")  # of a report that is finished but for these
+    alone = alone_rows(rows, args.latency_rows, args.seed) if client.kind == "azure" and old is None else []
+    concurrency = min(args.concurrency, rows if to_ask is None else len(to_ask)) if client.kind == "azure" else None
     if journal.answered:
         print(f"{journal.answered} of {rows} rows are answered already: going on with the others", file=sys.stderr)
     cache = ReplyCache(args.cache, client.identity) if args.cache else None
@@ -135,20 +164,15 @@ def ask(args: argparse.Namespace, tally: Tally, client: Client, dataset: Dataset
             bar.update()
             tell(index, row)
 
-        evaluate_rows(tally, client, dataset, journal, cache, on_row)
+        evaluate_rows(tally, client, dataset, journal, cache, on_row, alone, concurrency, outage)
     tell.finish()
-
-
-def show(report: dict, out: Path) -> None:
-    """The report's numbers on standard output."""
-    counts, metrics = report["counts"], report["metrics"]
-    for name, value in metrics.items():
-        print(f"{name:28} {value:7.4f}")
-    missed = ", ".join(f"{error} {count}" for error, count in counts["errors"].items() if count)
-    print(f"{counts['rows']} rows in {report['seconds']['generate']} s; missed: {missed or 'none'}")
-    if counts["failed_requests"]:
-        warn(f"{counts['failed_requests']} of {counts['rows']} requests failed and count as misses: reply_error says why")
-    print(f"report: {display_path(out)}")
+    repeat, cost = repeat_rows(tally.track, client, dataset, journal, args.repeat, args.repeat_rows, args.seed, outage)
+    measured = client.kind == "slm" and old and old.report.get("latency")
+    latency = None if measured else latency_of(client, tally, dataset, journal, args.latency_rows, args.seed, args.concurrency)
+    seconds, flags = (journal.seconds, clock.total + earlier), vars(args) | {"out": display_path(args.out)}
+    report = make_report(args.track, client, tally, *seconds, inputs, flags, journal.sessions, journal.cached, cost)
+    report |= {"run_id": journal.header["run_id"], "repeat": repeat, "latency": latency, "again": []}
+    return old.extend(report, args.again, len(to_ask)) if old else report
 
 
 if __name__ == "__main__":

@@ -48,6 +48,10 @@ def read_prompt(args: argparse.Namespace) -> tuple[str, Example | None]:
     return args.prompt, None
 
 
+def count(tokens: int | None) -> str:
+    return "?" if tokens is None else str(tokens)
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     settings, track = load_settings(), TRACKS[args.track]
@@ -61,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         client.close()
     print(reply.text)
-    told = f"{reply.finish_reason}, {reply.input_tokens} + {reply.output_tokens} tokens, {reply.seconds:.2f} s"
+    told = f"{reply.finish_reason}, {count(reply.input_tokens)} + {count(reply.output_tokens)} tokens, {reply.seconds:.2f} s"
     if gold and example:
         scored = track.score(gold, reply.text, reply.finish_reason)
         told += f", {'right' if scored.strict.exact else scored.error}; reference: {example.completion}"

@@ -11,19 +11,25 @@ and ends once the verdict is certain at --delta and --alpha, however often one l
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
 from slm_swap.cli import Parser, client_options, load_rows, run, run_metadata, share, tracing_options, warn
 from slm_swap.clients.protocol import MODEL_KINDS
 from slm_swap.common.errors import UserError
-from slm_swap.common.reports import rows_path, write_json, write_jsonl
+from slm_swap.common.reports import SCHEMA_VERSION, rows_path, write_json, write_jsonl
 from slm_swap.common.settings import PACKAGE, display_path, load_settings
-from slm_swap.evaluating.evaluation import Stopwatch, make_report, references, summary, trace_rows
+from slm_swap.evaluating.evaluation import Stopwatch, check_rows, references
 from slm_swap.evaluating.factory import make_client
+from slm_swap.evaluating.finished import finished_report
 from slm_swap.evaluating.live import EarlyStop, Side, watch
+from slm_swap.evaluating.report import make_report, no_latency, summary
+from slm_swap.evaluating.row_traces import trace_rows
+from slm_swap.rows.examples import Example
 from slm_swap.scoring.tracks import TRACKS
 from slm_swap.tracing.runs import Connection, connect, trace_run
+from slm_swap.verdict.evaluations import QUESTIONS
 
 LIVE_BATCH = 32  # rows between two looks with --batch-size auto
 
@@ -37,7 +43,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--stop-early", action="store_true", help="stop calling the hosted model once the verdict is certain")
     parser.add_argument("--delta", type=share, default=0.02, help="non-inferiority margin of --stop-early, 0..1")
     parser.add_argument("--alpha", type=share, default=0.05, help="error rate of --stop-early's verdict, 0..1")
+    parser.add_argument(
+        "--tools", choices=QUESTIONS, default="these", help="what --stop-early decides on: the tools of these rows, or other tools like them"
+    )
     parser.add_argument("--save", action="store_true", help="write both reports, <track>_<kind>_<split>_live.json")
+    parser.add_argument("--overwrite", action="store_true", help="with --save: replace reports that are there already")
     parser.add_argument("--out-dir", type=Path, default=PACKAGE / "01_eval/reports", help="where --save writes")
     parser.add_seed()
     parser.add_tracing()
@@ -55,13 +65,38 @@ def report_path(args: argparse.Namespace, kind: str, name: str) -> Path:
     return args.out_dir / f"{args.track}_{kind}_{name}_live.json"
 
 
-def save(args: argparse.Namespace, sides: list[Side], inputs: dict, name: str, clock: Stopwatch, early: EarlyStop | None) -> None:
+def what_is_asked(args: argparse.Namespace, inputs: dict, examples: list[Example]) -> dict[str, Any]:
+    """What two reports of one command have in common, the models left out."""
+    stop = {"delta": args.delta, "alpha": args.alpha, "seed": args.seed} if args.stop_early else None
+    asked = {"schema_version": SCHEMA_VERSION, "track": args.track, "dataset_sha256": inputs["sha256"]}
+    asked |= {"rows": len(examples), "prompt_sha256": check_rows(args.track, examples).prompt_sha256}
+    return asked | {"models": args.models, "stop_early": stop}
+
+
+def is_finished(args: argparse.Namespace, asked: dict[str, Any], name: str, sides: list[Side]) -> bool:
+    """Whether both reports of this command are there already; of `sides` the models are known.
+
+    Raises:
+        UserError: a report of another command is there.
+    """
+    found = [finished_report(report_path(args, kind, name), asked, False, args.overwrite) for kind in args.models]
+    for report, side in zip(found, sides, strict=False):
+        if report:
+            report.check(asked | {"model": side.client.identity})
+    return all(found)
+
+
+def save(
+    args: argparse.Namespace, sides: list[Side], inputs: dict, name: str, clock: Stopwatch, early: EarlyStop | None, asked: dict[str, Any]
+) -> None:
     flags = vars(args) | {"out_dir": display_path(args.out_dir)}
     for side, kind in zip(sides, args.models, strict=True):
         out = report_path(args, kind, name)
         report = make_report(args.track, side.client, side.rows, side.seconds, clock.total, inputs, flags)
+        report |= {"latency": no_latency("both models were asked at once: eval.py measures it")}
+        report |= {"asked": asked | {"model": side.client.identity}, "stopped_early": early and early.to_json(len(side.rows))}
         write_jsonl(rows_path(out), (row.to_json(TRACKS[args.track]) for row in side.rows))
-        write_json(out, report | {"stopped_early": early and early.to_json(len(side.rows))})
+        write_json(out, report)
         print(f"report: {display_path(out)}")
 
 
@@ -78,18 +113,25 @@ def main(argv: list[str] | None = None) -> int:
     clock, settings, track = Stopwatch(), load_settings(), TRACKS[args.track]
     connection = connect(settings, tracing_options(args, settings))
     examples, inputs, name = load_rows(args, args.models)
-    early = EarlyStop(track, examples, args.delta, args.alpha, args.seed) if args.stop_early else None
+    early = EarlyStop(track, examples, args.delta, args.alpha, args.seed, args.tools) if args.stop_early else None
     examples = early.examples if early else examples
     gold = references(track, examples)
     if early and early.rows_if_equal is None:
         warn(
-            f"too few rows for a SWAP at --delta {args.delta:g}, unless the small model is the better one: "
-            f"a group of rows is one bet, and there are {len(early.sizes)}, the largest of {max(early.sizes)} rows"
+            f"too few {'tools' if args.tools == 'others' else 'rows'} for a SWAP at --delta {args.delta:g}, unless the small model is the "
+            f"better one: {'a tool' if args.tools == 'others' else 'a row or group of rows'} is one bet, and there are {len(early.sizes)}, "
+            f"the largest of {max(early.sizes)} rows"
         )
-    sides: list[Side] = []
+    sides, asked = list[Side](), what_is_asked(args, inputs, examples)
+    if args.save:
+        is_finished(args, asked, name, [])  # before a model is loaded
     try:
         for kind in args.models:
             sides.append(Side(make_client(kind, settings, args.track, examples, seed=args.seed, **client_options(args))))
+        if args.save and is_finished(args, asked, name, sides):
+            places = ", ".join(display_path(report_path(args, kind, name)) for kind in args.models)
+            print(f"nothing to ask: both reports are finished (--overwrite asks anew): {places}")
+            return 0
         finished = watch(args.track, sides, examples, gold, LIVE_BATCH if args.batch_size == "auto" else args.batch_size, early)
     finally:
         for side in sides:
@@ -102,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
     if early and finished:
         print(early.saved(sides[args.models.index("azure")]))
     if args.save:
-        save(args, sides, inputs, name, clock, early)
+        save(args, sides, inputs, name, clock, early, asked | {"rows": asked["rows"] if finished else done})
     for side, kind in zip(sides, args.models, strict=True):
         trace_side(connection, args, side, kind, report_path(args, kind, name))
     return 0 if finished else 130

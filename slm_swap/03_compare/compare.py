@@ -14,16 +14,17 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
-from slm_swap.cli import Parser, check_out, run, run_metadata, share, tracing_options, warn
-from slm_swap.clients.pricing import load_prices
-from slm_swap.common.errors import UserError
+from slm_swap.cli import Parser, check_out, positive, run, run_metadata, share, tracing_options, warn
+from slm_swap.clients.pricing import Prices, load_prices
 from slm_swap.common.reports import SCHEMA_VERSION, code_version, now, rows_path, write_atomically, write_json
 from slm_swap.common.settings import PACKAGE, display_path, load_settings
 from slm_swap.scoring.tracks import TRACKS
 from slm_swap.tracing.runs import RunTrace, connect, trace_run
 from slm_swap.verdict.comparison import examine, examine_means
 from slm_swap.verdict.decision import EXIT_CODES, RULES
-from slm_swap.verdict.evaluations import CLUSTERS, Evaluation, read_evaluation, require_same
+from slm_swap.verdict.evaluations import QUESTIONS, Evaluation, fit_together, model_of, read_evaluation
+from slm_swap.verdict.judge import Gate
+from slm_swap.verdict.looks import Look, ledger_path, look_at, record
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -36,7 +37,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--alpha", type=share, default=0.05, help="how often a verdict may be wrong at the margin")
     parser.add_argument("--rule", choices=RULES, default="paired", help="paired: tests on the rows; point: the means alone")
     parser.add_argument("--sequential", action="store_true", help="a paired rule that also holds where the rows were looked at while they came")
-    parser.add_argument("--cluster", choices=CLUSTERS, default="group", help="rows that belong together: same group, same tool, or none")
+    parser.add_argument(
+        "--tools", choices=QUESTIONS, default="these", help="what the verdict is about: the tools of these rows, or other tools like them"
+    )
+    parser.add_argument("--max-p95-ms", type=positive, metavar="MS", help="SWAP only where the small model's latency at p95 is at most this")
     parser.add_argument("--table", action="store_true", help="print the evidence too")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write verdict and evidence as Markdown, for a pull request")
     parser.add_argument("--out", type=Path, help="the decision (default: 03_compare/reports/<track>.json)")
@@ -46,6 +50,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--delta must be below 1, and --alpha above 0 and below 0.5")
     if args.rule == "point" and args.sequential:
         parser.error("--sequential is a paired rule: leave --rule out")
+    if args.rule == "point" and (args.tools == "others" or args.max_p95_ms):
+        parser.error("--tools and --max-p95-ms are about the paired rule: leave --rule out")
     if args.rule == "point" and args.before:
         parser.error("--before needs the rows, which --rule point does not read: leave one of them out")
     if args.markdown and args.out and args.markdown.resolve() == args.out.resolve():
@@ -57,33 +63,21 @@ def read_sides(args: argparse.Namespace) -> tuple[dict[str, Evaluation], list[st
     """The evaluations, of one and the same question, and what to be warned of.
 
     Raises:
-        UserError: they do not fit together.
+        UserError: they cannot be read, or do not fit together.
     """
-    track, with_rows = TRACKS[args.track], args.rule != "point"
     paths = {name: path for name in ("azure", "slm", "before") if (path := getattr(args, name))}
-    sides = {name: read_evaluation(path, track, with_rows) for name, path in paths.items()}
-    warnings = []
-    for side in list(sides.values())[1:]:
-        warnings += [text for text in require_same(sides["azure"], side) if text not in warnings]
-    kinds = {name: given.get("kind") if isinstance(given := side.report.get("model"), dict) else None for name, side in sides.items()}
-    if kinds["azure"] == "slm":  # the difference, and so the verdict, would be the wrong way round
-        raise UserError("the --azure report is of a local model (model.kind is slm): give it as --slm, and the hosted one here")
-    if kinds["slm"] == "azure":
-        warnings.append("the --slm report is of a hosted model (model.kind is azure)")
-    if sides["azure"].report == sides["slm"].report:
-        warnings.append("--azure and --slm are the same report: a model is never worse than itself")
-    for name, side in sides.items():
-        counts = side.report.get("counts") if isinstance(side.report.get("counts"), dict) else {}
-        if counts.get("failed_requests"):
-            warnings.append(f"{counts['failed_requests']} requests of the {name} report failed and count as misses: evaluate it again")
-        if side.report.get("stopped_early") and not args.sequential:
-            raise UserError(
-                f"{display_path(side.path)} was stopped as soon as its verdict was certain (live_compare.py --stop-early): "
-                "only --sequential holds for such rows"
-            )
-        if side.report.get("stopped_early") and args.cluster != "group":
-            raise UserError(f"{display_path(side.path)} was stopped early, its rows drawn group by group: leave --cluster out")
-    return sides, warnings
+    sides = {name: read_evaluation(path, TRACKS[args.track], with_rows=args.rule != "point") for name, path in paths.items()}
+    return sides, fit_together(sides, args.sequential, args.tools)
+
+
+def decide(args: argparse.Namespace, sides: dict[str, Evaluation], prices: Prices, look: Look | None) -> dict[str, Any]:
+    """The decision with its evidence: by the means alone, or by the rows at this look."""
+    track = TRACKS[args.track]
+    if look is None:
+        return examine_means(track, sides, args.delta)
+    rule = "sequential" if args.sequential else "paired"
+    share = look.share_of_models if args.sequential else look.share
+    return examine(track, sides, Gate(rule, args.delta, args.alpha, args.tools, share, args.max_p95_ms), prices)
 
 
 def log(trace: RunTrace, told: dict[str, Any]) -> None:
@@ -102,11 +96,12 @@ def main(argv: list[str] | None = None) -> int:
     out = args.out or PACKAGE / f"03_compare/reports/{args.track}.json"
     read = [path for side in sides.values() for path in (side.path, rows_path(side.path))]
     check_out(out, *([args.markdown] if args.markdown else []), inputs=read)
-    if args.rule == "point":
-        found = examine_means(TRACKS[args.track], sides, args.delta)
-    else:
-        rule = "sequential" if args.sequential else "paired"
-        found = examine(TRACKS[args.track], sides, rule, args.delta, args.alpha, args.cluster, load_prices(settings.prices_file))
+    ledger, azure, slm = ledger_path(out, args.track), sides["azure"], sides["slm"]
+    look = look_at(ledger, azure.rows, model_of(azure.report), model_of(slm.report)) if args.rule != "point" else None
+    found = decide(args, sides, load_prices(settings.prices_file), look)
+    if look:
+        found["looks"] = look.to_json(ledger)
+        warnings += look.warning(args.alpha)
     told = {
         "schema_version": SCHEMA_VERSION,
         "stage": "compare",
@@ -126,6 +121,8 @@ def main(argv: list[str] | None = None) -> int:
     with trace_run(connection, f"compare-{args.track}", out, run_metadata(args), ["compare", args.track]) as trace:
         log(trace, told)
         write_json(out, told | {"trace": {"id": trace.id, "url": trace.url}})
+        if look:
+            record(ledger, look, told["verdict"], args.delta, slm.label)
     from slm_swap.verdict.text_report import brief, markdown, table
 
     (table if args.table else brief)(told)

@@ -49,12 +49,30 @@ def adapter_path(given: str | Path | None) -> Path | None:
     return path
 
 
-def training_seconds(adapter: Path) -> float | None:
-    """How long the making of an adapter took, by its `training_info.json`; None where that does not say."""
+def _training_info(adapter: Path, *place: str) -> Any:
+    """What `training_info.json` says at a place; None where it does not say."""
     try:
-        seconds = json.loads((adapter / "training_info.json").read_text(encoding="utf-8"))["seconds"]["total"]
+        told = json.loads((adapter / "training_info.json").read_text(encoding="utf-8"))
+        for name in place:
+            told = told[name]
     except (OSError, ValueError, LookupError, TypeError):
         return None
+    return told
+
+
+def require_base(adapter: Path, base: Path, files_sha256: str, advice: str) -> None:
+    """Refuse an adapter over other weights than those that it was trained on, where it says which; `files_sha256` is the base's.
+
+    Raises:
+        UserError: so, with the advice.
+    """
+    if _training_info(adapter, "base_model", "files_sha256") not in (None, files_sha256):
+        raise UserError(f"{display_path(adapter)} was trained on other weights than {display_path(base)}: {advice}")
+
+
+def training_seconds(adapter: Path) -> float | None:
+    """How long the making of an adapter took, by its `training_info.json`, in seconds; None where that does not say."""
+    seconds = _training_info(adapter, "seconds", "total")
     return seconds if isinstance(seconds, (int, float)) and 0 <= seconds < math.inf else None
 
 
@@ -136,6 +154,11 @@ def encode_prompts(tokenizer: Any, rows: list[Messages]) -> list[list[int]]:
     """`encode_prompt` of several rows, by all cores at once."""
     texts = [tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) for messages in rows]
     return tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+
+def count_tokens(tokenizer: Any, text: str) -> int:
+    """How many tokens a reply of this text has, without the one that ends it."""
+    return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def placement(path: Path, precision: str, processes: int = 1) -> Any:

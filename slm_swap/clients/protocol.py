@@ -13,23 +13,41 @@ MODEL_KINDS = ("slm", "azure", "replay")
 class Reply:
     """What came back for one row; every row gets one, whatever went wrong.
 
-    `finish_reason` is "stop", "length" (cut off, or a prompt longer than the context), "content_filter", "refusal" or
-    "error" (an exhausted retry; `error` says which). `input_tokens` includes `cached_tokens`. `seconds` is the wall time
-    from handing the row over to having its reply, tries that failed and the waits after them included; not included is how long
-    we held its requests back to keep within the quota, as that says nothing of the model. `retries` are the tries before the last
-    one: seconds (counted likewise) after the row was handed over, seconds that the try took, and its HTTP status (None: no answer). `batch`
-    names the local model's batch that the row was in.
+    `finish_reason` is "stop", "length" (our limit on new tokens cut it), "prompt_too_long" (the prompt does not fit in the model's
+    context, so that nothing was generated), "content_filter", "refusal" or "error" (an exhausted retry; `error` says which, and
+    `transient` whether the same request may be answered later: no connection, a time-out, 408, 409, 429, 5xx).
+
+    A count of tokens that the server did not send is None, never 0. `input_tokens` includes `cached_tokens`, `output_tokens`
+    includes `reasoning_tokens`. `limit` is the most new tokens that this request was allowed. `cut` says what is known of a reply
+    that the limit cut: see `evaluating.row.cut_of`.
+
+    `seconds` is the wall time from handing the row over to having its reply, tries that failed and the waits after them included; not
+    included is how long we held its requests back to keep within the quota, as that says nothing of the model. `load` is how many rows
+    were asked at a time (1: this one alone; None: not known, or a local batch). `retries` are the tries before the last one: seconds
+    (counted likewise) after the row was handed over, seconds that the try took, and its HTTP status (None: no answer). `batch` names the
+    local model's batch that the row was in.
     """
 
     text: str
     finish_reason: str = "stop"
-    input_tokens: int = 0
-    output_tokens: int = 0
-    cached_tokens: int = 0
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    cached_tokens: int | None = None
     seconds: float = 0.0
     error: str | None = None
     retries: list[list[float | int | None]] = field(default_factory=list)
     batch: str | None = None
+    reasoning_tokens: int | None = None
+    limit: int | None = None
+    cut: dict[str, Any] | None = None
+    load: int | None = None
+    transient: bool = False
+
+    @property
+    def counts(self) -> tuple[int, int, int] | None:
+        """(input, cached, output) tokens; None where one of them is not known."""
+        found = self.input_tokens, self.cached_tokens, self.output_tokens
+        return None if None in found else found
 
 
 class Client(Protocol):
@@ -55,6 +73,14 @@ class Client(Protocol):
         ...
 
     def restore(self, state: dict[str, Any]) -> None: ...
+
+    def count_tokens(self, text: str) -> int | None:
+        """How many tokens a reply of this text has; None where the model's tokenizer is not here."""
+        ...
+
+    def forget(self) -> None:
+        """Drop what was kept of earlier prompts, so that a prompt that is asked again takes as long as a new one."""
+        ...
 
     def describe(self) -> dict[str, Any]:
         """The report's `model`: path or deployment, config hash, precision, engine, adapter. No secret."""

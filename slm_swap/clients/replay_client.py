@@ -14,13 +14,13 @@ from slm_swap.common.settings import display_path
 from slm_swap.rows.examples import OPTIONAL_FIELDS, Example, decode_line, read_jsonl, read_lines
 from slm_swap.rows.prompts import Messages
 
-FINISH_REASONS = ("stop", "length", "content_filter", "refusal", "error")
+FINISH_REASONS = ("stop", "length", "prompt_too_long", "content_filter", "refusal", "error")
 
 
 class ReplayClient:
     """A client whose replies stand in a file: one JSON object a line with `prediction` (or `reply`) and `id` or `prompt`.
 
-    Lines may also hold `finish_reason`, `tokens` and `seconds`, as a rows file does. A line belongs to the row of its id, and
+    Lines may also hold `finish_reason`, `tokens`, `seconds` and `cut`, as a rows file does. A line belongs to the row of its id, and
     where no row has that id (or the line has none) to a row of its prompt; equal prompts take their lines in order. Only the place of
     each row's line is kept in memory.
 
@@ -83,6 +83,11 @@ class ReplayClient:
 
     def restore(self, state: dict[str, Any]) -> None: ...
 
+    def count_tokens(self, text: str) -> int | None:
+        return None  # whose tokens they would be is not known
+
+    def forget(self) -> None: ...
+
     def describe(self) -> dict[str, Any]:
         return self.identity
 
@@ -108,14 +113,14 @@ def _read_reply(line: Any, where: str) -> Reply:
     if finish_reason not in FINISH_REASONS:
         raise UserError(f"{where}: finish_reason {finish_reason!r} is none of {', '.join(FINISH_REASONS)}")
     tokens = line.get("tokens") if isinstance(line.get("tokens"), dict) else {}
-    counts = {f"{name}_tokens": tokens[name] for name in ("input", "output", "cached") if type(tokens.get(name)) is int}
-    seconds = line.get("seconds")
-    error = line.get("reply_error")
+    counts = {f"{name}_tokens": tokens[name] for name in ("input", "output", "cached", "reasoning") if type(tokens.get(name)) is int}
+    seconds, error, cut = line.get("seconds"), line.get("reply_error"), line.get("cut")
     return Reply(
         _writable(text),
         finish_reason,
         seconds=float(seconds) if isinstance(seconds, (int, float)) else 0.0,
         error=_writable(error) if isinstance(error, str) else None,
+        cut=cut if finish_reason == "length" and isinstance(cut, dict) else None,
         **counts,
     )
 

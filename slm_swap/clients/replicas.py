@@ -32,6 +32,7 @@ AHEAD = 4096  # rows dealt to a rank that its engine has not taken yet
 TAKEN = 256  # rows after which a rank says that its engine has taken them
 DEALT = 64  # rows that are sent to a rank at once, where there are as many
 PATIENCE = 300  # seconds that rank 0 has to look at the rows, and the others to connect: a launcher knows of one machine's failures only
+FORGET = "forget"  # what is sent to a rank for Client.forget
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
 
 
@@ -73,8 +74,11 @@ def _store() -> Any:
     return PrefixStore("slm_swap", store)
 
 
-def open_replicas(launch: Launch, workload: Workload | None, cost: Callable[[float], float | None]) -> "Replicas":
-    """Rank 0's part: the connections to all replicas, which are built at the same time. `cost` is that of some seconds.
+def open_replicas(
+    launch: Launch, workload: Workload | None, cost: Callable[[float], float | None], count: Callable[[str], int]
+) -> "Replicas":
+    """Rank 0's part: the connections to all replicas, which are built at the same time. `cost` is that of some seconds, `count` gives
+    a text's tokens.
 
     Raises:
         UserError: a rank does not come, or as `Replicas`.
@@ -104,7 +108,7 @@ def open_replicas(launch: Launch, workload: Workload | None, cost: Callable[[flo
     if admission.is_alive():
         missing = ", ".join(str(rank) for rank in range(launch.world) if rank not in connections)
         raise UserError(f"not connected within {PATIENCE} s: rank {missing}: see what is said on its machine, and let it reach this one's ports")
-    return Replicas([connections[rank] for rank in sorted(connections)], cost, launch.replica_pid)
+    return Replicas([connections[rank] for rank in sorted(connections)], cost, launch.replica_pid, count)
 
 
 def serve(launch: Launch, make: Callable[[Callable[[], Workload | None]], Client]) -> None:
@@ -154,7 +158,7 @@ def what_counts(identity: dict[str, Any]) -> dict[str, Any]:
 def answer(client: Client, connection: Connection) -> None:
     """Answer rows that come as lists of (index, messages, whether it is answered), up to a None, and again until the connection ends.
 
-    A state in place of a first row is restored, and told as it is then. Sent are (index, reply), before them the state where it has
+    A state in place of a first row is restored, and told as it is then. FORGET in its place makes the client forget. Sent are (index, reply), before them the state where it has
     changed, the number of rows that were taken, and a None at the end.
 
     Raises:
@@ -202,6 +206,9 @@ def answer(client: Client, connection: Connection) -> None:
                 client.restore(first)
                 connection.send(state := client.state())
                 continue
+            if first == FORGET:
+                client.forget()
+                continue
             answered: set[int] = set()
             for index, reply in client.stream(rows(first, answered), answered):
                 state = tell(state)
@@ -221,8 +228,14 @@ class Replicas:
 
     kind = "slm"
 
-    def __init__(self, connections: list[Connection], cost: Callable[[float], float | None], own: int | None = None):
-        self._connections, self._cost, self._own = connections, cost, own
+    def __init__(
+        self,
+        connections: list[Connection],
+        cost: Callable[[float], float | None],
+        own: int | None = None,
+        count: Callable[[str], int | None] = lambda text: None,
+    ):
+        self._connections, self._cost, self._own, self._count = connections, cost, own, count
         told = [self._receive(rank) for rank in range(len(connections))]
         self.load_seconds = max(seconds for seconds, _, _ in told)
         self.identity = told[0][1]
@@ -301,6 +314,13 @@ class Replicas:
         for rank in range(len(self._connections)):
             self._send(rank, state | ({"batches_halved": 0} if rank and "batches_halved" in state else {}))
             self._states[rank] = self._receive(rank)
+
+    def count_tokens(self, text: str) -> int | None:
+        return self._count(text)
+
+    def forget(self) -> None:
+        for rank in range(len(self._connections)):
+            self._send(rank, FORGET)
 
     def describe(self) -> dict[str, Any]:
         return {name: told for name, told in self.identity.items() if name != "files_sha256"} | self.state()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from slm_swap.common.errors import UserError
+from slm_swap.common.exact_json import ExactEncoder
 from slm_swap.common.settings import PACKAGE, ROOT, display_path
 
 SCHEMA_VERSION = 1
@@ -30,7 +31,7 @@ PACKAGES = (
     "vllm",
 )
 
-_LINE_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
+_LINE_ENCODER = ExactEncoder(ensure_ascii=False, allow_nan=False)
 
 
 def now() -> str:
@@ -69,7 +70,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def json_line(row: dict) -> str:
-    """One JSON object as a line: no NaN."""
+    """One JSON object as a line: no NaN, a Decimal by its own digits."""
     return _LINE_ENCODER.encode(row) + "\n"
 
 

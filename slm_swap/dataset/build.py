@@ -176,7 +176,7 @@ def split(
     shuffled = order = sorted(groups, key=lambda group: min(text_hash(f"{seed}:{row.id}") for row in group))
     if unseen_tools:
         if any(row.tool is None for group in groups for row in group):
-            raise UserError("--unseen-tools needs to know each row's tool: give every row a `group`, its gold tool's name")
+            raise UserError("--unseen-tools needs to know each row's tool: structured completions name it as `tool_name`")
         rank = {tool: text_hash(f"{seed}:{tool}") for tool in sorted({row.tool for group in groups for row in group})}
         order = sorted(shuffled, key=lambda group: max(rank[row.tool] for row in group))
     filled: dict[str, list[Row]] = {}
@@ -233,7 +233,7 @@ def make_example(row: Row, track: str, seed: int) -> Example:
     """One track's row: the toolcall prompt shows every tool in shuffled order, the structured prompt the wanted schema."""
     if row.example:
         return row.example
-    shared = {"id": row.id, "accept": row.accept, "group": row.tool, "source": row.source, "where": row.where}
+    shared = {"id": row.id, "accept": row.accept, "source": row.source, "where": row.where}
     if track == "toolcall":
         tools = list(row.tools)
         Random(f"{seed}:{row.id}").shuffle(tools)
@@ -315,7 +315,7 @@ def _write_split(path: Path, out_dir: Path, track: str, rows: list[Row], seed: i
         "path": display_path(out_dir / track / path.name),
         "sha256": sha256_file(path),
         "rows": len(rows),
-        "groups": len({row.tool for row in rows}),
+        "gold_tools": len({row.tool for row in rows}),
         "tools": len(set().union(*(row.names for row in rows))),
     }
 

@@ -11,10 +11,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from referencing.exceptions import Unresolvable
+
 from slm_swap.common.errors import UserError
+from slm_swap.common.exact_json import EXACT, ExactEncoder
 from slm_swap.common.settings import display_path
 from slm_swap.rows.examples import Example, dump_json, parse_example, read_jsonl, text_hash
-from slm_swap.rows.json_schema import call_violations, item_schema, property_schema, violations
+from slm_swap.rows.json_schema import call_violations, violations
+from slm_swap.rows.schema_parts import item_schema, property_schema
 from slm_swap.rows.toolschema import bfcl_tool, xlam_tool
 from slm_swap.scoring.tracks import TRACKS
 
@@ -82,7 +86,7 @@ def _is_list(path: Path) -> bool:
 
 def _read_list(path: Path) -> Iterator[tuple[str, Any]]:
     try:
-        rows = json.loads(path.read_bytes().decode("utf-8-sig"))
+        rows = json.loads(path.read_bytes().decode("utf-8-sig"), **EXACT)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{display_path(path)}: not JSON ({error}): one list of objects, or one object a line") from None
     for number, row in enumerate(rows, 1):
@@ -117,7 +121,7 @@ def _list(row: dict, name: str, where: str) -> list:
     value = row.get(name)
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = json.loads(value, **EXACT)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: `{name}` is not JSON ({error}): mend or drop that row") from None
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
@@ -146,7 +150,7 @@ def xlam(paths: Iterable[Path]) -> Iterator[Row | Dropped]:
                 yield Dropped(name, where, "several_answers" if answers else "no_answer", f"{len(answers)} answers")
                 continue
             try:
-                converted = [_xlam_tool(json.dumps(tool)) for tool in tools]
+                converted = [_xlam_tool(json.dumps(tool, cls=ExactEncoder)) for tool in tools]
             except (ValueError, RecursionError) as error:
                 yield Dropped(name, where, "schema_fault", str(error))
                 continue
@@ -157,7 +161,7 @@ def xlam(paths: Iterable[Path]) -> Iterator[Row | Dropped]:
 @cache
 def _xlam_tool(text: str) -> dict:
     """One dict for each different tool: 60,000 rows share a few thousand."""
-    return xlam_tool(json.loads(text))
+    return xlam_tool(json.loads(text, **EXACT))
 
 
 # -- BFCL ------------------------------------------------------------------------------------------------------------------------
@@ -182,15 +186,16 @@ def bfcl(paths: Iterable[Path], answers: Iterable[Path]) -> Iterator[Row | Dropp
                 reason = "several_turns" if request is None else "several_answers" if calls else "no_answer"
                 yield Dropped(name, where, reason, f"{len(calls)} answers")
                 continue
+            [(tool, acceptable)] = calls[0].items()
             try:
                 tools = [bfcl_tool(tool) for tool in functions]
-            except (ValueError, RecursionError) as error:
+                schema = next((listed["parameters"] for listed in tools if listed["name"] == tool), {})
+                accept = {key: _options(values, property_schema(schema, key)) for key, values in acceptable.items()}
+                arguments = _choose_all(accept, schema, schema)
+            except (ValueError, RecursionError, Unresolvable) as error:
                 yield Dropped(name, where, "schema_fault", str(error))
                 continue
-            [(tool, acceptable)] = calls[0].items()
-            schema = next((listed["parameters"] for listed in tools if listed["name"] == tool), {})
-            accept = {key: _options(values, property_schema(schema, key)) for key, values in acceptable.items()}
-            yield _checked(Row(name, where, request, f"bfcl:{name}", tools, tool, _choose_all(accept, schema), accept))
+            yield _checked(Row(name, where, request, f"bfcl:{name}", tools, tool, arguments, accept))
 
 
 def _bfcl_request(row: dict, where: str) -> str | None:
@@ -233,18 +238,19 @@ def _options(values: list, schema: Any) -> list:
     return values or ([[]] if isinstance(schema, dict) and schema.get("type") == "array" else [])
 
 
-def _choose_all(acceptable: dict[str, Any], schema: Any) -> dict[str, Any]:
-    """The first acceptable value of every argument; those that may be left out and say so first are left out."""
+def _choose_all(acceptable: dict[str, Any], schema: Any, root: dict) -> dict[str, Any]:
+    """The first acceptable value of every argument; those that may be left out and say so first are left out. `root` is the
+    whole schema, of which `schema` is a part."""
     required = schema.get("required", []) if isinstance(schema, dict) else []
     chosen = {}
     for key, options in acceptable.items():
-        part = property_schema(schema, key) if isinstance(schema, dict) else True
+        part = property_schema(schema, key, root)
         if not isinstance(options, list):  # a value where a list of acceptable values should be: it is the value
             chosen[key] = options
             continue
         may_leave = key not in required and "" in options
-        values = [_value(option, part) for option in options if option != ""]
-        fitting = [value for value in values if not isinstance(part, dict) or not violations(value, part)]
+        values = [_value(option, part, root) for option in options if option != ""]
+        fitting = [value for value in values if not isinstance(part, dict) or not violations(value, part, root=root)]
         if may_leave and (options[0] == "" or not fitting):
             continue
         if options:
@@ -252,12 +258,12 @@ def _choose_all(acceptable: dict[str, Any], schema: Any) -> dict[str, Any]:
     return chosen
 
 
-def _value(option: Any, schema: Any) -> Any:
+def _value(option: Any, schema: Any, root: dict) -> Any:
     """One acceptable value: the leaves of its objects are lists of acceptable values again."""
     if isinstance(option, dict):
-        return _choose_all(option, schema)
+        return _choose_all(option, schema, root)
     if isinstance(option, list):
-        return [_value(child, item_schema(schema, at) if isinstance(schema, dict) else True) for at, child in enumerate(option)]
+        return [_value(child, item_schema(schema, at, root), root) for at, child in enumerate(option)]
     return option
 
 
@@ -274,7 +280,7 @@ def jsonl(paths: Iterable[Path], track: str) -> Iterator[Row | Dropped]:
         for where, row in read_rows(path):
             example = parse_example(row, where)
             parsed = TRACKS[track].reference(example).parsed
-            tool = parsed.name or parsed.value.get("tool_name") or example.group
+            tool = parsed.name or parsed.value.get("tool_name")
             listed = [offer for offer in example.tools or [] if isinstance(offer, dict) and isinstance(offer.get("name"), str)]
             yield Row(
                 id=example.id,
@@ -307,7 +313,10 @@ def _checked(row: Row) -> Row | Dropped:
     tool = tools.get(row.tool) if isinstance(row.tool, str) else None
     if tool is None:
         return dropped("tool_not_listed", f"{row.tool} is not among {', '.join(tools) or 'no tools'}")
-    broken = call_violations(row.arguments, tool)
+    try:
+        broken = call_violations(row.arguments, tool)
+    except (RecursionError, Unresolvable) as error:
+        return dropped("schema_fault", f"a $ref that cannot be followed: {error}")
     if not broken:
         try:
             dump_json([row.arguments, row.accept])

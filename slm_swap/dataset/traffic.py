@@ -16,6 +16,7 @@ from functools import lru_cache
 from typing import Any
 
 from slm_swap.common.errors import UserError
+from slm_swap.common.exact_json import EXACT, number
 from slm_swap.dataset.masking import mask
 from slm_swap.rows.examples import Example, dump_json, parse_example
 from slm_swap.rows.json_schema import call_violations, violations
@@ -32,12 +33,13 @@ REASONS = {  # why a generation makes no row, in the order in which it is looked
     "multi_turn": "more than one user message, or replies and tool results among them",
     "several_replies": "more than one reply",
     "several_calls": "more than one tool call",
+    "other_form": "a reply in a form that is not read here: Anthropic's, Bedrock's, Gemini's or the Vercel AI SDK's",
     "not_json": "neither a tool call nor one JSON object, or arguments that are no JSON object",
     "other_track": "a reply of the track that was not asked for",
     "schema_fault": "a tool or JSON Schema that cannot be read",
     "tool_not_listed": "a call of a tool that was not on offer",
     "breaks_schema": "a reply that breaks its own schema",
-    "unusable": "a text that no row can hold: half of a surrogate pair, or nested too deeply",
+    "unusable": "what no row can hold: half of a surrogate pair, nested too deeply, or an integer of more than 4300 digits",
     "no_score": "no score that --min-score could look at (with --require-score)",
     "low_score": "a score below --min-score",
     "duplicate": "the same prompt and completion as a newer one",
@@ -158,7 +160,7 @@ def _taken(
             id=str(generation["id"]),
             tools=tools,
             schema=schema,
-            group=tool,
+            group=generation.get("sessionId") or generation.get("traceId"),
             source=f"langfuse:{generation.get('traceId')}",
             request=text if text != prompt else None,
         ).to_json()
@@ -175,7 +177,7 @@ def _decoded(value: Any) -> Any:
     """v4 servers give JSON as text: an object or list in a text is read, any other text stays."""
     if isinstance(value, str) and value.lstrip()[:1] in {"{", "["}:
         try:
-            return json.loads(value)
+            return json.loads(value, **EXACT)
         except ValueError:
             return value
     return value
@@ -230,7 +232,7 @@ def _tools(options: dict, offered: list[dict]) -> list[dict] | None:
         raise Unusable("schema_fault")
     given = [*listed[0], *listed[1], *offered]
     try:
-        tools = [_tool(json.dumps(tool)) for tool in given]
+        tools = [_tool(dump_json(tool)) for tool in given]
     except ValueError:
         raise Unusable("schema_fault") from None
     named = {tool["name"]: tool for tool in tools}
@@ -242,7 +244,7 @@ def _tools(options: dict, offered: list[dict]) -> list[dict] | None:
 @lru_cache(maxsize=4096)
 def _tool(text: str) -> dict:
     """One dict for each different tool: a project's generations share a few."""
-    return openai_tool(json.loads(text))
+    return openai_tool(json.loads(text, parse_float=number))
 
 
 def _schema(options: dict) -> dict | None:
@@ -253,7 +255,7 @@ def _schema(options: dict) -> dict | None:
         if isinstance(asked, dict) and asked.get("type") == "json_schema":
             schema = (asked.get("json_schema") or asked).get("schema")
             try:
-                _tool(json.dumps({"name": "reply", "parameters": schema}))
+                _tool(dump_json({"name": "reply", "parameters": schema}))
             except ValueError:
                 raise Unusable("schema_fault") from None
             return schema
@@ -280,9 +282,26 @@ def _reply(given: Any) -> Reply:
         return _message(output)
     if isinstance(output, list) and any(isinstance(item, dict) and _is_item(item) for item in output):
         return _items([item for item in output if isinstance(item, dict)])
+    if isinstance(output, dict):
+        _refuse_wrapper(output)
     if given is None or isinstance(given, str):
         return Reply(given or "")
-    return Reply(json.dumps(given))  # the reply was JSON, and the server has read it
+    return Reply(_text_of(output))  # the reply was JSON, and the server has read it
+
+
+def _refuse_wrapper(output: dict) -> None:
+    """Another API's wrapper around a reply, or an error, is no JSON reply of the model's.
+
+    Raises:
+        Unusable: it is one.
+    """
+    error, message = output.get("error"), output.get("message")
+    if output.keys() == {"error"} and isinstance(error, dict) and "message" in error:
+        raise Unusable("failed")
+    bedrock = isinstance(message, dict) and "role" in message and isinstance(message.get("content"), list)
+    gemini = isinstance(output.get("candidates"), list) or (output.get("role") == "model" and "parts" in output)
+    if bedrock or gemini or isinstance(output.get("toolCalls"), list):
+        raise Unusable("other_form")
 
 
 def _is_item(item: dict) -> bool:
@@ -298,9 +317,11 @@ def _message(message: dict) -> Reply:
         return Reply(finish_reason="refusal")
     content = message.get("content")
     if isinstance(content, dict):  # a JSON reply that the server has read
-        text = json.dumps(content)
+        text = _text_of(content)
     else:
         parts = content if isinstance(content, list) else [{"text": content or ""}]
+        if any(isinstance(part, dict) and part.get("type") == "tool_use" for part in parts):
+            raise Unusable("other_form")
         text = "".join(str(part.get("text") or "") for part in parts if isinstance(part, dict))
     return Reply(text, [_call(call) for call in [*calls, *([legacy] if legacy else [])]], message.get("finish_reason") or "")
 
@@ -327,8 +348,9 @@ def _answer(reply: Reply) -> tuple[str | None, dict]:
         raise Unusable("several_calls")
     if reply.calls:
         [(tool, arguments)] = reply.calls
-        text = arguments if isinstance(arguments, str) else json.dumps(arguments)
-        return (tool, _object(text or "{}")) if isinstance(tool, str) and tool else _no_json()
+        text = arguments if isinstance(arguments, str) else _text_of(arguments)
+        text = "{}" if text.strip() in {"", "null"} else text  # how servers write "no arguments"
+        return (tool, _object(text)) if isinstance(tool, str) and tool else _no_json()
     try:
         parsed = TRACKS["toolcall"].parse_reference(reply.text)  # a model that calls in the words of this project's prompts
         return parsed.name, _object(reply.text.partition(">")[2].rpartition("<")[0])
@@ -337,12 +359,27 @@ def _answer(reply: Reply) -> tuple[str | None, dict]:
 
 
 def _object(text: str) -> dict:
-    """One JSON object and nothing else, as `metrics` reads it, with Python's numbers."""
+    """One JSON object and nothing else, as `metrics` reads it; its numbers keep their digits.
+
+    Raises:
+        Unusable: it is no such text, or holds an integer that Python's `int` does not read.
+    """
     try:
         TRACKS["structured"].parse_reference(text)
     except InvalidReply:
         _no_json()
-    return json.loads(text)
+    try:
+        return json.loads(text, parse_float=number)
+    except ValueError:
+        raise Unusable("unusable") from None
+
+
+def _text_of(value: Any) -> str:
+    """The text of a reply that was JSON and that a server has read."""
+    try:
+        return dump_json(value)
+    except ValueError:
+        return _no_json()  # NaN
 
 
 def _no_json() -> Any:

@@ -6,8 +6,10 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
+from slm_swap.common.exact_json import EXACT
 from slm_swap.rows.examples import dump_json
 
 
@@ -36,7 +38,7 @@ def parse_call(completion: str) -> Call | None:
     """Either form of completion; None for any other text."""
     wrapper = re.fullmatch(r'\s*<tool_call name="([^"]*)">(.*)</tool_call>\s*', completion, re.DOTALL)
     try:
-        value = json.loads(wrapper[2] if wrapper else completion)
+        value = json.loads(wrapper[2] if wrapper else completion, **EXACT)
         dump_json(value)  # what cannot be written back (NaN) is left alone
     except (ValueError, RecursionError):
         return None
@@ -53,7 +55,7 @@ def _changed(value: Any) -> Any:
             return not value
         case int():
             return value + 1
-        case float():
+        case float() | Decimal():
             return value + 1 if value + 1 != value else 0.0
         case str():
             words = value.split(" ")

@@ -87,7 +87,7 @@ class Demo:
         rows = ("--track", track, "--dataset", data / "test.jsonl")
 
         def evaluate(name: str, *flags: object) -> None:
-            self.stage(f"{track} evaluate {name}", "01_eval/eval.py", *rows, *flags, "--out", paths[name])
+            self.stage(f"{track} evaluate {name}", "01_eval/eval.py", *rows, *flags, "--overwrite", "--out", paths[name])
             self.say(f"{track} {name}: {exact} {json.loads(paths[name].read_text())['metrics'][exact]:.3f}")
 
         def compare(slm: str, out: str, *flags: object) -> str:
@@ -128,7 +128,7 @@ def table(results: dict[str, dict[str, Path]], rows: int):
         verdicts = (reports.get(f"decision_{name}", {}).get("verdict", "") for name in ("before", "after"))
         shown.add_row(track, "verdict against azure", "", *verdicts)
         costs = [model["cost"]["per_1000_rows"] if model else None for model in models]
-        shown.add_row(track, "cost per 1,000 rows", *("" if cost is None else f"{cost:.4f}" for cost in costs))
+        shown.add_row(track, "cost per 1,000 rows, machine 100% used", *("" if cost is None else f"{cost:.4f}" for cost in costs))
         shown.add_section()
     return shown
 

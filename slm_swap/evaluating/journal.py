@@ -2,8 +2,8 @@
 
 The file, `<report>.rows.jsonl.part`, has one JSON object a line. The first is the header: what is asked of which model, when the
 run began, and its `run_id`. Then, as they come: `{"session": when}` each time that the program starts, `{"row": index, "spent":
-seconds, "line": {...}}` with a line of the rows file, and `{"state": ...}` whenever the client has learned something (see
-`protocol.Client`). A line is with the operating system at once, so that it outlives the process; a power cut costs the lines of a
+seconds, "line": {...}}` with a line of the rows file (`"kept": true` where it is an earlier report's), `{"keep": name, "value": ...}` with what
+is measured besides, and `{"state": ...}` whenever the client has learned something (see `protocol.Client`). A line is with the operating system at once, so that it outlives the process; a power cut costs the lines of a
 second at most.
 """
 
@@ -36,8 +36,8 @@ def journal_path(report: str | Path) -> Path:
 class Journal:
     """One run's journal, opened for this process alone; `begin` comes before everything else.
 
-    `answered` counts the rows that are not asked again, which are those with a reply other than a failed request; `cached` those
-    whose reply came from a reply cache. `seconds` is the time that all sessions together spent on replies. As a context manager it
+    `answered` counts the rows that are not asked again, which are those with a reply other than a failed request, and those kept of an
+    earlier report; `cached` those whose reply came from a reply cache. `kept` is what `keep` was given, by its name. `seconds` is the time that all sessions together spent on replies. As a context manager it
     closes the file in the end, and removes it where nothing was answered.
 
     Raises:
@@ -47,6 +47,7 @@ class Journal:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.header: dict[str, Any] = {}
+        self.kept: dict[str, Any] = {}
         self.state: dict[str, Any] | None = None
         self.answered = self.cached = self.sessions = 0
         self.seconds = 0.0
@@ -106,11 +107,8 @@ class Journal:
         advice = "finish that run with its own command, delete the file, or choose another --out"
         if header is None or "run_id" not in header:
             raise UserError(f"{self._shown} is not a journal of an evaluation: move it away or choose another --out")
-        there, here = (_flat({key: value for key, value in told.items() if key not in RUN_KEYS}) for told in (header, identity))
-        differ = [name for name in here | there if here.get(name) != there.get(name)]
-        if differ:
-            told = "; ".join(f"{name} {_brief(there.get(name))} there, {_brief(here.get(name))} here" for name in differ)
-            raise UserError(f"{self._shown} is of another run ({told}): {advice}")
+        if differ := differences({key: value for key, value in header.items() if key not in RUN_KEYS}, identity):
+            raise UserError(f"{self._shown} is of another run ({differ}): {advice}")
         self.header = header
 
     def _take(self, record: dict[str, Any]) -> None:
@@ -120,8 +118,10 @@ class Journal:
                 self.sessions += 1
             case {"state": dict(state)}:
                 self.state = state
+            case {"keep": str(name), "value": value}:
+                self.kept[name] = value
             case {"row": int(index), "spent": float(spent), "line": {"finish_reason": str(reason)}} if index < len(self._offsets):
-                self._note_row(index, spent, reason == "error", "from_cache" in record)
+                self._note_row(index, spent, reason == "error" and "kept" not in record, "from_cache" in record)
 
     def _note_row(self, index: int, spent: float, failed: bool, from_cache: bool) -> None:
         self.answered += index not in self and not failed
@@ -130,21 +130,41 @@ class Journal:
         self.seconds += spent
         self.cached += from_cache
 
+    def __len__(self) -> int:
+        """How many rows the run has."""
+        return len(self._offsets)
+
     def __contains__(self, index: int) -> bool:
         """Whether a row is answered."""
         return self._offsets[index] >= 0 and index not in self._failed
 
-    def add(self, index: int, line: str, reply: Reply, spent: float, from_cache: bool = False) -> None:
-        """Write a row's line down; `spent` are the seconds since the row before it, their sum is what the run took.
+    def add(self, index: int, line: str, reply: Reply, spent: float, from_cache: bool = False, kept: bool = False) -> None:
+        """Write a row's line down; `spent` are the seconds since the row before it, their sum is what the run took. A row that is `kept`
+        is not asked again even if its request failed.
 
         Raises:
             UserError: the file cannot be written.
         """
         spent = round(float(spent), 6)
-        cached = ', "from_cache": true' if from_cache else ""
-        size = self._write(f'{{"row": {index}, "spent": {spent}{cached}, "line": {line[:-1]}}}\n')
-        self._note_row(index, spent, reply.finish_reason == "error", from_cache)
+        marks = (', "from_cache": true' if from_cache else "") + (', "kept": true' if kept else "")
+        size = self._write(f'{{"row": {index}, "spent": {spent}{marks}, "line": {line[:-1]}}}\n')
+        self._note_row(index, spent, reply.finish_reason == "error" and not kept, from_cache)
         self._end += size
+
+    def keep(self, name: str, value: Any) -> None:
+        """Write down what was measured besides the rows, so that a later session need not measure it again.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        self._append({"keep": name, "value": value})
+
+    def discard(self, run_id: str | None) -> None:
+        """Empty the file where it is the journal of a run whose report is written, and the process ended before it was removed."""
+        self._file.seek(0)
+        header = _decode(self._file.readline())
+        if run_id and header and header.get("run_id") == run_id:
+            self._file.truncate(0)
 
     def note(self, state: dict[str, Any]) -> None:
         """Write the client's state down where it is a new one.
@@ -205,6 +225,13 @@ def _decode(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def differences(there: dict[str, Any], here: dict[str, Any]) -> str:
+    """What differs between two runs, by the dotted names of nested keys; "" where nothing does."""
+    there, here = _flat(there), _flat(here)
+    differ = [name for name in here | there if here.get(name) != there.get(name)]
+    return "; ".join(f"{name} {_brief(there.get(name))} there, {_brief(here.get(name))} here" for name in differ)
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:

@@ -6,11 +6,15 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from slm_swap.clients.protocol import Client
-from slm_swap.evaluating.evaluation import Row, Stopwatch, evaluate, model_name, summary
+from slm_swap.evaluating.evaluation import Stopwatch, evaluate
+from slm_swap.evaluating.report import summary
+from slm_swap.evaluating.row import Row
+from slm_swap.evaluating.row_traces import model_name
 from slm_swap.rows.examples import Example
 from slm_swap.scoring.metrics import Reference
 from slm_swap.scoring.tracks import TRACKS, Track
 from slm_swap.verdict.decision import FINE_TUNE, NEED_MORE_DATA
+from slm_swap.verdict.evaluations import units
 
 if TYPE_CHECKING:
     from slm_swap.verdict.stats.betting import SequentialVerdict
@@ -49,18 +53,25 @@ def side_by_side(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+def row_of(example: Example) -> dict[str, Any]:
+    """What `evaluations.units` goes by, of a row that is not answered yet."""
+    return {"id": example.id, "group": example.group, "reference": example.completion}
+
+
 class EarlyStop:
     """Stops a run once the sequential verdict is certain (`stats.betting`).
 
     `examples` are the rows in the order in which they are to be asked: random, as the rows of a file may be sorted, and the rows
-    of a group together, as they are one bet. A look counts the groups that are answered whole.
+    that are one bet together: those of a group, or for the question about other tools those of a tool. A look counts the bets that
+    are answered whole.
     """
 
-    def __init__(self, track: Track, examples: list[Example], delta: float, alpha: float, seed: int):
+    def __init__(self, track: Track, examples: list[Example], delta: float, alpha: float, seed: int, question: str = "these"):
         from slm_swap.verdict.stats.betting import random_clusters
 
-        clusters = random_clusters([example.group for example in examples], seed)
-        self.track, self.delta, self.alpha = track, delta, alpha
+        _, labels = units([row_of(example) for example in examples], track, question)
+        clusters = random_clusters(labels or [None] * len(examples), seed)
+        self.track, self.delta, self.alpha, self.question = track, delta, alpha, question
         self.examples = [examples[index] for cluster in clusters for index in cluster]
         self.sizes = [len(cluster) for cluster in clusters]
         self.found: SequentialVerdict | None = None
@@ -110,11 +121,14 @@ class EarlyStop:
         done, available = len(azure.rows), len(self.examples)
         saved = available - done
         told = f"{self.verdict} after {done} of {available} rows: {saved} hosted calls saved ({saved / available:.0%})"
-        tokens = [sum(getattr(row.reply, f"{name}_tokens") for row in azure.rows) for name in ("input", "cached", "output")]
-        cost = azure.client.cost(*tokens, azure.seconds)
+        counted = [row.reply.counts for row in azure.rows if row.reply.counts]
+        if not counted:
+            return f"{told}; the money is not known: no answer says how many tokens it took"
+        cost = azure.client.cost(*map(sum, zip(*counted, strict=True)), azure.seconds)
         if cost is None:
             return f"{told}; the money is not known: give the deployment's prices in slm_swap/prices.toml"
-        return f"{told}, about {cost / done * saved:.4g} at {cost / done * 1000:.4g} per 1,000 calls"
+        each = cost / len(counted)
+        return f"{told}, about {each * saved:.4g} at {each * 1000:.4g} per 1,000 calls"
 
     def to_json(self, rows: int) -> dict[str, Any]:
         """The reports' `stopped_early`."""
@@ -124,6 +138,7 @@ class EarlyStop:
             "largest_cluster": max(self.sizes),
             "delta": self.delta,
             "alpha": self.alpha,
+            "tools": self.question,
             "verdict": self.verdict,
         }
 

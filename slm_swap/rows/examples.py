@@ -5,6 +5,7 @@ import hashlib
 import json
 import marshal
 import os
+import pickle
 import tempfile
 import weakref
 from array import array
@@ -12,17 +13,19 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
+from math import isinf
 from pathlib import Path
 from typing import IO, Any
 
 from slm_swap.common.errors import UserError
+from slm_swap.common.exact_json import ExactEncoder, integer, number
 from slm_swap.common.settings import display_path
 
 MAX_DEPTH = 100  # what walks through JSON here recurs, and needs some four of Python's frames a level
 OPTIONAL_FIELDS = {"id": str, "tools": list, "schema": dict, "accept": dict, "group": str, "source": str, "request": str}
 
-_COMPACT = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-_CANONICAL = json.JSONEncoder(ensure_ascii=False, sort_keys=True, check_circular=False)  # of what was read as JSON
+_COMPACT = ExactEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+_CANONICAL = ExactEncoder(ensure_ascii=False, sort_keys=True, check_circular=False)  # of what was read as JSON
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Example:
     """One row of a dataset.
 
     `tools` are `{"name", "description", "parameters": JSON Schema}`; `schema` is the wanted object's JSON Schema; `accept`
-    maps an argument to its acceptable values (`""`: may be left out); `group` names rows that are not independent; `request` is
+    maps an argument to its acceptable values (`""`: may be left out); `group` is the one thing that rows come from which are not independent (conversation, session, document), never the tool; `request` is
     the part of the prompt that is this row's own, where a preamble that many rows share stands around it.
     `where` is "file:line", for messages only.
     """
@@ -72,7 +75,7 @@ def text_hash(text: str) -> str:
 
 
 def dump_json(value: Any) -> str:
-    """Compact JSON as it stands in completions: no spaces, no NaN, non-ASCII text as itself."""
+    """Compact JSON as it stands in completions: no spaces, no NaN, non-ASCII text as itself, a Decimal by its own digits."""
     return _COMPACT.encode(value)
 
 
@@ -123,25 +126,24 @@ def parse_example(row: Any, where: str) -> Example:
         raise UserError(f"{where}: nested deeper than {MAX_DEPTH} objects and lists: mend or drop the field") from None
     except UnicodeEncodeError:
         raise UserError(f"{where}: half of a surrogate pair, which is no text: mend the escape in that line") from None
-    return example if example.id else replace(example, id=text_hash(json.dumps(row, sort_keys=True))[:16])
+    return example if example.id else replace(example, id=text_hash(json.dumps(row, sort_keys=True, cls=ExactEncoder))[:16])
 
 
-def _number(digits: str) -> float:
-    number = float(digits)
-    if number in (float("inf"), float("-inf")):
+def _number(digits: str) -> Any:
+    if isinf(float(digits)):
         raise ValueError(f"{digits[:40]} is larger than any number here")
-    return number
+    return number(digits)
 
 
 def _constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
-_DECODER = json.JSONDecoder(parse_float=_number, parse_constant=_constant)
+_DECODER = json.JSONDecoder(parse_float=_number, parse_int=integer, parse_constant=_constant)
 
 
 def decode_line(line: bytes) -> Any:
-    """The JSON value of one line; a byte-order mark is passed over.
+    """The JSON value of one line, its numbers as `exact_json` reads them; a byte-order mark is passed over.
 
     Raises:
         ValueError: the line is not UTF-8 or not JSON (NaN is not).
@@ -208,7 +210,7 @@ class Dataset:
         rows, ends = tempfile.TemporaryFile(), array("q", [0])  # noqa: SIM115
         weakref.finalize(self, rows.close)
         for example in parse_examples(self._lines(self._path), self._path, self._limit):
-            ends.append(ends[-1] + rows.write(marshal.dumps(vars(example))))
+            ends.append(ends[-1] + rows.write(_packed(vars(example))))
             yield example
         rows.flush()
         self._rows, self._ends = rows, ends
@@ -216,8 +218,17 @@ class Dataset:
     def _read(self) -> Iterator[Example]:
         for start, end in pairwise(self._ends):
             example = object.__new__(Example)
-            vars(example).update(marshal.loads(os.pread(self._rows.fileno(), end - start, start)))
+            packed = os.pread(self._rows.fileno(), end - start, start)
+            vars(example).update(pickle.loads(packed) if packed[:1] == pickle.PROTO else marshal.loads(packed))
             yield example
+
+
+def _packed(row: dict[str, Any]) -> bytes:
+    """A row in the form that is read fastest; `marshal` knows no Decimal."""
+    try:
+        return marshal.dumps(row)
+    except ValueError:
+        return pickle.dumps(row)
 
 
 def parse_examples(lines: Iterable[tuple[str, Any]], path: str | Path, limit: int | None = None) -> Iterator[Example]:

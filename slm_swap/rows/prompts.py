@@ -6,6 +6,7 @@ Evaluation, training and the dataset all go through this module, so a model is a
 import json
 from typing import Any
 
+from slm_swap.common.exact_json import ExactEncoder
 from slm_swap.rows.examples import dump_json
 
 Messages = list[dict[str, str]]
@@ -30,7 +31,7 @@ def build_messages(track: str, prompt: str) -> Messages:
 
 def toolcall_prompt(tools: list[dict], request: str) -> str:
     """The prompt of a toolcall row: every tool on offer, one a line as JSON, then the request."""
-    lines = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
+    lines = "\n".join(json.dumps(tool, ensure_ascii=False, cls=ExactEncoder) for tool in tools)
     return f"Tools:\n{lines}\n\nRequest: {request}"
 
 
@@ -41,7 +42,7 @@ def toolcall_completion(tool: str, arguments: dict[str, Any]) -> str:
 
 def structured_prompt(schema: dict, request: str) -> str:
     """The prompt of a structured row: the wanted object's JSON Schema, then the request."""
-    return f"JSON Schema:\n{json.dumps(schema, ensure_ascii=False)}\n\nRequest: {request}"
+    return f"JSON Schema:\n{json.dumps(schema, ensure_ascii=False, cls=ExactEncoder)}\n\nRequest: {request}"
 
 
 def structured_schema(tool: dict) -> dict:

@@ -9,7 +9,10 @@ import re
 from functools import lru_cache
 from typing import Any
 
-from slm_swap.rows.json_schema import coerce, fits_as_json, plain, types_of
+from slm_swap.common.exact_json import plain
+from slm_swap.rows.examples import dump_json
+from slm_swap.rows.json_schema import coerce, fits_as_json
+from slm_swap.rows.schema_parts import leads_to_itself, types_of
 
 PAIRS = {"(": ")", "[": "]", "{": "}"}
 NAMED_TYPES = {
@@ -201,9 +204,11 @@ def _check(schema: dict, at: str) -> None:
     from jsonschema.exceptions import SchemaError
 
     try:
-        Draft202012Validator.check_schema(schema)
+        Draft202012Validator.check_schema(json.loads(dump_json(schema)))  # which knows no Decimal
     except SchemaError as error:
         raise ValueError(f"{at}: no JSON Schema comes of it: {error.message[:200]}") from None
+    if leads_to_itself(schema):
+        raise ValueError(f"{at}: a $ref in its schema leads back to itself")
 
 
 def _bfcl_schema(node: Any, at: str) -> dict:

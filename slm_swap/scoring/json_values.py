@@ -28,16 +28,17 @@ def _number(digits: str) -> Decimal:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant, parse_float=_number, parse_int=_number)
+WHITE_SPACE = " \t\r\n"  # all that JSON knows (RFC 8259, section 2); Python's strip() takes more
 _TOKENS = re.compile(r'"(?:[^"\\\n]|\\.)*"?|[{}]')  # strings, also those that do not end, and braces
 
 
 def parse_json(text: str) -> Any:
-    """One JSON value, white space around it allowed; numbers are Decimal.
+    """One JSON value, JSON's white space around it allowed; numbers are Decimal.
 
     Raises:
         ValueError: not JSON, NaN or Infinity, a duplicate key, nested too deeply.
     """
-    text = text.strip()
+    text = text.strip(WHITE_SPACE)
     value, end = decode_at(text, 0)
     if end != len(text):
         raise ValueError("there is more than one JSON value")

@@ -2,11 +2,13 @@
 
 Every row stays in the denominator: a bad reply scores 0 with one `error` out of `ERRORS`. JSON is compared by value with JSON's
 own types (RFC 8259): `true` is not 1, `1` equals `1.0`, key order is nothing, list order counts, numbers are compared exactly
-at any size; duplicate keys, NaN and nesting deeper than 100 levels make a reply invalid.
+at any size; duplicate keys, NaN and nesting deeper than 100 levels make a reply invalid. A value that the row's `accept` lists
+is right under every matcher: it counts as the gold's own value, in the leaves and in the error too.
 
 A miss has the first of these errors that holds:
 
 - `filtered`, `refused`: the client says so, and the text is no answer whatever stands in it.
+- `prompt_too_long`: the prompt does not fit in the model's context, so that nothing was generated.
 - `truncated`: the reply was cut off, and misses.
 - `no_json`: no JSON in the text; a request that failed counts here too.
 - `bad_json`: a `{` stands in the text, but no whole JSON object (syntax, a duplicate key, NaN, nested too deeply, cut off).
@@ -20,16 +22,19 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from slm_swap.rows.json_schema import coerce, property_schema, with_defaults
+from slm_swap.rows.json_schema import coerce, with_defaults
+from slm_swap.rows.schema_parts import allows_text, item_schema, known_property
 from slm_swap.scoring.json_values import Leaf, json_type, leaves, same, size
 from slm_swap.scoring.replies import InvalidReply, Parsed, Parser
 
 ERRORS = (
-    "filtered", "refused", "truncated", "no_json", "bad_json", "extra_text", "wrong_shape", "wrong_tool", "missing_argument",
-    "extra_argument", "wrong_type", "wrong_value",
+    "filtered", "refused", "prompt_too_long", "truncated", "no_json", "bad_json", "extra_text", "wrong_shape", "wrong_tool",
+    "missing_argument", "extra_argument", "wrong_type", "wrong_value",
 )  # fmt: skip
 MATCHERS = ("strict", "schema", "lenient")
-UNSCORED = {"content_filter": "filtered", "refusal": "refused", "error": "no_json"}  # such a text is no answer
+UNSCORED = {  # such a text is no answer
+    "content_filter": "filtered", "refusal": "refused", "prompt_too_long": "prompt_too_long", "error": "no_json",
+}  # fmt: skip
 
 
 # -- Matching --------------------------------------------------------------------------------------------------------------------
@@ -89,25 +94,40 @@ class Reference:
     @cached_property
     def nested(self) -> bool:
         """Whether a structured gold is `{"tool_name", "arguments"}`, so that `accept` speaks of what stands under `arguments`."""
-        call = self.parsed.name is None and "tool_name" in self.coerced
-        return call and isinstance(self.coerced.get("arguments"), dict)
+        call = self.parsed.name is None and "tool_name" in self.parsed.value
+        return call and isinstance(self.parsed.value.get("arguments"), dict)
 
     @cached_property
-    def options(self) -> dict[str, list]:
+    def options(self) -> "_Options":
+        """`accept` as it is written."""
+        schema = known_property(self.schema, "arguments", self.schema) if self.nested else self.schema
+        parts = {key: known_property(schema, key, self.schema) for key in self.accept or {}}
+        return _Options(self.accept or {}, parts, self.schema)
+
+    @cached_property
+    def converted(self) -> "_Options":
         """`accept` with its values converted as a reply's are."""
-        schema = property_schema(self.schema or {}, "arguments") if self.nested else self.schema
-        schema = schema if isinstance(schema, dict) else {}
-        given = self.accept or {}
-        return {key: [coerce(option, property_schema(schema, key)) for option in options] for key, options in given.items()}
+        parts, given = self.options.parts, self.options.given
+        coerced = {key: [coerce(option, parts[key], self.schema) for option in options] for key, options in given.items()}
+        return _Options(coerced, parts, self.schema)
+
+    def take(self, value: dict[str, Any]) -> dict[str, Any]:
+        """A reply with every value that is acceptable as it stands replaced by the gold's own."""
+        return self._replaced(value, self.parsed.value, self.options, folded=False)
 
     def align(self, value: dict[str, Any], folded: bool) -> frozenset[Leaf]:
         """A reply's leaves, once its types are converted, acceptable values replaced by the gold's own and defaults filled in."""
         value = coerce(value, self.schema)
-        if not self.nested:
-            value = _accepted(value, self.coerced, self.options, folded)
-        elif isinstance(value.get("arguments"), dict):
-            value = value | {"arguments": _accepted(value["arguments"], self.coerced["arguments"], self.options, folded)}
+        if self.accept:
+            value = self._replaced(value, self.coerced, self.converted, folded)
         return leaves(with_defaults(value, self.schema))
+
+    def _replaced(self, value: dict[str, Any], gold: dict[str, Any], options: "_Options", folded: bool) -> dict[str, Any]:
+        if not self.nested:
+            return options.replace(value, gold, folded)
+        if not isinstance(value.get("arguments"), dict):
+            return value
+        return value | {"arguments": options.replace(value["arguments"], gold["arguments"], folded)}
 
 
 class Scored(NamedTuple):
@@ -122,7 +142,7 @@ class Scored(NamedTuple):
 def score(parse: Parser, reference: Reference, text: str, finish_reason: str = "stop") -> Scored:
     """Score one reply.
 
-    A filtered, refused or failed reply scores 0 whatever its text; a truncated one is scored as it stands (a reply may be whole
+    A filtered, refused or failed reply, and one to a prompt longer than the context, scores 0 whatever its text; a truncated one is scored as it stands (a reply may be whole
     when the limit cuts it), and its error is `truncated` where it misses.
     """
     if finish_reason in UNSCORED:
@@ -136,13 +156,23 @@ def score(parse: Parser, reference: Reference, text: str, finish_reason: str = "
         schema, lenient = strict, _loose_matches(parsed, reference)[1] if parsed else strict
     else:
         if parsed is gold or (parsed.name == gold.name and same(parsed.value, gold.value)):
-            count = size(parsed.value)
-            exact = Match(True, True, True, count, count, count)
-            return Scored(exact, exact, exact, None)  # equal by value is equal under the looser matchers too
-        strict = _match(leaves(parsed.value), reference.leaves, parsed.name == gold.name)
+            return _exact(parsed.value)
+        taken = parsed
+        if reference.accept and parsed.name == gold.name:
+            taken = Parsed(reference.take(parsed.value), parsed.name)
+            if same(taken.value, gold.value):
+                return _exact(taken.value)
+        strict = _match(leaves(taken.value), reference.leaves, taken.name == gold.name)
         schema, lenient = _loose_matches(parsed, reference)
-        error = _difference_error(parsed, gold)
+        error = _difference_error(taken, gold)
     return Scored(strict, schema, lenient, "truncated" if finish_reason == "length" else error)
+
+
+def _exact(value: dict[str, Any]) -> Scored:
+    """What is right under `strict` is right under the looser matchers too."""
+    count = size(value)
+    match = Match(True, True, True, count, count, count)
+    return Scored(match, match, match, None)
 
 
 def _leniently(parse: Parser, text: str) -> Parsed | None:
@@ -194,9 +224,8 @@ def _collect(want: Any, got: Any, found: set[str]) -> None:
 
 
 def _loose_matches(parsed: Parsed, reference: Reference) -> tuple[Match, Match]:
-    """(schema, lenient). To the schema matcher the same is what the schema allows: types it can convert, its defaults, and the
-    row's acceptable values; to the lenient one, case and white space in the tool's name and in values (not in keys) are nothing
-    besides."""
+    """(schema, lenient). To the schema matcher the same is what the schema allows: types that it can convert, and its defaults. To
+    the lenient one, case and white space in the tool's name and in values (not in keys) are nothing besides."""
     if _fold(parsed.name) != _fold(reference.parsed.name):
         wrong = _match(leaves(parsed.value), reference.leaves, right_tool=False)
         return wrong, wrong
@@ -216,20 +245,40 @@ def _folded(fields: frozenset[Leaf]) -> frozenset[Leaf]:
     return frozenset([(path, kind, _fold(value)) for path, kind, value in fields])
 
 
-def _accepted(value: dict, gold: dict, accept: dict[str, list], folded: bool) -> dict:
-    """The arguments with every acceptable value replaced by the gold's own."""
-    value = dict(value)
-    for key, options in accept.items():
-        if key in value and any(_accepts(option, value[key], folded) for option in options):
-            del value[key]
-        elif key in value or "" not in options:
-            continue
-        if key in gold:
-            value[key] = gold[key]
-    return value
+# -- Acceptable values -----------------------------------------------------------------------------------------------------------
 
 
-def _accepts(option: Any, value: Any, folded: bool) -> bool:
+class _Options(NamedTuple):
+    """Acceptable values: `given` maps an argument to them, `parts` to its schema inside `root`.
+
+    `""` says that an argument may be left out. It is a value as well only where the schema allows a string, or says nothing.
+    """
+
+    given: dict[str, list]
+    parts: dict[str, Any]
+    root: Any
+
+    def replace(self, value: dict[str, Any], gold: dict[str, Any], folded: bool) -> dict[str, Any]:
+        """The arguments with every acceptable value replaced by the gold's own."""
+        value = dict(value)
+        for key, options in self.given.items():
+            if key in value:
+                if not _accepts_one(options, value[key], folded, self.parts[key], self.root):
+                    continue
+                del value[key]
+            elif "" not in options:
+                continue
+            if key in gold:
+                value[key] = gold[key]
+        return value
+
+
+def _accepts_one(options: list, value: Any, folded: bool, schema: Any, root: Any) -> bool:
+    literal = (option for option in options if option != "" or allows_text(schema, root))
+    return any(_accepts(option, value, folded, schema, root) for option in literal)
+
+
+def _accepts(option: Any, value: Any, folded: bool, schema: Any = True, root: Any = None) -> bool:
     """Whether a value is one that the row accepts: equal, or (BFCL) an object whose leaves are lists of acceptable values."""
     wanted, given = leaves(option), leaves(value)
     if wanted == given or (folded and _folded(wanted) == _folded(given)):
@@ -237,9 +286,10 @@ def _accepts(option: Any, value: Any, folded: bool) -> bool:
     if isinstance(option, dict) and isinstance(value, dict):
         choices = {key: given if isinstance(given, list) else [given] for key, given in option.items()}
         return value.keys() <= choices.keys() and all(
-            any(_accepts(choice, value[key], folded) for choice in given) if key in value else "" in given
+            _accepts_one(given, value[key], folded, known_property(schema, key, root), root) if key in value else "" in given
             for key, given in choices.items()
         )
     if isinstance(option, list) and isinstance(value, list) and len(option) == len(value):
-        return all(_accepts(left, right, folded) for left, right in zip(option, value, strict=True))
+        pairs = enumerate(zip(option, value, strict=True))
+        return all(_accepts(left, right, folded, item_schema(schema, at, root), root) for at, (left, right) in pairs)
     return False

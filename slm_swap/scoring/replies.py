@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from slm_swap.scoring.json_values import decode_at, json_type, objects_in, parse_json
+from slm_swap.scoring.json_values import WHITE_SPACE, decode_at, json_type, objects_in, parse_json
 
 
 class InvalidReply(ValueError):
@@ -28,7 +28,7 @@ _LOOSE_CLOSE = re.compile(r"\s*</tool_call\s*>", re.IGNORECASE)
 
 
 def parse_structured(text: str, lenient: bool = False) -> Parsed:
-    """One JSON object and nothing else, white space around it allowed; `lenient` takes the one object out of the text around it.
+    """One JSON object and nothing else, JSON's white space around it allowed; `lenient` takes the one object out of the text around it.
 
     Raises:
         InvalidReply: no_json, bad_json, extra_text or wrong_shape, as this module defines them.
@@ -47,7 +47,7 @@ def parse_structured(text: str, lenient: bool = False) -> Parsed:
 
 
 def parse_toolcall(text: str, lenient: bool = False) -> Parsed:
-    """Exactly one `<tool_call name="X">{...}</tool_call>`, white space around it and around its object allowed.
+    """Exactly one `<tool_call name="X">{...}</tool_call>`, JSON's white space around it and around its object allowed.
 
     `lenient` takes the one call out of the text around it, with other quotes, case and white space in the wrapper.
 
@@ -56,7 +56,7 @@ def parse_toolcall(text: str, lenient: bool = False) -> Parsed:
     """
     if lenient:
         return _only(_loose_calls(text))
-    stripped = text.strip()
+    stripped = text.strip(WHITE_SPACE)
     opened = _OPEN.match(stripped)
     if not opened or not stripped.endswith(_CLOSE):
         raise _no_call(text)

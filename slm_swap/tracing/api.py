@@ -13,11 +13,13 @@ import json
 import time
 from collections.abc import Iterator
 from datetime import datetime, timezone
+from decimal import Decimal
 from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import quote
 
 from slm_swap.common.errors import UserError
+from slm_swap.common.exact_json import EXACT, ExactEncoder
 from slm_swap.common.settings import Settings
 from slm_swap.tracing.wire import address
 
@@ -159,6 +161,9 @@ class LangfuseApi:
         """The answer's JSON object; None for the statuses of `absent`. Tried again while the server is busy or away."""
         import httpx
 
+        if "json" in content:  # httpx's own encoder knows no Decimal
+            body = json.dumps(content.pop("json"), ensure_ascii=False, separators=(",", ":"), allow_nan=False, cls=ExactEncoder)
+            content |= {"content": body.encode(), "headers": {"content-type": "application/json"}}
         for attempt in range(1, TRIES + 1):
             pause = min(2 ** (attempt - 1), LONGEST_PAUSE)
             try:
@@ -180,7 +185,7 @@ class LangfuseApi:
                 "mend LANGFUSE_PUBLIC_KEY and LANGFUSE_SECRET_KEY"
             )
         try:
-            answer = response.json()
+            answer = response.json(**EXACT)
         except ValueError:
             answer = None
         if not isinstance(answer, dict):
@@ -193,7 +198,7 @@ class LangfuseApi:
         return answer
 
     def _reason(self, answer: dict) -> str:
-        text = " ".join(str(answer.get("message") or answer.get("error") or json.dumps(answer)).split())
+        text = " ".join(str(answer.get("message") or answer.get("error") or json.dumps(answer, cls=ExactEncoder)).split())
         for secret in self._secrets:
             text = text.replace(secret, "***")
         return text[:200]
@@ -207,7 +212,7 @@ def _stamp(moment: datetime) -> str:
 
 
 def _is_number(score: dict) -> bool:
-    return score.get("dataType") in {"NUMERIC", "BOOLEAN"} and isinstance(score.get("value"), bool | int | float)
+    return score.get("dataType") in {"NUMERIC", "BOOLEAN"} and isinstance(score.get("value"), bool | int | float | Decimal)
 
 
 def _retry_after(header: str | None, otherwise: float) -> float:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from slm_swap.common.errors import UserError
+from slm_swap.common.exact_json import ExactEncoder
 from slm_swap.common.settings import Settings
 from slm_swap.rows.examples import Example, text_hash
 from slm_swap.rows.prompts import build_messages
@@ -44,7 +45,7 @@ def make_item(dataset: str, track: str, example: Example) -> dict[str, Any]:
     row = example.to_json()
     metadata = {name: row[name] for name in ("id", "group", "source", "tools", "schema", "accept") if name in row}
     body = {"input": build_messages(track, example.prompt), "expectedOutput": example.completion, "metadata": metadata}
-    metadata["content_hash"] = text_hash(json.dumps(body, sort_keys=True, ensure_ascii=False))
+    metadata["content_hash"] = text_hash(json.dumps(body, sort_keys=True, ensure_ascii=False, cls=ExactEncoder))
     return {"id": item_id(dataset, example.id), "datasetName": dataset, "status": "ACTIVE", **body}
 
 

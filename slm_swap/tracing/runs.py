@@ -162,11 +162,7 @@ class RunTrace:
                 "metadata": {"finish_reason": reply.finish_reason, "seconds": reply.seconds, "error": error, **(metadata or {})},
                 "level": "ERROR" if reply.error else "WARNING" if error else "DEFAULT",
                 "status_message": reply.error or error,
-                "usage_details": {  # the keys must not overlap, and the server adds them up
-                    "input": int(reply.input_tokens) - int(reply.cached_tokens),
-                    "input_cached_tokens": int(reply.cached_tokens),
-                    "output": int(reply.output_tokens),
-                },
+                "usage_details": _usage(reply),
                 "cost_details": None if cost is None else {"total": cost},
             }
             start = end - int(reply.seconds * 1e9)
@@ -252,6 +248,14 @@ class RunTrace:
 def trace_id(seed: str) -> str:
     """As the SDK's create_trace_id."""
     return hashlib.sha256(seed.encode()).digest()[:16].hex()
+
+
+def _usage(reply: "Reply") -> dict[str, int] | None:
+    """The tokens, under keys that do not overlap, as the server adds them up; None where they are not all known."""
+    if (counts := reply.counts) is None:
+        return None
+    given, cached, made = map(int, counts)
+    return {"input": given - cached, "input_cached_tokens": cached, "output": made}
 
 
 def outbox_path(report: Path) -> Path:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from slm_swap.common.errors import UserError
+from slm_swap.common.exact_json import EXACT, ExactEncoder
 from slm_swap.common.reports import write_jsonl
 from slm_swap.common.settings import display_path
 from slm_swap.dataset.traffic import REASONS, Unusable, convert
@@ -124,7 +125,7 @@ def _read_journal(path: Path) -> list[dict]:
     if len(whole) < len(content):
         os.truncate(path, len(whole))
     try:
-        return [json.loads(line) for line in whole.splitlines()]
+        return [json.loads(line, **EXACT) for line in whole.splitlines()]
     except ValueError:
         raise UserError(f"{display_path(path)} is not what a pull leaves: remove it") from None
 
@@ -133,7 +134,7 @@ def _append(path: Path, line: dict) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line) + "\n")
+            stream.write(json.dumps(line, cls=ExactEncoder) + "\n")
             stream.flush()
             os.fsync(stream.fileno())
     except OSError as error:

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from slm_swap.clients.loading import files_hash, load_model, load_tokenizer, with_adapter
+from slm_swap.clients.loading import files_hash, load_model, load_tokenizer, require_base, with_adapter
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import code_version, now, read_json, sha256_file, write_json
 from slm_swap.common.settings import display_path
@@ -28,9 +28,8 @@ def merge_adapter(base: Path, adapter: Path, out: Path, dtype: str) -> dict[str,
     if weights is None:
         raise UserError(f"no weights in {display_path(adapter)} ({' or '.join(WEIGHTS)}): train the adapter again")
     info = read_json(adapter / INFO, "train_unsloth.py") if (adapter / INFO).exists() else {}
-    known, found = info.get("base_model", {}).get("files_sha256"), files_hash(base)
-    if known not in (None, found):
-        raise UserError(f"{display_path(adapter)} was trained on other weights than {display_path(base)}: pass its base with --model")
+    found = files_hash(base)
+    require_base(adapter, base, found, "pass its base with --model")
     staged = out.with_name(f".{out.name}.partial")
     shutil.rmtree(staged, ignore_errors=True)
     try:

@@ -3,7 +3,8 @@
 from typing import Any
 
 from slm_swap.common.errors import UserError
-from slm_swap.evaluating.evaluation import evaluate, references, summary
+from slm_swap.evaluating.evaluation import evaluate, references
+from slm_swap.evaluating.report import summary
 from slm_swap.rows.examples import Example
 from slm_swap.scoring.tracks import TRACKS
 from slm_swap.slm_client import SLMClient

@@ -1,88 +1,94 @@
 """The evidence behind a verdict: both models' rows side by side, where the gap comes from, for which tools, and what was gained."""
 
-from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from slm_swap.clients.pricing import Prices, compare_costs, row_cost
 from slm_swap.scoring.metrics import MATCHERS
 from slm_swap.scoring.tracks import Track
-from slm_swap.verdict.decision import Decision, paired_decision, point_decision, sequential_decision
-from slm_swap.verdict.evaluations import Evaluation, aligned, cluster_labels, values_of
+from slm_swap.verdict.cautions import cautions
+from slm_swap.verdict.decision import NEED_MORE_DATA, SWAP, Decision, point_decision
+from slm_swap.verdict.evaluations import QUESTIONS, Evaluation, aligned, model_of, tool_of
 from slm_swap.verdict.gap import by_group, gains, gap, gold_audit
+from slm_swap.verdict.judge import Gate, Judge
 from slm_swap.verdict.sentence import sentence
+from slm_swap.verdict.unmeasured import account
 
-EVIDENCE = ("matchers", "flips", "gap", "groups", "gold_audit", "before", "cost", "sequential")  # what only rows can show
+EVIDENCE = (
+    "question", "questions", "tools", "unmeasured", "filtered", "latency", "matchers", "flips", "gap", "groups", "gold_audit", "before",
+    "cost", "sequential", "repeat", "looks",
+)  # what only rows can show
 
 
-def examine(
-    track: Track, sides: dict[str, Evaluation], rule: str, delta: float, alpha: float, cluster: str, prices: Prices
-) -> dict[str, Any]:
-    """The decision on two evaluations (`azure`, `slm`; perhaps `before`) with all of its evidence, as the decision file holds it.
-
-    `rule` is paired or sequential, `cluster` one of CLUSTERS; slm_swap/README.md describes every key.
-    """
+def examine(track: Track, sides: dict[str, Evaluation], gate: Gate, prices: Prices) -> dict[str, Any]:
+    """The decision on two evaluations (`azure`, `slm`; perhaps `before`) with all of its evidence, as the decision file holds it:
+    slm_swap/README.md describes every key."""
     azure, slm = sides["azure"], sides["slm"]
     rows = {name: aligned(side.rows, azure.rows) for name, side in sides.items()}
-    labels = cluster_labels(azure.rows, track, cluster)
-    yes_no = [name for name, key in track.row_names.items() if key in track.yes_no]
     stopped = azure.report.get("stopped_early") or slm.report.get("stopped_early")
-
-    def decide(matcher: str = "strict", some: Sequence[int] | None = None) -> Decision:
-        some = range(len(azure.rows)) if some is None else some
-        values = [values_of([rows[name][i] for i in some], track, matcher) for name in ("azure", "slm")]
-        own = labels and [labels[i] for i in some]
-        if rule == "paired":
-            return paired_decision(*values, yes_no, delta, alpha, own)
-        return sequential_decision(
-            *values, yes_no, delta, alpha, own, in_order=bool(stopped), largest=(stopped or {}).get("largest_cluster")
-        )
-
-    by_matcher = {matcher: decide(matcher) for matcher in MATCHERS}
-    decision, verdicts = by_matcher["strict"], {matcher: found.verdict for matcher, found in by_matcher.items()}
-    flips = len(set(verdicts.values())) > 1
-    warnings = []
-    if flips:
-        told = ", ".join(f"{matcher} {verdict}" for matcher, verdict in verdicts.items())
-        warnings.append(
-            f"the verdict depends on how replies are compared with references ({told}): look at the rows before you decide"
-        )
-    if "before" in sides:
-        warnings += run_otherwise(sides["before"].report, slm.report)
+    judge = Judge(track, rows, gate, stopped)
+    by, labels = judge.units[gate.question]
+    latency = speed(azure.report, slm.report, gate.max_p95_ms)
+    by_matcher = {matcher: judge.decide(matcher, brief=matcher != "strict") for matcher in MATCHERS}
+    decision = by_matcher["strict"]
+    if decision.verdict == SWAP and latency["passed"] is False:
+        decision = replace(decision, verdict=NEED_MORE_DATA, withheld=SWAP)
+    flips = len({found.verdict for found in by_matcher.values()}) > 1
     if decision.need:
         decision.need.update(
             {f"{name}_cost": _cost_of(decision.need["rows"], row_cost(sides[name].report, prices)) for name in ("azure", "slm")}
         )
-    model = slm.report.get("model") if isinstance(slm.report.get("model"), dict) else {}
-    costs = compare_costs(azure.report, slm.report, prices, model.get("training_seconds"))
+    told = account(sides, judge.missing)
+    model = model_of(slm.report)
     found, split = decision.to_json(), gap(rows["azure"], rows["slm"], track)
-    return found | {
-        "sentence": sentence(decision, len(azure.rows), split["remedies"]),
-        "clusters": {"by": cluster if labels else "row"} | found["clusters"],
+    found |= {
+        "question": gate.question,
+        "questions": {question: judge.answer(question, decision) for question in QUESTIONS},
+        "tools": len({tool for row in rows["azure"] if (tool := tool_of(row, track))}) or None,
+        "clusters": {"by": by} | found["clusters"],
+        "unmeasured": told,
+        "filtered": without_filtered(rows, judge, decision),
+        "latency": latency,
         "matchers": {matcher: {"verdict": own.verdict, "metrics": own.metrics} for matcher, own in by_matcher.items()},
         "flips": flips,
         "gap": split,
-        "groups": by_group(
-            rows["azure"], rows["slm"], track, ("tool", "group") if cluster == "tool" else ("group", "tool"), alpha
+        "groups": by_group(rows["azure"], rows["slm"], track, ("tool", "group"), gate.alpha),
+        "gold_audit": gold_audit(rows["azure"], rows["slm"], track, lambda some: judge.decide(some=some)),
+        "before": gains(rows["before"], rows["slm"], track, gate.alpha, labels) if "before" in rows else None,
+        "cost": compare_costs(
+            azure.report, slm.report, prices, model.get("training_seconds"), delta=gate.delta, verdict=decision.verdict
         ),
-        "gold_audit": gold_audit(rows["azure"], rows["slm"], track, lambda some: decide(some=some)),
-        "before": gains(rows["before"], rows["slm"], track, alpha, labels) if "before" in rows else None,
-        "cost": costs,
         "sequential": _saved(decision, stopped, len(azure.rows), row_cost(azure.report, prices))
-        if rule == "sequential"
+        if gate.rule == "sequential"
         else None,
-        "warnings": warnings,
+        "repeat": {side: sides[side].report.get("repeat") for side in ("azure", "slm")},
+        "warnings": cautions(sides, {name: own.verdict for name, own in by_matcher.items()}, told, judge),
     }
+    return found | {"sentence": sentence(decision, len(azure.rows), found, tuned=bool(model.get("adapter")))}
 
 
-def run_otherwise(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """A warning where two reports of the small model come from another engine or precision: the gain is not the training's alone."""
-    models = [report.get("model") if isinstance(report.get("model"), dict) else {} for report in (before, after)]
-    ways = [" in ".join(str(model[name]) for name in ("engine", "precision") if model.get(name)) for model in models]
-    if not all(ways) or ways[0] == ways[1]:
-        return []
-    return [
-        f"the small model was run by {ways[0]} before and by {ways[1]} now: a part of the gain may come from that (benchmarks/parity.py)"
-    ]
+def without_filtered(rows: dict[str, list[dict]], judge: Judge, decision: Decision) -> dict[str, Any] | None:
+    """How many replies a content filter took (they count as misses: the filter is a part of the deployment), and the verdict without
+    the rows whose hosted reply it took; None where there are none."""
+    taken = {side: [row.get("error") == "filtered" for row in rows[side]] for side in ("azure", "slm")}
+    if not any(map(any, taken.values())):
+        return None
+    left = [index for index, filtered in enumerate(taken["azure"]) if not filtered]
+    verdict = judge.decide(some=left).verdict if 1 < len(left) < len(rows["azure"]) else decision.verdict
+    return {side: sum(flags) for side, flags in taken.items()} | {"verdict_without": verdict}
+
+
+def speed(azure: dict[str, Any], slm: dict[str, Any], max_p95_ms: float | None) -> dict[str, Any]:
+    """Both models' latencies as their reports measured them, and whether the small one keeps to the limit: under load where that was
+    measured, else alone. `passed` is None without a limit, False where the latency is not known."""
+    told = {"azure": azure.get("latency"), "slm": slm.get("latency"), "max_p95_ms": max_p95_ms, "p95_ms": None, "passed": None}
+    mine = told["slm"] if isinstance(told["slm"], dict) else {}
+    measured = mine.get("loaded") or mine.get("alone")
+    if isinstance(measured, dict) and isinstance(measured.get("p95"), (int, float)):
+        told["p95_ms"] = 1000 * measured["p95"]
+    if max_p95_ms is not None:
+        told["passed"] = told["p95_ms"] is not None and told["p95_ms"] <= max_p95_ms
+    return told
 
 
 def examine_means(track: Track, sides: dict[str, Evaluation], delta: float) -> dict[str, Any]:

@@ -11,12 +11,10 @@ from slm_swap.common.settings import display_path, find_path
 from slm_swap.rows.examples import read_jsonl
 from slm_swap.scoring.metrics import ERRORS, MATCHERS, InvalidReply
 from slm_swap.scoring.tracks import Track
-from slm_swap.verdict.decision import (
-    Values,
-)
+from slm_swap.verdict.decision import Values
 
 MADE_BY = "01_eval/eval.py"
-CLUSTERS = ("group", "tool", "row")
+QUESTIONS = ("these", "others")  # what a verdict is about: the tools of the rows, or other tools like them
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class Evaluation:
     @property
     def label(self) -> str:
         """The model's short name: deployment or folder, and its adapter."""
-        model = self.report.get("model") if isinstance(self.report.get("model"), dict) else {}
+        model = model_of(self.report)
         name = str(model.get("deployment") or Path(str(model.get("path") or "?")).stem)
         adapter = model.get("adapter")
         path = adapter.get("path") if isinstance(adapter, dict) else adapter
@@ -43,6 +41,11 @@ class Evaluation:
             rows = rows_path(self.path)
             told |= {"rows_path": display_path(rows), "rows_sha256": sha256_file(rows)}
         return told
+
+
+def model_of(report: dict[str, Any]) -> dict[str, Any]:
+    """What a report says of its model; empty where it says nothing."""
+    return report["model"] if isinstance(report.get("model"), dict) else {}
 
 
 def read_evaluation(path: str | Path, track: Track, with_rows: bool) -> Evaluation:
@@ -148,6 +151,50 @@ def require_same(azure: Evaluation, other: Evaluation) -> list[str]:
     return []
 
 
+def fit_together(sides: dict[str, Evaluation], sequential: bool, question: str) -> list[str]:
+    """Refuse evaluations (`azure`, `slm`, perhaps `before`) that no verdict can be made of; gives what to be warned of.
+
+    Raises:
+        UserError: as `require_same`; a model stands on the wrong side, or against itself; or a run was stopped early, and the rule or
+            the question is another one.
+    """
+    kinds = {name: model_of(side.report).get("kind") for name, side in sides.items()}
+    if kinds["azure"] == "slm":  # the difference, and so the verdict, would be the wrong way round
+        raise UserError("the --azure report is of a local model (model.kind is slm): give it as --slm, and the hosted one here")
+    if kinds.get("before") == "azure":
+        raise UserError("the --before report is of a hosted model (model.kind is azure): give the small model's before fine-tuning")
+    names = list(sides)
+    for at, left in enumerate(names):
+        for right in names[at + 1 :]:
+            if sides[left].report == sides[right].report:
+                raise UserError(f"--{left} and --{right} are the same report: a model cannot be compared with itself")
+    warnings: list[str] = []
+    for side in list(sides.values())[1:]:
+        warnings += [text for text in require_same(sides["azure"], side) if text not in warnings]
+    if kinds["slm"] == "azure":
+        warnings.append("the --slm report is of a hosted model (model.kind is azure)")
+    limits = {name: limit for name, side in sides.items() if (limit := token_limit(side.report)) is not None}
+    if len(set(limits.values())) > 1:
+        told = ", ".join(f"{name} {limit}" for name, limit in limits.items())
+        warnings.append(f"the reports were made with different --max-new-tokens ({told}): a part of the gap may come from that")
+    for side in sides.values():
+        stopped, shown = side.report.get("stopped_early"), display_path(side.path)
+        if stopped and not sequential:
+            raise UserError(
+                f"{shown} was stopped as soon as its verdict was certain (live_compare.py --stop-early): only --sequential holds for such rows"
+            )
+        if stopped and (drawn := stopped.get("tools", "these")) != question:
+            raise UserError(f"{shown} was stopped early for the question --tools {drawn}: pass --tools {drawn}")
+    return warnings
+
+
+def token_limit(report: dict[str, Any]) -> int | None:
+    """The limit on new tokens that a report was made with."""
+    given = model_of(report).get("parameters")
+    limits = [given.get(name) for name in ("max_new_tokens", "max_completion_tokens", "max_tokens")] if isinstance(given, dict) else []
+    return next((limit for limit in limits if isinstance(limit, int)), None)
+
+
 def aligned(rows: list[dict[str, Any]], like: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows in the order of others with the same ids."""
     by_id = {row["id"]: row for row in rows}
@@ -160,18 +207,34 @@ def values_of(rows: Sequence[dict[str, Any]], track: Track, matcher: str = "stri
 
 
 def cluster_labels(rows: Sequence[dict[str, Any]], track: Track, by: str) -> list[str] | None:
-    """The cluster of each row: its `group` or its reference's tool; a row without one is alone. None where every row is alone."""
-    if by == "row":
-        return None
-    names = [row["group"] if by == "group" else _tool(track, row["reference"]) for row in rows]
+    """The cluster of each row: its `group`, or its reference's tool; a row without one is alone. None where every row is alone."""
+    names = [tool_of(row, track) if by == "tool" else row["group"] for row in rows]
     if not any(names):
         return None
     return [f"={name}" if name else f"#{row['id']}" for name, row in zip(names, rows, strict=True)]
 
 
-def _tool(track: Track, reference: str) -> str | None:
+def groups_are_tools(rows: Sequence[dict[str, Any]], track: Track) -> bool:
+    """Whether every row's `group` is its tool's name, as earlier importers wrote it: no thing that rows come from."""
+    return any(row["group"] for row in rows) and all(row["group"] in (None, tool_of(row, track)) for row in rows)
+
+
+def units(rows: Sequence[dict[str, Any]], track: Track, question: str) -> tuple[str, list[str] | None]:
+    """(by, labels) of the independent units of a question: for these tools the row, or the `group` where rows have one; for other
+    tools the tool."""
+    if question == "others":
+        by, labels = "tool", cluster_labels(rows, track, "tool")
+    else:
+        by, labels = "group", None if groups_are_tools(rows, track) else cluster_labels(rows, track, "group")
+    return (by, labels) if labels else ("row", None)
+
+
+def tool_of(row: dict[str, Any], track: Track) -> str | None:
+    """The tool that a row's reference calls."""
+    if isinstance(row.get("tool"), str):
+        return row["tool"]
     try:
-        parsed = track.parse_reference(reference)
+        parsed = track.parse_reference(row["reference"])
     except InvalidReply:  # no reference that an evaluation takes: somebody changed the rows file
         return None
     name = parsed.name or (parsed.value.get("tool_name") if isinstance(parsed.value, dict) else None)

@@ -4,6 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from slm_swap.scoring.measured import unmeasured
 from slm_swap.scoring.metrics import InvalidReply, same
 from slm_swap.scoring.tracks import Track
 from slm_swap.verdict.decision import Decision
@@ -17,33 +18,34 @@ KINDS = {  # what went wrong, and the errors of metrics.ERRORS that say so
     "type": ("wrong_type",),
     "value": ("wrong_value",),
     "truncated": ("truncated",),
+    "too_long": ("prompt_too_long",),
     "filtered": ("filtered", "refused"),
     "failed": (),  # a request that was never answered, whatever its error
 }
-REMEDIES = (  # the cheapest first: what, which errors it would close, and the matcher that says what is right already but for that
+FORM = ("no_json", "bad_json", "extra_text", "wrong_shape")
+CALL = ("wrong_tool", "missing_argument", "extra_argument", "wrong_type")
+FINE_TUNING = "fine-tuning"
+# The cheapest first: what, every error that it could close, and the matcher that says what is right already without it. The errors
+# bound the gain from above: examples and training may set anything right that a model wrote, a grammar everything but the values.
+REMEDIES = (
     ("evaluate again: requests failed", ("failed",), None),
-    ("a larger --max-new-tokens", ("truncated",), None),
-    ("the prompt, or the model's native tool format", ("extra_text", "wrong_shape"), "lenient"),
-    ("constrained decoding by the JSON Schema", ("no_json", "bad_json", "wrong_type"), "schema"),
-    ("a few examples in the prompt (few-shot)", ("wrong_tool", "missing_argument", "extra_argument"), "schema"),
+    ("a larger --max-new-tokens", ("limit",), None),
+    ("a shorter prompt, or a model with a longer context", ("prompt_too_long",), None),
+    ("the prompt's wording, or the model's native tool format", FORM, "lenient"),
+    ("a few examples in the prompt (few-shot)", (*FORM, *CALL, "wrong_value"), "schema"),
+    ("constrained decoding by the JSON Schema", (*FORM, *CALL, "truncated"), "schema"),
     ("the content filter's settings, or those rows to the other model", ("filtered", "refused"), None),
-    ("fine-tuning", ("wrong_value",), "schema"),
+    (FINE_TUNING, (*FORM, *CALL, "wrong_value", "truncated"), "schema"),
 )
-FINE_TUNING = REMEDIES[-1][0]
-ANSWERS = {
-    "wrong_tool",
-    "missing_argument",
-    "extra_argument",
-    "wrong_type",
-    "wrong_value",
-}  # whole replies that miss the reference
+ANSWERS = {*CALL, "wrong_value"}  # whole replies that miss the reference
 
 
 def gap(azure: Sequence[dict], slm: Sequence[dict], track: Track) -> dict[str, Any]:
     """The difference in the exact metric split by what went wrong: each row has one error or none, so the parts add up to it.
 
-    A remedy could gain at most the rows that miss so, were all of them right afterwards. `gain_measured` is what a looser matcher
-    finds right already: rows that only the format, a convertible type or an acceptable value keeps from being exact.
+    A remedy could gain at most the rows that miss in a way that it could close, were all of them right afterwards. `gain_measured` is
+    what a looser matcher finds right already: rows that only the format or a convertible type keeps from being exact. `first` is the
+    remedy to begin with: of those cheaper than fine-tuning the one that could gain the most, and of equal ones the cheapest.
     """
     counts = {"azure": Counter(map(_kind, azure)), "slm": Counter(map(_kind, slm))}
     n = len(azure)
@@ -51,17 +53,20 @@ def gap(azure: Sequence[dict], slm: Sequence[dict], track: Track) -> dict[str, A
     exact = {side: (n - sum(count[kind] for kind in KINDS)) / n for side, count in counts.items()}
     remedies = []
     for remedy, errors, matcher in REMEDIES:
-        rows = [row for row in slm if _error(row) in errors]
+        rows = [row for row in slm if _error(row) in errors or ("limit" in errors and unmeasured(row, hosted=False) == "truncated")]
         if rows:
             already = matcher and sum(row["scores_by_matcher"][matcher][track.exact] for row in rows) / n
-            kinds = [kind for kind in KINDS if any(_kind(row) == kind for row in rows)]
+            kinds = list(filter({_kind(row) for row in rows}.__contains__, KINDS))
             remedies.append(
                 {"remedy": remedy, "kinds": kinds, "rows": len(rows), "gain_at_most": len(rows) / n, "gain_measured": already}
             )
+    difference = exact["azure"] - exact["slm"]
+    cheaper = [own for own in remedies if own["remedy"] != FINE_TUNING]
+    first = max(cheaper or remedies, key=lambda own: own["rows"], default=None)
     return {
         "metric": track.exact_gate,
         **exact,
-        "difference": exact["azure"] - exact["slm"],
+        "difference": difference,
         "errors": [
             {
                 "kind": kind, "azure": rates["azure"][kind], "slm": rates["slm"][kind],
@@ -71,6 +76,7 @@ def gap(azure: Sequence[dict], slm: Sequence[dict], track: Track) -> dict[str, A
             for kind in KINDS
         ],
         "remedies": remedies,
+        "first": first and first["remedy"],
     }  # fmt: skip
 
 
@@ -111,7 +117,8 @@ def by_group(azure: Sequence[dict], slm: Sequence[dict], track: Track, by: Seque
         for (label, indices), estimate in zip(members.items(), found.groups, strict=True)
     ]
     groups.sort(key=lambda group: (-group["shrunk"], group["group"]))
-    return {"by": by, "metric": track.exact_gate, "mean": found.mean, "between_sd": found.between_sd, "all": groups}
+    told = {"by": by, "metric": track.exact_gate, "mean": found.mean, "between_sd": found.between_sd, "p_value": found.p_same}
+    return told | {"all": groups}
 
 
 def gold_audit(

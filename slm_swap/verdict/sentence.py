@@ -1,6 +1,7 @@
-"""A verdict in one sentence."""
+"""A verdict in one or two sentences, for a person who decides."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any
 
 from slm_swap.verdict.decision import FINE_TUNE, MIN_CLUSTERS, SWAP, Decision
 from slm_swap.verdict.gap import FINE_TUNING
@@ -11,45 +12,91 @@ def points(value: float) -> str:
     return f"{100 * value:.1f}".replace("-0.0", "0.0")
 
 
-def sentence(decision: Decision, rows: int, remedies: Sequence[dict] = ()) -> str:
-    """The verdict for a person who decides: what was found, how sure it is, and what comes next (of `gap`'s remedies)."""
+def sentence(decision: Decision, rows: int, evidence: Mapping[str, Any] | None = None, tuned: bool = False) -> str:
+    """The verdict: what was found, for which tools, how sure it is, and what comes next.
+
+    `evidence` is the rest of the decision (`question`, `tools`, `gap`, `unmeasured`, `latency`), None by the point rule; `tuned` says
+    that the small model is fine-tuned already.
+    """
     margin = f"the margin of {points(decision.delta)} points"
-    worst = max(decision.metrics, key=lambda name: decision.metrics[name]["difference"])
     if decision.alpha is None:
+        worst = max(decision.metrics, key=lambda name: decision.metrics[name]["difference"])
         gap = points(decision.metrics[worst]["difference"])
         compared = "more" if decision.fine_tune else "not more"
         return f"By the means of {rows} rows alone the largest gap ({worst}, {gap} points) is {compared} than {margin}."
-    sure = f"{100 * (1 - decision.alpha):g}%"
+    evidence = evidence or {}
+    if decision.withheld:
+        return _withheld(decision, rows, evidence)
     if decision.verdict == SWAP:
+        sure = f"{100 * (1 - decision.alpha):g}%"
         bound = max(values["interval"][1] for values in decision.metrics.values())
         lost = f"loses at most {points(bound)} points" if bound > 0 else "is better"
-        return f"The small model can take over: on {rows} rows it {lost} on every metric ({sure} sure), within {margin}."
+        return f"The small model can take over{_scope(evidence)}: on {rows} rows it {lost} on every metric ({sure} sure), within {margin}."
     if decision.verdict == FINE_TUNE:
-        name = decision.failing[0]
-        low, high = decision.metrics[name]["interval"]
-        gap = points(decision.metrics[name]["difference"])
-        cheaper = [own for own in remedies if own["remedy"] != FINE_TUNING]
-        best = max(cheaper, key=lambda own: own["gain_at_most"], default=None)
-        first = (
-            f"First try what is cheaper: {best['remedy']} (at most {points(best['gain_at_most'])} points). Then fine"
-            if best
-            else "Fine"
-        )
+        return _worse(decision, rows, margin, evidence, tuned)
+    return _open(decision, rows, margin, evidence)
+
+
+def _scope(evidence: Mapping[str, Any]) -> str:
+    """` these 8 tools`: what the verdict is about, where the rows have tools."""
+    tools = evidence.get("tools")
+    if not tools:
+        return ""
+    if evidence.get("question") == "others":
+        return f" tools like these {tools}"
+    return f" these {tools} tools" if tools > 1 else " this tool"
+
+
+def _withheld(decision: Decision, rows: int, evidence: Mapping[str, Any]) -> str:
+    latency = evidence.get("latency") or {}
+    if latency.get("passed") is False and not _missing(evidence):
+        found = "is not known" if latency["p95_ms"] is None else f"is {latency['p95_ms']:,.0f} ms"
         return (
-            f"The small model is worse by more than {margin}: {name} is {gap} points lower "
-            f"({points(low)} to {points(high)}) on {rows} rows. {first}-tune it, and measure again."
+            f"The small model is good enough on {rows} rows, but its latency at the 95th percentile {found}, and the limit is "
+            f"{latency['max_p95_ms']:,.0f} ms: serve it faster, and measure again."
         )
-    if decision.clusters["effective"] < MIN_CLUSTERS and decision.clusters["count"] < rows:
+    told = evidence["unmeasured"]
+    return (
+        f"{decision.withheld} would rest on rows that were not measured ({_missing(evidence)} of {rows}): with each of them against it "
+        f"it does not hold. Measure them: {told['measure'][0]}"
+    )
+
+
+def _missing(evidence: Mapping[str, Any]) -> str:
+    """`80 hosted replies cut off by our own limit, 3 small requests failed`"""
+    names = {"failed": "requests failed", "truncated": "replies cut off by our own limit"}
+    told = evidence.get("unmeasured") or {}
+    sides = (("azure", "hosted"), ("slm", "small"))
+    return ", ".join(f"{count} {name} {names[why]}" for side, name in sides for why, count in sorted((told.get(side) or {}).items()))
+
+
+def _worse(decision: Decision, rows: int, margin: str, evidence: Mapping[str, Any], tuned: bool) -> str:
+    name = decision.failing[0]
+    low, high = decision.metrics[name]["interval"]
+    gap = points(decision.metrics[name]["difference"])
+    found = f"The small model is worse by more than {margin}: {name} is {gap} points lower ({points(low)} to {points(high)}) on {rows} rows."
+    split = evidence.get("gap") or {}
+    first = next((own for own in split.get("remedies", ()) if own["remedy"] == split.get("first")), None)
+    train = "train it on more rows, or on better ones," if tuned else "fine-tune it,"
+    if first is None or first["remedy"] == FINE_TUNING:
+        return f"{found} {train[0].upper()}{train[1:]} and measure again."
+    return f"{found} First try {first['remedy']} (at most {points(first['gain_at_most'])} points). Then {train} and measure again."
+
+
+def _open(decision: Decision, rows: int, margin: str, evidence: Mapping[str, Any]) -> str:
+    need, clusters = decision.need, decision.clusters
+    if need.get("why") and evidence.get("question") == "others":
+        tools = f"about {need['clusters']:,} further tools" if need["clusters"] else "no number of tools at this margin"
         return (
-            f"{rows} rows in {decision.clusters['count']} groups do not settle it: a verdict for other groups than these needs at least "
-            f"{MIN_CLUSTERS} (of even size). If these are all that there will ever be, decide by rows: --cluster row."
+            f"{rows} rows of {clusters['count']} tools do not settle it for other tools: it takes {tools}, and further rows of the same "
+            "tools do not help. If these are the tools of your application, decide for them: --tools these."
         )
-    need = decision.need
     name = need["metric"]
     low, high = decision.metrics[name]["interval"]
     found = f"{rows} rows do not settle it: in {name} azure - slm is {points(low)} to {points(high)} points, too near {margin}."
-    if decision.clusters["effective"] < MIN_CLUSTERS:
-        found = f"{rows} rows are too few: SWAP takes at least {MIN_CLUSTERS}."
+    if clusters["effective"] < MIN_CLUSTERS:
+        groups = "" if clusters["count"] == rows else f" in {clusters['count']} groups"
+        found = f"{rows} rows{groups} are too few: {SWAP} takes at least {MIN_CLUSTERS}{' of even size' if groups else ''}."
     if need["rows"] is None:
         return f"{found} No number of rows would: choose another margin, or fine-tune."
     return f"{found} About {need['rows']:,} further rows would settle it (towards {need['towards']}, with 80% power)."

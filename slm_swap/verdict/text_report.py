@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from slm_swap.verdict.cost_words import headline, known, money, percent, sentences
 from slm_swap.verdict.sentence import points
 
 MOST = 10  # groups, rows or ids that are listed; the decision file has all
@@ -29,6 +30,8 @@ def brief(told: dict[str, Any]) -> None:
         if told["alpha"] is not None:
             shown += "  {:+.4f} to {:+.4f}".format(*values["interval"])
         print(shown + (f"  worse by more than {told['delta']:g}" if name in told["failing"] else ""))
+    if told.get("cost"):
+        print(plain(headline(told["cost"], told["cost"]["currency"] or ""), 1000))
     if told.get("sentence"):
         print(told["sentence"])
 
@@ -76,8 +79,18 @@ def _escape(text: str) -> str:
 
 def notes(told: dict[str, Any]) -> list[str]:
     """What is said in sentences: the verdict, what would settle it, doubtful references, money, warnings."""
-    told = {"need": None, "gold_audit": None, "cost": None, "sequential": None, "before": None, "sentence": None} | told
+    told = {"question": None, "need": None, "gold_audit": None, "cost": None, "sequential": None, "before": None, "sentence": None} | told
     found = [told["sentence"]] if told["sentence"] else []
+    if (told.get("latency") or {}).get("slm") or (told.get("latency") or {}).get("azure"):
+        found.append(_latency(told["latency"]))
+    other = next((name for name in told.get("questions") or {} if name != told["question"]), None)
+    if other and told["questions"][other]:
+        scope = {"these": "For the tools of these rows", "others": "For other tools like these"}[other]
+        found.append(f"{scope} the verdict would be {told['questions'][other]['verdict']}.")
+    if told.get("filtered"):
+        taken = told["filtered"]
+        without = f" Without them the verdict is {taken['verdict_without']}." if taken["verdict_without"] != told["verdict"] else ""
+        found.append(f"A content filter took {taken['azure']} hosted and {taken['slm']} small replies, which count as misses.{without}")
     if told["need"] and told["need"]["azure_cost"] is not None:
         rows, cost = told["need"]["rows"], told["need"]["azure_cost"]
         found.append(f"The azure model's replies to {rows:,} further rows would cost about {cost:.2f}{_currency(told)}.")
@@ -92,6 +105,20 @@ def notes(told: dict[str, Any]) -> list[str]:
         found.append(f"Rows that are right now and were wrong before: {len(changed['better'])}. Right before and wrong now: {_ids(changed['worse'])}.")
     found += _money(told)
     return found + [f"Warning: {text}" for text in told["warnings"]]
+
+
+def _latency(latency: dict[str, Any]) -> str:
+    """`Latency p50/p95: azure 412/980 ms alone, 520/1,400 ms with 32 at a time; slm not measured (why).`"""
+    parts = []
+    for side in ("azure", "slm"):
+        told = latency[side] or {}
+        ways = [
+            f"{1000 * way['p50']:,.0f}/{1000 * way['p95']:,.0f} ms {load}"
+            for way, load in ((told.get("alone"), "alone"), (told.get("loaded"), f"with {(told.get('loaded') or {}).get('concurrency')} at a time"))
+            if way
+        ]
+        parts.append(f"{side} {', '.join(ways) or 'not measured'}")
+    return f"Latency p50/p95: {'; '.join(parts)}."
 
 
 def _ids(ids: Sequence[str]) -> str:
@@ -118,19 +145,8 @@ def _money(told: dict[str, Any]) -> list[str]:
     cost = told["cost"]
     if not cost:
         return []
-    found, unit = [], _currency(told)
-    known = [f"{name} {cost[name]['per_1000']:.4f}{unit}" for name in ("azure", "slm") if cost[name]["per_1000"] is not None]
-    if known:
-        found.append(f"1,000 tasks cost: {', '.join(known)}.")
-    for part, key, what in (
-        ("on_demand", "break_even_tasks", "tasks in all, the machine paid while it works"),
-        ("always_on", "break_even_tasks_per_month", "tasks a month, the machine kept running"),
-    ):
-        if cost[part] and cost[part][key] is not None:
-            found.append(f"The volume from which the small model is the cheaper one ({what}): {cost[part][key]:,}.")
-        elif cost[part] and cost[part]["why"]:
-            found.append(f"No break-even ({what}): {cost[part]['why']}.")
-    return found + [f"Not known: {text}." for text in cost["unknown"]]
+    found = sentences(cost, told["verdict"], told["delta"], cost["currency"] or "")
+    return found + [f"Assumed: {text}." for text in cost["assumed"]] + [f"Not known: {text}." for text in cost["unknown"]]
 
 
 def _level(told: dict[str, Any]) -> str:
@@ -166,6 +182,8 @@ def tables(told: dict[str, Any]) -> list[Table]:
             for name, own in told["before"]["metrics"].items()
         ]
         found.append((f"Before: {plain(told['labels']['before'])}, in points", ("metric", "before", "slm", "gain", "interval"), rows))
+    if told.get("cost") and known(told["cost"]):
+        found.append(_bills(told["cost"]))
     return found
 
 
@@ -194,8 +212,18 @@ def _gap(gap: dict[str, Any]) -> list[Table]:
     ]
     found: list[Table] = [(f"Where the gap in {gap['metric']} comes from", ("what is wrong", "azure rows", "slm rows", "points"), errors)]
     if remedies:
-        found.append(("What would close it, the cheapest first", ("remedy", "slm rows", "gain at most", "right but for that"), remedies))
+        found.append(("What would close it, the cheapest first" + (f"; begin with {gap['first']}" if gap.get("first") else ""), ("remedy", "slm rows", "gain at most", "right but for that"), remedies))
     return found
+
+
+def _bills(cost: dict[str, Any]) -> Table:
+    """What a month costs, by volume."""
+    rows = []
+    for bill in cost["bills"]:
+        run = ("–", "–") if bill["machines"] is None else (f"{bill['machines']:,}", percent(bill["utilisation"]))
+        rows.append((f"{bill['tasks']:,}", money(bill["azure"]), money(bill["slm"]), *run, money(bill["slm_per_1000"])))
+    unit = f", in {plain(cost['currency'], 12)}" if cost["currency"] else ""
+    return f"What a month costs{unit}", ("tasks a month", "azure", "slm", "machines", "utilised", "slm per 1,000"), rows
 
 
 def _groups(groups: dict[str, Any]) -> Table:
@@ -204,6 +232,6 @@ def _groups(groups: dict[str, Any]) -> Table:
         for own in groups["all"][:MOST]
     ]
     title = f"By {groups['by']}, the worst {len(rows)} of {len(groups['all'])}: {groups['metric']}, azure - slm shrunk towards {points(groups['mean'])}"
-    if groups["between_sd"] == 0:
-        title += "; they differ by no more than chance"
+    if (1.0 if groups["between_sd"] == 0 else groups.get("p_value") or 0.0) > 0.05:
+        title += "; no difference between them is shown"
     return title, (groups["by"], "rows", "azure", "slm", "shrunk", "interval"), rows

@@ -8,13 +8,14 @@ import sys
 import pytest
 
 from slm_swap.common.settings import ROOT
+from tests.support.processes import run_python
 
 SCRIPT = ROOT / "benchmarks/eval.py"
 
 
 def measured(tmp_path, *flags: str) -> subprocess.CompletedProcess:
     words = ["--shape", "tiny", "--scratch", tmp_path / "scratch", "--out", tmp_path / "eval.json", *flags]
-    return subprocess.run([sys.executable, SCRIPT, *words], capture_output=True, text=True, timeout=300)
+    return run_python(SCRIPT, *words)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import subprocess
 import sys
 
 import pytest
@@ -11,6 +10,7 @@ from slm_swap.common.errors import UserError
 from slm_swap.common.settings import ROOT
 from slm_swap.tuning.hyperparameters import Hyperparameters
 from slm_swap.tuning.packing import IGNORED
+from tests.support.processes import run_python
 
 SCRIPT = ROOT / "benchmarks/train.py"
 BROKEN = "fast:precision=fp32,pack_length=2048,scheduler=none"
@@ -28,9 +28,7 @@ def benchmark():
 
 def test_a_tiny_model_is_measured_and_a_failure_is_told(tmp_path):
     flags = ["--shape", "tiny", "--configs", "fast:precision=fp32,pack_length=2048", BROKEN, "--rows", "24", "--seconds", "0.2"]
-    done = subprocess.run(
-        [sys.executable, SCRIPT, *flags, "--scratch", tmp_path, "--out", tmp_path / "train.json"], capture_output=True, text=True, timeout=300
-    )
+    done = run_python(SCRIPT, *flags, "--scratch", tmp_path, "--out", tmp_path / "train.json")
     assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads((tmp_path / "train.json").read_text())
     fast = told["configurations"]["fast:precision=fp32,pack_length=2048"]
@@ -62,7 +60,7 @@ def test_a_configuration_may_be_changed(benchmark):
 def measured(tmp_path, config: str, rows: int) -> dict:
     """What is told of one configuration of the tiny model."""
     flags = ["--shape", "tiny", "--configs", config, "--rows", str(rows), "--seconds", "0.2", "--scratch", tmp_path, "--out", tmp_path / "train.json"]
-    done = subprocess.run([sys.executable, SCRIPT, *flags], capture_output=True, text=True, timeout=300)
+    done = run_python(SCRIPT, *flags)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads((tmp_path / "train.json").read_text())["configurations"][config]
 

@@ -31,6 +31,7 @@ from slm_swap.rows.examples import Example
 from slm_swap.slm_client import no_collections
 
 KEY = "0123456789abcdef-not-a-real-key"
+NO_ROOM = "Could not finish the message because max_tokens or model output limit was reached"
 VERSION = "2024-10-21"
 ROWS = [Example(f"prompt {n}", f'<tool_call name="f">{{"n":{n}}}</tool_call>') for n in range(40)]
 
@@ -562,10 +563,10 @@ def test_odd_completions():
     assert read_completion(completion("length", content="x", refusal="no")) == Reply("no", "refusal")
     assert read_completion(completion(content=["x"])).finish_reason == "error"
     usage = {"prompt_tokens": 5, "completion_tokens": None, "prompt_tokens_details": None}
-    assert read_completion(completion(usage=usage, content="x")) == Reply("x", input_tokens=5)
+    assert read_completion(completion(usage=usage, content="x")) == Reply("x", input_tokens=5, cached_tokens=0)
 
 
-def test_a_prompt_longer_than_the_context_is_cut_off():
+def test_a_prompt_longer_than_the_context_says_so():
     class Small(AzureSimulator):
         async def handle(self, request):
             error = {"code": "context_length_exceeded", "message": "This model's maximum context length is 8192 tokens."}
@@ -573,7 +574,69 @@ def test_a_prompt_longer_than_the_context_is_cut_off():
 
     with talking(kind=Small) as (_, client):
         reply = one(client)
-    assert (reply.text, reply.finish_reason) == ("", "length") and "8192" in reply.error
+    assert (reply.text, reply.finish_reason) == ("", "prompt_too_long") and "8192" in reply.error
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "reason"),
+    [
+        (400, {"code": "content_filter", "message": "filtered"}, "content_filter"),
+        (400, {"code": "400", "message": "m", "innererror": {"code": "ResponsibleAIPolicyViolation"}}, "content_filter"),
+        (403, {"code": None, "message": "m", "provider": {"innererror": {"code": "ResponsibleAIPolicyViolation"}}}, "content_filter"),
+        (400, {"code": None, "message": f"{NO_ROOM}. Please try again with higher max_tokens."}, "length"),
+        (422, {"code": None, "message": NO_ROOM}, "error"),
+        (400, {"code": "BadRequest", "message": "ResponsibleAI is a word"}, "error"),
+    ],
+)  # fmt: skip
+def test_what_a_refused_request_stands_for(status, error, reason):
+    class Refusing(AzureSimulator):
+        async def handle(self, request):
+            return web.json_response({"error": error}, status=status)
+
+    with talking(kind=Refusing, client={"max_new_tokens": 77}) as (_, client):
+        reply = one(client)
+    assert (reply.text, reply.finish_reason, reply.limit, reply.counts) == ("", reason, 77, None)
+    assert not reply.transient and (reply.error is None) == (reason != "error")
+
+
+@pytest.mark.parametrize("status", [408, 409, 422, 429, 500, 503])
+def test_an_error_that_may_pass_is_told_from_one_that_stays(status):
+    class Failing(AzureSimulator):
+        async def handle(self, request):
+            return web.json_response({"error": {"message": "no"}}, status=status, headers={"x-should-retry": "false"})
+
+    with talking(kind=Failing) as (_, client):
+        reply = one(client)
+    assert reply.finish_reason == "error" and reply.transient == (status != 422)
+
+
+def test_a_deployment_without_a_limit_has_none():
+    faults = Faults(unsupported_parameters=frozenset({"max_tokens", "max_completion_tokens"}))
+    with talking(faults=faults) as (_, client):
+        assert one(client).limit is None
+
+
+COUNTS = st.none() | st.booleans() | st.integers(-2, 300) | st.floats(-2, 300) | st.just(float("nan")) | st.text(max_size=2)
+
+
+@given(COUNTS, COUNTS, COUNTS, COUNTS)
+def test_a_count_is_a_whole_number_or_unknown(given, made, cached, reasoning):
+    usage = {
+        "prompt_tokens": given, "completion_tokens": made, "prompt_tokens_details": {"cached_tokens": cached},
+        "completion_tokens_details": {"reasoning_tokens": reasoning},
+    }  # fmt: skip
+    reply = read_completion(completion(usage=usage, content="x"))
+    for sent, read in ((given, reply.input_tokens), (made, reply.output_tokens), (reasoning, reply.reasoning_tokens)):
+        whole = isinstance(sent, int | float) and not isinstance(sent, bool) and sent >= 0 and sent == int(sent)
+        assert read == (sent if whole else None) and type(read) in (int, type(None))
+    assert reply.cached_tokens is None or 0 <= reply.cached_tokens <= reply.input_tokens
+    assert reply.counts is None or None not in reply.counts
+
+
+@pytest.mark.parametrize("usage", [None, {}, [], "many", {"completion_tokens": 3}])
+def test_without_the_prompts_count_there_is_no_count_of_the_cache(usage):
+    reply = read_completion(completion(usage=usage, content="x"))
+    assert (reply.text, reply.input_tokens, reply.cached_tokens, reply.counts) == ("x", None, None, None)
 
 
 # The key

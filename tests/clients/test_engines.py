@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from slm_swap.clients import engines
 from slm_swap.clients.engines import Prompt, Workload, choose_engine, vllm_engine
+from slm_swap.clients.engines import captured as captured_module
 from slm_swap.clients.engines import transformers_engine as module
 from slm_swap.clients.engines.attention import GROUPED, grouped_sdpa
 from slm_swap.clients.engines.captured import CapturedDecoder, take
@@ -17,7 +18,7 @@ from slm_swap.clients.loading import encode_prompt
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import PACKAGE, ROOT, Settings
 from slm_swap.slm_client import SLMClient, measure_workload
-from tests.clients.test_slm_client import BATCH, ask
+from tests.support.tool_requests import BATCH, ask
 
 SETTINGS = Settings(slm_model_path="models/phi-tiny")
 
@@ -79,7 +80,7 @@ def captured(client, monkeypatch):
 
     def steps(self, step):
         step.at.zero_()
-        for _ in range(module.CHECK_EVERY):
+        for _ in range(captured_module.CHECK_EVERY):
             self._step(step)
 
     monkeypatch.setattr(CapturedDecoder, "_run", steps)
@@ -91,7 +92,7 @@ def captured(client, monkeypatch):
 @pytest.mark.parametrize("size", [1, 3, 16])
 def test_static_caches_give_the_same_replies(client, captured, prompts, expected, size, monkeypatch):
     monkeypatch.setattr(client.engine, "batch_size", size)
-    monkeypatch.setattr(module, "PREFILL_TOKENS", 600)  # a batch's prompts in several parts
+    monkeypatch.setattr(captured_module, "PREFILL_TOKENS", 600)  # a batch's prompts in several parts
     assert generated(client.engine, prompts) == expected
     assert generated(client.engine, prompts) == expected, "caches and masks are used again"
     assert all(rows & (rows - 1) == 0 for rows, _ in captured._steps)
@@ -104,7 +105,7 @@ def test_a_model_is_captured_as_far_as_its_rotary_embedding_is_fixed(client):
         config = type("Config", (), {"rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 4096}, "sliding_window": 512})
 
     decoder = CapturedDecoder(Model, {0})
-    assert decoder.fits(512 - module.CHECK_EVERY) and not decoder.fits(513 - module.CHECK_EVERY)
+    assert decoder.fits(512 - captured_module.CHECK_EVERY) and not decoder.fits(513 - captured_module.CHECK_EVERY)
     assert CapturedDecoder(client.engine.model, {0}).fits(10**6)
 
 

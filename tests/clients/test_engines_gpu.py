@@ -18,8 +18,9 @@ from slm_swap.common.settings import PACKAGE, Settings
 from slm_swap.rows.prompts import build_messages
 from slm_swap.slm_client import SLMClient
 from slm_swap.tuning.training import train
-from tests.clients import test_replicas
-from tests.clients.test_slm_client import ask
+from tests.support import local_runs
+from tests.support.processes import free_port
+from tests.support.tool_requests import ask
 from tests.support.training_rows import BASE, INPUTS, QUICK
 from tests.support.training_rows import ROWS as TAUGHT
 
@@ -144,23 +145,23 @@ def test_vllm_has_no_adapters_in_32_bits(tmp_path):
 @pytest.mark.parametrize("engine", ["transformers", pytest.param("vllm", marks=vllm)])
 def test_two_gpus_end_in_the_report_of_one(engine, tmp_path):
     """By the wrapper, and by accelerate with the configuration for two GPUs."""
-    write_jsonl(tmp_path / "rows.jsonl", test_replicas.ROWS)
+    write_jsonl(tmp_path / "rows.jsonl", local_runs.ROWS)
     gpus = (os.environ.get("CUDA_VISIBLE_DEVICES") or "0,1").split(",")[:2]
     known = os.environ | {"LANGFUSE_DISABLED": "1", "SLM_MODEL_PATH": "models/phi-tiny", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", "accelerate_config/phi4_2gpu.yaml"]
     commands = {
         "one": ([sys.executable, "01_eval/eval.py"], gpus[:1]),
         "wrapper": (["./eval_parallel.sh"], gpus),
-        "accelerate": ([*accelerate, "--main_process_port", str(test_replicas.free_port()), "01_eval/eval.py"], gpus),
+        "accelerate": ([*accelerate, "--main_process_port", str(free_port()), "01_eval/eval.py"], gpus),
     }
     for name, (command, visible) in commands.items():
-        words = [*command, *map(str, test_replicas.flags(tmp_path / "rows.jsonl", tmp_path / name / "out.json", "--engine", engine))]
+        words = [*command, *map(str, local_runs.flags(tmp_path / "rows.jsonl", tmp_path / name / "out.json", "--engine", engine))]
         done = subprocess.run(
             words, capture_output=True, text=True, cwd=PACKAGE, env=known | {"CUDA_VISIBLE_DEVICES": ",".join(visible)}, timeout=300
         )
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         assert done.stdout.count("report: ") == 1
-    outcomes = [test_replicas.outcome(tmp_path / name / "out.json") for name in commands]
+    outcomes = [local_runs.outcome(tmp_path / name / "out.json") for name in commands]
     for report, lines in outcomes:
         for told in (report, *lines):
             del told["tokens"]["cached"]  # each replica of vLLM has a prefix cache of its own

@@ -4,11 +4,8 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import threading
-import time
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
@@ -20,15 +17,13 @@ import slm_swap.clients.replicas as module
 from slm_swap.clients.protocol import Reply
 from slm_swap.clients.replicas import Replicas, answer, take_one_gpu
 from slm_swap.common.errors import UserError
-from slm_swap.common.reports import rows_path, write_jsonl
+from slm_swap.common.reports import write_jsonl
 from slm_swap.common.settings import PACKAGE, Launch
 from slm_swap.evaluating.journal import journal_path
-from slm_swap.rows.examples import Example
-from tests.support import eval_process
-from tests.tuning.test_launches import children_of
+from tests.support.local_runs import ROWS, flags, outcome
+from tests.support.processes import PATIENCE, Script, children_of, commands_path, free_port, wait_until
 
-ROWS = [Example(f"Say {number} {'and again ' * (number % 7)}", f'{{"a":{number}}}', id=f"r{number}").to_json() for number in range(64)]
-TIMES = ("created_at", "seconds", "args", "sessions")
+EVAL = PACKAGE / "01_eval/eval.py"
 
 
 @pytest.fixture(scope="module")
@@ -38,39 +33,21 @@ def rows(tmp_path_factory):
     return path
 
 
-def flags(rows, out, *more) -> list:
-    return ["--track", "structured", "--model-kind", "slm", "--dataset", rows, "--precision", "fp32", "--max-new-tokens", 6, "--out", out, *more]
-
-
 def environment(rank: int = 0, world: int = 1, port: int = 0) -> dict[str, str]:
     told = {"LANGFUSE_DISABLED": "1", "SLM_MODEL_PATH": "models/phi-tiny", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return told | ({name: str(value) for name, value in ranks.items()} if world > 1 else {})
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def start(tmp_path, world: int, argv: list, **changed: dict[str, str]) -> list:
+def start(folder: Path, world: int, argv: list, **changed: dict[str, str]) -> list[Script]:
     """The ranks' processes, as a launcher would start them; `changed` by rank is other environment, as rank1={...}."""
     port = free_port() if world > 1 else 0
     told = [environment(rank, world, port) | changed.get(f"rank{rank}", {}) for rank in range(world)]
-    return [eval_process.start(argv, variables, tmp_path / f"log{rank}") for rank, variables in enumerate(told)]
+    return [Script(EVAL, *argv, log=folder / f"log{rank}", **variables) for rank, variables in enumerate(told)]
 
 
-def finish(processes: list) -> list[int]:
-    for process in processes:
-        process.join(90)
-    return [process.exitcode for process in processes]
-
-
-def outcome(out) -> tuple:
-    report = {name: value for name, value in json.loads(out.read_text()).items() if name not in TIMES}
-    lines = [json.loads(line) for line in rows_path(out).read_text().splitlines()]
-    return report, [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+def finish(processes: list[Script]) -> list[int]:
+    return [process.wait() for process in processes]
 
 
 @pytest.fixture(scope="module")
@@ -103,12 +80,9 @@ def test_killed_with_all_processes_it_goes_on_with_another_number_of_them(tmp_pa
     assert outcome(out) == whole and json.loads(out.read_text())["sessions"] == 2
 
 
-def answered(journal, rows: int) -> None:
+def answered(journal: Path, rows: int) -> None:
     """Wait until so many rows are in the journal."""
-    deadline = time.monotonic() + 90
-    while not (journal.exists() and journal.read_bytes().count(b'"row"') >= rows):
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    wait_until(lambda: journal.exists() and journal.read_bytes().count(b'"row"') >= rows)
 
 
 def test_a_process_that_dies_ends_the_run_and_costs_none_of_its_rows(tmp_path, rows, whole):
@@ -125,17 +99,15 @@ def test_a_process_that_dies_ends_the_run_and_costs_none_of_its_rows(tmp_path, r
 
 @pytest.mark.parametrize(("rank", "sent", "code", "said"), [(0, signal.SIGINT, 130, "interrupted"), (1, signal.SIGKILL, 2, "error: rank 1 has ended")])
 def test_rank_0_ends_in_order_in_the_middle_of_a_batch(tmp_path, rows, rank, sent, code, said):
-    """As processes of their own: those of `start` are forks, whose interpreter is never wound up. One batch takes longer than the rest."""
-    out, port = tmp_path / "out.json", free_port()
-    told = [os.environ | environment(number, 2, port) for number in range(2)]
-    words = [sys.executable, str(eval_process.EVAL), *map(str, flags(rows, out, "--batch-size", 4, "--max-new-tokens", 512))]
-    processes = [subprocess.Popen(words, env=env, stderr=subprocess.PIPE, text=True) for env in told]
+    """With the interpreter's own end, in which threads that go on would crash. One batch takes longer than the rest."""
+    out, unwinds = tmp_path / "out.json", {"FORK_UNWINDS": "1"}
+    processes = start(tmp_path, 2, flags(rows, out, "--batch-size", 4, "--max-new-tokens", 512), rank0=unwinds, rank1=unwinds)
     answered(journal_path(out), 4)
     processes[rank].send_signal(sent)
-    heard = [process.communicate(timeout=90)[1] for process in processes]
-    assert processes[0].returncode == code and said in heard[0] and "terminate called" not in heard[0], heard[0]
-    assert "rows are answered and kept: the same command goes on from there" in heard[0]
-    assert rank == 1 or processes[1].returncode == 0
+    codes, heard = finish(processes), (tmp_path / "log0").read_text()
+    assert codes[0] == code and said in heard and "terminate called" not in heard, heard
+    assert "rows are answered and kept: the same command goes on from there" in heard
+    assert rank == 1 or codes[1] == 0
 
 
 def served(client) -> tuple[Connection, threading.Thread]:
@@ -207,7 +179,7 @@ def test_a_rank_that_does_not_come_is_named(monkeypatch, ended):
     monkeypatch.setattr(module, "PATIENCE", 0.2)
     monkeypatch.setattr(module, "_store", Store)
     with pytest.raises(UserError, match=r"not connected within 0\.2 s: rank 1, 2: see"):
-        module.open_replicas(Launch(0, 3, replica=here), None, lambda seconds: None)
+        module.open_replicas(Launch(0, 3, replica=here), None, lambda seconds: None, len)
 
 
 def test_a_replica_that_ends_before_the_rows_come_is_told_of(monkeypatch):
@@ -215,7 +187,7 @@ def test_a_replica_that_ends_before_the_rows_come_is_told_of(monkeypatch):
     there.close()
     monkeypatch.setattr(module, "_store", Store)
     with pytest.raises(UserError, match="rank 0 has ended"):
-        module.open_replicas(Launch(0, 1, replica=here), None, lambda seconds: None)
+        module.open_replicas(Launch(0, 1, replica=here), None, lambda seconds: None, len)
 
 
 def test_what_a_replica_sent_does_not_hide_that_it_has_ended():
@@ -273,6 +245,22 @@ def test_the_state_is_rank_0s_but_for_what_all_of_them_count():
     halved = [replicas.state()["batches_halved"] for index, _ in replicas.stream(enumerate([[], [], []])) if index % 2 == 0]
     assert halved[0] >= 6 and replicas.state() == {"batch_size_used": 8, "batches_halved": 8}
     assert replicas.describe() == {"device": "cpu", "batch_size_used": 8, "batches_halved": 8} and replicas.cost(1, 1, 1, 3.0) == 6.0
+
+
+def test_all_of_them_forget_and_go_on():
+    class Forgetful(Echo):
+        forgotten = 0
+
+        def forget(self):
+            self.forgotten += 1
+
+    clients = [Forgetful() for _ in range(3)]
+    replicas = Replicas([served(client)[0] for client in clients], lambda seconds: None, count=len)
+    replicas.forget()
+    assert sorted(replicas.stream((n, [{"content": str(n)}]) for n in range(6))) == [(n, Reply(str(n))) for n in range(6)]
+    replicas.forget()
+    assert replicas.generate([[{"content": "a"}]]) == [Reply("a")]
+    assert clients[0].forgotten == 2 and replicas.count_tokens("four") == 4
     replicas.close()
 
 
@@ -283,10 +271,7 @@ def test_when_rank_0_dies_the_others_end(tmp_path, rows):
     (replica,) = children_of(processes[0].pid)
     processes[0].kill()
     assert finish(processes) == [-signal.SIGKILL, 0]
-    deadline = time.monotonic() + 10
-    while Path(f"/proc/{replica}/exe").exists() and time.monotonic() < deadline:  # a zombie has none
-        time.sleep(0.01)
-    assert not Path(f"/proc/{replica}/exe").exists()
+    wait_until(lambda: not Path(f"/proc/{replica}/exe").exists())  # a zombie has none
 
 
 def test_rank_0_says_what_another_one_lacks(tmp_path, rows):
@@ -307,9 +292,8 @@ def test_mistakes_are_said_once(tmp_path, rows):
 
 def launched(words: list, **told: str) -> subprocess.Popen:
     """A launcher's process, in the package's folder as documented."""
-    path = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"
     return subprocess.Popen(
-        [str(word) for word in words], cwd=PACKAGE, env=os.environ | environment() | {"PATH": path} | told,
+        [str(word) for word in words], cwd=PACKAGE, env=os.environ | environment() | {"PATH": commands_path()} | told,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
@@ -317,7 +301,7 @@ def launched(words: list, **told: str) -> subprocess.Popen:
 def test_the_wrapper_starts_a_process_for_each_gpu_that_seems_to_be_there(tmp_path, rows, whole):
     out = tmp_path / "wrapper/out.json"
     process = launched(["./eval_parallel.sh", *flags(rows, out)], CUDA_VISIBLE_DEVICES="0,1")
-    said, error = process.communicate(timeout=180)
+    said, error = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, error
     assert outcome(out) == whole and said.count("report: ") == 1
 
@@ -328,7 +312,7 @@ def test_accelerate_starts_it_on_several_machines(tmp_path, rows, whole):
     launch = ["accelerate", "launch", "--config_file", "accelerate_config/phi4_2gpu.yaml", "--num_machines", 2, "--main_process_ip", "127.0.0.1"]
     launch += ["--main_process_port", port, "--machine_rank"]
     machines = [launched([*launch, rank, "01_eval/eval.py", *flags(rows, out)]) for rank in range(2)]
-    heard = [machine.communicate(timeout=180) for machine in machines]
+    heard = [machine.communicate(timeout=PATIENCE) for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], heard
     assert outcome(out) == whole and [said.count("report: ") for said, _ in heard] == [1, 0]
 

@@ -15,37 +15,11 @@ from slm_swap.clients.loading import adapter_path, encode_prompt, encode_prompts
 from slm_swap.clients.pricing import LocalPrices, Prices
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import PACKAGE, ROOT, Settings
-from slm_swap.rows.prompts import build_messages, toolcall_prompt
+from slm_swap.rows.prompts import build_messages
 from slm_swap.slm_client import SLMClient, local_client, serve_rows
+from tests.support.tool_requests import BATCH, ask
 
 SETTINGS = Settings(slm_model_path="models/phi-tiny")
-CITY = {"city": {"type": "string", "description": "The city."}}
-DATE = {"date": {"type": "string", "description": "The date as YYYY-MM-DD."}}
-TOOLS = [
-    {
-        "name": "check_weather",
-        "description": "Check a weather.",
-        "parameters": {"type": "object", "properties": CITY, "required": ["city"]},
-    },
-    {
-        "name": "open_calendar",
-        "description": "Open a calendar.",
-        "parameters": {"type": "object", "properties": DATE, "required": ["date"]},
-    },
-]
-REQUESTS = (
-    "Check the weather in Oslo",
-    "Open the calendar on 3 May 2026, please",
-    "Check weather for Lima",
-    "Hi, open my calendar for June 9, 2027",
-)
-
-
-def ask(request: str, tools: int = 2) -> list[dict]:
-    return build_messages("toolcall", toolcall_prompt(TOOLS[:tools], request))
-
-
-BATCH = [ask(request, 1 + index % 2) for index, request in enumerate(REQUESTS * 2)]
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +58,7 @@ def test_rows_are_asked_whole_and_in_order_however_many_are_encoded_at_once(clie
     long, answered = ask("Check the weather in Oslo " + "and Rome " * 9999), {2, 5}
     replies = dict(client.stream(enumerate([*BATCH, long]), answered))
     assert set(replies) == set(range(len(BATCH) + 1)) - answered
-    assert replies.pop(len(BATCH)).finish_reason == "length"
+    assert replies.pop(len(BATCH)).finish_reason == "prompt_too_long"
     assert same(replies.values(), [alone[index] for index in replies])
 
 
@@ -119,7 +93,7 @@ def test_the_model_sees_phi_4_minis_chat_format(client):
 def test_a_reply_that_reaches_the_limit_is_marked(client, monkeypatch):
     monkeypatch.setattr(client, "max_new_tokens", 3)
     (reply,) = client.generate([BATCH[0]])
-    assert (reply.finish_reason, reply.output_tokens) == ("length", 3)
+    assert (reply.finish_reason, reply.output_tokens, reply.limit) == ("length", 3, 3)
 
 
 def test_a_prompt_longer_than_the_context_is_not_cut(client, alone, monkeypatch):
@@ -127,7 +101,7 @@ def test_a_prompt_longer_than_the_context_is_not_cut(client, alone, monkeypatch)
     long = ask("Check the weather in Oslo " + "and Rome " * 400)
     monkeypatch.setattr(client.engine, "context", needed + 200)
     replies = client.generate([BATCH[0], long, BATCH[1]])
-    assert (replies[1].text, replies[1].finish_reason) == ("", "length")
+    assert (replies[1].text, replies[1].finish_reason) == ("", "prompt_too_long") and replies[1].counts is not None
     assert f"the context {needed + 200}" in replies[1].error
     assert same([replies[0], replies[2]], alone[:2])
 
@@ -139,7 +113,7 @@ def test_a_row_with_little_room_does_not_shorten_its_neighbours(client, alone, m
     monkeypatch.setattr(client, "max_new_tokens", 48)
     roomy = [index for index, length in enumerate(lengths) if max(lengths) + 4 - length >= alone[index].output_tokens]
     replies = client.generate(BATCH)
-    assert replies[longest].finish_reason == "length" and replies[longest].output_tokens == 4
+    assert replies[longest].finish_reason == "length" and replies[longest].output_tokens == replies[longest].limit == 4
     assert roomy and same([replies[index] for index in roomy], [alone[index] for index in roomy])
 
 

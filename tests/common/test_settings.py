@@ -123,4 +123,4 @@ def test_paths_are_shown_from_the_root(checkout, tmp_path_factory):
 
 
 def test_the_package_is_where_the_code_is():
-    assert (PACKAGE / "settings.py").is_file()
+    assert (PACKAGE / "common/settings.py").is_file()

@@ -281,7 +281,7 @@ def test_examples_of_both_tracks():
     assert call.prompt.endswith("Request: Weather in Oslo?") and structured.prompt.endswith("Request: Weather in Oslo?")
     assert json.dumps(structured.schema) in structured.prompt
     for example in (call, structured):
-        assert (example.id, example.group, example.source, example.accept) == ("1", "f", "xlam:1", {"city": ["Oslo", "oslo"]})
+        assert (example.id, example.group, example.source, example.accept) == ("1", None, "xlam:1", {"city": ["Oslo", "oslo"]})
 
 
 def test_tools_are_shuffled_row_by_row():

@@ -1,11 +1,17 @@
 """Importers: every drop reason, every bad row, and what a good row becomes."""
 
 import json
+from decimal import Decimal
 
 import pytest
 
 from slm_swap.common.errors import UserError
+from slm_swap.common.exact_json import exact
+from slm_swap.common.reports import write_jsonl
+from slm_swap.dataset.build import make_example
 from slm_swap.dataset.importers import Dropped, Row, bfcl, jsonl, read_rows, xlam
+from slm_swap.rows.examples import Dataset
+from slm_swap.scoring.tracks import TRACKS
 
 WEATHER = {
     "name": "weather",
@@ -273,6 +279,78 @@ def test_two_answers_for_one_id(tmp_path):
     gold = write(tmp_path / "gold.json", [{"id": "a", "ground_truth": []}] * 2)
     with pytest.raises(UserError, match=r"gold.json:2: a second answer for id 'a'"):
         list(bfcl([], [gold]))
+
+
+# -- Numbers and schemas ---------------------------------------------------------------------------------------------------------
+
+NUMBERS = ["52.520006599999998", "12345678901234567.25", "0.1000000000000000055", "1.10", "1e23", "-0.0", "1E5", "9" * 5000]
+
+
+def given_again(tmp_path, row, number):
+    """The error of the number in a reply, against the row as it is written into a dataset and read from it."""
+    for track in TRACKS:
+        path = tmp_path / f"{track}.jsonl"
+        write_jsonl(path, [make_example(row, track, 1).to_json()])
+        rows = Dataset(path)
+        for example in (*rows, *rows):  # as it is checked, and as it is read again
+            text = f'<tool_call name="f">{{"x":{number}}}</tool_call>'
+            text = text if track == "toolcall" else f'{{"tool_name":"f","arguments":{{"x":{number}}}}}'
+            yield TRACKS[track].score(TRACKS[track].reference(example), text).error
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize("as_text", [False, True], ids=["lists", "text"])
+def test_xlam_numbers_keep_their_digits(tmp_path, number, as_text):
+    tools, answers = '[{"name":"f","parameters":{"x":{"type":"float"}}}]', f'[{{"name":"f","arguments":{{"x":{number}}}}}]'
+    if as_text:
+        tools, answers = json.dumps(tools), json.dumps(answers)
+    line = f'{{"id":1,"query":"How much?","answers":{answers},"tools":{tools}}}'
+    for name, content in (("rows.jsonl", line), ("rows.json", f"[{line}]")):
+        (tmp_path / name).write_text(content)
+        [row] = xlam([tmp_path / name])
+        assert isinstance(row, Row) and exact(row.arguments["x"]) == Decimal(number)
+        assert set(given_again(tmp_path, row, number)) == {None}
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_bfcl_numbers_keep_their_digits(tmp_path, number):
+    tool = {"name": "f", "parameters": {"type": "dict", "properties": {"x": {"type": "float"}}, "required": ["x"]}}
+    rows = write(tmp_path / "rows.json", [{"id": "a", "question": [[{"role": "user", "content": "Go."}]], "function": [tool]}])
+    for values in (f"[{number}]", f"[0.5, {number}]"):
+        (tmp_path / "gold.json").write_text(f'{{"id":"a","ground_truth":[{{"f":{{"x":{values}}}}}]}}')
+        [row] = bfcl([rows], [tmp_path / "gold.json"])
+        assert set(given_again(tmp_path, row, number)) == {None}
+
+
+def test_a_schema_s_own_numbers_keep_their_digits(tmp_path):
+    number, default = "52.520006599999998", '{"x":{"type":"float, optional","default":52.520006599999998}}'
+    line = f'{{"id":1,"query":"q","answers":[{{"name":"f","arguments":{{}}}}],"tools":[{{"name":"f","parameters":{default}}}]}}'
+    (tmp_path / "rows.jsonl").write_text(line)
+    [row] = xlam([tmp_path / "rows.jsonl"])
+    example = make_example(row, "toolcall", 1)
+    assert f'"default": {number}' in example.prompt
+    reference = TRACKS["toolcall"].reference(example)
+    assert TRACKS["toolcall"].score(reference, f'<tool_call name="f">{{"x":{number}}}</tool_call>').schema.exact
+    assert not TRACKS["toolcall"].score(reference, '<tool_call name="f">{"x":52.520006599999995}</tool_call>').schema.exact
+
+
+@pytest.mark.parametrize(
+    ("part", "acceptable", "outcome"),
+    [
+        ({"type": "float", "multipleOf": 0.01}, [19.99], {"x": 19.99}),
+        ({"type": "float", "multipleOf": 0.01}, [19.995], "gold_breaks_schema"),
+        ({"type": "dict", "$ref": "#/properties/y"}, [{"n": [1]}], {"x": {"n": 1}}),
+        ({"type": "dict", "$ref": "#/properties/y"}, [{"n": ["one"]}], "gold_breaks_schema"),
+        ({"type": "string", "$ref": "https://example.com/x"}, ["a"], "schema_fault"),
+        ({"type": "string", "$ref": "#/properties/x"}, ["a"], "schema_fault"),
+        ({"type": "string", "pattern": "^\\p{L}+$"}, ["a"], "schema_fault"),
+    ],
+)
+def test_bfcl_schemas_of_other_shapes(tmp_path, part, acceptable, outcome):
+    inner = {"type": "dict", "properties": {"n": {"type": "integer"}}}
+    tool = {"name": "f", "parameters": {"type": "dict", "properties": {"x": part, "y": inner}, "required": ["x"]}}
+    [row] = read_bfcl(tmp_path, function=[tool], calls=[{"f": {"x": acceptable}}])
+    assert (row.arguments if isinstance(row, Row) else row.reason) == outcome
 
 
 # -- A team's own rows -----------------------------------------------------------------------------------------------------------

@@ -198,7 +198,7 @@ def test_real_bfcl_rows_are_accounted_for(tmp_path):
             assert scored.strict.exact and scored.schema.exact and scored.lenient.exact
     for example in examples:  # toolcall, the last
         arguments = TRACKS["toolcall"].reference(example).parsed.value
-        [tool] = [tool for tool in example.tools if tool["name"] == example.group]
+        [tool] = [tool for tool in example.tools if tool["name"] == example.completion.split('"')[1]]
         assert call_violations(arguments, tool) == []
         accept = example.accept
         assert all(any(_accepts(option, value, folded=False) for option in accept[key]) for key, value in arguments.items())

@@ -1,11 +1,18 @@
 """One traced generation to one row: every form of input and output, and why some make no row."""
 
 import json
+from decimal import Decimal
 
 import pytest
+from hypothesis import given as for_any
+from hypothesis import settings
+from hypothesis import strategies as st
 
+from slm_swap.common.exact_json import EXACT
 from slm_swap.dataset.traffic import REASONS, Unusable, convert
+from slm_swap.rows.examples import parse_example
 from slm_swap.rows.prompts import SYSTEM_PROMPTS, toolcall_prompt
+from slm_swap.scoring.tracks import TRACKS
 
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 TOOL = {"name": "weather", "description": "The weather.", "parameters": PARAMETERS}
@@ -64,7 +71,7 @@ def test_a_tool_call_in_every_form(given, output, as_text):
         "prompt": toolcall_prompt([TOOL], "Rain in Oslo?"),
         "completion": COMPLETION,
         "tools": [TOOL],
-        "group": "weather",
+        "group": "trace-1",
         "source": "langfuse:t1",
         "request": "Rain in Oslo?",
     }
@@ -176,3 +183,167 @@ def test_what_is_masked_stays_the_same_in_prompt_and_completion():
     assert taken.row["completion"] == '<tool_call name="weather">{"city":"<EMAIL_1>"}</tool_call>'
     assert taken.masked == {"EMAIL": 1, "PHONE": 1}
     assert made(given, output, regions=None).row["request"] == "Weather for ann@example.com, +1 415 555 2671"
+
+
+# -- Numbers keep their digits ---------------------------------------------------------------------------------------------------
+
+
+def outputs(body):
+    """A reply in every form in which a server hands its numbers out: as text, and read from JSON."""
+    value = json.loads(body, **EXACT)
+    yield body, "structured"
+    yield value, "structured"
+    yield {"role": "assistant", "content": body}, "structured"
+    yield {"role": "assistant", "content": value}, "structured"
+    yield {"tool_calls": [{"function": {"name": "f", "arguments": body}}]}, "toolcall"
+    yield {"tool_calls": [{"name": "f", "args": value}]}, "toolcall"
+    yield f'<tool_call name="f">{body}</tool_call>', "toolcall"
+
+
+def again(track, row, body):
+    """The score of the very same reply, given again."""
+    reference = TRACKS[track].reference(parse_example(row, "rows.jsonl:1"))
+    return TRACKS[track].score(reference, body if track == "structured" else f'<tool_call name="f">{body}</tool_call>')
+
+
+NUMBERS = ["52.520006599999998", "12345678901234567.25", "0.1000000000000000055", "1.10", "1" + "0" * 22 + "1", "1e23", "-0.0", "1E5", "1e400"]
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_the_same_reply_given_again_is_exact(number):
+    body = f'{{"x":{number},"l":[{number}]}}'
+    for output, track in outputs(body):
+        row = made("How much?", output).row
+        assert again(track, row, body).error is None
+        row = made({"messages": [USER], "tools": [TOOL | {"name": "f", "parameters": {"properties": {"x": {}, "l": {}}}}]}, output).row
+        assert again(track, row, body).error is None
+
+
+@settings(max_examples=100, deadline=None)
+@for_any(st.from_regex(r"-?(0|[1-9][0-9]{0,24})(\.[0-9]{1,24})?([eE][+-]?[0-9]{1,3})?", fullmatch=True))
+def test_any_number_given_again_is_exact(number):
+    body = f'{{"x":{number}}}'
+    for output, track in outputs(body):
+        row = made("How much?", output, regions=None).row
+        assert again(track, row, body).error is None
+        assert Decimal(row["completion"].split(":")[1].split("}")[0]) == Decimal(number)
+
+
+@pytest.mark.parametrize("of", ["output", "input", "schema"])
+def test_an_integer_of_5000_digits_is_no_crash(of):
+    long = "9" * 5000
+    if of == "output":
+        for output, _ in outputs(f'{{"x":{long}}}'):
+            assert reason("How many?", output) == "unusable"
+        assert reason("How many?", f'{{"role":"assistant","content":{{"x":{long}}}}}') == "unusable"
+    elif of == "input":
+        given = f'{{"messages":[{json.dumps(USER)}],"seed":{long}}}'
+        assert made(given, '{"n":1}').row["prompt"] == "Rain in Oslo?"
+    else:
+        given = f'{{"messages":[{json.dumps(USER)}],"tools":[{{"name":"f","parameters":{{"maximum":{long}}}}}]}}'
+        assert reason(given, '{"n":1}') == "schema_fault"
+
+
+def test_the_digits_of_a_schema_are_kept():
+    number = Decimal("52.520006599999998")
+    schema = {"type": "object", "properties": {"x": {"enum": [number]}}}
+    fields = {"input": [USER], "metadata": {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}}}
+    row = convert({"id": "o1", "traceId": "t1", "output": '{"x":52.520006599999998}'} | fields, ["structured"], None).row
+    assert row["schema"] == schema and '"enum": [52.520006599999998]' in row["prompt"]
+    with pytest.raises(Unusable, match="breaks_schema"):
+        convert({"id": "o1", "traceId": "t1", "output": '{"x":52.520006599999995}'} | fields, ["structured"], None)
+
+
+# -- Schemas however they are written --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("parameters", "right", "wrong"),
+    [
+        ({"$ref": "#/definitions/B", "definitions": {"B": PARAMETERS}}, '{"city":"Bonn"}', '{"city":1}'),
+        ({"type": "object", "allOf": [PARAMETERS]}, '{"city":"Bonn"}', "{}"),
+        (
+            {"type": "object", "anyOf": [PARAMETERS, {"properties": {"id": {"type": "integer"}}, "required": ["id"]}]},
+            '{"id":4}',
+            '{"id":"four"}',
+        ),
+        ({"type": "object", "patternProperties": {"^X_": {"type": "string"}}}, '{"X_A":"1"}', '{"Y":"1"}'),
+        ({"$id": "my.json", "$defs": {"A": {"type": "integer"}}, "properties": {"a": {"$ref": "#/$defs/A"}}}, '{"a":1}', '{"a":"x"}'),
+        ({"properties": {"t": {"$ref": "#/$defs/T"}}, "$defs": {"T": {"properties": {"kids": {"items": {"$ref": "#/$defs/T"}}}}}},
+         '{"t":{"kids":[{"kids":[]}]}}', '{"kids":[]}'),
+        ({"properties": {"price": {"type": "number", "multipleOf": 0.01}}}, '{"price":4.94}', '{"price":4.945}'),
+        ({"properties": {"p": {"type": "string", "nullable": True}}}, '{"p":null}', '{"p":1}'),
+    ],
+)  # fmt: skip
+def test_a_valid_call_is_kept_however_its_tool_is_written(parameters, right, wrong):
+    given = {"messages": [USER], "tools": [{"name": "f", "parameters": parameters}]}
+
+    def called(arguments):
+        return {"tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+
+    row = made(given, called(right)).row
+    assert row["completion"] == f'<tool_call name="f">{right}</tool_call>'
+    assert reason(given, called(wrong)) == "breaks_schema"
+
+
+@pytest.mark.parametrize(
+    ("schema", "expected"),
+    [
+        ({"$ref": "http://[bad"}, "schema_fault"),
+        ({"$ref": "#/$defs/none"}, "schema_fault"),
+        ({"pattern": "^\\p{L}+$"}, "schema_fault"),
+        ({"type": "array", "items": [{"type": "number"}]}, "schema_fault"),
+        ({"anyOf": [{"type": "null"}, {"allOf": [{"$ref": "#/properties/city"}]}]}, "schema_fault"),
+        ({"$ref": "#/properties/city"}, "schema_fault"),
+    ],
+)
+def test_a_schema_that_cannot_be_read_is_counted(schema, expected):
+    tool = TOOL | {"parameters": {"type": "object", "properties": {"city": schema}}}
+    assert reason({"messages": [USER], "tools": [tool]}, CALLED) == expected
+
+
+@pytest.mark.parametrize("depth", [5, 98])
+def test_a_deep_reply_of_a_recursive_schema_ends_no_pull(depth):
+    tree = {"type": "object", "properties": {"kid": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}}, "additionalProperties": False}
+    given = {"messages": [USER], "response_format": {"type": "json_schema", "json_schema": {"schema": tree}}}
+    body = '{"kid":' * depth + "null" + "}" * depth
+    try:
+        assert made(given, body).row["completion"] == body
+    except Unusable as why:
+        assert str(why) == "unusable" and depth > 5  # jsonschema's own stack is used up
+
+
+# -- Calls without arguments, and the forms of others ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", ["{}", "", " ", None, {}, "null", " null ", "{ }"])
+def test_a_call_without_arguments(arguments):
+    given = {"messages": [USER], "tools": [{"type": "function", "function": {"name": "now"}}]}
+    for inner in ({"name": "now", "arguments": arguments}, {"name": "now", "args": arguments}):
+        assert made(given, {"tool_calls": [{"function": inner}]}).row["completion"] == '<tool_call name="now">{}</tool_call>'
+
+
+@pytest.mark.parametrize("arguments", ["[]", "0", "false", '""', "nul"])
+def test_arguments_that_are_no_object(arguments):
+    assert reason([USER], {"tool_calls": [{"function": {"name": "now", "arguments": arguments}}]}) == "not_json"
+
+
+@pytest.mark.parametrize("as_text", [False, True], ids=["v3", "v4"])
+@pytest.mark.parametrize(
+    ("output", "expected"),
+    [
+        ({"toolCalls": [{"toolCallType": "function", "toolCallId": "1", "toolName": "now", "args": "{}"}]}, "other_form"),
+        ({"role": "assistant", "content": [{"type": "tool_use", "id": "1", "name": "now", "input": {"z": 1}}]}, "other_form"),
+        ({"role": "model", "parts": [{"functionCall": {"name": "now", "args": {}}}]}, "other_form"),
+        ({"candidates": [{"content": {"role": "model", "parts": []}}]}, "other_form"),
+        ({"message": {"role": "assistant", "content": [{"toolUse": {"name": "now", "input": {}}}]}}, "other_form"),
+        ({"error": {"message": "boom"}}, "failed"),
+    ],
+)
+def test_a_wrapper_is_no_reply(output, expected, as_text):
+    assert reason([USER], json.dumps(output) if as_text else output) == expected
+
+
+@pytest.mark.parametrize("value", [{"error": "none"}, {"error": {"code": 5}}, {"message": "hi"}, {"role": "admin"}, {"parts": [1]}])
+def test_a_json_reply_that_looks_a_little_like_a_wrapper_is_kept(value):
+    assert json.loads(made([USER], value).row["completion"]) == value

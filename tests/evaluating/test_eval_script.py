@@ -50,14 +50,15 @@ def read_lines(path):
 def test_a_replay_from_files_to_files(evaluate, files, tmp_path):
     rows, replies = files
     code, printed, error = evaluate("--dataset", rows, "--replies", replies, "--batch-size", 3)
-    assert (code, error) == (0, "")
+    assert code == 0 and error.startswith("warning: 1 of 4 rows are not measured and count as misses (1 truncated, cut by")
+    assert "record those replies again" in error and error.count("\n") == 1
     assert "exact_match_rate              0.2500" in printed and "missed: filtered 1, truncated 1, extra_text 1" in printed
     assert printed.endswith(f"report: {tmp_path / 'out.json'}\n")
     report, lines = read(tmp_path / "out.json"), read_lines(tmp_path / "out.rows.jsonl")
     assert set(report) == {
         "schema_version", "stage", "created_at", "track", "args", "code", "packages", "hardware", "model", "inputs",
         "prompt_sha256", "metrics", "metrics_by_matcher", "counts", "tokens", "sessions", "cached_replies", "seconds", "cost",
-        "trace",
+        "trace", "latency", "repeat", "again", "asked", "run_id",
     }  # fmt: skip
     assert report["metrics"] == {
         "json_valid_rate": 1 / 4, "exact_match_rate": 1 / 4, "field_precision": 1 / 4, "field_recall": 1 / 4, "field_f1": 1 / 4,
@@ -67,7 +68,8 @@ def test_a_replay_from_files_to_files(evaluate, files, tmp_path):
     assert set(report["metrics_by_matcher"]) == set(MATCHERS) and report["metrics_by_matcher"]["strict"] == report["metrics"]
     assert report["counts"]["errors"] == dict.fromkeys(ERRORS, 0) | {"filtered": 1, "truncated": 1, "extra_text": 1}
     assert report["inputs"]["path"] == str(rows) and report["inputs"]["rows"] == 4 and len(report["inputs"]["sha256"]) == 64
-    assert report["model"]["kind"] == "replay" and report["tokens"] == {"input": 17, "cached": 4, "output": 12}
+    assert report["model"]["kind"] == "replay" and report["tokens"] == {"input": 10, "cached": 4, "output": 3, "rows": 1}
+    assert report["counts"]["unmeasured"] == {"failed": 0, "truncated": 1} and report["latency"]["why"] == "the replies are recorded"
     assert report["args"]["track"] == "structured" and report["args"]["seed"] == 42 and report["args"]["batch_size"] == 3
     assert report["trace"] == {"id": None, "url": None} and report["cost"]["total"] is None
     text = (tmp_path / "out.json").read_text()
@@ -85,7 +87,6 @@ def test_its_own_rows_file_gives_the_same_report(evaluate, files, tmp_path):
     first, second = read(tmp_path / "out.json"), read(tmp_path / "again.json")
     for key in ("metrics", "metrics_by_matcher", "counts", "tokens", "inputs", "prompt_sha256"):
         assert first[key] == second[key]
-    assert first["seconds"]["per_row"] == second["seconds"]["per_row"]
     assert read_lines(tmp_path / "out.rows.jsonl") == read_lines(tmp_path / "again.rows.jsonl")
 
 
@@ -97,8 +98,8 @@ def test_a_file_of_replies_as_its_own_dataset(evaluate, write_rows, tmp_path):
     assert evaluate("--replies", path)[0] == 0
     report = read(tmp_path / "out.json")
     assert report["metrics"]["exact_match_rate"] == 0.5 and report["inputs"]["path"] == str(path)
-    assert evaluate("--replies", path, "--limit", 1)[0] == 0
-    assert read(tmp_path / "out.json")["inputs"]["rows"] == 1
+    assert evaluate("--replies", path, "--limit", 1, out="one.json")[0] == 0
+    assert read(tmp_path / "one.json")["inputs"]["rows"] == 1
 
 
 def test_the_name_of_the_report(run_script, eval_script, files, tmp_path, monkeypatch):
@@ -124,7 +125,7 @@ def test_a_failed_request_is_warned_of(evaluate, files, write_rows, tmp_path):
         *({"id": f"r{number}", "prediction": "", "finish_reason": "error", "reply_error": "HTTP 500"} for number in (1, 2, 3)),
     ]
     code, printed, error = evaluate("--dataset", files[0], "--replies", write_rows("failed.jsonl", lines))
-    assert code == 0 and error.startswith("warning: 3 of 4 requests failed") and "no_json 3" in printed
+    assert code == 0 and error.startswith("warning: 3 of 4 rows are not measured and count as misses (3 failed") and "no_json 3" in printed
     assert read(tmp_path / "out.json")["counts"]["failed_requests"] == 3
     assert [line["reply_error"] for line in read_lines(tmp_path / "out.rows.jsonl")] == [None, "HTTP 500", "HTTP 500", "HTTP 500"]
 
@@ -168,7 +169,7 @@ def test_bad_input_is_one_line_and_changes_nothing(evaluate, write_rows, tmp_pat
         write_rows("rows.jsonl", ROWS if rows is None else rows),
         write_rows("replies.jsonl", REPLIES if replies is None else replies),
     )
-    code, printed, error = evaluate("--dataset", paths[0], "--replies", paths[1])
+    code, printed, error = evaluate("--dataset", paths[0], "--replies", paths[1], "--overwrite")
     assert code == 2 and printed == "" and error.count("\n") == 1 and error.startswith("error: ") and what in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "replies.jsonl", "rows.jsonl"]
     assert (tmp_path / "out.json").read_text() == "an earlier report"

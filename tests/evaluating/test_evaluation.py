@@ -10,19 +10,10 @@ from hypothesis import strategies as st
 from slm_swap.clients.protocol import Reply
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import json_line
-from slm_swap.evaluating.evaluation import (
-    Row,
-    Stopwatch,
-    evaluate,
-    hash_of_hashes,
-    make_report,
-    model_name,
-    percentile,
-    references,
-    score_replies,
-    summary,
-    trace_rows,
-)
+from slm_swap.evaluating.evaluation import Stopwatch, evaluate, references, score_replies
+from slm_swap.evaluating.report import hash_of_hashes, make_report, percentile, summary
+from slm_swap.evaluating.row import Row
+from slm_swap.evaluating.row_traces import model_name, trace_rows
 from slm_swap.rows.examples import Example, text_hash
 from slm_swap.rows.prompts import SYSTEM_PROMPTS
 from slm_swap.scoring.metrics import ERRORS, MATCHERS
@@ -59,7 +50,7 @@ REPLIES = {
     "p0": Reply('{"a":0}', "stop", 10, 2, 4, 0.5),
     "p1": Reply('{"a":9}', "stop", 20, 3, 0, 1.0),
     "p2": Reply("", "content_filter", 30, 0, 0, 1.5),
-    "p3": Reply("", "error", error="HTTP 500"),
+    "p3": Reply("", "error", error="HTTP 500"),  # whose tokens are not known
     "p4": Reply('Here: {"a":4}', "stop", 5, 5, 5, 2.0),
 }
 
@@ -112,6 +103,7 @@ def test_a_line_of_the_rows_file():
     assert line == {
         "id": "r1",
         "group": "g",
+        "tool": None,
         "prompt_sha256": text_hash("p1"),
         "reply": '{"a":9}',
         "reference": '{"a":1}',
@@ -119,8 +111,10 @@ def test_a_line_of_the_rows_file():
         "error": "wrong_value",
         "finish_reason": "stop",
         "reply_error": None,
-        "tokens": {"input": 20, "cached": 0, "output": 3},
+        "cut": None,
+        "tokens": {"input": 20, "cached": 0, "output": 3, "reasoning": None},
         "seconds": 1.0,
+        "load": None,
     }
     assert rows[3].to_json(STRUCTURED)["reply_error"] == "HTTP 500"
     assert rows[4].to_json(STRUCTURED)["scores_by_matcher"]["lenient"]["exact_match"] == 1
@@ -141,15 +135,17 @@ def test_the_report_has_the_design_s_keys():
     report = report_of()
     assert set(report) == {
         "schema_version", "stage", "created_at", "track", "args", "code", "packages", "hardware", "model", "inputs",
-        "prompt_sha256", "metrics", "metrics_by_matcher", "counts", "tokens", "sessions", "cached_replies", "seconds", "cost",
+        "prompt_sha256", "metrics", "metrics_by_matcher", "counts", "tokens", "sessions", "cached_replies", "seconds", "latency",
+        "cost",
     }  # fmt: skip
     assert report["stage"] == "eval" and report["schema_version"] == 1 and report["track"] == "structured"
     assert report["model"] == {"kind": "azure", "deployment": "canned"} and report["args"] == {"seed": 42}
     assert report["inputs"] == {"path": "x", "sha256": "y", "rows": 5, "rows_sha256": rows_hash(EXAMPLES)}
     assert set(report["code"]) == {"commit", "dirty"} and len(report["prompt_sha256"]) == 64
-    assert report["tokens"] == {"input": 65, "cached": 9, "output": 10}
-    assert report["seconds"] == {"load": 0.25, "generate": 2.5, "total": 3.0, "per_row": {"p50": 1.0, "p95": 2.0, "p99": 2.0, "max": 2.0}}
-    assert report["cost"] == {"total": 65 + 90 + 1000, "per_1000_rows": 231_000}
+    assert report["tokens"] == {"input": 65, "cached": 9, "output": 10, "rows": 4}
+    assert report["seconds"] == {"load": 0.25, "generate": 2.5, "total": 3.0}
+    assert report["cost"] == {"total": 65 + 90 + 1000, "per_1000_rows": 1155 * 1000 / 4, "rows": 4, "repeat": None}
+    assert report["latency"]["alone"] is report["latency"]["loaded"] is None and report["latency"]["why"]
     json.dumps(report, allow_nan=False)
 
 
@@ -157,7 +153,7 @@ def test_without_prices_there_is_no_cost():
     client, rows = run()
     client.cost = lambda *used: None
     report = make_report("structured", client, rows, 1.0, 1.0, {}, {})
-    assert report["cost"] == {"total": None, "per_1000_rows": None}
+    assert report["cost"] == {"total": None, "per_1000_rows": None, "rows": 0, "repeat": None}
 
 
 def test_nothing_answered_is_nothing_to_report():

@@ -5,8 +5,9 @@ import json
 import os
 import random
 import signal
-import time
+import subprocess
 import tracemalloc
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -15,20 +16,22 @@ from slm_swap.azure_client import AzureClient
 from slm_swap.clients.protocol import Reply
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import write_atomically, write_jsonl
-from slm_swap.common.settings import Settings
+from slm_swap.common.settings import PACKAGE, Settings
 from slm_swap.demo.azure_simulator import AzureSimulator, Faults
-from slm_swap.evaluating.evaluation import Tally, check_rows, evaluate_rows, make_report, read_reply, score_row
+from slm_swap.evaluating.evaluation import check_rows, evaluate_rows
 from slm_swap.evaluating.journal import Journal, journal_path
+from slm_swap.evaluating.report import Tally, make_report
+from slm_swap.evaluating.row import read_reply, score_row
 from slm_swap.rows.examples import Dataset, Example
 from slm_swap.rows.prompts import SYSTEM_PROMPTS, toolcall_prompt
 from slm_swap.scoring.tracks import TRACKS
-from tests.support import eval_process
+from tests.support.processes import Script, wait_until
 
 IDENTITY = {"track": "structured", "dataset_sha256": "d" * 64, "rows": 4, "model": {"kind": "azure", "parameters": {"seed": 42}}}
 STRUCTURED = TRACKS["structured"]
 REPLIES = [
     Reply('{"line": "\u00e4\u2028"}', "stop", 10, 2, 4, 0.25), Reply("", "content_filter"), Reply("", "error", error="500"),
-    Reply("x", "length"),
+    Reply("x", "length", cut={"limit": 7, "reference_tokens": 2, "thinking": False}, reasoning_tokens=1, load=3),
 ]  # fmt: skip
 ENTRIES = [  # what Journal.add is given of each row
     (score_row(STRUCTURED, Example(f"p{number}", '{"line": ["a"]}', id=f"r{number}"), reply).line(STRUCTURED), reply)
@@ -213,19 +216,12 @@ def outcome(out):
     """A report and its rows without the times."""
     report = json.loads(out.read_text())
     rows = [json.loads(line) for line in out.with_suffix(".rows.jsonl").read_text().splitlines()]
-    for key in ("created_at", "seconds", "sessions", "trace"):
+    for key in ("created_at", "seconds", "sessions", "trace", "latency", "run_id"):
         del report[key]
     del report["args"]["out"]
     for row in rows:
         del row["seconds"]
     return json.dumps([report, rows])
-
-
-def wait_until(condition, seconds=60.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.001)
 
 
 class Runs:
@@ -237,24 +233,22 @@ class Runs:
 
     def start(self, out):
         out.parent.mkdir(exist_ok=True)
-        return eval_process.start([*self.flags, "--out", out], self.environment, self.log)
+        return Script(PACKAGE / "01_eval/eval.py", *self.flags, "--out", out, log=self.log, **self.environment)
 
     def finish(self, out):
-        process = self.start(out)
-        process.join(120)
-        assert process.exitcode == 0, self.log.read_text()
+        assert self.start(out).wait() == 0, self.log.read_text()
         return outcome(out)
 
     def killed(self, out, delay, ready=lambda: True):
         """Whether the process was killed `delay` seconds after it was ready; False: it had ended before."""
         process = self.start(out)
-        wait_until(lambda: ready() or not process.is_alive())
-        process.join(delay)
+        wait_until(lambda: ready() or process.poll() is not None)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(delay)
         process.kill()
-        process.join()
-        self.kills += process.exitcode == -signal.SIGKILL
-        assert process.exitcode in (0, -signal.SIGKILL), self.log.read_text()
-        return process.exitcode != 0
+        self.kills += process.wait() == -signal.SIGKILL
+        assert process.returncode in (0, -signal.SIGKILL), self.log.read_text()
+        return process.returncode != 0
 
 
 def test_killed_at_20_random_moments_it_ends_in_the_same_report(tmp_path, write_rows):
@@ -336,9 +330,8 @@ def test_ctrl_c_keeps_what_is_answered(tmp_path, write_rows):
         expected = runs.finish(tmp_path / "whole/out.json")
         process, before = runs.start(out), server.counts.total()
         wait_until(lambda: server.counts.total() > before + CONCURRENCY + 5)
-        os.kill(process.pid, signal.SIGINT)
-        process.join(60)
-        assert process.exitcode == 130 and not out.exists()
+        process.send_signal(signal.SIGINT)
+        assert process.wait() == 130 and not out.exists()
         assert "rows are answered and kept: the same command goes on" in runs.log.read_text()
         assert "Traceback" not in runs.log.read_text()
         assert runs.finish(out) == expected
@@ -352,8 +345,7 @@ def test_two_processes_at_once_do_not_mix(tmp_path, write_rows, run_script, eval
         wait_until(lambda: server.counts)
         code, _, error = run_script(eval_script, *flags, "--out", out)
         assert code == 2 and "another process" in error and error.count("\n") == 1
-        process.join(60)
-    assert process.exitcode == 0, runs.log.read_text()
+        assert process.wait() == 0, runs.log.read_text()
     assert json.loads(out.read_text())["counts"]["rows"] == 5
 
 
@@ -372,7 +364,7 @@ def interrupted(tmp_path, write_rows, run_script, eval_script, monkeypatch):
         return run_script(eval_script, *(word for pair in given.items() for word in pair))
 
     with monkeypatch.context() as patch:
-        patch.setattr(eval_script, "make_report", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(eval_script, "make_report", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         code, _, error = again()
     assert code == 130 and "4 of 4 rows are answered and kept" in error
     return again

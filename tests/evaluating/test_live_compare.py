@@ -1,11 +1,7 @@
 """live_compare.py: two clients side by side, Ctrl-C included; over a real socket."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from itertools import count, pairwise
 
@@ -14,7 +10,9 @@ import pytest
 from slm_swap.common.settings import PACKAGE
 from slm_swap.demo.azure_simulator import AzureSimulator, Faults
 from slm_swap.rows.examples import Example, read_examples
+from tests.support.processes import Script, run_python, wait_until
 
+SCRIPT = PACKAGE / "01_eval/live_compare.py"
 ROWS = [Example(prompt=f"Say {number}", completion=f'{{"number":{number}}}', id=str(number)) for number in range(12)]
 
 
@@ -27,20 +25,18 @@ def files(tmp_path):
     return tmp_path
 
 
-def start(files, server, *flags: str, **environment: str) -> subprocess.Popen:
-    known = {name: value for name, value in os.environ.items() if not name.startswith(("AZURE_", "LANGFUSE_"))}
+def start(files, server, *flags: str, **environment: str) -> Script:
     azure = {
         "AZURE_ENDPOINT": server.url,
         "AZURE_DEPLOYMENT": server.deployment,
         "AZURE_API_KEY": server.key,
         "AZURE_API_VERSION": "2024-10-21",
     }
-    command = [
-        sys.executable, str(PACKAGE / "01_eval/live_compare.py"), "--track", "structured", "--models", "azure", "replay",
-        "--dataset", str(files / "rows.jsonl"), "--replies", str(files / "replies.jsonl"), "--batch-size", "2", "--out-dir", str(files / "out"), *flags,
-    ]  # fmt: skip
-    environment = known | azure | {"LANGFUSE_DISABLED": "1", "COLUMNS": "100"} | environment
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    environment = azure | {"LANGFUSE_DISABLED": "1", "COLUMNS": "100"} | environment
+    return Script(
+        SCRIPT, "--track", "structured", "--models", "azure", "replay",
+        "--dataset", files / "rows.jsonl", "--replies", files / "replies.jsonl", "--batch-size", 2, "--out-dir", files / "out", *flags, **environment,
+    )  # fmt: skip
 
 
 def reports(files) -> list[dict]:
@@ -64,8 +60,8 @@ def stop_early(files, *flags: str, rows: list[Example], replies: list[dict], war
     (files / "rows.jsonl").write_text("".join(json.dumps(row.to_json()) + "\n" for row in rows))
     (files / "replies.jsonl").write_text("".join(json.dumps(reply) + "\n" for reply in replies))
     with AzureSimulator(rows) as server:
-        process = start(files, server, "--stop-early", "--save", *flags, **environment)
-        out, error = process.communicate(timeout=240)
+        process = start(files, server, "--stop-early", "--save", "--overwrite", *flags, **environment)
+        out, error = process.communicate()
         assert process.returncode == 0, error
         assert ("warning: too few rows for a SWAP" in error) == warns
         return out, server.counts.total()
@@ -73,7 +69,7 @@ def stop_early(files, *flags: str, rows: list[Example], replies: list[dict], war
 
 def test_both_models_and_their_difference_are_shown_and_saved(files):
     with AzureSimulator(read_examples(files / "rows.jsonl")) as server:
-        out, error = (process := start(files, server, "--save")).communicate(timeout=120)
+        out, error = (process := start(files, server, "--save")).communicate()
     assert process.returncode == 0, error
     assert "\nreport: " in out and "12 of 12 rows" in out and "exact_match_rate" in out and "+0.167" in out
     azure, replay = reports(files)
@@ -86,12 +82,9 @@ def test_both_models_and_their_difference_are_shown_and_saved(files):
 def test_ctrl_c_keeps_what_both_have_answered(files):
     with AzureSimulator(read_examples(files / "rows.jsonl"), faults=Faults(slow=1.0, slow_seconds=0.7)) as server:
         process = start(files, server, "--save")
-        for _ in range(600):  # until two batches are through
-            if server.counts.total() >= 4:
-                break
-            time.sleep(0.1)
+        wait_until(lambda: server.counts.total() >= 4)  # the first batch of two is through
         process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=120)
+        _, error = process.communicate()
     assert process.returncode == 130, error
     assert "interrupted after" in error and "Traceback" not in error
     azure, replay = reports(files)
@@ -99,9 +92,21 @@ def test_ctrl_c_keeps_what_both_have_answered(files):
     assert azure["inputs"]["rows_sha256"] == replay["inputs"]["rows_sha256"]
 
 
+def test_saved_reports_are_kept(files):
+    with AzureSimulator(read_examples(files / "rows.jsonl")) as server:
+        assert start(files, server, "--save").wait(120) == 0
+        before, asked = [path.read_bytes() for path in sorted((files / "out").iterdir())], server.counts.total()
+        out, error = (process := start(files, server, "--save")).communicate(timeout=120)
+        assert process.returncode == 0 and error == "" and "both reports are finished" in out
+        _, error = (process := start(files, server, "--save", "--limit", "5")).communicate(timeout=120)
+        assert process.returncode == 2 and "rows 12 there, 5 here" in error and error.count("\n") == 1
+        assert [path.read_bytes() for path in sorted((files / "out").iterdir())] == before and server.counts.total() == asked
+        assert start(files, server, "--save", "--limit", "5", "--overwrite").wait(120) == 0
+    assert len(saved_ids(files)) == 5
+
+
 def test_the_same_model_twice_is_a_mistake(files):
-    command = [sys.executable, str(PACKAGE / "01_eval/live_compare.py"), "--track", "structured", "--models", "slm", "slm"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = run_python(SCRIPT, "--track", "structured", "--models", "slm", "slm")
     assert done.returncode == 2 and "two different models" in done.stderr and done.stderr.count("\n") == 1
 
 
@@ -195,6 +200,5 @@ def test_nothing_is_certain_while_requests_failed(files):
     ],
 )
 def test_stop_early_says_what_it_cannot_do(flags, told):
-    command = [sys.executable, str(PACKAGE / "01_eval/live_compare.py"), "--track", "structured", *flags]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = run_python(SCRIPT, "--track", "structured", *flags)
     assert done.returncode == 2 and told in done.stderr and done.stderr.count("\n") == 1

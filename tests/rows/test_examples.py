@@ -2,13 +2,15 @@
 
 import json
 import os
+from decimal import Decimal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from slm_swap.common.errors import UserError
-from slm_swap.rows.examples import Example, dump_json, nested_too_deeply, parse_example, read_examples, read_jsonl
+from slm_swap.common.exact_json import EXACT, exact
+from slm_swap.rows.examples import Dataset, Example, dump_json, nested_too_deeply, parse_example, read_examples, read_jsonl
 
 ROW = {"prompt": "p", "completion": "{}"}
 
@@ -151,8 +153,24 @@ def test_the_hash_of_a_row_is_of_what_is_scored():
 
 def test_dump_json():
     assert dump_json({"b": [1, "é"], "a": None}) == '{"b":[1,"é"],"a":null}'
-    with pytest.raises(ValueError):
-        dump_json(float("nan"))
+    assert dump_json([Decimal("52.520006599999998"), Decimal("1E+400"), Decimal("9" * 5000)]) == f'[52.520006599999998,1E+400,{"9" * 5000}]'
+    for value in (float("nan"), Decimal("nan"), Decimal("inf")):
+        with pytest.raises(ValueError):
+            dump_json(value)
+
+
+@pytest.mark.parametrize("number", ["52.520006599999998", "12345678901234567.25", "9" * 5000, "0.1", "1e23"])
+def test_a_row_keeps_the_digits_of_its_numbers(write_rows, number):
+    line = f'{{"prompt":"p","completion":"{{}}","accept":{{"x":[{number}]}},"schema":{{"default":{number}}}}}'
+    rows = Dataset(write_rows("rows.jsonl", [line.encode()]))
+    for example in (*rows, *rows, *read_examples(write_rows("rows.jsonl", [line.encode()]))):
+        assert exact(example.accept["x"][0]) == exact(example.schema["default"]) == Decimal(number)
+        assert parse_example(json.loads(dump_json(example.to_json()), **EXACT), "x") == example
+
+
+def test_rows_that_differ_in_their_last_digit_have_different_hashes():
+    hashes = {parse_example(ROW | {"accept": {"x": [Decimal(f"52.52000659999999{digit}")]}}, "x").content_hash for digit in range(10)}
+    assert len(hashes) == 10
 
 
 @given(

@@ -1,5 +1,5 @@
 """A whole decision with its rows files and dataset, as compare.py writes them: rows are generated and really scored, the
-statistics are of the right form only (Wald's intervals, made-up p-values and prices)."""
+statistics are of the right form only (Wald's intervals, made-up p-values); the cost is worked out, from made-up prices."""
 
 import json
 import math
@@ -7,9 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
+from slm_swap.clients.pricing import HostedPrices, LocalPrices, Prices, Traffic, compare_costs
 from slm_swap.clients.protocol import Reply
 from slm_swap.common.reports import sha256_file
-from slm_swap.evaluating.evaluation import Row
+from slm_swap.evaluating.row import Row
 from slm_swap.rows.examples import Example, dump_json
 from slm_swap.scoring.metrics import MATCHERS
 from slm_swap.scoring.tracks import TRACKS
@@ -159,6 +160,7 @@ def make_gap(azure: list[dict], slm: list[dict]) -> dict:
         "difference": right[0] - right[1],
         "errors": errors,
         "remedies": remedies,
+        "first": remedies[0]["remedy"],
     }
 
 
@@ -187,23 +189,26 @@ def make_groups(azure: list[dict], slm: list[dict]) -> dict:
     return {"by": "tool", "metric": "args_exact_rate", "mean": 0.05, "between_sd": 0.03, "all": found}
 
 
-def make_cost() -> dict:
-    return {
-        "currency": "USD",
-        "azure": {"per_1000": 0.61, "input_tokens_per_row": 412.5, "cached_tokens_per_row": 128.0, "output_tokens_per_row": 48.2},
-        "slm": {"per_1000": 0.19, "seconds_per_row": 0.34, "hour": 2.0},
-        "training": {"seconds": 5400.0, "cost": 3.0},
-        "on_demand": {"break_even_tasks": 7143, "why": "Each 1,000 tasks save 0.42 USD."},
-        "always_on": {
-            "hours_per_month": 730.0,
-            "per_month": 1460.0,
-            "capacity_tasks_per_month": 7729411,
-            "pay_off_months": 0.5,
-            "break_even_tasks_per_month": 2393443,
-            "why": "Below that the machine costs more than the calls that it replaces.",
-        },
-        "unknown": ["The price of cached tokens is not known: cached in [hosted.simulator] in slm_swap/prices.toml."],
+def make_cost(verdict: str = "FINE_TUNE", local: dict | None = None, **traffic: float | None) -> dict:
+    """A hosted task costs 0.0005413 USD; a machine 1,460 USD a month, for 3,864,705 tasks at twice the mean rate."""
+    azure = {
+        "model": {"kind": "azure", "deployment": "simulator"},
+        "tokens": {"input": 412_500, "cached": 128_000, "output": 48_200, "rows": 1000},
+        "counts": {"rows": 1000, "failed_requests": 0},
     }
+    slm = {
+        "model": {"kind": "slm", "path": "models/phi-4-mini", "adapter": "04_ft/adapter_toolcall"},
+        "seconds": {"generate": 340.0},
+        "counts": {"rows": 1000, "failed_requests": 0},
+    }
+    prices = Prices(
+        "slm_swap/prices.toml",
+        "USD",
+        {"simulator": HostedPrices(1.0, 0.5, 4.0)},
+        LocalPrices(**{"hour": 2.0, "hours_per_month": 730, "training_hour": 2.0, "pay_off_months": 12} | (local or {})),
+        Traffic(**{"tasks_per_month": 10_000_000, "peak_factor": 2, "cost_of_error": 0.01} | traffic),
+    )
+    return compare_costs(azure, slm, prices, 5400.0, delta=0.02, verdict=verdict)
 
 
 def write(path: Path, *values: dict) -> dict[str, str]:
@@ -257,6 +262,13 @@ def make_decision(
         "inputs": inputs | {"rows": len(azure), "rows_sha256": "0" * 64},
         "metrics": metrics,
         "failing": ["args_exact_rate"],
+        "question": "these",
+        "questions": {"these": {"verdict": "FINE_TUNE"}, "others": {"verdict": "NEED_MORE_DATA", "need": {"clusters": 41}}},
+        "tools": len(TOOLS),
+        "latency": {
+            "azure": {"alone": {"rows": 20, "p50": 0.41, "p95": 0.98}, "loaded": {"rows": 80, "concurrency": 32, "p50": 0.5, "p95": 1.4}},
+            "slm": {"alone": {"rows": 20, "p50": 0.22, "p95": 0.3}, "why": "not under load"},
+        },
         "need": {
             "towards": "FINE_TUNE",
             "metric": "args_exact_rate",

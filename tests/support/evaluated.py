@@ -7,7 +7,8 @@ from typing import Any
 
 from slm_swap.clients.replay_client import ReplayClient
 from slm_swap.common.reports import rows_path, write_json, write_jsonl
-from slm_swap.evaluating.evaluation import evaluate, make_report, references
+from slm_swap.evaluating.evaluation import evaluate, references
+from slm_swap.evaluating.report import make_report
 from slm_swap.rows.examples import Example
 from slm_swap.rows.prompts import structured_prompt, toolcall_prompt
 from slm_swap.scoring.tracks import TRACKS

@@ -6,6 +6,8 @@ import json
 from datetime import datetime, timezone
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from slm_swap.common.exact_json import ExactEncoder
+
 TIME = "2026-01-01T00:00:00.000Z"
 GROUPS = {
     "core": ("id", "traceId", "startTime", "endTime", "projectId", "parentObservationId", "type"),
@@ -145,9 +147,9 @@ class Rest:
         if field == "tags":
             return self.tags.get(row["traceId"], [])
         if field in {"input", "output"} and value is not None and not isinstance(value, str):
-            return json.dumps(value)
+            return json.dumps(value, cls=ExactEncoder)
         if field == "metadata" and value:
-            texts = {key: item if isinstance(item, str) else json.dumps(item) for key, item in value.items()}
+            texts = {key: item if isinstance(item, str) else json.dumps(item, cls=ExactEncoder) for key, item in value.items()}
             return {key: value[key] if key in whole or len(text) <= 200 else text[:200] for key, text in texts.items()}
         return value
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from random import Random
 
+from slm_swap.common.exact_json import ExactEncoder
 from tests.support.langfuse_rest import Rest
 
 TRACES = "/api/public/otel/v1/traces"
@@ -176,7 +177,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("content-length") or 0))
         headers = {name.lower(): value for name, value in self.headers.items()}
         status, answer, *own = self.server.recorder.answer(self.command, self.path, headers, body)
-        content = json.dumps(answer).encode()
+        content = json.dumps(answer, cls=ExactEncoder).encode()
         self.send_response(status)
         self.send_header("content-type", "application/json")
         self.send_header("content-length", str(len(content)))

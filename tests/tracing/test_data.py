@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import uuid
+from decimal import Decimal
 from importlib import metadata
 
 import pytest
@@ -13,8 +14,9 @@ import pytest
 from slm_swap.cli import run
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import PACKAGE, load_settings
-from slm_swap.rows.examples import Example
+from slm_swap.rows.examples import Example, parse_example
 from slm_swap.rows.prompts import SYSTEM_PROMPTS
+from slm_swap.scoring.tracks import TRACKS
 from slm_swap.tracing import api as api_module
 from slm_swap.tracing.api import LangfuseApi
 from slm_swap.tracing.datasets import item_id, make_item, open_experiment
@@ -346,6 +348,31 @@ def test_traffic_of_every_kind_is_kept_or_counted(server, pull, tmp_path):
         "traffic_toolcall.jsonl",
     ]
     assert {headers["authorization"].split()[0] for headers in server.headers} == {"Basic"}
+
+
+@pytest.mark.parametrize("as_text", [True, False], ids=["text", "read"])
+def test_numbers_keep_their_digits_and_one_that_is_too_long_stops_nothing(server, pull, tmp_path, as_text):
+    numbers = ["1.10", "52.520006599999998", "9" * 5000, "12345678901234567.25"]
+    server.rest.observations = [
+        generation(at, f"Where is place {at}?", f'{{"x":{number}}}' if as_text else {"x": Decimal(number)}, input=f"Place {at}?")
+        for at, number in enumerate(numbers)
+    ]
+    assert pull("--track", "structured")[0] == 0
+    assert json.loads((tmp_path / "traffic.report.json").read_text())["counts"]["dropped"] == {"unusable": 1}
+    track, rows = TRACKS["structured"], rows_of(tmp_path / "traffic.jsonl")
+    for row, number in zip(rows, (numbers[at] for at in (0, 1, 3)), strict=True):
+        assert track.score(track.reference(parse_example(row, "x")), f'{{"x":{number}}}').error is None
+
+
+def test_a_schema_s_digits_survive_the_journal_and_a_push(server, pull, call, push_script, tmp_path):
+    schema = {"type": "object", "properties": {"x": {"type": "number", "maximum": Decimal("52.520006599999998")}}}
+    asked = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    server.rest.observations = [generation(1, "How far?", '{"x":1}', input="How far?", metadata={"response_format": asked})]
+    assert pull("--track", "structured")[0] == 0
+    assert "52.520006599999998" in (tmp_path / "traffic.jsonl").read_text()
+    for counted in ("1 created", "1 unchanged"):
+        code, out, err = call(push_script, "--track", "structured", "--dataset", tmp_path / "traffic.jsonl")
+        assert (code, err) == (0, "") and counted in out
 
 
 def test_one_track_goes_to_the_file_that_is_named(server, pull, tmp_path):

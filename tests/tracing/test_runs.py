@@ -153,7 +153,7 @@ def test_a_row_carries_messages_reply_usage_cost_level_and_duration(server, trac
     usage = right.json("usage_details")
     assert usage == {"input": 45, "input_cached_tokens": 15, "output": 20}
     assert all(type(count) is int for count in usage.values())
-    assert failed.json("usage_details") == {"input": 0, "input_cached_tokens": 0, "output": 0}
+    assert "langfuse.observation.usage_details" not in failed.attributes, "what was not counted is not 0"
     assert right.json("cost_details") == {"total": 0.003}
     assert "langfuse.observation.cost_details" not in miss.attributes
     assert plain(right.attributes["langfuse.observation.metadata.matcher"]) == "strict"

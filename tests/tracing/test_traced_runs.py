@@ -1,10 +1,7 @@
 """The stages as traces: an evaluation, a comparison and a training run against the recording Langfuse server."""
 
 import json
-import os
 import subprocess
-import sys
-import time
 import uuid
 from collections import Counter
 
@@ -19,6 +16,7 @@ from slm_swap.rows.prompts import structured_prompt
 from slm_swap.tracing.runs import outbox_path, trace_id
 from slm_swap.tuning.checkpoints import Checkpoints
 from tests.support.langfuse_server import LangfuseServer
+from tests.support.processes import Script, run_python, wait_until
 
 ROWS = [
     Example(
@@ -42,22 +40,22 @@ def files(tmp_path):
     return tmp_path
 
 
-def begin(server, script: str, *flags: object) -> subprocess.Popen:
+def keys(server) -> dict[str, str]:
     public_key, secret_key = server.keys.split(":")
-    keys = {
+    return {
         "LANGFUSE_PUBLIC_KEY": public_key,
         "LANGFUSE_SECRET_KEY": secret_key,
         "LANGFUSE_BASE_URL": server.url,
         "LANGFUSE_DISABLED": "0",
     }
-    command = [sys.executable, str(PACKAGE / script), *map(str, flags)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | keys)
+
+
+def begin(server, script: str, *flags: object, **environment: str) -> Script:
+    return Script(PACKAGE / script, *flags, **keys(server), **environment)
 
 
 def run(server, script: str, *flags: object) -> subprocess.CompletedProcess:
-    with begin(server, script, *flags) as process:
-        output, errors = process.communicate(timeout=240)
-    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+    return run_python(PACKAGE / script, *flags, **keys(server))
 
 
 def evaluate(server, files, *more: object) -> dict:
@@ -148,20 +146,14 @@ def test_an_experiment_is_items_of_a_pushed_dataset(server, files):
 def test_a_killed_and_resumed_evaluation_is_one_trace_with_a_generation_a_row(server, files):
     rows = [Example(prompt=f"Say {number}", completion=f'{{"number":{number}}}', id=f"row-{number}") for number in range(60)]
     (files / "rows.jsonl").write_text("".join(json.dumps(row.to_json()) + "\n" for row in rows))
-    public_key, secret_key = server.keys.split(":")
     with AzureSimulator(rows, faults=Faults(slow=1.0, slow_seconds=0.4, rate_limit=0.2)) as azure:
-        environment = os.environ | {
+        environment = {
             "AZURE_ENDPOINT": azure.url, "AZURE_DEPLOYMENT": azure.deployment, "AZURE_API_KEY": azure.key, "AZURE_API_VERSION": "2024-10-21",
-            "LANGFUSE_PUBLIC_KEY": public_key, "LANGFUSE_SECRET_KEY": secret_key, "LANGFUSE_BASE_URL": server.url, "LANGFUSE_DISABLED": "0",
         }  # fmt: skip
-        command = [
-            sys.executable, str(PACKAGE / "01_eval/eval.py"), "--track", "structured", "--model-kind", "azure",
-            "--dataset", str(files / "rows.jsonl"), "--out", str(files / "report.json"),
-        ]  # fmt: skip
-        for answered in (15, 35, 60):
-            process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-            while process.poll() is None and (answered == 60 or journaled(files) < answered):
-                time.sleep(0.02)
+        flags = ("--track", "structured", "--model-kind", "azure", "--dataset", files / "rows.jsonl", "--out", files / "report.json")
+        for answered in (15, 35, 61):  # the last one ends by itself
+            process = begin(server, "01_eval/eval.py", *flags, **environment)
+            wait_until(lambda process=process, answered=answered: process.poll() is not None or journaled(files) >= answered)
             process.kill()
             _, error = process.communicate()
         assert process.returncode == 0, error
@@ -225,20 +217,19 @@ def test_a_training_run_is_a_trace_with_its_losses(server, files):
 
 
 def test_a_training_that_is_killed_and_resumed_is_one_trace(server, files):
-    flags, checkpoints = (*training(files), "--epochs", 40, "--save-steps", 2), Checkpoints(files / "adapter")
-    with begin(server, "train_unsloth.py", *flags) as process:
-        deadline = time.monotonic() + 120
-        while not checkpoints.steps():
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-            time.sleep(0.01)
-        with pytest.raises(UserError, match=r"another process trains with .*adapter.checkpoints: wait for its end"):
-            Checkpoints(files / "adapter").open({}, resume=True)
-        process.kill()
+    flags, checkpoints = (*training(files), "--epochs", 16, "--save-steps", 2), Checkpoints(files / "adapter")
+    process = begin(server, "train_unsloth.py", *flags)
+    wait_until(lambda: checkpoints.steps() or process.poll() is not None)
+    assert process.poll() is None, process.communicate()
+    with pytest.raises(UserError, match=r"another process trains with .*adapter.checkpoints: wait for its end"):
+        Checkpoints(files / "adapter").open({}, resume=True)
+    process.kill()
+    process.wait()
     assert checkpoints.steps() and outbox_path(files / "adapter").exists() and not (files / "adapter").exists()
     done = run(server, "train_unsloth.py", *flags, "--resume")
     assert done.returncode == 0, done.stderr
     info = json.loads((files / "adapter/training_info.json").read_text())
-    assert info["sessions"] == 2 and info["steps"] == 80
+    assert info["sessions"] == 2 and info["steps"] == 32
     (root,) = [span for span in server.spans if span.kind == "chain"]
     assert {span.trace for span in server.spans} == {root.trace} and root.trace == trace_id(info["run_id"])
     assert len([span for span in server.spans if span.name == "loss"]) == sum(1 for _ in (files / "adapter/training_log.jsonl").open())
@@ -258,18 +249,8 @@ def test_a_training_that_fails_gives_its_trace_away_and_may_begin_again(server, 
 
 
 def test_a_run_with_wrong_keys_stops_before_any_work(server, files):
-    server.keys = "pk-other:sk-other"
-    public_key = f"pk-lf-{uuid.uuid4()}"
-    keys = {
-        "LANGFUSE_PUBLIC_KEY": public_key,
-        "LANGFUSE_SECRET_KEY": "sk-lf-not-to-be-shown",
-        "LANGFUSE_BASE_URL": server.url,
-        "LANGFUSE_DISABLED": "0",
-    }
-    command = [
-        sys.executable, str(PACKAGE / "01_eval/eval.py"), "--track", "structured", "--model-kind", "replay", "--dataset", str(files / "rows.jsonl"),
-        "--replies", str(files / "replies.jsonl"), "--out", str(files / "report.json"),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | keys, timeout=120)
+    wrong = keys(server) | {"LANGFUSE_PUBLIC_KEY": f"pk-lf-{uuid.uuid4()}", "LANGFUSE_SECRET_KEY": "sk-lf-not-to-be-shown"}
+    flags = ("--track", "structured", "--model-kind", "replay", "--dataset", files / "rows.jsonl", "--replies", files / "replies.jsonl")
+    done = run_python(PACKAGE / "01_eval/eval.py", *flags, "--out", files / "report.json", **wrong)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "sk-lf-not-to-be-shown" not in done.stderr
     assert not (files / "report.json").exists()

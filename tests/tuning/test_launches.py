@@ -8,10 +8,8 @@ import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
 import types
 from dataclasses import replace
 from pathlib import Path
@@ -20,10 +18,11 @@ import pytest
 
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import PACKAGE, Launch
-from slm_swap.tuning import training
+from slm_swap.tuning import backends
 from slm_swap.tuning.backends import choose_deepspeed, has_gpu
 from slm_swap.tuning.checkpoints import Checkpoints
 from slm_swap.tuning.training import load_together, train
+from tests.support.processes import PATIENCE, children_of, commands_path, free_port, wait_until
 from tests.support.training_rows import BASE, INPUTS, QUICK, ROWS
 
 CONFIGS = PACKAGE / "accelerate_config"
@@ -35,16 +34,8 @@ FLAGS = (
 )  # fmt: skip
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 def on_two_ranks(work, *args, killed: bool = False) -> list:
     """What `work(rank, *args)` gives on each of two forked processes that find each other as torchrun's do. `killed`: rank 0 kills itself."""
-    import slm_swap.tuning.fast_training  # noqa: F401  once, not in each
-
     context, port = multiprocessing.get_context("fork"), free_port()
     results = context.SimpleQueue()
 
@@ -130,7 +121,7 @@ def test_two_processes_that_are_killed_go_on_to_the_same_adapter(two_processes, 
 def train_as_unsloth(rank: int, out: Path, deepspeed: Path | None, processes: int) -> dict:
     """With what Unsloth's trainer is made of, TRL's, on a model that PEFT made: a stand-in, as Unsloth needs a GPU."""
     sys.modules["unsloth"] = types.ModuleType("unsloth")
-    training._load_unsloth = lambda path, parameters: training.load_trainable(path, parameters, "trl", "cpu")
+    backends._load_unsloth = lambda path, parameters: backends.load_trainable(path, parameters, "trl", "cpu")
     launch = Launch(rank, 2, rank) if processes == 2 else Launch()
     parameters = replace(QUICK, batch_size=1, gradient_accumulation=4 // processes, epochs=2, eval_steps=3, lora_dropout=0.0)
     told = train("structured", BASE, ROWS, ROWS[:5], out, parameters, "unsloth", INPUTS, deepspeed=deepspeed, launch=launch)
@@ -140,7 +131,7 @@ def train_as_unsloth(rank: int, out: Path, deepspeed: Path | None, processes: in
 @pytest.mark.parametrize("config", [None, pytest.param(ZERO2, marks=needs_deepspeed)])
 def test_the_other_back_ends_trainer_measures_in_two_processes_what_it_does_in_one(tmp_path, config, monkeypatch):
     monkeypatch.setitem(sys.modules, "unsloth", None)
-    monkeypatch.setattr(training, "_load_unsloth", None)
+    monkeypatch.setattr(backends, "_load_unsloth", None)
     alone = train_as_unsloth(0, tmp_path / "one", None, 1)
     for _, told, _ in on_two_ranks(train_as_unsloth, tmp_path / "two", config, 2):
         assert told == pytest.approx(alone, rel=2e-3)
@@ -174,9 +165,9 @@ def files(write_rows, tmp_path):
 
 
 def start(*command: object, cwd: Path = PACKAGE, **environment: str) -> subprocess.CompletedProcess:
-    known = os.environ | {"LANGFUSE_DISABLED": "1", "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    known = os.environ | {"LANGFUSE_DISABLED": "1", "OMP_NUM_THREADS": "1", "PATH": commands_path()}
     return subprocess.run(
-        [str(word) for word in command], capture_output=True, text=True, cwd=cwd, env=known | environment, timeout=300
+        [str(word) for word in command], capture_output=True, text=True, cwd=cwd, env=known | environment, timeout=PATIENCE
     )
 
 
@@ -205,10 +196,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def test_a_failing_rank_ends_the_others_with_its_own_error(files, tmp_path):
     (tmp_path / "driver.py").write_text(DRIVER)
-    began = time.monotonic()
     done = start("torchrun", "--standalone", "--nproc_per_node=2", tmp_path / "driver.py", PACKAGE / "train_unsloth.py", *FLAGS, *files,
                  PYTHONPATH=str(PACKAGE.parent))  # fmt: skip
-    assert done.returncode != 0 and time.monotonic() - began < 120
+    assert done.returncode != 0
     assert "RuntimeError: rank 1 has lost its GPU" in done.stderr and "adapter:" not in done.stdout
     assert not (tmp_path / "adapter").exists()
 
@@ -229,9 +219,10 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def test_what_packages_say_is_heard_from_rank_0_alone(files, tmp_path):
+    """In new interpreters all through: packages read when they are imported whether they may talk."""
     (tmp_path / "driver.py").write_text(TALKING)
-    done = start("torchrun", "--standalone", "--nproc_per_node=2", tmp_path / "driver.py", PACKAGE / "train_unsloth.py", *FLAGS, *files,
-                 PYTHONPATH=str(PACKAGE.parent))  # fmt: skip
+    done = start(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "driver.py",
+                 PACKAGE / "train_unsloth.py", *FLAGS, *files, PYTHONPATH=str(PACKAGE.parent))  # fmt: skip
     assert done.returncode == 0 and done.stdout.count("a package talks") == 1 and done.stdout.count("adapter:") == 1, done.stderr
     assert "a package works" not in done.stderr, "this is no terminal"
 
@@ -299,14 +290,13 @@ TOOLCALL = {"toolcall": {"completion": '<tool_call name="paint_wall">{"color":"w
 
 def environment(folder: Path, **more: str) -> dict[str, str]:
     known = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
-    path = f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return known | {"LANGFUSE_DISABLED": "1", "OMP_NUM_THREADS": "1", "PATH": path} | more
+    return known | {"LANGFUSE_DISABLED": "1", "OMP_NUM_THREADS": "1", "PATH": f"{folder / 'bin'}:{commands_path()}"} | more
 
 
 def launched(folder: Path, wrapper: str, **visible: str) -> list[str]:
     """The commands that a wrapper runs, each with the GPUs that it is given: the real ones, which only print their help."""
     done = subprocess.run(
-        [folder / wrapper, "--help"], capture_output=True, text=True, env=environment(folder, SHELLOPTS="xtrace", **visible), timeout=120
+        [folder / wrapper, "--help"], capture_output=True, text=True, env=environment(folder, SHELLOPTS="xtrace", **visible), timeout=PATIENCE
     )
     assert done.returncode == 0 and done.stdout.count("done") == 2, done.stdout + done.stderr
     lines = [line.lstrip("+ ") for line in done.stderr.splitlines()]
@@ -332,7 +322,7 @@ def test_both_tracks_are_trained_and_a_failure_is_reported(checkout):
     for split in ("train", "val"):
         (folder / f"02_dataset/toolcall/{split}.jsonl").write_text("no JSON\n")
     flags = [*map(str, FLAGS[2:]), "--limit", "4"]
-    done = subprocess.run([folder / "train_parallel.sh", *flags], capture_output=True, text=True, env=environment(folder), timeout=300)
+    done = subprocess.run([folder / "train_parallel.sh", *flags], capture_output=True, text=True, env=environment(folder), timeout=PATIENCE)
     assert done.returncode == 1 and "structured: done" in done.stdout and "toolcall: failed with exit code 2" in done.stderr
     assert (folder / "04_ft/adapter_structured/adapter_model.safetensors").is_file()
     assert "4 rows, 2 steps" in (folder / "04_ft/adapter_structured.log").read_text()
@@ -345,22 +335,10 @@ def test_an_interrupted_wrapper_stops_its_children(checkout, wrapper):
     process = subprocess.Popen(
         [folder / wrapper, *map(str, FLAGS[2:]), "--epochs", "1000"], env=environment(folder), stderr=subprocess.PIPE, text=True
     )
-    expected, deadline = (2 if wrapper == "train_parallel.sh" else 1), time.monotonic() + 60
-    while len(children := children_of(process.pid)) < expected and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert len(children) == expected
+    expected = 2 if wrapper == "train_parallel.sh" else 1
+    wait_until(lambda: len(children_of(process.pid)) == expected)
+    children = children_of(process.pid)
     process.send_signal(signal.SIGTERM)
-    _, error = process.communicate(timeout=30)
+    _, error = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130 and "interrupted" in error
     assert not any(Path(f"/proc/{child}").exists() for child in children)
-
-
-def children_of(parent: int) -> list[int]:
-    """The Python processes that a process has started."""
-    found = []
-    for status in Path("/proc").glob("[0-9]*/status"):
-        with contextlib.suppress(OSError):
-            told = dict(line.split(":\t", 1) for line in status.read_text().splitlines() if ":\t" in line)
-            if told["PPid"] == str(parent) and told["Name"].startswith("python"):
-                found.append(int(status.parent.name))
-    return found

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from slm_swap.clients.loading import files_hash
+from slm_swap.common.errors import UserError
 from slm_swap.common.settings import Settings
 from slm_swap.rows.prompts import build_messages
 from slm_swap.slm_client import SLMClient
@@ -41,6 +42,14 @@ def test_the_merged_model_replies_as_the_adapter_does(adapter, tmp_path, script,
     told = json.loads((out / "training_info.json").read_text())
     assert told["merged"]["base_model"] == {"path": "slm_swap/models/phi-tiny", "files_sha256": files_hash(BASE)}
     assert told["hyperparameters"]["epochs"] == 2
+
+
+def test_it_is_evaluated_only_over_the_weights_that_it_was_trained_on(adapter, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(BASE, other)
+    (other / "generation_config.json").write_text((BASE / "generation_config.json").read_text() + "\n")
+    with pytest.raises(UserError, match=r"was trained on other weights than .*: set SLM_MODEL_PATH to its base"):
+        SLMClient(Settings(slm_model_path=str(other)), adapter=adapter, precision="fp32")
 
 
 def test_the_default_is_bf16(adapter, tmp_path):

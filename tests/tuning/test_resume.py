@@ -13,7 +13,8 @@ import pytest
 
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import Launch, Settings
-from slm_swap.evaluating.evaluation import evaluate, references, summary
+from slm_swap.evaluating.evaluation import evaluate, references
+from slm_swap.evaluating.report import summary
 from slm_swap.scoring.tracks import TRACKS
 from slm_swap.slm_client import SLMClient
 from slm_swap.tuning.checkpoints import LOCK, MARKER, RUN, Checkpoints

@@ -13,8 +13,9 @@ from slm_swap.rows.prompts import build_messages
 from slm_swap.slm_client import SLMClient
 from slm_swap.tuning.backends import choose_backend
 from slm_swap.tuning.hyperparameters import PRESETS, Hyperparameters
+from slm_swap.tuning.packing import IGNORED
 from slm_swap.tuning.tokens import end_token, tokenize
-from slm_swap.tuning.training import IGNORED, train
+from slm_swap.tuning.training import train
 from tests.support.training_rows import BASE, INPUTS, QUICK, ROWS
 
 

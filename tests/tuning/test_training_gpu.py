@@ -22,8 +22,8 @@ from slm_swap.tuning import fast_training
 from slm_swap.tuning.checkpoints import Checkpoints
 from slm_swap.tuning.packing import IGNORED, PackCollator, packed_rows
 from slm_swap.tuning.tokens import tokenize
+from tests.support.tiny_training import some_rows, tiny_model
 from tests.support.training_rows import BASE, ROWS
-from tests.tuning.test_fast_training import some_rows, tiny_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")

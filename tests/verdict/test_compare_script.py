@@ -7,7 +7,7 @@ import pytest
 
 from slm_swap.common.reports import rows_path, sha256_file
 from slm_swap.common.settings import ROOT
-from slm_swap.evaluating.evaluation import hash_of_hashes
+from slm_swap.evaluating.report import hash_of_hashes
 from slm_swap.scoring.tracks import TRACKS
 from tests.support.evaluated import AZURE, SLM, TUNED, calls, replies, write_report
 
@@ -16,7 +16,8 @@ RECORDED = ROOT.parent / "shared/data/recorded"
 GOOD, BAD, UNSURE = ["right"], ["right", "wrong_value"], ["right"] * 29 + ["wrong_value"]
 DECISION = {  # the keys of the decision file
     "schema_version", "stage", "created_at", "code", "track", "verdict", "fine_tune", "sentence", "rule", "delta", "alpha", "rows", "clusters",
-    "reports", "models", "labels", "inputs", "metrics", "failing", "need", "matchers", "flips", "gap", "groups", "gold_audit", "before", "cost",
+    "reports", "models", "labels", "inputs", "metrics", "failing", "need", "swap_alpha", "withheld", "question", "questions", "tools",
+    "unmeasured", "filtered", "latency", "repeat", "looks", "matchers", "flips", "gap", "groups", "gold_audit", "before", "cost",
     "sequential", "warnings", "trace",
 }  # fmt: skip
 
@@ -131,7 +132,7 @@ def test_the_decision_file_has_the_keys_that_are_promised(compare, make, decisio
 def test_what_is_not_known_is_null(compare, make, decision):
     compare(make("azure"), make("slm"))
     told = decision()
-    assert [name for name in told if told[name] is None] == ["before", "need", "sequential"]
+    assert {name for name in told if told[name] is None} == {"withheld", "before", "need", "unmeasured", "filtered", "sequential"}
     assert told["reports"]["before"] is told["models"]["before"] is told["labels"]["before"] is None
 
 
@@ -148,13 +149,15 @@ def test_the_decision_does_not_hang_on_the_order_of_rows(compare, make, decision
     assert found[0] == found[2] == found[4] and found[1] == found[3] == found[5]
 
 
-def test_clusters(compare, make, decision):
+def test_the_two_questions(compare, make, decision):
     groups = ["a", "b", None]
     azure, slm = (make(name, groups=groups, tools=["book", "hire"], rows=300) for name in ("azure", "slm"))
-    for flags, by, count, code in (([], "group", 102, 11), (["--cluster", "tool"], "tool", 2, 11), (["--cluster", "row"], "row", 300, 0)):
-        assert compare(azure, slm, *flags)[0] == code
-        assert (decision()["clusters"]["by"], decision()["clusters"]["count"]) == (by, count)
-    assert compare(azure, slm, "--cluster", "tool")[1].count("300 rows in 2 groups do not settle it") == 1
+    for flags, by, count in (([], "group", 102), (["--tools", "these"], "group", 102), (["--tools", "others"], "tool", 2)):
+        assert compare(azure, slm, *flags)[0] == 11
+        told = decision()
+        assert (told["clusters"]["by"], told["clusters"]["count"]) == (by, count)
+        assert {name: own["clusters"]["by"] for name, own in told["questions"].items()} == {"these": "group", "others": "tool"}
+    assert compare(azure, slm, "--tools", "others")[1].count("300 rows of 2 tools do not settle it for other tools") == 1
 
 
 def test_before(compare, make, decision, refused):
@@ -163,7 +166,7 @@ def test_before(compare, make, decision, refused):
     assert (code, error) == (10, "") and "Before: phi-4-mini" in printed
     told = decision()["before"]
     assert (told["metrics"]["args_exact_rate"]["gain"], len(told["better"]), told["worse"]) == (0.5, 100, [])
-    assert "different data" in refused(azure, slm, "--before", make("fewer", rows=100))
+    assert "different data" in refused(azure, slm, "--before", make("fewer", model=SLM, rows=100))
     assert "no before.rows.jsonl" in refused(azure, slm, "--before", bare(before)).replace(str(before.parent) + "/", "")
 
 
@@ -232,10 +235,10 @@ def test_reports_without_what_the_point_rule_does_not_need(compare, make, decisi
     paths = []
     for name in ("azure", "slm"):
         path = bare(make(name))
-        path.write_text(json.dumps({key: read(path)[key] for key in keep} | {"inputs": {"sha256": "a", "rows": 4}}))
+        path.write_text(json.dumps({key: read(path)[key] for key in keep} | {"inputs": {"sha256": "a", "rows": 4}, "stage": (name == "azure" and "eval") or None}))
         paths.append(path)
     code, _, error = compare(*paths, "--rule", "point")
-    assert code == 0 and "same report" in error
+    assert (code, error) == (0, "")
     assert decision()["models"] == {"azure": None, "slm": None, "before": None} and decision()["rows"] == 4
 
 
@@ -249,8 +252,7 @@ def test_a_stopped_run_takes_the_sequential_rule(compare, refused, make, decisio
     azure, slm = make("azure", changes={"stopped_early": STOPPED}), make("slm", BAD, changes={"stopped_early": STOPPED})
     for flags in ([], ["--rule", "point"]):
         assert "only --sequential holds for such rows" in refused(azure, slm, *flags)
-    for cluster in ("tool", "row"):
-        assert "leave --cluster out" in refused(azure, slm, "--sequential", "--cluster", cluster)
+    assert "for the question --tools these: pass --tools these" in refused(azure, slm, "--sequential", "--tools", "others")
     code, _, error = compare(azure, slm, "--sequential")
     assert (code, error) == (10, "")
     told = decision()["sequential"]
@@ -393,19 +395,41 @@ def test_a_local_model_s_report_in_the_hosted_one_s_place(compare, refused, make
     replay = {"kind": "replay"}
     assert compare(make("a", model=replay), make("b", BAD, replay))[0] == 10  # recorded replies may be anybody's
     code, _, error = compare(make("a", model=AZURE), make("b", BAD, AZURE))  # a small model may be hosted
-    assert code == 10 and error == "warning: the --slm report is of a hosted model (model.kind is azure)\n"
+    assert code == 10 and error.startswith("warning: the --slm report is of a hosted model (model.kind is azure)\n")
+    before = make("c", ["no_json"], AZURE)
+    assert "--before report is of a hosted model" in refused(make("a", model=AZURE), make("b", BAD, SLM), "--before", before)
 
 
-def test_a_report_against_itself_is_warned_of(compare, make):
-    path = make("a", model={"kind": "replay"})
-    code, _, error = compare(path, path)
-    assert code == 0 and "the same report" in error
+def test_a_report_against_itself_is_refused(refused, make):
+    path, other = make("a", model={"kind": "replay"}), make("b", BAD, SLM)
+    assert "--azure and --slm are the same report" in refused(path, path)
+    assert "--slm and --before are the same report" in refused(path, other, "--before", other)
+
+
+def test_other_limits_on_new_tokens_are_warned_of(compare, make):
+    azure = make("a", model=AZURE | {"parameters": {"max_completion_tokens": 1024}})
+    error = compare(azure, make("b", BAD, SLM | {"parameters": {"max_new_tokens": 256}}))[2]
+    assert error.startswith("warning: the reports were made with different --max-new-tokens (azure 1024, slm 256)")
+
+
+def test_looking_again_at_the_same_rows_takes_more_evidence(compare, make, decision, tmp_path):
+    azure = make("azure", rows=1500)
+    found = []
+    for name in ("one", "two", "three"):
+        path = make(name, ["right"] * 79 + ["wrong_value"], SLM | {"adapter": name}, rows=1500)
+        left, _, error = compare(azure, path)
+        found.append((left, decision()["looks"]["number"], "look" in error))
+    assert found == [(0, 1, False), (11, 2, True), (11, 3, True)]
+    assert compare(azure, tmp_path / "one.json")[0] == 0 and decision()["looks"]["number"] == 1, "deciding again is no further look"
+    assert len((tmp_path / "toolcall.looks.jsonl").read_text().splitlines()) == 3
 
 
 def test_failed_requests_are_warned_of(compare, make, decision):
     code, printed, error = compare(make("azure", ["right"] * 19 + ["failed"]), make("slm", ["right"] * 19 + ["failed"]), "--table")
-    assert code == 0
-    assert [line.split(" report failed")[0] for line in error.splitlines()] == [f"warning: 10 requests of the {name}" for name in ("azure", "slm")]
+    assert code == 11 and decision()["withheld"] == "SWAP"
+    assert [line.partition(":  ")[0].split(" rows:")[0] for line in error.splitlines()] == [
+        f"warning: 10 requests failed of 200 {name}" for name in ("azure", "slm")
+    ]
     assert "evaluate again: requests failed" in printed
     assert next(own for own in decision()["gap"]["errors"] if own["kind"] == "failed")["slm_rows"] == 10
 
@@ -444,7 +468,7 @@ def test_where_results_cannot_go(compare, make, tmp_path, out, flag):
         (["--track", "toolcall", "--azure", "a", "--slm", "b", "--alpha", "0"], "--alpha"),
         (["--track", "toolcall", "--azure", "a", "--slm", "b", "--alpha", "0.5"], "--alpha"),
         (["--track", "toolcall", "--azure", "a", "--slm", "b", "--rule", "coin"], "invalid choice: 'coin'"),
-        (["--track", "toolcall", "--azure", "a", "--slm", "b", "--cluster", "moon"], "invalid choice: 'moon'"),
+        (["--track", "toolcall", "--azure", "a", "--slm", "b", "--tools", "moon"], "invalid choice: 'moon'"),
         (["--track", "toolcall", "--azure", "a", "--slm", "b", "--rule", "point", "--sequential"], "leave --rule out"),
         (["--track", "toolcall", "--azure", "a", "--slm", "b", "--rule", "point", "--before", "c"], "--before needs the rows"),
         (["--track", "toolcall", "--azure", "a", "--slm", "b", "--out", "x/../c", "--markdown", "c"], "name the same file"),
@@ -470,8 +494,8 @@ def test_the_recorded_replies(run_script, eval_script, compare, decision, tmp_pa
     assert (exact["azure"], exact["slm"], exact["discordant"]) == (0.64, 0, {"azure_better": 32, "slm_better": 0, "equal": 18})
     assert exact["interval"][0] > 0.5 and set(told["failing"]) == set(GATE)
     assert told["gap"]["difference"] == 0.64 and sum(own["difference"] for own in told["gap"]["errors"]) == pytest.approx(0.64)
-    remedies = {own["kinds"][0]: own for own in told["gap"]["remedies"]}
-    assert sum(own["rows"] for own in told["gap"]["remedies"]) == 50 and remedies["format"]["rows"] > 20
+    remedies = {own["remedy"]: own["rows"] for own in told["gap"]["remedies"]}
+    assert remedies["fine-tuning"] == 50 >= remedies["constrained decoding by the JSON Schema"] > 20
     assert told["groups"]["by"] == "tool" and sum(own["rows"] for own in told["groups"]["all"]) == 50
     assert told["gold_audit"]["count"] == 0 and not told["flips"]
     assert told["cost"]["azure"]["per_1000"] is None and told["cost"]["unknown"]

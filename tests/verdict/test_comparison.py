@@ -12,8 +12,10 @@ from slm_swap.common.reports import rows_path
 from slm_swap.scoring.metrics import ERRORS
 from slm_swap.scoring.tracks import TRACKS
 from slm_swap.verdict.comparison import examine, examine_means
-from slm_swap.verdict.evaluations import CLUSTERS, aligned, cluster_labels, read_evaluation, require_same
+from slm_swap.verdict.decision import clusters_if_identical
+from slm_swap.verdict.evaluations import QUESTIONS, aligned, cluster_labels, read_evaluation, require_same, units
 from slm_swap.verdict.gap import KINDS, REMEDIES, gap
+from slm_swap.verdict.judge import Gate
 from slm_swap.verdict.sentence import points
 from tests.support.evaluated import AZURE, SLM, TUNED, calls, objects, replies, write_report
 
@@ -36,8 +38,8 @@ def sides(tmp_path):
     return make
 
 
-def look(sides, rule="paired", delta=0.02, cluster="group", prices=PRICES):
-    return examine(TRACK, sides, rule, delta, 0.05, cluster, prices)
+def look(sides, rule="paired", delta=0.02, question="these", prices=PRICES, **gate):
+    return examine(TRACK, sides, Gate(rule, delta, 0.05, question, **gate), prices)
 
 
 # -- Where the gap comes from ----------------------------------------------------------------------------------------------------
@@ -54,32 +56,44 @@ def test_the_gap_adds_up_and_every_error_has_its_kind_and_its_remedy(sides):
     rows = {own["kind"]: (own["azure_rows"], own["slm_rows"]) for own in told["errors"]}
     assert rows == {
         "format": (0, 8), "wrong_tool": (0, 2), "missing": (0, 2), "extra": (0, 2), "type": (0, 2), "value": (8, 2), "truncated": (0, 2),
-        "filtered": (0, 4), "failed": (0, 2),
+        "too_long": (0, 0), "filtered": (0, 4), "failed": (0, 2),
     }  # fmt: skip
     assert sum(own["difference"] for own in told["errors"]) == pytest.approx(told["difference"], abs=1e-12)
     value = next(own for own in told["errors"] if own["kind"] == "value")
     assert (value["azure"], value["slm"], value["difference"]) == (8 / 32, 2 / 32, -6 / 32)
-    by_remedy = {own["kinds"][0]: (own["rows"], own["gain_at_most"], own["gain_measured"]) for own in told["remedies"]}
-    assert [own["kinds"] for own in told["remedies"]] == [
-        ["failed"], ["truncated"], ["format"], ["format", "type"], ["wrong_tool", "missing", "extra"], ["filtered"], ["value"],
-    ]  # fmt: skip
-    assert by_remedy["failed"] == (2, 2 / 32, None) and by_remedy["truncated"] == (2, 2 / 32, None)
-    assert told["remedies"][2]["rows"] == 4 and told["remedies"][2]["gain_measured"] == 2 / 32  # extra_text is right leniently
-    assert told["remedies"][3]["rows"] == 6 and told["remedies"][3]["gain_measured"] == 2 / 32  # wrong_type is right by the schema
-    assert by_remedy["value"] == (2, 2 / 32, 0)
-    assert sum(own["rows"] for own in told["remedies"]) == 26  # each miss has one remedy
+    told = {own["remedy"]: own for own in told["remedies"]}
+    names = [remedy for remedy, *_ in REMEDIES]
+    assert [name for name in names if name in told] == list(told), "the cheapest first"
+    rows = {own["kinds"][0] if len(own["kinds"]) == 1 else name: own["rows"] for name, own in told.items()}
+    assert (rows["failed"], rows["truncated"], rows["format"], rows["filtered"]) == (2, 2, 8, 4)
+    prompt, few_shot, constrained, tuning = (told[name] for name in names if (name in told and len(told[name]["kinds"]) > 1) or "wording" in name)
+    assert prompt["gain_measured"] == 2 / 32  # extra_text is right leniently
+    assert few_shot["rows"] == 18 and tuning["rows"] == 20 and constrained["rows"] == 18
+    assert constrained["gain_measured"] == 2 / 32  # wrong_type is right by the schema
 
 
-def test_every_error_belongs_to_one_kind_and_one_remedy():
+def test_the_bound_is_of_what_the_remedy_can_gain_not_of_the_misses_that_bear_its_name(sides):
+    """100 rows, 50 misses, as in an audit: a grammar could close all but the wrong values, training all of them."""
+    errors = ["right"] * 50 + ["extra_text"] * 10 + ["wrong_shape"] * 10 + ["missing_argument"] * 10 + ["wrong_tool"] * 10 + ["wrong_value"] * 10
+    told = look(sides(calls(100), slm=errors))
+    most = {own["remedy"]: own["gain_at_most"] for own in told["gap"]["remedies"]}
+    assert most["constrained decoding by the JSON Schema"] == 0.4 and most["fine-tuning"] == 0.5
+    assert most["a few examples in the prompt (few-shot)"] == 0.5
+    assert told["gap"]["first"] == "a few examples in the prompt (few-shot)", "the prompt's wording could gain 20 points at most"
+    assert "First try a few examples in the prompt (few-shot) (at most 50.0 points)." in told["sentence"]
+
+
+def test_every_error_belongs_to_one_kind_and_some_remedy():
     kinds = [error for errors in KINDS.values() for error in errors]
-    remedies = [error for _, errors, _ in REMEDIES for error in errors]
-    assert sorted(kinds) == sorted(ERRORS) and sorted(remedies) == sorted([*ERRORS, "failed"])
+    remedies = {error for _, errors, _ in REMEDIES for error in errors}
+    assert set(kinds) - {"prompt_too_long"} == set(ERRORS) - {"prompt_too_long"} and len(kinds) == len(set(kinds))
+    assert remedies >= {*ERRORS, "failed", "limit"} - {"prompt_too_long"}
 
 
 def test_without_misses_there_is_nothing_to_close(sides):
     found = sides(calls(4))
     told = gap(found["azure"].rows, found["slm"].rows, TRACK)
-    assert told["remedies"] == [] and told["difference"] == 0 and len(told["errors"]) == len(KINDS)
+    assert told["first"] is None and told["remedies"] == [] and told["difference"] == 0 and len(told["errors"]) == len(KINDS)
 
 
 # -- Groups ----------------------------------------------------------------------------------------------------------------------
@@ -87,7 +101,6 @@ def test_without_misses_there_is_nothing_to_close(sides):
 
 def test_cluster_labels(sides):
     rows = sides(calls(4, groups=["a", None], tools=["book", "hire"]))["azure"].rows
-    assert cluster_labels(rows, TRACK, "row") is None
     assert cluster_labels(rows, TRACK, "group") == ["=a", "#row-1", "=a", "#row-3"]  # a row without a group is alone
     assert cluster_labels(rows, TRACK, "tool") == ["=book", "=hire", "=book", "=hire"]
     for row in rows:
@@ -95,14 +108,13 @@ def test_cluster_labels(sides):
     assert cluster_labels(rows, TRACK, "group") is None
     nested = [{"id": "1", "reference": '{"tool_name":"book","arguments":{}}'}, {"id": "2", "reference": '{"tool_name":1}'}, {"id": "3", "reference": "no"}]
     assert cluster_labels(nested, TRACKS["structured"], "tool") == ["=book", "#2", "#3"]
-    assert set(CLUSTERS) == {"group", "tool", "row"}
 
 
 def test_groups_by_known_means_the_worst_first(sides):
-    examples = calls(60, groups=["bad", "good", "good"])
+    examples = calls(60, tools=["bad", "good", "good"])
     found = sides(examples, slm=["wrong_value", "right", "right"])
     groups = look(found)["groups"]
-    assert (groups["by"], groups["metric"]) == ("group", "args_exact_rate")
+    assert (groups["by"], groups["metric"]) == ("tool", "args_exact_rate")
     assert [(own["group"], own["rows"], own["azure"], own["slm"], own["difference"]) for own in groups["all"]] == [
         ("bad", 20, 1.0, 0.0, 1.0), ("good", 40, 1.0, 1.0, 0.0),
     ]  # fmt: skip
@@ -111,7 +123,7 @@ def test_groups_by_known_means_the_worst_first(sides):
 
 
 def test_few_rows_are_shrunk_more(sides):
-    examples = calls(80, groups=["few"] * 2 + ["many"] * 38 + ["other"] * 40)
+    examples = calls(80, tools=["few"] * 2 + ["many"] * 38 + ["other"] * 40)
     found = sides(examples, slm=["wrong_value"] * 32 + ["right"] * 8 + ["wrong_value"] * 10 + ["right"] * 30)
     told = look(found)["groups"]
     groups = {own["group"]: own for own in told["all"]}
@@ -123,20 +135,25 @@ def test_few_rows_are_shrunk_more(sides):
 
 
 @pytest.mark.parametrize(
-    ("cluster", "groups", "by", "names", "clustered"),
+    ("question", "groups", "unit"),
     [
-        ("group", ["a", "b"], "group", {"a", "b"}, ("group", 2)),
-        ("tool", ["a", "b"], "tool", {"book", "hire", "rent"}, ("tool", 3)),
-        ("row", ["a", "b"], "group", {"a", "b"}, ("row", 60)),
-        ("group", [None], "tool", {"book", "hire", "rent"}, ("row", 60)),
-        ("row", [None], "tool", {"book", "hire", "rent"}, ("row", 60)),
-        ("group", ["all"], "group", {"all"}, ("group", 1)),
+        ("these", ["a", "b"], ("group", 2)),
+        ("others", ["a", "b"], ("tool", 3)),
+        ("these", [None], ("row", 60)),
+        ("others", [None], ("tool", 3)),
+        ("these", ["all"], ("group", 1)),
+        ("these", ["book", "hire", "rent"], ("row", 60)),  # the tools themselves, as earlier importers wrote them
+        ("these", ["book", "hire", None], ("row", 60)),
+        ("these", ["hire", "book", "rent"], ("group", 3)),  # names of tools, but not of the rows' own
     ],
 )
-def test_groups_are_those_of_the_clusters(sides, cluster, groups, by, names, clustered):
-    told = look(sides(calls(60, groups, ["book", "hire", "rent"])), cluster=cluster)
-    assert told["groups"]["by"] == by and {own["group"] for own in told["groups"]["all"]} == names
-    assert (told["clusters"]["by"], told["clusters"]["count"]) == clustered
+def test_the_unit_of_each_question(sides, question, groups, unit):
+    told = look(sides(calls(60, groups, ["book", "hire", "rent"])), question=question)
+    assert told["groups"]["by"] == "tool" and {own["group"] for own in told["groups"]["all"]} == {"book", "hire", "rent"}
+    assert (told["clusters"]["by"], told["clusters"]["count"]) == unit and told["tools"] == 3
+    assert told["question"] == question and told["questions"][question]["verdict"] == told["verdict"]
+    assert told["questions"]["others"]["clusters"]["by"] == "tool"
+    assert any("tool's name" in text for text in told["warnings"]) == (unit == ("row", 60) and groups != [None] and question == "these")
 
 
 def test_rows_without_group_and_tool_have_no_groups(tmp_path):
@@ -147,8 +164,10 @@ def test_rows_without_group_and_tool_have_no_groups(tmp_path):
         name: read_evaluation(write_report(tmp_path / f"{name}.json", examples, lines, AZURE, "structured"), track, True)
         for name in ("azure", "slm")
     }
-    for cluster in CLUSTERS:
-        told = examine(track, found, "paired", 0.02, 0.05, cluster, PRICES)
+    for question in QUESTIONS:
+        told = examine(track, found, Gate("paired", 0.02, 0.05, question), PRICES)
+        assert told["tools"] is None and told["questions"]["others"] is None
+        assert units(found["azure"].rows, track, question) == ("row", None)
         assert told["groups"] is None and told["clusters"] == {"by": "row", "count": 20, "effective": 20}
 
 
@@ -258,7 +277,7 @@ def test_a_swap_and_its_sentence(sides):
     high = max(values["interval"][1] for values in told["metrics"].values())
     assert 0 < high < 0.02
     assert told["sentence"] == (
-        f"The small model can take over: on 400 rows it loses at most {points(high)} points on every metric (95% sure), "
+        f"The small model can take over this tool: on 400 rows it loses at most {points(high)} points on every metric (95% sure), "
         "within the margin of 2.0 points."
     )
     better = look(sides(calls(400), ["right", "no_json"], ["right"]))
@@ -272,10 +291,8 @@ def test_fine_tune_and_its_sentence(sides):
     low, high = (points(end) for end in exact["interval"])
     assert told["sentence"] == (
         f"The small model is worse by more than the margin of 2.0 points: args_exact_rate is 50.0 points lower ({low} to {high}) on 200 "
-        "rows. First try what is cheaper: a larger --max-new-tokens (at most 25.0 points). Then fine-tune it, and measure again."
+        "rows. First try a larger --max-new-tokens (at most 25.0 points). Then train it on more rows, or on better ones, and measure again."
     )
-    told = look(sides(calls(200), slm=["right", "wrong_value"]))
-    assert told["sentence"].endswith("on 200 rows. Fine-tune it, and measure again.")
 
 
 def test_need_more_data_and_its_sentence(sides):
@@ -299,12 +316,35 @@ def test_no_number_of_rows_settles_a_gap_of_just_the_margin(sides):
 def test_few_groups_and_few_rows_say_different_things(sides):
     grouped = look(sides(calls(400, groups=["a", "b", "c"])))
     assert grouped["verdict"] == "NEED_MORE_DATA" and grouped["clusters"]["count"] == 3
-    assert "400 rows in 3 groups do not settle it" in grouped["sentence"] and grouped["sentence"].endswith("--cluster row.")
-    assert look(sides(calls(400, groups=["a", "b", "c"])), cluster="row")["verdict"] == "SWAP"
+    assert "400 rows in 3 groups are too few: SWAP takes at least 10 of even size." in grouped["sentence"]
     for count in (2, 9):
         few = look(sides(calls(count)))
         assert few["verdict"] == "NEED_MORE_DATA" and few["sentence"].startswith(f"{count} rows are too few: SWAP takes at least 10. About ")
         assert "group" not in few["sentence"]
+
+
+def test_eight_tools_are_decided_by_their_rows_and_never_for_other_tools(sides):
+    """What an audit saw undecided: identical models over 8 tools, and one that is right on 92% against one on 13%."""
+    tools = [f"tool_{n}" for n in range(8)]
+    same = look(sides(calls(1000, tools=tools)), delta=0.05)
+    assert same["verdict"] == "SWAP" and "can take over these 8 tools" in same["sentence"]
+    others = same["questions"]["others"]
+    assert others["verdict"] == "NEED_MORE_DATA" and others["need"]["rows"] is None
+    assert others["need"]["clusters"] == clusters_if_identical(0.05, 0.05) - 8
+    asked = look(sides(calls(1000, tools=tools)), delta=0.05, question="others")
+    assert asked["verdict"] == "NEED_MORE_DATA" and asked["questions"]["these"]["verdict"] == "SWAP"
+    assert "further rows of the same tools do not help" in asked["sentence"] and "47 further tools" in asked["sentence"]
+    bad = look(sides(calls(1000, tools=tools), ["right"] * 12 + ["no_json"], ["right"] + ["wrong_value"] * 6), delta=0.05)
+    assert bad["verdict"] == "FINE_TUNE"
+
+
+@pytest.mark.parametrize("tools", [54, 55])
+def test_for_other_tools_identical_models_need_a_number_of_tools(sides, tools):
+    found = sides(calls(4 * tools, tools=[f"tool_{n}" for n in range(tools)]))
+    told = look(found, delta=0.05, question="others")
+    assert told["verdict"] == ("SWAP" if tools == 55 else "NEED_MORE_DATA")
+    assert (told["need"] or {"clusters": 0})["clusters"] == 55 - tools
+    assert look(found, delta=0.05, swap_share=0.7, question="others")["verdict"] == "NEED_MORE_DATA", "a smaller share takes more tools"
 
 
 def test_the_point_rule_s_sentence(sides):
@@ -356,7 +396,7 @@ def test_what_further_rows_cost(sides):
     # a row: 60 fresh tokens at 1, 40 cached at 0.5, 20 out at 2, a million; and a quarter second at 3.6 an hour
     assert told["need"]["azure_cost"] == pytest.approx(rows * 120e-6) and told["need"]["slm_cost"] == pytest.approx(rows * 0.25e-3)
     assert told["cost"]["azure"]["per_1000"] == pytest.approx(0.12) and told["cost"]["slm"]["per_1000"] == pytest.approx(0.25)
-    assert told["cost"]["training"] == {"seconds": 3600, "cost": None}
+    assert (told["cost"]["training"]["seconds"], told["cost"]["training"]["cost"]) == (3600, None)
 
 
 # -- Stopped early ---------------------------------------------------------------------------------------------------------------

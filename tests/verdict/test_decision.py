@@ -70,6 +70,8 @@ def test_what_is_written():
         },
         "failing": ["valid"],
         "alpha": None,
+        "swap_alpha": None,
+        "withheld": None,
         "clusters": None,
         "need": None,
     }

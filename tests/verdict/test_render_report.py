@@ -20,7 +20,7 @@ from slm_swap.verdict.html_report.decision_file import open_rows, read_decision
 from slm_swap.verdict.html_report.page import csp_hash, write_page
 from slm_swap.verdict.html_report.text import MOST_COMPARISONS, all_visible, embedded_json, one_line, visible, word_diff
 from slm_swap.verdict.html_report.view import Page
-from tests.support.decision_files import MADE, TRACK, call, make_decision, make_rows
+from tests.support.decision_files import MADE, TRACK, call, make_cost, make_decision, make_rows
 from tests.support.scripts import load_script
 
 CHROMIUM = shutil.which("chromium")
@@ -380,7 +380,11 @@ def test_what_is_null_is_left_out(tmp_path, parts):
 
 
 @pytest.mark.parametrize(
-    "parts", [("azure", "training", "on_demand", "currency"), ("slm", "always_on", "unknown"), ("azure", "slm")]
+    "parts",
+    [
+        ("azure", "training", "curve", "currency"), ("slm", "machine", "unknown", "assumed"), ("azure", "slm"), ("bills",), ("cheaper",),
+        ("traffic", "paid_back_months"), ("looked_up_to", "why"), tuple(make_cost()),
+    ],
 )
 def test_parts_of_the_cost_may_be_null(tmp_path, parts):
     change = lambda decision: decision["cost"].update(dict.fromkeys(parts))  # noqa: E731
@@ -390,7 +394,7 @@ def test_parts_of_the_cost_may_be_null(tmp_path, parts):
 
 @pytest.mark.parametrize(
     ("verdict", "told"),
-    [(SWAP, "in steps"), (FINE_TUNE, "cheapest remedy"), (NEED_MORE_DATA, "about 240 further rows (of about 28 further tools)")],
+    [(SWAP, "in steps"), (FINE_TUNE, "Begin with Force the reply's form"), (NEED_MORE_DATA, "about 240 further rows (of about 28 further tools)")],
 )
 def test_each_verdict_says_what_to_do(tmp_path, verdict, told):
     page = Page(read_decision(make_decision(tmp_path, 8, change=lambda decision: decision.update(verdict=verdict))))
@@ -409,8 +413,123 @@ def test_numbers_stand_where_they_belong(full):
     assert (
         f'{row}{told[0]}</td><td role="cell" data-head="Small (90% interval)">{told[1]}</td>' in page and f">{gap}</td>" in page
     )
-    assert "7,143 tasks" in page and "0.61 USD → 0.19 USD" in page and "2,393,443 tasks a month" in page
+    assert "5,413.00 USD → 4,380.25 USD" in page and "1,032.75 USD less a month: 3 machines, 43% utilised" in page
+    assert "as in the evaluation: under a limit on latency" in page and "Not counted: people, labels" in page
     assert "in 14 tools, worth 13 independent ones" in page and "That saved 120 calls, worth 0.07 USD" in page
+
+
+# -- Money -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def priced(tmp_path):
+    """A function that gives the page of a decision of some verdict and cost, and what it says of money (without its plot)."""
+
+    def build(verdict: str = SWAP, change=lambda cost: None, **given) -> tuple[Page, str]:
+        def priced_so(decision):
+            decision.update(verdict=verdict, cost=make_cost(verdict, **given))
+            change(decision["cost"])
+
+        page = Page(read_decision(make_decision(tmp_path, 4, change=priced_so)))
+        tables = [page.cost.bills_table(), page.cost.parts_table()]
+        cells = [cell for table in tables if table for row in table.rows for cell in row]
+        facts = [text for fact in page.cost.facts() for text in fact]
+        return page, "\n".join([*page.cost.sentences(), *facts, *page.next_steps(), *cells])
+
+    return build
+
+
+def test_the_tiles_are_the_months_bill_and_what_the_margin_allows(priced):
+    page, _ = priced()
+    assert page.cost.facts() == [
+        ("A month of 10,000,000 tasks: hosted → small", "5,413.00 USD → 4,380.25 USD", "1,032.75 USD less a month: 3 machines, 43% utilised"),
+        ("Wrong replies that the margin allows", "up to 200,000 a month", "worth 2,000.00 USD"),
+        ("Training is paid back after", "less than 0.1 month", "at this volume"),
+    ]
+    page, text = priced(tasks_per_month=4_000_000)  # 2 machines, 2,920, against 2,165.20
+    assert page.cost.facts()[0][2] == "755.05 USD more a month: 2 machines, 26% utilised" and len(page.cost.facts()) == 2
+    assert "saves nothing (755.05 USD more a month)" in page.next_steps()[-1] and "paid back" not in text
+
+
+@pytest.mark.parametrize("verdict", [FINE_TUNE, NEED_MORE_DATA])
+def test_nothing_is_paid_back_without_a_swap(priced, verdict):
+    assert "paid back" in priced()[1]
+    assert "paid back" not in priced(verdict)[1]
+    assert "paid back" not in priced(verdict, lambda cost: cost.update(paid_back_months=0.4))[1]  # whatever the file says
+
+
+def test_without_a_volume_there_is_a_table_and_where_it_pays(priced):
+    page, text = priced(tasks_per_month=None)
+    (tile,) = page.cost.facts()
+    assert tile[:2] == ("The small model costs less", "from 2,697,673 to 3,864,705, from 5,394,883 to 7,729,411, and from 8,092,094 tasks a month on")
+    assert [row[:4] for row in page.cost.bills_table().rows] == [
+        ["10,000", "5.41 USD", "1,460.25 USD", "1 machine, 0.13% utilised"],
+        ["100,000", "54.13 USD", "1,460.25 USD", "1 machine, 1.3% utilised"],
+        ["1,000,000", "541.30 USD", "1,460.25 USD", "1 machine, 13% utilised"],
+    ]
+    assert "paid back" not in text and "0.189 USD (machine 100% utilised)" in text
+
+
+@pytest.mark.parametrize("key", ["hour", "hours_per_month", "training_hour", "pay_off_months"])
+def test_savings_that_are_unknown_are_called_so(priced, key):
+    page, text = priced(local={key: None})
+    assert page.cost.facts() == [("Savings", "unknown", "fill in slm_swap/prices.toml")]
+    assert "Savings unknown: fill in slm_swap/prices.toml." in text
+    assert any(f"{key} in [local] in slm_swap/prices.toml" in unknown for unknown in page.decision["cost"]["unknown"])
+    assert page.cost.figure(["a", "b"]) is None and "costs less from" not in text
+
+
+def test_a_decision_of_an_older_compare_has_no_savings(priced):
+    def older(cost):
+        kept = {name: cost[name] for name in ("currency", "azure", "slm", "training", "unknown")}
+        del kept["slm"]["utilisation"]
+        cost.clear()
+        cost |= kept | {"on_demand": {"break_even_tasks": 0, "why": None}, "always_on": None}
+
+    page, text = priced(change=older)
+    assert page.cost.facts() == [("Savings", "unknown", "compare again")] and "(machine utilisation not known)" in text
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {}, {"tasks_per_month": None}, {"peak_factor": 40}, {"tasks_per_month": 300_000_000}, {"local": {"hour": 0}}, {"tasks_per_month": 1},
+        {"local": {"hour": 0.000001}}, {"local": {"hour": 2.855}},
+    ],
+)  # fmt: skip
+def test_the_cost_plots_caption_agrees_with_its_lines(priced, given, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(plots, "cost_steps", lambda curve, shaded, volume, *_: drawn.update(curve=curve, shaded=shaded, volume=volume))
+    monkeypatch.setattr(plots, "svgs", lambda draw: {})
+    page, _ = priced(**given)
+    caption = page.cost.figure(["a", "b"]).caption
+    curve, shaded, most = drawn["curve"], drawn["shaded"], drawn["curve"][-1]["tasks"]
+    for at in curve:
+        inside = any(first <= at["tasks"] <= last for first, last in shaded)
+        assert inside == (at["slm"] < at["azure"] * (1 - 1e-12)), at
+    if shaded == [(1, most)]:
+        assert "cheaper at every volume shown" in caption
+    elif shaded:
+        assert all(f"{first:,}" in caption for first, _ in shaded[:5]) and "Shaded: the volumes" in caption
+    else:
+        assert "nowhere cheaper" in caption
+    told = re.search("up to ([0-9,]+) here", caption)
+    assert (int(told[1].replace(",", "")) if told else 1) == curve[-1]["machines"]
+    assert ("dotted line is your volume" in caption) == (drawn["volume"] is not None)
+
+
+def test_two_hosted_models_have_no_machines(priced):
+    def hosted_too(cost):
+        for bill in cost["bills"]:
+            bill.update(machines=None, utilisation=None, slm_parts={"tokens": 4380.0, "training": 0.25, "fallback": 0.0})
+        cost["machine"] = None
+        cost["slm"].update(utilisation=None, seconds_per_row=None, hour=None)
+        for at in cost["curve"]:
+            at["machines"] = None
+
+    page, text = priced(change=hosted_too)
+    assert "utilised" not in text and "its own tokens" in text
+    assert page.cost.facts()[0][2] == "1,032.75 USD less a month"
 
 
 def test_two_models_that_miss_nothing(tmp_path):
@@ -453,7 +572,7 @@ def test_the_same_decision_gives_the_same_bytes(full, tmp_path):
 
 def test_plots_come_for_both_themes_and_widths(full):
     pictures = SVG.findall(full.read_text())
-    assert len(pictures) == 4 * 7 and len(set(pictures)) == 4 * 7  # gap, models, errors, tools, two of cost, before and after
+    assert len(pictures) == 4 * 6 and len(set(pictures)) == 4 * 6  # gap, models, errors, tools, cost, before and after
     draw = plots.behind(["a $x^2$ <b>", ""], [0.01, -0.02], [None, [-0.05, 0.01]], 0.02, "points")
     found = plots.svgs(draw)
     assert "a $x^2$ &lt;b&gt;" in base64.b64decode(found["wide_light"].address.split(",", 1)[1]).decode()  # a dollar is a dollar

@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from slm_swap.clients.pricing import HostedPrices, LocalPrices, Prices
+from slm_swap.clients.pricing import HostedPrices, LocalPrices, Prices, Traffic
 from slm_swap.scoring.tracks import TRACKS
 from slm_swap.verdict.comparison import examine, examine_means
 from slm_swap.verdict.evaluations import read_evaluation
+from slm_swap.verdict.judge import Gate
 from slm_swap.verdict.sentence import points
 from slm_swap.verdict.text_report import _escape, brief, markdown, notes, plain, table, tables
 from tests.support.evaluated import AZURE, REPLIES, SLM, TUNED, calls, replies, write_report
@@ -24,14 +25,16 @@ HOSTILE = (
 )  # fmt: skip
 ACTING = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\u2028\u2029]")  # but for the line's end
 PRICES = Prices("prices.toml", "USD", {"gpt-4o-mini": HostedPrices(1.0, 0.5, 2.0)}, LocalPrices(0.36, 730, 0.36, 12))
+# a task: 0.00012 hosted; a quarter second of the small model's machine, which is 262.80 a month and does 10,512,000 tasks
+BUSY = Prices("prices.toml", "USD", PRICES.hosted, PRICES.local, Traffic(5_000_000, 1, 0.01))
 
 
 @pytest.fixture(scope="module")
 def make(tmp_path_factory):
     """A function that gives a whole decision, as compare.py tells it."""
 
-    def build(count=240, azure=("right",) * 7 + ("wrong_value",), slm=("right",) * 10 + tuple(REPLIES), groups=(None,), rule="paired", delta=0.02, prices=PRICES, names=()):
-        folder, examples = tmp_path_factory.mktemp("decision"), calls(count, groups, tools=["book", "hire"])
+    def build(count=240, azure=("right",) * 7 + ("wrong_value",), slm=("right",) * 10 + tuple(REPLIES), tools=("book", "hire"), rule="paired", delta=0.02, prices=PRICES, names=()):
+        folder, examples = tmp_path_factory.mktemp("decision"), calls(count, tools=tools)
         given = {"azure": (azure, AZURE), "slm": (slm, TUNED), "before": (("right", "no_json", "wrong_value"), SLM)}
         sides = {
             name: read_evaluation(write_report(folder / f"{name}.json", examples, replies(examples, errors), model), TRACK, True)
@@ -39,7 +42,7 @@ def make(tmp_path_factory):
         }
         for side, name in zip(sides.values(), names, strict=False):
             side.report["model"] |= {"deployment": name}
-        found = examine_means(TRACK, sides, delta) if rule == "point" else examine(TRACK, sides, rule, delta, 0.05, "group", prices)
+        found = examine_means(TRACK, sides, delta) if rule == "point" else examine(TRACK, sides, Gate(rule, delta, 0.05), prices)
         labels = {name: side.label for name, side in sides.items()}
         return {"track": "toolcall", "rows": count, "labels": labels} | found | {"warnings": found["warnings"] + ["a warning"]}
 
@@ -68,6 +71,17 @@ def test_the_brief_has_every_metric_and_the_sentence(told, capsys):
     assert "90% interval" in lines[0]
 
 
+def test_the_brief_leads_with_the_months_bill_and_not_with_a_price_at_full_load(make, capsys):
+    brief(make(prices=BUSY))
+    money = capsys.readouterr().out.splitlines()[-2]
+    assert money == (
+        "At 5,000,000 tasks a month the hosted model costs 600.00 USD and the small one 262.83 USD (1 machine, 48% utilised): "
+        "337.17 USD less a month."
+    )
+    brief(make(count=40, prices=Prices("prices.toml")))
+    assert "Savings unknown: fill in prices.toml." in capsys.readouterr().out.splitlines()
+
+
 def test_the_brief_by_the_point_rule(make, capsys):
     brief(make(rule="point"))
     shown = capsys.readouterr().out
@@ -78,6 +92,7 @@ def test_every_table_holds_its_numbers(told):
     found = {title.split(",")[0].split(":")[0].split(" (")[0]: rows for title, _, rows in tables(told)}
     assert list(found) == [
         "240 rows", "Verdict by matcher", "Where the gap in args_exact_rate comes from", "What would close it", "By tool", "Doubtful references", "Before",
+        "What a month costs",
     ]  # fmt: skip
     own = told["metrics"]["args_f1"]
     assert found["240 rows"][-1] == [
@@ -86,16 +101,22 @@ def test_every_table_holds_its_numbers(told):
     ]  # fmt: skip
     assert [row[:2] for row in found["Verdict by matcher"]] == [(name, told["verdict"]) for name in ("strict", "schema", "lenient")]
     gap = found["Where the gap in args_exact_rate comes from"]
-    assert gap[-1] == ("all", "", "", points(told["gap"]["difference"])) and {row[0] for row in gap[:-1]} == {own["kind"] for own in told["gap"]["errors"]}
+    assert gap[-1] == ("all", "", "", points(told["gap"]["difference"])) and {row[0] for row in gap[:-1]} == {
+        own["kind"] for own in told["gap"]["errors"] if own["azure_rows"] or own["slm_rows"]
+    }
     assert sum(int(row[2]) for row in gap[:-1]) == round(240 * (1 - told["gap"]["slm"]))
     assert {row[0] for row in found["By tool"]} == {"book", "hire"}
     assert found["Doubtful references"][0][0] == told["gold_audit"]["rows"][0]["id"] and "Bergen" in found["Doubtful references"][0][2]
+    assert found["What a month costs"] == [
+        ("10,000", "1.20", "262.83", "1", "0.095%", "26.28"), ("100,000", "12.00", "262.83", "1", "0.95%", "2.63"),
+        ("1,000,000", "120.00", "262.83", "1", "9.5%", "0.263"),
+    ]  # fmt: skip
     gain = told["before"]["metrics"]["args_exact_rate"]
     assert found["Before"][2][:4] == ("args_exact_rate", points(gain["before"]), points(gain["slm"]), points(gain["gain"]))
 
 
 def test_the_worst_ten_groups(make):
-    title, headings, rows = next(own for own in tables(make(groups=[f"g{n}" for n in range(30)])) if own[0].startswith("By group"))
+    title, headings, rows = next(own for own in tables(make(tools=[f"tool_{n}" for n in range(30)])) if own[0].startswith("By tool"))
     assert "the worst 10 of 30" in title and len(rows) == 10 and headings[4] == "shrunk"
     shrunk = [float(row[4]) for row in rows]
     assert shrunk == sorted(shrunk, reverse=True)
@@ -113,10 +134,10 @@ def test_notes(told, make):
     audit, before = told["gold_audit"], told["before"]
     assert f"not with the reference: {audit['count']}; the verdict without them: {audit['verdict_without']}." in shown
     assert f"were wrong before: {len(before['better'])}. Right before and wrong now: {len(before['worse'])} ({before['worse'][0]}, " in shown
-    assert "1,000 tasks cost: azure 0.1200 USD, slm 0.0250 USD." in shown
-    # an hour of training at 0.36, and a task saves 0.000120 - 0.000025
-    assert f"while it works): {told['cost']['on_demand']['break_even_tasks']:,}." in shown and told["cost"]["on_demand"]["break_even_tasks"] == 3790
-    assert "(tasks a month, the machine kept running): " in shown
+    assert "1,000 tasks as in the evaluation: hosted 0.12 USD, small 0.025 USD (machine 100% utilised)." in shown
+    assert "What a month costs, hosted and small: 1.20 USD and 262.83 USD (1 machine, 0.095% utilised) at 10,000 tasks; " in shown
+    assert "The small model costs less from 2,190,251 tasks a month on." in shown  # (262.80 + 0.36 / 12) / 0.00012 is 2,190,250
+    assert "Assumed: a machine does 4 tasks a second, as in the evaluation" in shown
     unknown = "\n".join(notes(make(count=40, prices=Prices("prices.toml"))))
     assert "1,000 tasks" not in unknown and 'Not known: price of deployment gpt-4o-mini: [hosted."gpt-4o-mini"] in prices.toml.' in unknown
 
@@ -139,7 +160,7 @@ def test_a_sequential_decision(make):
 
 @pytest.mark.parametrize("rule", ["paired", "sequential", "point"])
 def test_the_tables_fit_a_terminal_of_80_columns(make, rule, capsys, monkeypatch):
-    told = make(groups=[f"a group of a rather long name, number {n}" for n in range(30)], rule=rule, names=["n" * 90] * 2)
+    told = make(tools=[f"a group of a rather long name, number {n}" for n in range(30)], rule=rule, names=["n" * 90] * 2)
     shown = printed(told, capsys, monkeypatch)
     assert max(map(len, shown.splitlines())) <= 80
     assert all(name in shown for name in TRACK.gate)  # no name is folded

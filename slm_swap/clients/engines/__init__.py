@@ -25,14 +25,14 @@ class Generated:
     """The new tokens of one prompt, without the one that ended it; `stopped` is whether one did, and not the limit.
 
     `seconds` go from when the prompt was handed to the model until its last token. `cached` counts those of the prompt's tokens
-    that were not computed again. `batch` names the batch, where there are batches.
+    that were not computed again (None: the engine does not say). `batch` names the batch, where there are batches.
     """
 
     index: int
     tokens: list[int]
     stopped: bool
     seconds: float
-    cached: int = 0
+    cached: int | None = 0
     batch: str | None = None
 
 
@@ -63,6 +63,10 @@ class Engine(Protocol):
         ...
 
     def restore(self, state: dict[str, Any]) -> None: ...
+
+    def forget(self) -> None:
+        """Drop what is kept of earlier prompts."""
+        ...
 
     def close(self) -> None: ...
 

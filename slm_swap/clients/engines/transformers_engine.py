@@ -143,6 +143,8 @@ class TransformersEngine:
     def restore(self, state: dict[str, Any]) -> None:
         self.batch_size, self.halved = state["batch_size_used"], state["batches_halved"]
 
+    def forget(self) -> None: ...  # nothing of a batch is kept
+
     def close(self) -> None: ...
 
 

@@ -143,7 +143,7 @@ class VllmEngine:
     def _generated(prompt: Prompt, output: Any, seconds: float) -> Generated:
         made = output.outputs[0]
         tokens, stopped = list(made.token_ids), made.finish_reason == "stop"
-        return Generated(prompt.index, tokens[:-1] if stopped else tokens, stopped, seconds, output.num_cached_tokens or 0)
+        return Generated(prompt.index, tokens[:-1] if stopped else tokens, stopped, seconds, output.num_cached_tokens)
 
     def describe(self) -> dict[str, Any]:
         return {"device": "cuda"}
@@ -152,6 +152,10 @@ class VllmEngine:
         return {"engine_start": self.start, "engine_context": self.context}
 
     def restore(self, state: dict[str, Any]) -> None: ...
+
+    def forget(self) -> None:
+        """Empty the prefix cache: a prompt that is asked again would have none of its tokens to compute."""
+        self._llm.reset_prefix_cache()
 
     def close(self) -> None:
         """Give the GPU's memory back."""

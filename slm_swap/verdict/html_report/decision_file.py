@@ -13,6 +13,7 @@ from slm_swap.common.settings import display_path, find_path
 from slm_swap.rows.examples import read_jsonl, text_hash
 from slm_swap.scoring.tracks import TRACKS, Track
 from slm_swap.verdict.decision import EXIT_CODES
+from slm_swap.verdict.evaluations import QUESTIONS
 from slm_swap.verdict.html_report.text import all_visible, visible, word_diff
 
 MADE_BY = "03_compare/compare.py"
@@ -47,7 +48,53 @@ INTERVAL = {"type": "array", "items": DIFFERENCE, "minItems": 2, "maxItems": 2}
 VERDICT = {"enum": list(EXIT_CODES)}
 PATH = {"type": "string", "pattern": r"^[^\x00]+$"}
 SIDE = record(path=maybe(PATH), sha256=maybe(TEXT), rows_path=maybe(PATH), rows_sha256=maybe(TEXT))
+SPEED = record(rows=maybe(COUNT), concurrency=maybe(COUNT), p50=AMOUNT, p95=AMOUNT)  # seconds
+LATENCY = record(alone=maybe(SPEED), loaded=maybe(SPEED), why=maybe(TEXT))
+CAUSES = record(failed=maybe(COUNT), truncated=maybe(COUNT))
+REPEAT = record(rows=COUNT, different_text=maybe(COUNT), exact_changed=maybe(COUNT))
 COMPARED = {"azure": RATE, "slm": RATE, "difference": DIFFERENCE, "interval": maybe(INTERVAL)}
+COST = record(
+    currency=maybe(TEXT),
+    azure=maybe(
+        record(
+            per_1000=maybe(AMOUNT),
+            rows=maybe(COUNT),
+            rows_counted=maybe(COUNT),
+            input_tokens_per_row=maybe(AMOUNT),
+            cached_tokens_per_row=maybe(AMOUNT),
+            output_tokens_per_row=maybe(AMOUNT),
+        )
+    ),
+    slm=maybe(record(per_1000=maybe(AMOUNT), utilisation=maybe(RATE), seconds_per_row=maybe(AMOUNT), hour=maybe(AMOUNT))),
+    machine=maybe(record(hours_per_month=maybe(AMOUNT), per_month=maybe(AMOUNT), capacity_tasks_per_month=maybe(COUNT))),
+    training=maybe(record(seconds=maybe(AMOUNT), cost=maybe(AMOUNT), pay_off_months=maybe(AMOUNT), per_month=maybe(AMOUNT))),
+    traffic=maybe(
+        record(tasks_per_month=maybe(COUNT), peak_factor=maybe(AMOUNT), fallback_share=maybe(RATE), cost_of_error=maybe(AMOUNT))
+    ),
+    bills=maybe(
+        listed(
+            record(
+                tasks={"type": "integer", "minimum": 1, "maximum": 10**15},
+                azure=maybe(AMOUNT),
+                slm=maybe(AMOUNT),
+                saving=maybe({"type": "number", "minimum": -1e15, "maximum": 1e15}),
+                machines=maybe(COUNT),
+                utilisation=maybe(RATE),
+                slm_parts=maybe(named(maybe(AMOUNT))),
+                slm_per_1000=maybe(AMOUNT),
+                wrong_replies=maybe(AMOUNT),
+                wrong_replies_cost=maybe(AMOUNT),
+            )
+        )
+    ),
+    cheaper=maybe(listed(record(first=COUNT, last=maybe(COUNT)))),
+    looked_up_to=maybe(COUNT),
+    why=maybe(TEXT),
+    curve=maybe(listed(record(tasks=COUNT, machines=maybe(COUNT), azure=maybe(AMOUNT), slm=maybe(AMOUNT)))),
+    paid_back_months=maybe(AMOUNT),
+    assumed=maybe(listed(TEXT)),
+    unknown=maybe(listed(TEXT)),
+)
 SCHEMA = record(
     stage={"const": "compare"},
     track={"enum": list(TRACKS)},
@@ -58,6 +105,16 @@ SCHEMA = record(
     rule=TEXT,
     delta=RATE,
     alpha=maybe({"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 0.5}),
+    swap_alpha=maybe({"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 0.5}),
+    withheld=maybe(VERDICT),
+    question=maybe({"enum": list(QUESTIONS)}),
+    questions=maybe(named(maybe(record(verdict=VERDICT, withheld=maybe(VERDICT), need=maybe(record(rows=maybe(COUNT), clusters=maybe(COUNT))))))),
+    tools=maybe(COUNT),
+    unmeasured=maybe(record(azure=CAUSES, slm=CAUSES, measure=listed(TEXT))),
+    filtered=maybe(record(azure=COUNT, slm=COUNT, verdict_without=maybe(VERDICT))),
+    latency=maybe(record(azure=maybe(LATENCY), slm=maybe(LATENCY), max_p95_ms=maybe(AMOUNT), p95_ms=maybe(AMOUNT), passed=maybe(FLAG))),
+    repeat=maybe(record(azure=maybe(REPEAT), slm=maybe(REPEAT))),
+    looks=maybe(record(number=COUNT, share=RATE, earlier=listed(record(at=maybe(TEXT), verdict=maybe(VERDICT), rows=maybe(COUNT))))),
     rows=maybe(COUNT),
     clusters=maybe(record(by=TEXT, count=COUNT, effective=AMOUNT)),
     reports=record(azure=SIDE, slm=SIDE, before=maybe(SIDE)),
@@ -109,6 +166,7 @@ SCHEMA = record(
                     )
                 )
             ),
+            first=maybe(TEXT),
         )
     ),
     groups=maybe(
@@ -117,6 +175,7 @@ SCHEMA = record(
             metric=TEXT,
             mean=maybe(DIFFERENCE),
             between_sd=maybe(AMOUNT),
+            p_value=maybe(RATE),
             all=listed(
                 record(group=TEXT, rows=COUNT, azure=RATE, slm=RATE, difference=DIFFERENCE, shrunk=DIFFERENCE, interval=INTERVAL)
             ),
@@ -140,33 +199,7 @@ SCHEMA = record(
             metric=maybe(TEXT),
         )
     ),
-    cost=maybe(
-        record(
-            currency=maybe(TEXT),
-            azure=maybe(
-                record(
-                    per_1000=maybe(AMOUNT),
-                    input_tokens_per_row=maybe(AMOUNT),
-                    cached_tokens_per_row=maybe(AMOUNT),
-                    output_tokens_per_row=maybe(AMOUNT),
-                )
-            ),
-            slm=maybe(record(per_1000=maybe(AMOUNT), seconds_per_row=maybe(AMOUNT), hour=maybe(AMOUNT))),
-            training=maybe(record(seconds=maybe(AMOUNT), cost=maybe(AMOUNT))),
-            on_demand=maybe(record(break_even_tasks=maybe(AMOUNT), why=maybe(TEXT))),
-            always_on=maybe(
-                record(
-                    hours_per_month=maybe(AMOUNT),
-                    per_month=maybe(AMOUNT),
-                    capacity_tasks_per_month=maybe(AMOUNT),
-                    pay_off_months=maybe(AMOUNT),
-                    break_even_tasks_per_month=maybe(AMOUNT),
-                    why=maybe(TEXT),
-                )
-            ),
-            unknown=maybe(listed(TEXT)),
-        )
-    ),
+    cost=maybe(COST),
     sequential=maybe(
         record(
             stopped_after_rows=maybe(COUNT),

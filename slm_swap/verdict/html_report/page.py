@@ -10,7 +10,7 @@ from slm_swap.verdict.html_report import words
 from slm_swap.verdict.html_report.decision_file import Rows, open_rows
 from slm_swap.verdict.html_report.text import all_visible, embedded_json
 from slm_swap.verdict.html_report.view import Page
-from slm_swap.verdict.html_report.words import count, percent, points, signed, significant, standing
+from slm_swap.verdict.html_report.words import count, percent, points, signed, standing
 
 FOLDER = Path(__file__).parent
 
@@ -45,7 +45,6 @@ def environment():
     )
     made.filters |= {
         "count": count, "percent": percent, "points": points, "signed": signed, "standing": standing, "duration": words.duration,
-        "amount": significant,
     }  # fmt: skip
     return made
 

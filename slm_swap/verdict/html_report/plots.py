@@ -152,9 +152,15 @@ def both_models(names: Sequence[str], metrics: Sequence[dict[str, Any]], labels:
 
 
 def behind(
-    names: Sequence[str], differences: Sequence[float], intervals: Sequence[list[float] | None], delta: float | None, x_label: str
+    names: Sequence[str],
+    differences: Sequence[float],
+    intervals: Sequence[list[float] | None],
+    delta: float | None,
+    x_label: str,
+    measured: Sequence[float] = (),
 ) -> Draw:
-    """How far the small model is behind on each line, in points, with intervals; with `delta`, the margin that is good enough."""
+    """How far the small model is behind on each line, in points, with intervals; with `delta`, the margin that is good enough; hollow,
+    what was `measured` where `differences` are estimates."""
 
     def draw(canvas: Canvas) -> None:
         from matplotlib.lines import Line2D
@@ -164,6 +170,8 @@ def behind(
         legend = [] if delta is None else [f"margin: {100 * delta:g} points", "good enough"]
         axes = canvas.lines(names, [range_of(*pair) for pair in zip(differences, intervals, strict=True)], legend)
         ends = [*dots(axes, list(zip(differences, intervals, strict=True)), 0, theme.slm, "s"), 0, 100 * (delta or 0)]
+        axes.plot([100 * value for value in measured], range(len(measured)), color=theme.slm, linestyle="none", marker="o", fillstyle="none")
+        ends += [100 * value for value in measured]
         limits = room(min(ends), max(ends), -100, 100)
         upright(canvas, axes, len(names), 0, color=theme.muted, linewidth=1)
         if delta is not None:
@@ -218,52 +226,44 @@ def before_after(names: Sequence[str], metrics: Sequence[dict[str, Any]], azure:
     return draw
 
 
-def cost_lines(
-    x_most: float,
-    azure: float,
-    slm: tuple[float, float],
-    meets: float | None,
-    capacity: float | None,
+def cost_steps(
+    curve: Sequence[dict[str, Any]],
+    shaded: Sequence[tuple[int, int]],
+    volume: int | None,
     labels: Sequence[str],
     axis_labels: tuple[str, str],
 ) -> Draw:
-    """What both models cost in all for so many tasks: the hosted one `azure` a task, the small one `slm`, fixed and a task."""
+    """Both bills over the tasks a month, through the points of `curve`; `shaded` are the ranges in which the small model is cheaper."""
 
     def draw(canvas: Canvas) -> None:
         from matplotlib.lines import Line2D
+        from matplotlib.patches import Patch
         from matplotlib.ticker import FuncFormatter, MaxNLocator
 
         theme = canvas.theme
-        legend = [one_line(label, 40) for label in labels]
+        legend = [*(one_line(label, 40) for label in labels), *(["small model is cheaper"] if shaded else [])]
         axes = canvas.axes(240, left=58, right=20, legend=legend)
         axes.grid(True, color=theme.grid, linewidth=1)
-        xs = [0.0, x_most]
         styles = [
             {"color": theme.azure, "linewidth": 2.5, "linestyle": "-"},
             {"color": theme.slm, "linewidth": 2.5, "linestyle": (0, (6, 2))},
         ]
-        axes.plot(xs, [azure * x for x in xs], **styles[0])
-        axes.plot(xs, [slm[0] + slm[1] * x for x in xs], **styles[1])
-        axes.set_xlim(0, x_most)
-        axes.set_ylim(0, 1.08 * max(azure * x_most, slm[0] + slm[1] * x_most) or 1)
-        if meets is not None and meets <= x_most:
-            axes.plot(
-                [meets],
-                [azure * meets],
-                color=theme.text,
-                marker="o",
-                markersize=9,
-                markerfacecolor=theme.paper,
-                markeredgewidth=2,
-            )
-        if capacity is not None and capacity < x_most:
-            axes.axvline(capacity, color=theme.muted, linewidth=1.5, linestyle=(0, (1, 2)))
+        tasks = [at["tasks"] for at in curve]
+        for side, style in zip(("azure", "slm"), styles, strict=True):
+            axes.plot(tasks, [at[side] for at in curve], **style)
+        for first, last in shaded:
+            axes.axvspan(first, last, color=theme.fine, zorder=0, linewidth=0)
+        if volume is not None:
+            axes.axvline(volume, color=theme.muted, linewidth=1.5, linestyle=(0, (1, 2)))
+        axes.set_xlim(0, tasks[-1])
+        axes.set_ylim(0, 1.08 * max(max(at["azure"], at["slm"]) for at in curve) or 1)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(MaxNLocator(4 if canvas.narrow else 6))
             axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
         axes.set_ylabel(axis_labels[1], color=theme.muted)
         canvas.x_label(axes, axis_labels[0])
-        canvas.legend(axes, [Line2D([], [], **style) for style in styles], legend)
+        handles = [Line2D([], [], **style) for style in styles] + ([Patch(color=theme.fine)] if shaded else [])
+        canvas.legend(axes, handles, legend)
 
     return draw
 

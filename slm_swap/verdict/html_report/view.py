@@ -1,32 +1,19 @@
 """What the page shows of a decision: its figures, tables and words."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from slm_swap.scoring.tracks import TRACKS
+from slm_swap.verdict.cost_words import money
 from slm_swap.verdict.decision import FINE_TUNE, SWAP
+from slm_swap.verdict.gap import FINE_TUNING
 from slm_swap.verdict.html_report import plots, words
+from slm_swap.verdict.html_report.cost import CostView
+from slm_swap.verdict.html_report.parts import Figure, Table
 from slm_swap.verdict.html_report.text import one_line, word_diff
-from slm_swap.verdict.html_report.words import count, percent, range_of, rate_of, signed, significant, standing
+from slm_swap.verdict.html_report.words import count, percent, range_of, rate_of, signed, standing
 
 MOST_GROUPS = 16  # in the plot; the table has all
 MOST_AUDITED = 20  # rows shown in full above the table of rows
-HORIZON = 100_000  # tasks that the cost plot spans where the lines never meet
-
-
-class Figure(NamedTuple):
-    """A plot, what it says to those who do not see it, and what stands below it."""
-
-    pictures: dict[str, plots.Picture]
-    alt: str
-    caption: str
-
-
-class Table(NamedTuple):
-    """A table whose first column names the rows."""
-
-    caption: str
-    head: list[str]
-    rows: list[list[str]]
 
 
 class Page:
@@ -45,13 +32,21 @@ class Page:
         self.metrics = known + [name for name in decision["metrics"] if name not in known]
         self.delta, self.alpha = decision["delta"], decision["alpha"]
         self.level = None if self.alpha is None else f"{100 * (1 - 2 * self.alpha):g}%"
+        self.swap_alpha = decision["swap_alpha"] or self.alpha
         self.currency = one_line((decision["cost"] or {}).get("currency") or "", 12)
+        self.cost = CostView(decision, self.currency) if decision["cost"] else None
+
+    def money(self, amount: float) -> str:
+        return money(amount, self.currency)
 
     # -- The verdict -------------------------------------------------------------------------------------------------------------
 
     @property
     def headline(self) -> str:
-        return words.HEADLINES[self.decision["verdict"]]
+        withheld, latency = self.decision["withheld"], self.decision["latency"] or {}
+        if withheld and latency.get("passed") is False and not self.decision["unmeasured"]:
+            return "Not yet: good enough, but too slow"
+        return words.WITHHELD[withheld] if withheld else words.HEADLINES[self.decision["verdict"]]
 
     def facts(self) -> list[tuple[str, str, str]]:
         """The few numbers that stand beside the verdict: (what, number, explanation)."""
@@ -65,29 +60,49 @@ class Page:
             values = decision["metrics"][worst]
             told = f"{percent(values['azure'])} → {percent(values['slm'])}"
             facts.append((f"{self.name(worst)}: hosted → small", told, self.spelled(values["difference"], values["interval"])))
-        cost = decision["cost"]
-        if cost and cost["azure"] and cost["slm"] and None not in (cost["azure"]["per_1000"], cost["slm"]["per_1000"]):
-            told = f"{self.money(cost['azure']['per_1000'])} → {self.money(cost['slm']['per_1000'])}"
-            facts.append(("1,000 tasks: hosted → small", told, "while the machine works; idle time is counted under Cost"))
-        if cost and cost["on_demand"] and cost["on_demand"]["break_even_tasks"] is not None:
-            told = count(cost["on_demand"]["break_even_tasks"], "tasks")
-            facts.append(("Training is paid back after", told, "the machine paid only while it works"))
+        facts += self.cost.facts() if self.cost else []
+        facts += self.speed()
         if decision["rows"] is not None:
             facts.append(("Compared on", count(decision["rows"], "rows"), self.clusters()))
         return facts
 
     def spelled(self, difference: float, interval: list[float] | None) -> str:
         """A gap with its interval, in words."""
-        between = f" ({signed(interval[0])} to {signed(interval[1])})" if interval else ""
+        between = f" ({words.stretch(*interval)})" if interval else ""
         return f"{standing(difference)}{between}, margin {100 * self.delta:g}"
+
+    def speed(self) -> list[tuple[str, str, str]]:
+        """The latencies as a fact: alone where both were measured so, else under load, else whatever is known."""
+        told = self.decision["latency"] or {}
+        sides = [told.get(side) or {} for side in ("azure", "slm")]
+        for way in ("alone", "loaded"):
+            if any(side.get(way) for side in sides):
+                shown = [f"{1000 * side[way]['p50']:,.0f} ms" if side.get(way) else "not measured" for side in sides]
+                slow = ", ".join(
+                    f"{name} {1000 * side[way]['p95']:,.0f} ms" for name, side in zip(("hosted", "small"), sides, strict=True) if side.get(way)
+                )
+                load = "one request at a time" if way == "alone" else "under load"
+                return [("Latency, median: hosted → small", " → ".join(shown), f"{load}; 95th percentile: {slow}")]
+        return []
+
+    def latency_table(self) -> Table | None:
+        """Both models' latencies as measured; None where none was."""
+        told, rows = self.decision["latency"] or {}, []
+        for side, name in (("azure", "Hosted"), ("slm", "Small")):
+            for way in ("alone", "loaded"):
+                if found := (told.get(side) or {}).get(way):
+                    load = "one at a time" if way == "alone" else f"{count(found['concurrency'])} at a time" if found["concurrency"] else "under load"
+                    rows.append([f"{name}, {load}", *(f"{1000 * found[p]:,.0f} ms" for p in ("p50", "p95")), count(found["rows"] or 0)])
+        return Table("Latency of a request", ["Model and load", "Median", "95th percentile", "Rows"], rows) if rows else None
 
     def clusters(self) -> str:
         clusters = self.decision["clusters"]
         if not clusters:
             return ""
+        scope = f", {words.SCOPES[self.decision['question']]}" if self.decision["question"] and self.decision["tools"] else ""
         if clusters["by"] == "row":
-            return "each row counts for itself"
-        return f"in {count(clusters['count'], clusters['by'] + 's')}, worth {count(clusters['effective'])} independent ones"
+            return f"each row counts for itself{scope}"
+        return f"in {count(clusters['count'], clusters['by'] + 's')}, worth {count(clusters['effective'])} independent ones{scope}"
 
     def doubts(self) -> list[str]:
         """Where the verdict would be another one."""
@@ -95,6 +110,10 @@ class Page:
         others = [words.MATCHERS[name][0].lower() for name, told in self.matchers() if told["verdict"] != decision["verdict"]]
         if others:
             found.append(f"Counted another way ({', '.join(others)}) the verdict is different: see “Does the verdict hold?”.")
+        filtered = decision["filtered"]
+        if filtered and filtered["azure"] and filtered["verdict_without"] not in (None, decision["verdict"]):
+            told = words.VERDICTS[filtered["verdict_without"]]
+            found.append(f"Without the {count(filtered['azure'], 'rows')} whose hosted reply a content filter took the verdict is “{told}”.")
         audit = decision["gold_audit"]
         if audit and audit["count"] and audit["verdict_without"] not in (None, decision["verdict"]):
             told = words.VERDICTS[audit["verdict_without"]]
@@ -108,17 +127,23 @@ class Page:
             return [
                 "Move the traffic over in steps, and keep the hosted model at hand as the way back.",
                 "Go on scoring a sample of the live replies: the verdict holds for requests like those compared here.",
-                *(["Check under Cost from how many tasks on it pays."] if decision["cost"] else []),
+                *([self.cost.advice()] if self.cost else []),
             ]
         keep = "Keep the hosted model until then."
+        if decision["withheld"]:
+            commands = (decision["unmeasured"] or {}).get("measure") or []
+            asked = [f"Measure the rows that were not measured: {one_line(command, 400)}" for command in commands]
+            return [*(asked or ["Serve the small model faster, and measure its latency again."]), "Then compare again.", keep]
         if verdict == FINE_TUNE:
-            remedies = (decision["gap"] or {}).get("remedies") or []
-            cheapest = [f"Begin with the cheapest remedy: {remedies[0]['remedy'].rstrip('.')}."] if remedies else []
+            first = (decision["gap"] or {}).get("first")
+            cheapest = [f"Begin with {first.rstrip('.')}."] if first and first != FINE_TUNING else []
             train = "Fine-tune the small model (train_unsloth.py), evaluate it on the same rows and compare again."
             if decision["before"]:
                 train = "Training once was not enough: look at the rows that still miss, then train with more rows like them."
             return [*cheapest, train, keep]
-        if need and need["rows"] is not None:
+        if need and need["rows"] is None and need["clusters"] and decision["question"] == "others":
+            more = f"Evaluate both models on rows of about {count(need['clusters'], 'further tools')}: more rows of the same tools do not help."
+        elif need and need["rows"] is not None:
             more = f"Evaluate both models on {self.further(need)}, then compare all rows again."
         else:
             more = "Look at the rows below: on these models more rows alone will hardly settle it."
@@ -140,7 +165,7 @@ class Page:
         values = self.values(name)
         if name in (self.decision["failing"] or []):
             return "worse than the margin"
-        shown = values["p_value"] <= self.alpha if values["p_value"] is not None and self.alpha else None
+        shown = values["p_value"] <= self.swap_alpha if values["p_value"] is not None and self.alpha else None
         if shown is None:
             shown = (values["interval"] or [0, values["difference"]])[1] <= self.delta
         return "good enough" if shown else "not settled"
@@ -249,14 +274,15 @@ class Page:
         remedies = self.decision["gap"]["remedies"]
         if not remedies:
             return None
+        first = self.decision["gap"]["first"]
         rows = [
-            [remedy["remedy"], ", ".join(self.kind(kind).lower() for kind in remedy["kinds"]), count(remedy["rows"]),
+            [remedy["remedy"] + (" (begin here)" if remedy["remedy"] == first else ""), ", ".join(self.kind(kind).lower() for kind in remedy["kinds"]), count(remedy["rows"]),
              signed(remedy["gain_at_most"]),
              "not measured" if remedy["gain_measured"] is None else signed(remedy["gain_measured"])]
             for remedy in remedies
         ]  # fmt: skip
         head = ["Remedy", "Against", "Rows", "Gain at most, points", "Gain measured, points"]
-        return Table("Remedies, cheapest first", head, rows)
+        return Table("Remedies, the cheapest first", head, rows)
 
     def groups_figure(self) -> Figure:
         groups = self.decision["groups"]
@@ -265,11 +291,12 @@ class Page:
         pairs = [group["shrunk"] for group in worst], [group["interval"] for group in worst]
         told = "; ".join(f"{name} {range_of(*pair)}" for name, *pair in zip(names[:5], *pairs, strict=False))
         caption = (
-            f"In brackets: rows. Estimates are drawn towards the mean of all {groups['by']}s, the more the fewer rows there are."
+            f"In brackets: rows. Hollow: as measured. Filled: drawn towards the mean of all {groups['by']}s, the more the fewer rows there are."
         )
         if len(worst) < len(groups["all"]):
             caption = f"The {len(worst)} of {len(groups['all'])} with the largest gap; the table has all. {caption}"
-        draw = plots.behind(names, *pairs, None, f"points behind on {self.name(groups['metric'])}")
+        own = [group["difference"] for group in worst]
+        draw = plots.behind(names, *pairs, None, f"points behind on {self.name(groups['metric'])}", own)
         return Figure(plots.svgs(draw), f"Gap by {groups['by']}, the largest first. {told}.", caption)
 
     def groups_table(self) -> Table:
@@ -281,71 +308,6 @@ class Page:
         ]  # fmt: skip
         head = [groups["by"].capitalize(), "Rows", "Hosted", "Small", "Behind by, points", "Estimate (interval), points"]
         return Table(f"Gap on {self.name(groups['metric'])} by {groups['by']}, the largest first", head, rows)
-
-    # -- Money -------------------------------------------------------------------------------------------------------------------
-
-    def money(self, amount: float) -> str:
-        return f"{significant(amount)} {self.currency}" if self.currency else significant(amount)
-
-    def cost_table(self) -> Table:
-        cost = self.decision["cost"]
-        azure, slm, training, always = cost["azure"] or {}, cost["slm"] or {}, cost["training"] or {}, cost["always_on"] or {}
-        told = [
-            ("Hosted, 1,000 tasks", azure.get("per_1000"), self.money),
-            ("Small, 1,000 tasks, while it works", slm.get("per_1000"), self.money),
-            ("Hosted, tokens a task: in", azure.get("input_tokens_per_row"), significant),
-            ("Hosted, tokens a task: of these cached", azure.get("cached_tokens_per_row"), significant),
-            ("Hosted, tokens a task: out", azure.get("output_tokens_per_row"), significant),
-            ("Small, time of a task", slm.get("seconds_per_row"), words.duration),
-            ("Small, an hour of the machine", slm.get("hour"), self.money),
-            ("Training, once", training.get("cost"), self.money),
-            ("Training, time", training.get("seconds"), words.duration),
-            ("Small, always on, a month", always.get("per_month"), self.money),
-            ("Small, always on, tasks a month at most", always.get("capacity_tasks_per_month"), count),
-        ]
-        return Table(
-            "What it costs", ["What", "Amount"], [[what, show(value)] for what, value, show in told if value is not None]
-        )
-
-    def cost_figures(self) -> list[Figure]:
-        """In all, paid by work; and by month, always on. Only where both models' costs are known."""
-        cost = self.decision["cost"]
-        azure, slm = (((cost[side] or {}).get("per_1000")) for side in ("azure", "slm"))
-        if azure is None:
-            return []
-        unit, labels, figures = self.currency or "amount", [self.labels["azure"], self.labels["slm"]], []
-        always, training = cost["always_on"], (cost["training"] or {}).get("cost") or 0
-        if slm is not None:
-            meets = (cost["on_demand"] or {}).get("break_even_tasks")
-            most = 2 * meets if meets else HORIZON
-            draw = plots.cost_lines(
-                most, azure / 1000, (training, slm / 1000), meets, None, labels, ("tasks in all", f"{unit}, in all")
-            )
-            told = f"The lines meet at {count(meets, 'tasks')}." if meets else "The lines do not meet."
-            begins = f"The small model's line begins at the {self.money(training)} that training costs. " if training else ""
-            figures.append(
-                Figure(
-                    plots.svgs(draw),
-                    f"Cost in all against the number of tasks. {told}",
-                    f"Paid only while it works. {begins}{told}",
-                )
-            )
-        if always and always["per_month"] is not None:
-            meets, capacity = always["break_even_tasks_per_month"], always["capacity_tasks_per_month"]
-            most = 2 * meets if meets else capacity or HORIZON
-            draw = plots.cost_lines(
-                most, azure / 1000, (always["per_month"], 0), meets, capacity, labels, ("tasks a month", f"{unit} a month")
-            )
-            told = f"The lines meet at {count(meets, 'tasks')} a month." if meets else "The lines do not meet."
-            full = (
-                f" The dotted line marks the {count(capacity, 'tasks')} that the machine can do."
-                if capacity and capacity < most
-                else ""
-            )
-            figures.append(
-                Figure(plots.svgs(draw), f"Cost a month against tasks a month, always on. {told}", f"Always on. {told}{full}")
-            )
-        return figures
 
     # -- Before and after --------------------------------------------------------------------------------------------------------
 

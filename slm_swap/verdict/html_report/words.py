@@ -7,6 +7,11 @@ HEADLINES = {
     FINE_TUNE: "Not yet: the small model falls short",
     NEED_MORE_DATA: "Not decided yet: more rows are needed",
 }
+WITHHELD = {  # where the verdict would be this one, were all of it measured
+    SWAP: "Not decided yet: what would make it a swap was not all measured",
+    FINE_TUNE: "Not decided yet: what would make it a no was not all measured",
+}
+SCOPES = {"these": "for the tools of these rows, at their mix", "others": "for other tools like these"}
 VERDICTS = {SWAP: "Swap", FINE_TUNE: "Not yet", NEED_MORE_DATA: "More rows needed"}
 METRICS = {  # a metric's name, and what it is the share of
     "json_valid_rate": ("Valid JSON", "replies that are one JSON object and nothing else"),
@@ -30,6 +35,8 @@ ERROR_KINDS = {  # the kinds of the decision's gap, then the errors of single ro
     "value": "Wrong value",
     "truncated": "Cut off",
     "filtered": "Filtered or refused",
+    "too_long": "Prompt too long",
+    "prompt_too_long": "Prompt too long",
     "failed": "Request failed",
     "refused": "Refused",
     "no_json": "No JSON",
@@ -43,8 +50,14 @@ ERROR_KINDS = {  # the kinds of the decision's gap, then the errors of single ro
 }
 MATCHERS = {
     "strict": ("Strict", "equal as JSON, in the exact form asked for: what the verdict goes by"),
-    "schema": ("By schema", "types that the schema can convert, its defaults and acceptable values count as right"),
+    "schema": ("By schema", "types that the schema can convert and its defaults count as right"),
     "lenient": ("Lenient", "also other upper and lower case, white space and text around the reply"),
+}
+COST_PARTS = {  # of the small model's month
+    "machines": "machines",
+    "tokens": "its own tokens",
+    "training": "share of training",
+    "fallback": "hosted replies to what falls back",
 }
 MINUS = "\u2212"
 
@@ -79,6 +92,17 @@ def standing(difference: float) -> str:
     if signed(difference) == "0.0":
         return "level"
     return f"{points(difference)} {'behind' if difference > 0 else 'ahead'}"
+
+
+def stretch(low: float, high: float) -> str:
+    """An interval of azure - slm in the words of `standing`: `2.3 to 8.1 points ahead`, `2.1 points ahead to 3.0 points behind`."""
+    ends = standing(low), standing(high)
+    sides = [end.rpartition(" ")[2] for end in ends]
+    if sides[0] == sides[1] == "ahead":  # the smaller one first
+        return f"{abs(100 * high):.1f} to {points(low)} ahead"
+    if sides[0] == sides[1] == "behind":
+        return f"{abs(100 * low):.1f} to {points(high)} behind"
+    return " to ".join(ends)
 
 
 def count(number: float, what: str = "") -> str:

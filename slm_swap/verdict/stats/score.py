@@ -170,9 +170,10 @@ def mirrored(sample: Sample) -> Sample:
     return Sample(-sample.totals, sample.sizes, -sample.high, -sample.low, sample.exact)
 
 
-def interval(sample: Sample, alpha: float) -> tuple[float, float]:
-    """Two-sided interval of level 1 - 2 alpha: every m that neither one-sided test rejects at `alpha`."""
-    return -_upper(mirrored(sample), alpha), _upper(sample, alpha)
+def interval(sample: Sample, alpha: float, high_alpha: float | None = None) -> tuple[float, float]:
+    """Two-sided interval of level 1 - 2 alpha: every m that neither one-sided test rejects at `alpha`, the upper end's test at
+    `high_alpha` where that is given."""
+    return -_upper(mirrored(sample), alpha), _upper(sample, high_alpha or alpha)
 
 
 def _upper(sample: Sample, alpha: float) -> float:

@@ -1,0 +1,31 @@
+"""Requests for two tools as the embedded tiny model understands them: as messages, alone and in a batch of different lengths."""
+
+from slm_swap.rows.prompts import build_messages, toolcall_prompt
+
+CITY = {"city": {"type": "string", "description": "The city."}}
+DATE = {"date": {"type": "string", "description": "The date as YYYY-MM-DD."}}
+TOOLS = [
+    {
+        "name": "check_weather",
+        "description": "Check a weather.",
+        "parameters": {"type": "object", "properties": CITY, "required": ["city"]},
+    },
+    {
+        "name": "open_calendar",
+        "description": "Open a calendar.",
+        "parameters": {"type": "object", "properties": DATE, "required": ["date"]},
+    },
+]
+REQUESTS = (
+    "Check the weather in Oslo",
+    "Open the calendar on 3 May 2026, please",
+    "Check weather for Lima",
+    "Hi, open my calendar for June 9, 2027",
+)
+
+
+def ask(request: str, tools: int = 2) -> list[dict]:
+    return build_messages("toolcall", toolcall_prompt(TOOLS[:tools], request))
+
+
+BATCH = [ask(request, 1 + index % 2) for index, request in enumerate(REQUESTS * 2)]
