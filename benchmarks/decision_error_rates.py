@@ -10,7 +10,8 @@ together by a Dirichlet-multinomial of the given intra-cluster correlation; at 1
 
 false SWAP: SWAP though the true gap is the margin or more. false FINE_TUNE: FINE_TUNE though it is the margin or less. Power:
 SWAP at a gap below the margin, FINE_TUNE at one above. All trials of a cell are decided at once; a few are decided again one by one as
-`decision.paired_decision` does, and a verdict that is not the same ends the run.
+`decision.paired_decision` does, and a verdict that is not the same ends the run. An application's own tools, with all six metrics:
+tools_error_rates.py.
 """
 
 import argparse
