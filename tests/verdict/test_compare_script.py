@@ -166,6 +166,8 @@ def test_before(compare, make, decision, refused):
     assert (code, error) == (10, "") and "Before: phi-4-mini" in printed
     told = decision()["before"]
     assert (told["metrics"]["args_exact_rate"]["gain"], len(told["better"]), told["worse"]) == (0.5, 100, [])
+    printed = compare(azure, slm, "--before", before)[1]
+    assert "Before fine-tuning args_exact_rate was 0.0000: +0.5000 gained (" in printed and "100 rows better and 0 worse." in printed
     assert "different data" in refused(azure, slm, "--before", make("fewer", model=SLM, rows=100))
     assert "no before.rows.jsonl" in refused(azure, slm, "--before", bare(before)).replace(str(before.parent) + "/", "")
 
