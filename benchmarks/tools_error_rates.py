@@ -3,8 +3,7 @@
     python benchmarks/tools_error_rates.py
     python benchmarks/tools_error_rates.py --scale 0.1 --out /tmp/tools_error_rates.json
 
-Rows as `tool_rows` makes them; the paired rule on all six metrics at alpha 0.05 and a first look's share of it for SWAP, as compare.py
-decides by default. `level` is azure's args_exact_rate: 0.87 and 0.93 with 5%
+Rows as `tool_rows` makes them; the paired rule on all six metrics at alpha 0.05. `level` is azure's args_exact_rate: 0.87 and 0.93 with 5%
 wrong references, 0.99 with none (5% would leave 0.95). `gap` is the true difference in args_exact_rate, the largest of the six.
 
 these: the question is about these very tools. Their traffic's gap is exact in each trial; the unit is the row.
@@ -12,7 +11,7 @@ others: the question is about tools like these. Each trial draws new ones, whose
 equally used tools, as benchmark data has.
 ties: models that give the same replies.
 need: where the verdict was NEED_MORE_DATA, as many further rows as `rows_needed` announced (for a power of 80%) are drawn of the same
-truth, and all rows are decided again by a second look's share.
+truth, and all rows are decided again.
 
 All trials of a cell are decided at once; one of the rarest verdict is decided again by `decision.paired_decision`, and a verdict that is
 not the same ends the run.
@@ -44,11 +43,9 @@ from slm_swap.verdict.decision import (
     paired_decision,
     rows_needed,
 )
-from slm_swap.verdict.looks import share
 from slm_swap.verdict.stats.score import statistics
 
 ALPHA = 0.05
-FIRST, SECOND = ALPHA * share(1), ALPHA * share(2)  # the levels for SWAP at the first look and at the next
 LEVELS = {0.87: WRONG_GOLD, 0.93: WRONG_GOLD, 0.99: 0.0}  # azure's exact rate: share of wrong references
 TOOLS, ROWS, MARGINS, GAPS = (3, 8, 40), (100, 300, 1000, 3000), (0.02, 0.05), (0.0, 1.0, 2.0)  # gaps in margins
 AT_MARGIN, ELSEWHERE, CASES = 4000, 700, 200  # trials: standard errors of at most 0.004 (of 0.06), 0.019 and 0.035
@@ -83,7 +80,7 @@ def verdicts(scores: dict[str, np.ndarray], limits: dict[str, np.ndarray | float
     return np.where(worse, FINE_TUNE, np.where(swap, SWAP, NEED_MORE_DATA))
 
 
-def by_rows(kinds: Kinds, counts: np.ndarray, margin: float, swap_alpha: float = FIRST) -> np.ndarray:
+def by_rows(kinds: Kinds, counts: np.ndarray, margin: float) -> np.ndarray:
     """The verdict of each trial, `counts` (trials, kinds) of rows that are each alone."""
     from scipy.special import ndtri, stdtrit
 
@@ -92,7 +89,7 @@ def by_rows(kinds: Kinds, counts: np.ndarray, margin: float, swap_alpha: float =
         values, group = np.unique(kinds.differences[:, at], return_inverse=True)
         own = counts @ np.eye(len(values))[group]
         scores[name] = statistics(values - margin, 1.0, own, -1 - margin, 1 - margin, name in YES_NO)
-        levels = swap_alpha, ALPHA / len(METRICS)
+        levels = ALPHA, ALPHA / len(METRICS)
         limits[name] = [-ndtri(level) if name in YES_NO else -stdtrit(df, level) for level in levels]
     return verdicts(scores, limits, True)
 
@@ -108,7 +105,7 @@ def by_tools(kinds: Kinds, counts: np.ndarray, margin: float) -> np.ndarray:
         y = counts @ kinds.differences[:, at] - margin * sizes
         low, high = np.minimum((-1 - margin) * typical, y.min(-1)), np.maximum((1 - margin) * typical, y.max(-1))
         scores[name] = statistics(y, sizes, (sizes > 0).astype(float), low, high, False)
-        limits[name] = [-stdtrit(np.maximum(effective - 1, 1), level) for level in (FIRST, ALPHA / len(METRICS))]
+        limits[name] = [-stdtrit(np.maximum(effective - 1, 1), level) for level in (ALPHA, ALPHA / len(METRICS))]
     return verdicts(scores, limits, effective > MIN_CLUSTERS - ROUNDING)
 
 
@@ -121,7 +118,7 @@ def check(kinds: Kinds, counts: np.ndarray, found: np.ndarray, margin: float) ->
     labels = None if counts.ndim == 2 else np.repeat(np.arange(len(units)), units.sum(-1)).tolist()
     azure = {name: np.maximum(kinds.differences[rows, at], 0).tolist() for at, name in enumerate(METRICS)}
     slm = {name: np.maximum(-kinds.differences[rows, at], 0).tolist() for at, name in enumerate(METRICS)}
-    said = paired_decision(azure, slm, YES_NO, margin, ALPHA, labels, FIRST, brief=True).verdict
+    said = paired_decision(azure, slm, YES_NO, margin, ALPHA, labels).verdict
     if said != found[trial]:
         raise RuntimeError(f"margin {margin}, {len(rows)} rows: {found[trial]} here, {said} by paired_decision")
 
@@ -175,7 +172,7 @@ def need(rng: np.random.Generator, kinds: Kinds, world: World, cases: int) -> di
     if not possible:
         return result | dict.fromkeys(("median_rows", "settled", "as_announced"))
     trials, rows = np.array([trial for trial, _ in possible]), np.array([said["rows"] for _, said in possible])
-    second = by_rows(kinds, counts[trials] + rng.multinomial(rows, shares[trials]), world.margin, SECOND)
+    second = by_rows(kinds, counts[trials] + rng.multinomial(rows, shares[trials]), world.margin)
     towards = np.array([said["towards"] for _, said in possible])
     return result | {
         "median_rows": int(np.median(rows)),
@@ -188,7 +185,7 @@ def needed(kinds: Kinds, counts: np.ndarray, margin: float) -> dict:
     rows = kinds.differences[np.repeat(np.arange(len(counts)), counts)].T.tolist()
     nothing = [0.0] * len(rows[0])
     samples = differences(dict(zip(METRICS, rows, strict=True)), dict.fromkeys(METRICS, nothing), YES_NO)
-    return rows_needed(samples, margin, ALPHA, SECOND)
+    return rows_needed(samples, margin, ALPHA)
 
 
 def summarize(cells: list[dict]) -> dict:
@@ -271,7 +268,7 @@ def main(argv: list[str] | None = None) -> int:
     summary["need"] = {"announced": 0.8, "settled": [min(settled), max(settled)], "mean": round(float(np.mean(settled)), 4)}
     report = {
         "simulated": "rows drawn at random; no model was run", "created_at": now(), "code": code_version(), "hardware": hardware(),
-        "seed": args.seed, "alpha": ALPHA, "swap_alpha": FIRST, "seconds": round(time.perf_counter() - started, 1), "summary": summary,
+        "seed": args.seed, "alpha": ALPHA, "seconds": round(time.perf_counter() - started, 1), "summary": summary,
         **{name: lines(cells) for name, cells in found.items()},
     }  # fmt: skip
     write_json(args.out, report)
