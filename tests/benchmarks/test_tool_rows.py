@@ -83,7 +83,7 @@ def test_the_rule_at_once_is_the_program_s_rule(benchmarks):
         rows = rng.multinomial(150, shares)
         tools = rng.multinomial(np.full((30, 60), 8), shares[:, None, :])
         for counts, rule in ((rows, rates.by_rows), (tools, rates.by_tools)):
-            found = rule(kinds, counts, 0.05)
+            found = rule(kinds, counts, 0.05).verdicts(rates.LOOK[1])
             for verdict in set(found):
                 trial = int(np.argmax(found == verdict))
                 rates.check(kinds, counts[trial : trial + 1], found[trial : trial + 1], 0.05)
