@@ -71,7 +71,7 @@ def test_a_tool_call_in_every_form(given, output, as_text):
         "prompt": toolcall_prompt([TOOL], "Rain in Oslo?"),
         "completion": COMPLETION,
         "tools": [TOOL],
-        "group": "trace-1",
+        "group": "t1",
         "source": "langfuse:t1",
         "request": "Rain in Oslo?",
     }
