@@ -134,7 +134,9 @@ def test_an_experiment_is_items_of_a_pushed_dataset(server, files):
     assert {span.attributes["langfuse.experiment.name"] for span in generations} == {"tiny-1"}
     assert len({span.attributes["langfuse.experiment.item.id"] for span in generations}) == len(ROWS)
     assert all(span.attributes["langfuse.experiment.item.root_observation_id"] == span.id for span in generations)
-    assert run(server, "01_eval/eval.py", *flags, *out[:-1], "tiny-2", "--overwrite").returncode == 0  # the other model, to be seen beside it
+    refused = run(server, "01_eval/eval.py", *flags, *out[:-1], "tiny-2")
+    assert refused.returncode == 2 and "an experiment is recorded as rows are asked" in refused.stderr
+    assert run(server, "01_eval/eval.py", *flags, "--overwrite", *out[:-1], "tiny-2").returncode == 0  # the other model, to be seen beside it
     items = {span.attributes["langfuse.experiment.item.id"] for span in generations}
     others = [span for span in server.spans if span.attributes.get("langfuse.experiment.name") == "tiny-2"]
     assert {span.attributes["langfuse.experiment.item.id"] for span in others} == items and len(others) == len(ROWS)
