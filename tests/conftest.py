@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -14,6 +15,9 @@ from tests.support.scripts import load_script
 
 # Several tests fork: a child would wait for threads of torch's that are not there. Before anything imports it.
 os.environ["OMP_NUM_THREADS"] = "1"
+# pytest and the scripts would compile the same files again and again.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # A job that a shell starts in the background ignores Ctrl-C, and so do its children: the tests that interrupt need it back.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

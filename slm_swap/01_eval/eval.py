@@ -120,6 +120,8 @@ def main(argv: list[str] | None = None) -> int:
             if old is None:
                 journal.begin(asked, asked["rows"])
             elif not old.begin(journal, asked, args.again, args.max_new_tokens, client.kind != "slm", args.repeat):
+                if args.langfuse_experiment:
+                    raise UserError(f"{display_path(out)} is finished, and an experiment is recorded as rows are asked: pass --overwrite or another --out")
                 print(f"nothing to ask: the report of these rows is finished (--overwrite asks them anew)\nreport: {display_path(out)}")
                 return 0
             told, read = client.describe(), {"split": name, "dataset": inputs["path"], "dataset_sha256": inputs["sha256"]}

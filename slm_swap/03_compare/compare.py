@@ -76,8 +76,8 @@ def decide(args: argparse.Namespace, sides: dict[str, Evaluation], prices: Price
     if look is None:
         return examine_means(track, sides, args.delta)
     rule = "sequential" if args.sequential else "paired"
-    share = look.share_of_models if args.sequential else look.share
-    return examine(track, sides, Gate(rule, args.delta, args.alpha, args.tools, share, args.max_p95_ms), prices)
+    shares = (look.share_of_models, 1.0) if args.sequential else (look.share, look.next_share)
+    return examine(track, sides, Gate(rule, args.delta, args.alpha, args.tools, *shares, args.max_p95_ms), prices)
 
 
 def log(trace: RunTrace, told: dict[str, Any]) -> None:

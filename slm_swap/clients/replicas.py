@@ -323,7 +323,7 @@ class Replicas:
             self._send(rank, FORGET)
 
     def describe(self) -> dict[str, Any]:
-        return {name: told for name, told in self.identity.items() if name != "files_sha256"} | self.state()
+        return self.identity | self.state()
 
     def cost(self, input_tokens: int, cached_tokens: int, output_tokens: int, seconds: float) -> float | None:
         return self._cost(seconds)

@@ -102,13 +102,14 @@ def paired_decision(
     alpha: float = 0.05,
     clusters: Sequence[Hashable] | None = None,
     swap_alpha: float | None = None,
+    next_alpha: float | None = None,
     brief: bool = False,
 ) -> Decision:
     """The paired rule, as the module says, on both models' values in the same order of rows.
 
     `yes_no` names the metrics that are 0 or 1 on each row. `clusters` labels the rows that belong together; None: each row is alone.
-    `delta` is 0 or more and below 1, `alpha` between 0 and 0.5; `swap_alpha` is this look's level for SWAP (None: alpha).
-    `brief` leaves out each model's own intervals, which take most of the time.
+    `delta` is 0 or more and below 1, `alpha` between 0 and 0.5; `swap_alpha` is this look's level for SWAP (None: alpha),
+    `next_alpha` that of the next look, at which `need` aims (None: the same). `brief` leaves out each model's own intervals, which take most of the time.
 
     Raises:
         ValueError: no metrics, no rows, or rows that are not paired.
@@ -131,7 +132,7 @@ def paired_decision(
         for name in samples
     }
     counted = {"count": first.clusters, "effective": first.effective}
-    need = rows_needed(samples, delta, alpha, swap_alpha) if verdict == NEED_MORE_DATA else None
+    need = rows_needed(samples, delta, alpha, next_alpha or swap_alpha) if verdict == NEED_MORE_DATA else None
     return Decision(verdict, "paired", delta, metrics, alpha, swap_alpha, counted, need)
 
 

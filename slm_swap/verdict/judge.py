@@ -13,14 +13,15 @@ from slm_swap.verdict.unmeasured import causes, guarded
 
 @dataclass(frozen=True)
 class Gate:
-    """How a verdict is made. `rule` is paired or sequential, `question` one of QUESTIONS; `swap_share` is the share of alpha that this
-    look has for SWAP (`looks.share`), `max_p95_ms` the slowest that the small model may be at its 95th percentile."""
+    """How a verdict is made. `rule` is paired or sequential, `question` one of QUESTIONS; `swap_share` and `next_share` are the shares of
+    alpha that this look and the next have for SWAP (`looks.share`), `max_p95_ms` the slowest that the small model may be at its 95th percentile."""
 
     rule: str
     delta: float
     alpha: float
     question: str = "these"
     swap_share: float = 1.0
+    next_share: float = 1.0
     max_p95_ms: float | None = None
 
 
@@ -47,8 +48,8 @@ class Judge:
 
         def rule(azure: Values, slm: Values) -> Decision:
             if gate.rule == "paired":
-                swap_alpha = gate.alpha * gate.swap_share
-                return paired_decision(azure, slm, self.yes_no, gate.delta, gate.alpha, labels, swap_alpha, brief)
+                levels = gate.alpha * gate.swap_share, gate.alpha * gate.next_share
+                return paired_decision(azure, slm, self.yes_no, gate.delta, gate.alpha, labels, *levels, brief)
             largest, alpha = (self.stopped or {}).get("largest_cluster"), gate.alpha * gate.swap_share
             return sequential_decision(
                 azure, slm, self.yes_no, gate.delta, alpha, labels, bool(self.stopped), largest, brief

@@ -47,6 +47,10 @@ class Look:
         return share(self.number)
 
     @property
+    def next_share(self) -> float:
+        return share(self.number + 1)
+
+    @property
     def share_of_models(self) -> float:
         """The share for a rule that holds however often one looks: only other small models at the same rows spend of it."""
         others = {look["slm"] for look in self.earlier} - {self.entry["slm"]}

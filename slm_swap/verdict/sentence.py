@@ -55,16 +55,15 @@ def _withheld(decision: Decision, rows: int, evidence: Mapping[str, Any]) -> str
             f"The small model is good enough on {rows} rows, but its latency at the 95th percentile {found}, and the limit is "
             f"{latency['max_p95_ms']:,.0f} ms: serve it faster, and measure again."
         )
-    told = evidence["unmeasured"]
     return (
-        f"{decision.withheld} would rest on rows that were not measured ({_missing(evidence)} of {rows}): with each of them against it "
-        f"it does not hold. Measure them: {told['measure'][0]}"
+        f"Not all of the {rows} rows were measured: {_missing(evidence)}. {decision.withheld} does not hold with each of these rows against "
+        f"it. Measure exactly these rows, then compare again."
     )
 
 
 def _missing(evidence: Mapping[str, Any]) -> str:
-    """`80 hosted replies cut off by our own limit, 3 small requests failed`"""
-    names = {"failed": "requests failed", "truncated": "replies cut off by our own limit"}
+    """`80 hosted replies were cut off by --max-new-tokens, 3 small requests failed`"""
+    names = {"failed": "requests failed", "truncated": "replies were cut off by --max-new-tokens"}
     told = evidence.get("unmeasured") or {}
     sides = (("azure", "hosted"), ("slm", "small"))
     return ", ".join(f"{count} {name} {names[why]}" for side, name in sides for why, count in sorted((told.get(side) or {}).items()))

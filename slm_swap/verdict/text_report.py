@@ -30,10 +30,26 @@ def brief(told: dict[str, Any]) -> None:
         if told["alpha"] is not None:
             shown += "  {:+.4f} to {:+.4f}".format(*values["interval"])
         print(shown + (f"  worse by more than {told['delta']:g}" if name in told["failing"] else ""))
+    for text in (gained(told), _latency(told.get("latency"))):
+        if text:
+            print(text)
     if told.get("cost"):
         print(plain(headline(told["cost"], told["cost"]["currency"] or ""), 1000))
     if told.get("sentence"):
         print(told["sentence"])
+
+
+def gained(told: dict[str, Any]) -> str | None:
+    """`Before fine-tuning args_exact_rate was 0.4000: 0.3000 gained (0.2100 to 0.3900), 60 rows better and 12 worse.`"""
+    before = told.get("before")
+    if not before:
+        return None
+    name, own = before["metric"], before["metrics"][before["metric"]]
+    low, high = own["interval"]
+    return (
+        f"Before fine-tuning {name} was {own['before']:.4f}: {own['gain']:+.4f} gained ({low:+.4f} to {high:+.4f}), "
+        f"{len(before['better'])} rows better and {len(before['worse'])} worse."
+    )
 
 
 def table(told: dict[str, Any]) -> None:
@@ -81,8 +97,8 @@ def notes(told: dict[str, Any]) -> list[str]:
     """What is said in sentences: the verdict, what would settle it, doubtful references, money, warnings."""
     told = {"question": None, "need": None, "gold_audit": None, "cost": None, "sequential": None, "before": None, "sentence": None} | told
     found = [told["sentence"]] if told["sentence"] else []
-    if (told.get("latency") or {}).get("slm") or (told.get("latency") or {}).get("azure"):
-        found.append(_latency(told["latency"]))
+    if text := _latency(told.get("latency")):
+        found.append(text)
     other = next((name for name in told.get("questions") or {} if name != told["question"]), None)
     if other and told["questions"][other]:
         scope = {"these": "For the tools of these rows", "others": "For other tools like these"}[other]
@@ -107,8 +123,10 @@ def notes(told: dict[str, Any]) -> list[str]:
     return found + [f"Warning: {text}" for text in told["warnings"]]
 
 
-def _latency(latency: dict[str, Any]) -> str:
-    """`Latency p50/p95: azure 412/980 ms alone, 520/1,400 ms with 32 at a time; slm not measured (why).`"""
+def _latency(latency: dict[str, Any] | None) -> str | None:
+    """`Latency p50/p95: azure 412/980 ms alone, 520/1,400 ms with 32 at a time; slm not measured.`; None where neither was."""
+    if not latency or not any((latency[side] or {}).get(way) for side in ("azure", "slm") for way in ("alone", "loaded")):
+        return None
     parts = []
     for side in ("azure", "slm"):
         told = latency[side] or {}

@@ -71,10 +71,10 @@ def warnings_of(told: dict[str, Any] | None, rows: int) -> list[str]:
     """One line for each side that has unmeasured rows: how many, why, and what measures them."""
     if not told:
         return []
-    names = {"failed": "requests failed", "truncated": "replies were cut off by our own limit"}
+    names = {"failed": "requests failed", "truncated": "replies were cut off by --max-new-tokens"}
     lines, commands = [], iter(told["measure"])
     for side in ("azure", "slm"):
         if counts := told[side]:
-            what = " and ".join(f"{count} {names[why]}" for why, count in sorted(counts.items()))
-            lines.append(f"{what} of {rows} {side} rows: they say nothing of the model. Measure them: {next(commands)}")
+            what = " and ".join(f"{count} of {rows} {side} {names[why]}" for why, count in sorted(counts.items()))
+            lines.append(f"{what}: these rows say nothing of the model. Measure them: {next(commands)}")
     return lines

@@ -244,7 +244,7 @@ def test_the_state_is_rank_0s_but_for_what_all_of_them_count():
     assert replicas.state() == {"batch_size_used": 4, "batches_halved": 5}
     halved = [replicas.state()["batches_halved"] for index, _ in replicas.stream(enumerate([[], [], []])) if index % 2 == 0]
     assert halved[0] >= 6 and replicas.state() == {"batch_size_used": 8, "batches_halved": 8}
-    assert replicas.describe() == {"device": "cpu", "batch_size_used": 8, "batches_halved": 8} and replicas.cost(1, 1, 1, 3.0) == 6.0
+    assert replicas.describe() == {"device": "cpu", "files_sha256": "ab", "batch_size_used": 8, "batches_halved": 8} and replicas.cost(1, 1, 1, 3.0) == 6.0
 
 
 def test_all_of_them_forget_and_go_on():

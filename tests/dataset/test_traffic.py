@@ -71,7 +71,7 @@ def test_a_tool_call_in_every_form(given, output, as_text):
         "prompt": toolcall_prompt([TOOL], "Rain in Oslo?"),
         "completion": COMPLETION,
         "tools": [TOOL],
-        "group": "trace-1",
+        "group": "t1",
         "source": "langfuse:t1",
         "request": "Rain in Oslo?",
     }
@@ -90,7 +90,7 @@ def test_a_tool_call_in_every_form(given, output, as_text):
 )
 def test_a_json_reply_in_every_form(output):
     row = made("How many?", output).row
-    assert row == {"id": "o1", "prompt": "How many?", "completion": '{"n":1}', "source": "langfuse:t1"}
+    assert row == {"id": "o1", "prompt": "How many?", "completion": '{"n":1}', "group": "t1", "source": "langfuse:t1"}
 
 
 def test_the_system_text_stands_in_front_and_the_request_is_told_apart():

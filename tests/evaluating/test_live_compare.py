@@ -129,7 +129,7 @@ def test_equal_models_are_a_swap_before_all_rows_are_asked_for(files):
     assert rows_needed(0.05) <= calls <= rows_needed(0.05) + 1 < 100  # a batch has two rows
     assert "SWAP: json_valid_rate azure - slm is between" in out and "margin 0.05" in out
     azure, replay = reports(files)
-    told = {"rows_available": 240, "rows": calls, "largest_cluster": 1, "delta": 0.05, "alpha": 0.05, "verdict": "SWAP"}
+    told = {"rows_available": 240, "rows": calls, "largest_cluster": 1, "delta": 0.05, "alpha": 0.05, "tools": "these", "verdict": "SWAP"}
     assert azure["stopped_early"] == replay["stopped_early"] == told and azure["counts"]["rows"] == calls
     saved, cost = 240 - calls, azure["cost"]["total"]
     assert f"\nSWAP after {calls} of 240 rows: {saved} hosted calls saved ({saved / 240:.0%}), about {cost / calls * saved:.4g} at" in out
@@ -162,7 +162,7 @@ def test_what_is_not_certain_goes_to_the_end(files):
     out, calls = stop_early(files, rows=ROWS, replies=RIGHT[:12], warns=True)
     assert calls == 12 and "NEED_MORE_DATA after 12 of 12 rows: 0 hosted calls saved (0%)" in out
     assert reports(files)[0]["stopped_early"] == {
-        "rows_available": 12, "rows": 12, "largest_cluster": 1, "delta": 0.02, "alpha": 0.05, "verdict": "NEED_MORE_DATA",
+        "rows_available": 12, "rows": 12, "largest_cluster": 1, "delta": 0.02, "alpha": 0.05, "tools": "these", "verdict": "NEED_MORE_DATA",
     }  # fmt: skip
 
 

@@ -60,7 +60,7 @@ class Script:
     """
 
     def __init__(self, *words: object, log: Path | None = None, folder: Path = ROOT, **changes: str):
-        self.args, self.returncode = [str(word) for word in words], None
+        self.args, self.returncode, self._outputs = [str(word) for word in words], None, []
         with contextlib.ExitStack() as stack:
             nothing = stack.enter_context(open(os.devnull))
             if log:
@@ -71,6 +71,11 @@ class Script:
             address = f"{os.environ[VARIABLE]}/socket"
             numbers = [file.fileno() for file in files]
             self._connection, self.pid = fork_server.ask(address, self.args, environment(**changes), str(folder), numbers)
+
+    def __del__(self):
+        """Nobody waits for it any more: the server kills it."""
+        for thing in (self._connection, *self._outputs):
+            thing.close()
 
     def wait(self, timeout: float = PATIENCE) -> int:
         if self.returncode is None:

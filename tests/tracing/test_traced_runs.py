@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from slm_swap.common.errors import UserError
-from slm_swap.common.reports import code_version, sha256_file
+from slm_swap.common.reports import code_version, rows_path, sha256_file
 from slm_swap.common.settings import PACKAGE
 from slm_swap.demo.azure_simulator import AzureSimulator, Faults
 from slm_swap.rows.examples import Example
@@ -134,7 +134,9 @@ def test_an_experiment_is_items_of_a_pushed_dataset(server, files):
     assert {span.attributes["langfuse.experiment.name"] for span in generations} == {"tiny-1"}
     assert len({span.attributes["langfuse.experiment.item.id"] for span in generations}) == len(ROWS)
     assert all(span.attributes["langfuse.experiment.item.root_observation_id"] == span.id for span in generations)
-    assert run(server, "01_eval/eval.py", *flags, *out[:-1], "tiny-2").returncode == 0  # the other model, to be seen beside it
+    refused = run(server, "01_eval/eval.py", *flags, *out[:-1], "tiny-2")
+    assert refused.returncode == 2 and "an experiment is recorded as rows are asked" in refused.stderr
+    assert run(server, "01_eval/eval.py", *flags, "--overwrite", *out[:-1], "tiny-2").returncode == 0  # the other model, to be seen beside it
     items = {span.attributes["langfuse.experiment.item.id"] for span in generations}
     others = [span for span in server.spans if span.attributes.get("langfuse.experiment.name") == "tiny-2"]
     assert {span.attributes["langfuse.experiment.item.id"] for span in others} == items and len(others) == len(ROWS)
@@ -179,8 +181,12 @@ def journaled(folder) -> int:
 def test_a_comparison_is_a_trace_with_its_decision(server, files):
     evaluate(server, files)
     before = len(server.spans)
-    report, out = files / "report.json", files / "decision.json"
-    done = run(server, "03_compare/compare.py", "--track", "structured", "--azure", report, "--slm", report, "--before", report, "--out", out)
+    reports, out = [files / name for name in ("report.json", "slm.json", "before.json")], files / "decision.json"
+    for at, path in enumerate(reports[1:], 1):  # the same rows, evaluated at other times
+        path.write_text(json.dumps(json.loads(reports[0].read_text()) | {"created_at": f"2026-01-0{at}T00:00:00+00:00"}))
+        rows_path(path).write_bytes(rows_path(reports[0]).read_bytes())
+    sides = [word for pair in zip(("--azure", "--slm", "--before"), reports, strict=True) for word in pair]
+    done = run(server, "03_compare/compare.py", "--track", "structured", *sides, "--out", out)
     assert done.returncode == 11, done.stderr  # six rows are too few
     decision = json.loads(out.read_text())
     spans = server.spans[before:]

@@ -95,7 +95,7 @@ def train_resumably(rank: int, out: Path, deepspeed: Path | None, dies: bool = F
             os.kill(os.getpid(), signal.SIGKILL)
 
     Checkpoints.complete = complete_and_die
-    parameters = replace(QUICK, batch_size=1, lora_dropout=0.1, eval_steps=4)
+    parameters = replace(QUICK, batch_size=1, epochs=2, lora_dropout=0.1, eval_steps=4)
     train("structured", BASE, ROWS, ROWS[:3], out, parameters, "trl", INPUTS, save_steps=3, resume=True, deepspeed=deepspeed, launch=Launch(rank, 2, rank))
 
 

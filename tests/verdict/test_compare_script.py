@@ -166,6 +166,8 @@ def test_before(compare, make, decision, refused):
     assert (code, error) == (10, "") and "Before: phi-4-mini" in printed
     told = decision()["before"]
     assert (told["metrics"]["args_exact_rate"]["gain"], len(told["better"]), told["worse"]) == (0.5, 100, [])
+    printed = compare(azure, slm, "--before", before)[1]
+    assert "Before fine-tuning args_exact_rate was 0.0000: +0.5000 gained (" in printed and "100 rows better and 0 worse." in printed
     assert "different data" in refused(azure, slm, "--before", make("fewer", model=SLM, rows=100))
     assert "no before.rows.jsonl" in refused(azure, slm, "--before", bare(before)).replace(str(before.parent) + "/", "")
 
@@ -427,9 +429,7 @@ def test_looking_again_at_the_same_rows_takes_more_evidence(compare, make, decis
 def test_failed_requests_are_warned_of(compare, make, decision):
     code, printed, error = compare(make("azure", ["right"] * 19 + ["failed"]), make("slm", ["right"] * 19 + ["failed"]), "--table")
     assert code == 11 and decision()["withheld"] == "SWAP"
-    assert [line.partition(":  ")[0].split(" rows:")[0] for line in error.splitlines()] == [
-        f"warning: 10 requests failed of 200 {name}" for name in ("azure", "slm")
-    ]
+    assert [line.split(":")[1] for line in error.splitlines()] == [f" 10 of 200 {name} requests failed" for name in ("azure", "slm")]
     assert "evaluate again: requests failed" in printed
     assert next(own for own in decision()["gap"]["errors"] if own["kind"] == "failed")["slm_rows"] == 10
 

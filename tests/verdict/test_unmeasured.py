@@ -70,8 +70,8 @@ def test_a_third_of_the_hosted_replies_cut_by_our_own_limit_is_no_swap(decide):
     (command,) = told["unmeasured"]["measure"]
     assert command.startswith("python 01_eval/eval.py --track toolcall --model-kind azure --dataset rows.jsonl --out ")
     assert command.endswith("--again truncated --max-new-tokens 1024")
-    assert command in told["sentence"] and "80 hosted replies cut off by our own limit of 240" in told["sentence"]
-    assert any("80 replies were cut off" in text for text in told["warnings"])
+    assert "Not all of the 240 rows were measured: 80 hosted replies were cut off by --max-new-tokens." in told["sentence"]
+    assert any("80 of 240 azure replies were cut off by --max-new-tokens" in text for text in told["warnings"])
 
 
 @pytest.mark.parametrize("share", [2, 20])

@@ -45,8 +45,8 @@ class Page:
     def headline(self) -> str:
         withheld, latency = self.decision["withheld"], self.decision["latency"] or {}
         if withheld and latency.get("passed") is False and not self.decision["unmeasured"]:
-            return "Not yet: good enough, but too slow"
-        return words.WITHHELD[withheld] if withheld else words.HEADLINES[self.decision["verdict"]]
+            return words.TOO_SLOW
+        return words.UNMEASURED if withheld else words.HEADLINES[self.decision["verdict"]]
 
     def facts(self) -> list[tuple[str, str, str]]:
         """The few numbers that stand beside the verdict: (what, number, explanation)."""
@@ -63,7 +63,7 @@ class Page:
         facts += self.cost.facts() if self.cost else []
         facts += self.speed()
         if decision["rows"] is not None:
-            facts.append(("Compared on", count(decision["rows"], "rows"), self.clusters()))
+            facts.append(("Compared on", count(decision["rows"], "rows"), self.unmeasured() + self.clusters()))
         return facts
 
     def spelled(self, difference: float, interval: list[float] | None) -> str:
@@ -104,6 +104,13 @@ class Page:
             return f"each row counts for itself{scope}"
         return f"in {count(clusters['count'], clusters['by'] + 's')}, worth {count(clusters['effective'])} independent ones{scope}"
 
+    def unmeasured(self) -> str:
+        """`80 hosted and 3 small replies not measured; `, or nothing."""
+        told = self.decision["unmeasured"] or {}
+        sides = {name: sum(filter(None, (told.get(side) or {}).values())) for side, name in (("azure", "hosted"), ("slm", "small"))}
+        missing = " and ".join(f"{count(number)} {name}" for name, number in sides.items() if number)
+        return f"{missing} replies not measured; " if missing else ""
+
     def doubts(self) -> list[str]:
         """Where the verdict would be another one."""
         decision, found = self.decision, []
@@ -138,7 +145,7 @@ class Page:
             first = (decision["gap"] or {}).get("first")
             cheapest = [f"Begin with {first.rstrip('.')}."] if first and first != FINE_TUNING else []
             train = "Fine-tune the small model (train_unsloth.py), evaluate it on the same rows and compare again."
-            if decision["before"]:
+            if decision["before"] or ((decision["models"] or {}).get("slm") or {}).get("adapter"):
                 train = "Training once was not enough: look at the rows that still miss, then train with more rows like them."
             return [*cheapest, train, keep]
         if need and need["rows"] is None and need["clusters"] and decision["question"] == "others":

@@ -7,10 +7,8 @@ HEADLINES = {
     FINE_TUNE: "Not yet: the small model falls short",
     NEED_MORE_DATA: "Not decided yet: more rows are needed",
 }
-WITHHELD = {  # where the verdict would be this one, were all of it measured
-    SWAP: "Not decided yet: what would make it a swap was not all measured",
-    FINE_TUNE: "Not decided yet: what would make it a no was not all measured",
-}
+UNMEASURED = "Not decided yet: not all rows were measured"
+TOO_SLOW = "Not yet: good enough, but too slow"
 SCOPES = {"these": "for the tools of these rows, at their mix", "others": "for other tools like these"}
 VERDICTS = {SWAP: "Swap", FINE_TUNE: "Not yet", NEED_MORE_DATA: "More rows needed"}
 METRICS = {  # a metric's name, and what it is the share of
