@@ -83,7 +83,7 @@ class Demo:
         }
         paths["page"] = self.out / f"reports/{track}.html"
         limit = ("--limit", 24) if self.short else ()
-        local = ("--model-kind", "slm", "--precision", "fp32", "--batch-size", 32, "--max-new-tokens", 96, *limit)
+        local = ("--model-kind", "slm", "--precision", "fp32", "--batch-size", 32, "--max-new-tokens", 96, "--latency-rows", 5, *limit)
         rows = ("--track", track, "--dataset", data / "test.jsonl")
 
         def evaluate(name: str, *flags: object) -> None:

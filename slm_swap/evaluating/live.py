@@ -27,8 +27,10 @@ class Side:
         self.client, self.rows, self.seconds = client, [], 0.0
 
     @property
-    def failed_requests(self) -> int:
-        return sum(row.reply.finish_reason == "error" for row in self.rows)
+    def unmeasured(self) -> int:
+        """Rows that say nothing of the model: see `scoring.measured`."""
+        hosted = self.client.kind != "slm"
+        return sum(row.unmeasured(hosted) is not None for row in self.rows)
 
     def work(self, track: str, batch: list[Example], gold: list[Reference]) -> tuple[list[Row], float]:
         clock = Stopwatch()
@@ -75,12 +77,12 @@ class EarlyStop:
         self.examples = [examples[index] for cluster in clusters for index in cluster]
         self.sizes = [len(cluster) for cluster in clusters]
         self.found: SequentialVerdict | None = None
-        self.failed = 0
+        self.unmeasured = 0
 
     @property
     def verdict(self) -> str:
-        """What is certain; a request that failed says nothing of a model, so that nothing is certain then."""
-        return self.found.verdict if self.found and not self.failed else NEED_MORE_DATA
+        """What is certain; a row that was not measured says nothing of a model, so that nothing is certain then."""
+        return self.found.verdict if self.found and not self.unmeasured else NEED_MORE_DATA
 
     @property
     def rows_if_equal(self) -> int | None:
@@ -94,7 +96,7 @@ class EarlyStop:
 
     def look(self, azure: Side, slm: Side) -> bool:
         """Look at what both have answered so far; True once the verdict is certain."""
-        self.failed = azure.failed_requests + slm.failed_requests
+        self.unmeasured = azure.unmeasured + slm.unmeasured
         complete = rows = 0
         while complete < len(self.sizes) and rows + self.sizes[complete] <= len(azure.rows):
             rows += self.sizes[complete]
@@ -107,8 +109,8 @@ class EarlyStop:
 
     def line(self) -> str:
         """The verdict so far, and the metric that stands worst."""
-        if self.failed:
-            return f"{NEED_MORE_DATA}: {self.failed} requests failed, so that nothing is certain"
+        if self.unmeasured:
+            return f"{NEED_MORE_DATA}: {self.unmeasured} rows are not measured (failed or cut by --max-new-tokens): nothing is certain"
         if not self.found:
             return f"{NEED_MORE_DATA}: no group of rows is answered whole"
         end = 0 if self.verdict == FINE_TUNE else 1

@@ -12,7 +12,6 @@ from slm_swap.common.reports import SCHEMA_VERSION, code_version, hardware, now,
 from slm_swap.evaluating.row import Row
 from slm_swap.rows.examples import Example, text_hash
 from slm_swap.rows.prompts import build_messages
-from slm_swap.scoring.measured import unmeasured
 from slm_swap.scoring.metrics import ERRORS, MATCHERS, Match
 from slm_swap.scoring.tracks import TRACKS, Track
 
@@ -57,8 +56,7 @@ class Tally:
         for matcher, counts in self.matches.items():
             counts[getattr(scored, matcher)] += 1
         self.errors[scored.error] += 1
-        told = {"finish_reason": reply.finish_reason, "error": scored.error, "cut": reply.cut}
-        self.unmeasured[unmeasured(told, self.hosted)] += 1
+        self.unmeasured[row.unmeasured(self.hosted)] += 1
         if reply.finish_reason == "error":
             self.failed_requests, self.last_failure = self.failed_requests + 1, reply.error
         if counts := reply.counts:

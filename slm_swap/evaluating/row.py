@@ -9,6 +9,7 @@ from typing import Any
 from slm_swap.clients.protocol import Client, Reply
 from slm_swap.common.reports import json_line, json_text
 from slm_swap.rows.examples import Example, text_hash
+from slm_swap.scoring.measured import unmeasured
 from slm_swap.scoring.metrics import MATCHERS, Reference, Scored
 from slm_swap.scoring.tracks import TRACKS, Track
 
@@ -21,6 +22,10 @@ class Row:
     reply: Reply
     scored: Scored
     tool: str | None = None
+
+    def unmeasured(self, hosted: bool) -> str | None:
+        """Why the row says nothing of the model: see `scoring.measured`."""
+        return unmeasured({"finish_reason": self.reply.finish_reason, "error": self.scored.error, "cut": self.reply.cut}, hosted)
 
     def to_json(self, track: Track) -> dict[str, Any]:
         """What the rows file says of it."""

@@ -15,7 +15,10 @@ from slm_swap.clients.loading import adapter_path, encode_prompt, encode_prompts
 from slm_swap.clients.pricing import LocalPrices, Prices
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import PACKAGE, ROOT, Settings
+from slm_swap.evaluating.row import score_row
+from slm_swap.rows.examples import Example
 from slm_swap.rows.prompts import build_messages
+from slm_swap.scoring.tracks import TRACKS
 from slm_swap.slm_client import SLMClient, local_client, serve_rows
 from tests.support.tool_requests import BATCH, ask
 
@@ -94,6 +97,11 @@ def test_a_reply_that_reaches_the_limit_is_marked(client, monkeypatch):
     monkeypatch.setattr(client, "max_new_tokens", 3)
     (reply,) = client.generate([BATCH[0]])
     assert (reply.finish_reason, reply.output_tokens, reply.limit) == ("length", 3, 3)
+    gold = '<tool_call name="get_weather">{"city":"Oslo"}</tool_call>'
+    cut = score_row(TRACKS["toolcall"], Example("p", gold, id="r"), reply, client).reply.cut
+    whole = client.tokenizer.apply_chat_template([{"role": "assistant", "content": gold}], tokenize=False)
+    more = len(client.tokenizer(whole, add_special_tokens=False)["input_ids"])
+    assert cut["limit"] == 3 and 3 < cut["reference_tokens"] < more and not cut["thinking"], "the gold without the template around it"
 
 
 def test_a_prompt_longer_than_the_context_is_not_cut(client, alone, monkeypatch):

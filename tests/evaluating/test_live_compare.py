@@ -188,7 +188,15 @@ def test_nothing_is_certain_while_requests_failed(files):
     """The rows that were not answered look like those of a bad model, which is found out after some eight."""
     failed = [{"id": row.id, "prediction": "", "finish_reason": "error"} for row in MANY[:29]]
     out, calls = stop_early(files, rows=MANY[:30], replies=[*failed, RIGHT[29]], warns=True)
-    assert calls == 30 and "29 requests failed" in out and reports(files)[0]["stopped_early"]["verdict"] == "NEED_MORE_DATA"
+    assert calls == 30 and "29 rows are not measured" in out.replace("\n", " ") and reports(files)[0]["stopped_early"]["verdict"] == "NEED_MORE_DATA"
+
+
+def test_nothing_is_certain_while_our_own_limit_cuts_the_hosted_replies(files):
+    """Which would look like a bad hosted model, and be a SWAP after some eight rows."""
+    out, calls = stop_early(files, "--max-new-tokens", "1", rows=MANY[:30], replies=RIGHT[:30], warns=True)
+    azure, replay = reports(files)
+    assert azure["counts"]["unmeasured"] == {"failed": 0, "truncated": 30} and replay["metrics"]["exact_match_rate"] == 1
+    assert calls == 30 and azure["stopped_early"]["verdict"] == "NEED_MORE_DATA"
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,7 @@ class VllmEngine:
 
     def forget(self) -> None:
         """Empty the prefix cache: a prompt that is asked again would have none of its tokens to compute."""
-        self._llm.reset_prefix_cache()
+        self._engine.reset_prefix_cache()
 
     def close(self) -> None:
         """Give the GPU's memory back."""
