@@ -6,6 +6,8 @@ from typing import Any
 from slm_swap.verdict.decision import FINE_TUNE, MIN_CLUSTERS, SWAP, Decision
 from slm_swap.verdict.gap import FINE_TUNING
 
+FEW = 300  # rows from which `need.rows` was right in about as many cases as announced (benchmarks/results/tools_error_rates.json)
+
 
 def points(value: float) -> str:
     """A share as percentage points with one decimal."""
@@ -98,4 +100,5 @@ def _open(decision: Decision, rows: int, margin: str, evidence: Mapping[str, Any
         found = f"{rows} rows{groups} are too few: {SWAP} takes at least {MIN_CLUSTERS}{' of even size' if groups else ''}."
     if need["rows"] is None:
         return f"{found} No number of rows would: choose another margin, or fine-tune."
-    return f"{found} About {need['rows']:,} further rows would settle it (towards {need['towards']}, with 80% power)."
+    rough = " So few rows say little of the gap: the number is rough." if rows < FEW else ""
+    return f"{found} About {need['rows']:,} further rows would settle it (towards {need['towards']}, with 80% power).{rough}"

@@ -193,7 +193,7 @@ def test_nothing_is_certain_while_requests_failed(files):
 
 def test_nothing_is_certain_while_our_own_limit_cuts_the_hosted_replies(files):
     """Which would look like a bad hosted model, and be a SWAP after some eight rows."""
-    out, calls = stop_early(files, "--max-new-tokens", "1", rows=MANY[:30], replies=RIGHT[:30], warns=True)
+    _, calls = stop_early(files, "--max-new-tokens", "1", rows=MANY[:30], replies=RIGHT[:30], warns=True)
     azure, replay = reports(files)
     assert azure["counts"]["unmeasured"] == {"failed": 0, "truncated": 30} and replay["metrics"]["exact_match_rate"] == 1
     assert calls == 30 and azure["stopped_early"]["verdict"] == "NEED_MORE_DATA"

@@ -302,7 +302,8 @@ def test_need_more_data_and_its_sentence(sides):
     low, high = (points(end) for end in told["metrics"][need["metric"]]["interval"])
     assert told["sentence"] == (
         f"60 rows do not settle it: in {need['metric']} azure - slm is {low} to {high} points, too near the margin of 5.0 points. "
-        f"About {need['rows']:,} further rows would settle it (towards SWAP, with 80% power)."
+        f"About {need['rows']:,} further rows would settle it (towards SWAP, with 80% power). So few rows say little of the gap: the number is "
+        "rough."
     )
     assert need["rows"] > 60 and need["azure_cost"] is None and need["clusters"] is None
 
