@@ -8,4 +8,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 # One thread a process and a process a core: torch's threads would wait for each other on a busy machine.
 cores=$(nproc)  # before the next line, which nproc heeds
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
-exec "$PYTHON" -m pytest -n "$cores" "$@"
+exec "$PYTHON" -m pytest -n "$cores" --dist worksteal "$@"
