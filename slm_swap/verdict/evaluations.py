@@ -174,7 +174,8 @@ def fit_together(sides: dict[str, Evaluation], sequential: bool, question: str) 
     if kinds["slm"] == "azure":
         warnings.append("the --slm report is of a hosted model (model.kind is azure)")
     limits = {name: limit for name, side in sides.items() if (limit := token_limit(side.report)) is not None}
-    if len(set(limits.values())) > 1:
+    cut = any(row.get("finish_reason") == "length" for side in sides.values() for row in side.rows)
+    if len(set(limits.values())) > 1 and (cut or not sides["azure"].rows):  # a limit that cuts nothing changes nothing
         told = ", ".join(f"{name} {limit}" for name, limit in limits.items())
         warnings.append(f"the reports were made with different --max-new-tokens ({told}): a part of the gap may come from that")
     for side in sides.values():

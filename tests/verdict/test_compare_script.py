@@ -410,7 +410,9 @@ def test_a_report_against_itself_is_refused(refused, make):
 
 def test_other_limits_on_new_tokens_are_warned_of(compare, make):
     azure = make("a", model=AZURE | {"parameters": {"max_completion_tokens": 1024}})
-    error = compare(azure, make("b", BAD, SLM | {"parameters": {"max_new_tokens": 256}}))[2]
+    limit = {"parameters": {"max_new_tokens": 256}}
+    assert compare(azure, make("a limit that cuts nothing", BAD, SLM | limit))[2] == ""
+    error = compare(azure, make("b", ["right", "wrong_value", "truncated"], SLM | limit))[2]
     assert error.startswith("warning: the reports were made with different --max-new-tokens (azure 1024, slm 256)")
 
 
