@@ -120,7 +120,7 @@ def hostile(tmp_path_factory) -> Path:
     return render(make_decision(tmp_path_factory.mktemp("hostile"), change=poison, lines=(examples, azure, slm)))
 
 
-STRUCTURE = {"stage", "track", "verdict", "towards", "verdict_without", "path", "rows_path", "sha256", "rows_sha256", "id"}
+STRUCTURE = {"stage", "track", "verdict", "question", "withheld", "towards", "verdict_without", "path", "rows_path", "sha256", "rows_sha256", "id"}
 
 
 def poison(decision: dict) -> None:
@@ -899,7 +899,7 @@ def test_by_keyboard_alone(open_page, full):
 def test_without_javascript_everything_but_the_rows_is_there(open_page, full):
     page, _ = open_page(full, java_script_enabled=False)
     assert "needs JavaScript" in page.locator("noscript").inner_text() and not page.locator("#browser").is_visible()
-    assert page.locator("figure img").count() == 7
+    assert page.locator("figure img").count() == 6
     summary = page.locator("#quality summary")
     summary.click()
     assert page.get_by_text("Both models on every metric").is_visible()
