@@ -14,7 +14,7 @@ from slm_swap.rows.examples import Example
 from slm_swap.scoring.metrics import Reference
 from slm_swap.scoring.tracks import TRACKS, Track
 from slm_swap.verdict.decision import FINE_TUNE, NEED_MORE_DATA
-from slm_swap.verdict.evaluations import units
+from slm_swap.verdict.evaluations import require_tools, units
 
 if TYPE_CHECKING:
     from slm_swap.verdict.stats.betting import SequentialVerdict
@@ -72,6 +72,7 @@ class EarlyStop:
         from slm_swap.verdict.stats.betting import random_clusters
 
         _, labels = units([row_of(example) for example in examples], track, question)
+        require_tools(labels, question)
         clusters = random_clusters(labels or [None] * len(examples), seed)
         self.track, self.delta, self.alpha, self.question = track, delta, alpha, question
         self.examples = [examples[index] for cluster in clusters for index in cluster]

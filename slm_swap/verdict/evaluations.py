@@ -230,6 +230,16 @@ def units(rows: Sequence[dict[str, Any]], track: Track, question: str) -> tuple[
     return (by, labels) if labels else ("row", None)
 
 
+def require_tools(labels: Sequence[str] | None, question: str) -> None:
+    """Refuse the question about other tools where the rows have none, `labels` being its units.
+
+    Raises:
+        UserError: so.
+    """
+    if question == "others" and not labels:
+        raise UserError("no row names a tool, so there is nothing to ask of other tools: leave --tools out")
+
+
 def tool_of(row: dict[str, Any], track: Track) -> str | None:
     """The tool that a row's reference calls."""
     if isinstance(row.get("tool"), str):

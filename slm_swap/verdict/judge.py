@@ -7,7 +7,7 @@ from typing import Any
 
 from slm_swap.scoring.tracks import Track
 from slm_swap.verdict.decision import Decision, Values, clusters_if_identical, paired_decision, sequential_decision
-from slm_swap.verdict.evaluations import QUESTIONS, units, values_of
+from slm_swap.verdict.evaluations import QUESTIONS, require_tools, units, values_of
 from slm_swap.verdict.unmeasured import causes, guarded
 
 
@@ -26,12 +26,17 @@ class Gate:
 
 
 class Judge:
-    """Decides on both models' rows, or on some of them, by one gate: for either question and any matcher."""
+    """Decides on both models' rows, or on some of them, by one gate: for either question and any matcher.
+
+    Raises:
+        UserError: the question is about other tools, and the rows have none.
+    """
 
     def __init__(self, track: Track, rows: dict[str, list[dict]], gate: Gate, stopped: dict[str, Any] | None):
         self.track, self.rows, self.gate, self.stopped = track, rows, gate, stopped
         self.missing = {side: causes(rows[side], side) for side in ("azure", "slm")}
         self.units = {question: units(rows["azure"], track, question) for question in QUESTIONS}
+        require_tools(self.units[gate.question][1], gate.question)
         self.yes_no = [name for name, key in track.row_names.items() if key in track.yes_no]
 
     def decide(

@@ -87,7 +87,7 @@ def _worse(decision: Decision, rows: int, margin: str, evidence: Mapping[str, An
 def _open(decision: Decision, rows: int, margin: str, evidence: Mapping[str, Any]) -> str:
     need, clusters = decision.need, decision.clusters
     if need.get("why") and evidence.get("question") == "others":
-        tools = f"about {need['clusters']:,} further tools" if need["clusters"] else "no number of tools at this margin"
+        tools = f"at least {need['clusters']:,} further tools" if need["clusters"] else "no number of tools at this margin"
         return (
             f"{rows} rows of {clusters['count']} tools do not settle it for other tools: it takes {tools}, and further rows of the same "
             "tools do not help. If these are the tools of your application, decide for them: --tools these."

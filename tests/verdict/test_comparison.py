@@ -164,8 +164,10 @@ def test_rows_without_group_and_tool_have_no_groups(tmp_path):
         name: read_evaluation(write_report(tmp_path / f"{name}.json", examples, lines, AZURE, "structured"), track, True)
         for name in ("azure", "slm")
     }
+    with pytest.raises(UserError, match="no row names a tool"):
+        examine(track, found, Gate("paired", 0.02, 0.05, "others"), PRICES)
     for question in QUESTIONS:
-        told = examine(track, found, Gate("paired", 0.02, 0.05, question), PRICES)
+        told = examine(track, found, Gate("paired", 0.02, 0.05), PRICES)
         assert told["tools"] is None and told["questions"]["others"] is None
         assert units(found["azure"].rows, track, question) == ("row", None)
         assert told["groups"] is None and told["clusters"] == {"by": "row", "count": 20, "effective": 20}

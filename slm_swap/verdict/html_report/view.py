@@ -149,7 +149,7 @@ class Page:
                 train = "Training once was not enough: look at the rows that still miss, then train with more rows like them."
             return [*cheapest, train, keep]
         if need and need["rows"] is None and need["clusters"] and decision["question"] == "others":
-            more = f"Evaluate both models on rows of about {count(need['clusters'], 'further tools')}: more rows of the same tools do not help."
+            more = f"Evaluate both models on rows of at least {count(need['clusters'], 'further tools')}: more rows of the same tools do not help."
         elif need and need["rows"] is not None:
             more = f"Evaluate both models on {self.further(need)}, then compare all rows again."
         else:
