@@ -116,13 +116,13 @@ def _row(
             record["schema"] = schema
     record |= {"options": options} if options else {}
     record |= {"group": conversation.group} if conversation.group else {}
-    record["source"] = conversation.source or conversation.where
+    record["source"] = conversation.source or short(conversation.where)
     _check_text(record)
     return Row(
         id=name,
         where=conversation.where,
         request=near_text(messages),
-        source=record["source"],
+        source=conversation.where,
         tools=tools or [],
         tool=calls[0]["name"] if len(calls) == 1 else None,
         arguments={},
@@ -131,6 +131,11 @@ def _row(
         group=conversation.group or None,
         time=conversation.time,
     )
+
+
+def short(where: str) -> str:
+    """The file's name and the row's place in it, without the folder."""
+    return where.replace("\\", "/").rpartition("/")[2]
 
 
 def check_finish(turn: Turn) -> None:

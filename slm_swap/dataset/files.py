@@ -62,7 +62,7 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
     with open(path, "rb") as raw:
         zipped = raw.read(2) == b"\x1f\x8b"
         raw.seek(0)
-        yield gzip.open(raw) if zipped else raw
+        yield gzip.GzipFile(fileobj=raw) if zipped else raw  # type: ignore[misc]
 
 
 def _rows(stream: IO[bytes], path: Path, shown: str) -> Iterator[tuple[str, Any]]:

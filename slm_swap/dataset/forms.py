@@ -1,10 +1,10 @@
 """The forms in which teams and public data keep conversations: what each looks like, and how it becomes a `Conversation`."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from slm_swap.dataset.conversations import Conversation
+from slm_swap.dataset.conversations import Conversation, short
 from slm_swap.dataset.langfuse import generation_conversation, is_item, is_observation, item_conversation
 from slm_swap.dataset.messages import Transcript, decoded, read_turns
 from slm_swap.dataset.row import Unusable
@@ -61,7 +61,7 @@ _TIMES = ("created_at", "createdAt", "timestamp", "startTime", "start_time", "cr
 
 def _made(row: Row, where: str, turns: list, **fields: Any) -> Conversation:
     name = _id(row, *_IDS)
-    group = _id(row, "group", "conversation_id", "session_id", "thread_id") or name or where
+    group = _id(row, "group", "conversation_id", "session_id", "thread_id") or name or short(where)
     made = {"id": name, "group": group, "asked": row, "time": _id(row, *_TIMES) or None, "source": str(row.get("source") or "")}
     return Conversation(where, turns, **(made | fields))
 

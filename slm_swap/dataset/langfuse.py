@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from slm_swap.dataset.conversations import Conversation
+from slm_swap.dataset.conversations import Conversation, short
 from slm_swap.dataset.messages import decoded
 from slm_swap.dataset.row import Unusable
 from slm_swap.dataset.wrappers import read_reply, request_turns
@@ -58,7 +58,7 @@ def item_conversation(item: dict, where: str) -> Conversation:
     made = _asked(item.get("input"), metadata if isinstance(metadata, dict) else {}, {}, where)
     made.turns.append(reply)
     made.id = str(item.get("id") or "")
-    made.group = str(_get(item, "sourceTraceId") or made.id or where)
+    made.group = str(_get(item, "sourceTraceId") or made.id or short(where))
     made.time = str(_get(item, "createdAt") or "") or None
     return made
 

@@ -7,6 +7,7 @@ from slm_swap.rows.examples import Example
 
 REASONS = {  # why a reply makes no row, in the order in which it is looked at
     "bad_line": "a line that is no JSON object",
+    "bad_row": "a row that is not of its source's form",
     "other_form": "a form that is not read here: Bedrock's, Gemini's or the Vercel AI SDK's, or one that is not known",
     "no_reply": "no reply in it: nothing that a model answered",
     "not_trained": "a turn that its own file leaves out of the training (`weight` 0)",

@@ -5,7 +5,6 @@ program's own evaluations are told apart: they keep the prompt that was sent.
 """
 
 import json
-from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any

@@ -15,18 +15,17 @@ from slm_swap.rows.json_schema import coerce, fits_as_json
 from slm_swap.rows.schema_parts import leads_to_itself, map_schema, modern, types_of, with_prefix_items
 
 PAIRS = {"(": ")", "[": "]", "{": "}"}
-NAMED_TYPES = {  # of JSON Schema, Python, Java and JavaScript, in lower case
-    **dict.fromkeys(("string", "str", "text", "char", "character", "varchar"), {"type": "string"}),
-    **dict.fromkeys(("integer", "int", "long", "short", "byte", "bigint", "biginteger", "int32", "int64"), {"type": "integer"}),
-    **dict.fromkeys(("number", "float", "double", "decimal", "bigdecimal"), {"type": "number"}),
-    **dict.fromkeys(("boolean", "bool"), {"type": "boolean"}),
-    **dict.fromkeys(("array", "list", "arraylist", "linkedlist", "tuple", "sequence", "queue", "stack", "vector"), {"type": "array"}),
-    **dict.fromkeys(("object", "dict", "dictionary", "map", "mapping", "hashmap", "hashtable", "treemap", "json"), {"type": "object"}),
-    **dict.fromkeys(("set", "hashset"), {"type": "array", "uniqueItems": True}),
-    **dict.fromkeys(("null", "none", "nonetype"), {"type": "null"}),
-    "callable": {"type": "string"},
-    "any": {},
+_TYPE_NAMES = {  # of JSON Schema, Python, Java and JavaScript, in lower case
+    "string": "string str text char character varchar callable",
+    "integer": "integer int long short byte bigint biginteger int32 int64",
+    "number": "number float double decimal bigdecimal",
+    "boolean": "boolean bool",
+    "array": "array list arraylist linkedlist tuple sequence queue stack vector set hashset",
+    "object": "object dict dictionary map mapping hashmap hashtable treemap json",
+    "null": "null none nonetype",
 }
+NAMED_TYPES: dict[str, dict[str, Any]] = {name: {"type": kind} for kind, names in _TYPE_NAMES.items() for name in names.split()}
+NAMED_TYPES |= {"set": {"type": "array", "uniqueItems": True}, "hashset": {"type": "array", "uniqueItems": True}, "any": {}}
 BFCL_KEYS = ("type", "optional", "default", "properties", "items", "required")  # those that do not stay as they are
 
 
