@@ -23,7 +23,7 @@ from slm_swap.clients.protocol import Reply
 from slm_swap.clients.quota import Mark, Quota
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import Settings
-from slm_swap.rows.prompts import Messages
+from slm_swap.rows.prompts import Request
 
 TOKEN_SCOPE = "https://cognitiveservices.azure.com/.default"
 OTHER_LIMIT = {"max_completion_tokens": "max_tokens", "max_tokens": "max_completion_tokens"}
@@ -184,9 +184,9 @@ class AzureClient:
         this.answered, this.status = _row.get().clock(), response.status_code
         self._quota.told(this.marks, response.status_code, response.headers)
 
-    def _charge(self, messages: Messages) -> float:
+    def _charge(self, request: Request) -> float:
         """What Azure will charge for a request when it comes in: the prompt's tokens, by the rate of characters so far, and the limit."""
-        characters = sum(len(message["content"]) for message in messages)
+        characters = sum(len(message["content"]) for message in request.messages)
         limits = (self._parameters.get(name, 0) for name in OTHER_LIMIT)
         return characters * self._prompt_tokens / self._characters + sum(limits)
 
@@ -196,12 +196,12 @@ class AzureClient:
         await self._stop.wait()
         await self._openai.close()
 
-    def generate(self, batch: list[Messages]) -> list[Reply]:
+    def generate(self, batch: list[Request]) -> list[Reply]:
         """One Reply a row, in order."""
         replies = dict(self.stream(enumerate(batch)))
         return [replies[index] for index in range(len(batch))]
 
-    def stream(self, rows: Iterable[tuple[int, Messages]], answered: Container[int] = ()) -> Generator[tuple[int, Reply]]:
+    def stream(self, rows: Iterable[tuple[int, Request]], answered: Container[int] = ()) -> Generator[tuple[int, Reply]]:
         """Each row's Reply as its request ends; the next row is asked in its place.
 
         Leaving early, Ctrl-C and a fault of the set-up cancel the requests that are under way.
@@ -212,8 +212,8 @@ class AzureClient:
         ended: queue.SimpleQueue[tuple[int, asyncio.Task[Reply]]] = queue.SimpleQueue()
         tasks: set[asyncio.Task[Reply]] = set()  # touched in the loop's thread alone
 
-        def start(index: int, messages: Messages) -> None:
-            task = self._loop.create_task(self._ask(messages))
+        def start(index: int, request: Request) -> None:
+            task = self._loop.create_task(self._ask(request))
             tasks.add(task)
             task.add_done_callback(lambda task: end(index, task))
 
@@ -241,25 +241,25 @@ class AzureClient:
             if under_way:
                 self._loop.call_soon_threadsafe(cancel)
 
-    async def _ask(self, messages: Messages) -> Reply:
+    async def _ask(self, request: Request) -> Reply:
         if not self._tried:  # one row goes ahead: a wrong key or a parameter to drop costs one refusal, not `concurrency`
             async with self._first:
                 if not self._tried:
-                    reply = await self._ask_now(messages)
+                    reply = await self._ask_now(request)
                     self._tried = True
                     return reply
-        return await self._ask_now(messages)
+        return await self._ask_now(request)
 
-    async def _ask_now(self, messages: Messages) -> Reply:
+    async def _ask_now(self, request: Request) -> Reply:
         import openai
 
         create = self._openai.chat.completions.with_raw_response.create
-        row, reply = _Row(self._charge(messages)), None
+        row, reply = _Row(self._charge(request)), None
         _row.set(row)
         while reply is None:
             sent, failure = dict(self._parameters), None
             try:
-                response = await create(model=self.endpoint.deployment, messages=messages, **sent)
+                response = await create(model=self.endpoint.deployment, messages=request.messages, **sent)
                 reply = self._accept(response.http_response.json())
             except openai.OpenAIError as error:
                 failure = error
@@ -271,7 +271,7 @@ class AzureClient:
         self._give_up(row)
         if reply.input_tokens:
             self._prompt_tokens += reply.input_tokens
-            self._characters += sum(len(message["content"]) for message in messages)
+            self._characters += sum(len(message["content"]) for message in request.messages)
         retries = [
             [round(this.sent, 6), round((this.answered or later.sent) - this.sent, 6), this.status]
             for this, later in pairwise(row.tries)

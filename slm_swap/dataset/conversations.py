@@ -15,7 +15,7 @@ from slm_swap.common.exact_json import ExactEncoder, number
 from slm_swap.dataset.checks import check_calls, check_value
 from slm_swap.dataset.messages import Turn, decoded, dumped, json_value
 from slm_swap.dataset.row import Dropped, Row, Unusable
-from slm_swap.rows.examples import dump_json, text_hash
+from slm_swap.rows.lines import dump_json, text_hash
 from slm_swap.rows.toolschema import json_schema_of, openai_tool
 
 FILTERED, TRUNCATED = {"content_filter", "refusal", "safety"}, {"length", "max_tokens", "max_output_tokens"}

@@ -19,7 +19,7 @@ from typing import IO, Any
 from slm_swap.common.errors import UserError
 from slm_swap.common.exact_json import EXACT
 from slm_swap.common.settings import display_path
-from slm_swap.rows.examples import decode_line
+from slm_swap.rows.lines import decode_line
 
 ROW_LISTS = frozenset(
     "messages conversations conversation traj tools functions function choices prompt completion chosen rejected question answers"

@@ -18,8 +18,8 @@ from slm_swap.dataset.checks import check_calls
 from slm_swap.dataset.files import Bad, read_rows
 from slm_swap.dataset.row import Dropped, Row, Unusable
 from slm_swap.dataset.sources import Seen, read_source, row_id
-from slm_swap.rows.examples import dump_json
 from slm_swap.rows.json_schema import violations
+from slm_swap.rows.lines import dump_json
 from slm_swap.rows.schema_parts import item_schema, property_schema
 from slm_swap.rows.toolschema import bfcl_tool, lost_defaults, xlam_tool
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from slm_swap.common.exact_json import EXACT, number
 from slm_swap.dataset.row import Unusable
-from slm_swap.rows.examples import dump_json
+from slm_swap.rows.lines import dump_json
 from slm_swap.scoring.json_values import parse_json
 
 ROLES = {

@@ -12,7 +12,8 @@ from slm_swap.dataset.messages import decoded, read_turns
 from slm_swap.dataset.row import Dropped, Row, Unusable
 from slm_swap.dataset.sources import Seen, read_source, row_id
 from slm_swap.dataset.wrappers import read_reply
-from slm_swap.rows.examples import Example, dump_json, parse_example
+from slm_swap.rows.examples import Example, parse_example
+from slm_swap.rows.lines import dump_json
 from slm_swap.rows.toolschema import json_schema_of, openai_tool
 from slm_swap.scoring.replies import InvalidReply
 from slm_swap.scoring.tracks import TRACKS

@@ -6,7 +6,7 @@ from random import Random
 
 from slm_swap.common.errors import UserError
 from slm_swap.dataset.row import Dropped, Row
-from slm_swap.rows.examples import text_hash
+from slm_swap.rows.lines import text_hash
 
 ALL_IN_TEST = "--train-size 0 --val-size 0 makes all rows the test split"
 SPLITS = ("train", "val", "test")

@@ -15,7 +15,8 @@ from slm_swap.dataset.conversations import rows_of
 from slm_swap.dataset.langfuse import generation_conversation
 from slm_swap.dataset.masking import mask
 from slm_swap.dataset.row import REASONS, Dropped, Unusable
-from slm_swap.rows.examples import Example, dump_json, parse_example
+from slm_swap.rows.examples import Example, parse_example
+from slm_swap.rows.lines import dump_json
 from slm_swap.rows.prompts import SYSTEM_PROMPTS, toolcall_completion
 from slm_swap.scoring.tracks import TRACKS
 
