@@ -30,6 +30,8 @@ from slm_swap.dataset.sources import Seen
 from slm_swap.rows.schema_parts import unread_patterns
 from slm_swap.scoring.tracks import TRACKS
 
+NO_FAULTS = ("unused", "shares_test_tool", "too_few", "not_trained", "duplicate")  # reasons that need no example on the console
+
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
@@ -87,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     out_dir, by_time = args.out_dir or Path(__file__).parent, args.split_by == "time"
     report = build(rows, out_dir, head, sizes, args.seed, args.unseen_tools, tracks, by_time)
     print(summary(report))
-    for line in remarks(report, [item for item in rows if isinstance(item, Dropped)], out_dir):
+    for line in remarks(report, out_dir):
         print(line)
     return 0
 
@@ -139,10 +141,12 @@ def summary(report: dict) -> str:
     return "\n".join(lines)
 
 
-def remarks(report: dict, dropped: list[Dropped], out_dir: Path) -> Iterator[str]:
+def remarks(report: dict, out_dir: Path) -> Iterator[str]:
     """What the table does not say: the first rows dropped, and what else is worth a line."""
-    for drop in dropped[:3]:
-        yield f"dropped: {drop.where}: {drop.reason}" + (f": {drop.why}" if drop.why else "")
+    examples = report["dropped_examples"]
+    faults = [(reason, drop) for reason in examples if reason not in NO_FAULTS for drop in examples[reason]]
+    for reason, drop in faults[:3]:
+        yield f"dropped: {drop['where']}: {reason}" + (f": {drop['why']}" if drop["why"] else "")
     if report["counts"]["dropped"]:
         yield f"every dropped row, with why: {display_path(out_dir / DROPPED)}"
     if report["renamed_ids"]:

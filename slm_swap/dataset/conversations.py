@@ -183,6 +183,8 @@ def _value(text: str, wants_json: bool) -> Any:
     except ValueError as error:
         if wants_json:
             raise Unusable("not_json", f"response_format asks for JSON, this is none ({error})") from None
+        if text.lstrip()[:1] in ("{", "["):
+            raise Unusable("not_json", f"it begins like JSON and is none ({error})") from None
         raise Unusable("plain_text") from None
     if not wants_json and not isinstance(value, (dict, list)):
         raise Unusable("plain_text")

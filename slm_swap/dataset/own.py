@@ -160,7 +160,7 @@ def _check_keys(accept: Any, value: Any) -> None:
 
 def is_conversation(row: dict) -> bool:
     """Whether a row is a conversation in this program's own form."""
-    return isinstance(decoded(row.get("messages")), list) and ("calls" in row or "object" in row)
+    return isinstance(decoded(row.get("messages")), list) and ("calls" in row or ("object" in row and "choices" not in row))
 
 
 def own_row(row: dict, where: str, seen: Seen) -> Row:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 from slm_swap.common.errors import UserError
 from slm_swap.dataset.row import Dropped, Row
@@ -10,7 +11,7 @@ from slm_swap.dataset.splits import moment
 from slm_swap.rows.lines import dump_json, text_hash
 
 # what stands beside a reply in a record and is neither asked nor wanted
-_BESIDE = ("id", "group", "source", "request", "content", "calls", "object", "accept")
+_BESIDE = ("id", "group", "source", "request", "content", "calls", "object", "completion", "accept")
 
 
 def select(items: Iterable[Row | Dropped]) -> tuple[list[Row], list[Dropped], int]:
@@ -56,22 +57,24 @@ def _hashes(row: Row) -> tuple[tuple, str]:
         ValueError: the row cannot be written: it holds NaN, or half of a surrogate pair.
     """
     text_hash(row.source + row.id)
-    if row.record is not None:
-        asked = {name: value for name, value in row.record.items() if name not in _BESIDE}
-        asked["tools"] = sorted(map(dump_json, row.tools))
-        calls = row.record.get("calls")
-        wanted = [row.record.get("object")] if calls is None else sorted(map(dump_json, calls))
-        return (row.track, text_hash(dump_json(asked))), text_hash(dump_json([wanted, row.record.get("accept")]))
-    if row.example:
-        example = row.example
-        text_hash(dump_json(example.to_json()))
-        tools = sorted(map(dump_json, example.tools or []))
-        return (row.track, text_hash(dump_json([example.prompt, tools, example.schema]))), text_hash(
-            dump_json([example.completion, example.accept])
-        )
+    if row.record is not None or row.example:
+        return record_hashes(row.track, row.record or row.example.to_json())
     tools = sorted(map(dump_json, row.tools))
     asked = [message for message in row.messages or [] if message["role"] != "user"]
     return (None, text_hash(dump_json([row.request, tools, asked]))), text_hash(dump_json([row.gold, row.accept]))
+
+
+def record_hashes(track: str | None, record: dict[str, Any]) -> tuple[tuple, str]:
+    """What a row as it is written asks (its tools in any order), and what it wants (its calls in any order).
+
+    Raises:
+        ValueError: as `_hashes`.
+    """
+    asked = {name: value for name, value in record.items() if name not in _BESIDE}
+    asked["tools"] = sorted(map(dump_json, record.get("tools") or ()))
+    wanted = [record.get("object"), record.get("completion"), sorted(map(dump_json, record.get("calls") or ())), record.get("accept")]
+    text_hash(dump_json([record.get("content"), record.get("request"), record.get("group")]))
+    return (track, text_hash(dump_json(asked))), text_hash(dump_json(wanted))
 
 
 def _is_newer(row: Row, other: Row) -> bool:

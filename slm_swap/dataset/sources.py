@@ -57,10 +57,10 @@ def refuse_other_form(row: dict, where: str, source: str) -> None:
     path = where.rpartition(":")[0]
     command = f"python 02_dataset/prepare_data.py --source {{}} --dataset-path {path}"
     if form and source != "chat":
-        raise UserError(f"{where}: these are {form.name}, not rows of --source {source}: {command.format('chat')}")
+        raise UserError(f"{where}: this looks like {form.name}, not like rows of --source {source}: {command.format('chat')}")
     if other and other != source:
         flags = {"jsonl": "jsonl --track {structured or toolcall}", "bfcl": "bfcl --answers FILE"}.get(other, other)
-        raise UserError(f"{where}: these are rows of --source {other}, not of --source {source}: {command.format(flags)}")
+        raise UserError(f"{where}: this looks like rows of --source {other}, not of --source {source}: {command.format(flags)}")
 
 
 def _shown_id(row: dict) -> str:

@@ -93,10 +93,14 @@ def _with(message: dict, content: Any, arguments: list) -> dict:
         made["content"] = content
     if "tool_calls" in made:
         made["tool_calls"] = [
-            call | {"function": call["function"] | {"arguments": given if isinstance(given, str) else dump_json(given)}}
+            call if given == _arguments(call) else call | {"function": call["function"] | {"arguments": _text(given)}}
             for call, given in zip(made["tool_calls"], arguments, strict=True)
         ]
     return made
+
+
+def _text(arguments: Any) -> str:
+    return arguments if isinstance(arguments, str) else dump_json(arguments)
 
 
 # -- This program's own runs -----------------------------------------------------------------------------------------------------

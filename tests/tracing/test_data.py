@@ -334,14 +334,15 @@ def test_traffic_of_every_kind_is_kept_or_counted(server, pull, tmp_path):
     ]
     code, out, err = pull()
     assert (code, err) == (0, "")
-    dropped = {"failed": 1, "filtered": 1, "truncated": 1, "multi_turn": 1, "not_json": 1, "duplicate": 1, "conflicting": 1}
+    dropped = {"failed": 1, "filtered": 1, "truncated": 1, "plain_text": 1, "duplicate": 1, "conflicting": 1}
     report = json.loads((tmp_path / "traffic.report.json").read_text())
-    assert report["counts"] == {"read": 9, "kept": 2, "dropped": dropped}
+    assert report["counts"] == {"read": 9, "kept": 3, "dropped": dropped}
     assert report["reference"] == "the hosted model's reply" and "reference: the hosted model's reply" in out
     assert report["window"] == {"from": "2026-01-01T00:00:00+00:00", "to": "2026-01-02T00:00:00+00:00"}
     assert [row["id"] for row in rows_of(tmp_path / "traffic_toolcall.jsonl")] == ["o00002"]
-    [row] = rows_of(tmp_path / "traffic_structured.jsonl")
-    assert row["completion"] == '{"n":4}' and row["prompt"] == "How many?"
+    one, several = rows_of(tmp_path / "traffic_structured.jsonl")
+    assert one["object"] == {"n": 4} and one["messages"] == [user]
+    assert several["object"] == {"n": 4} and several["messages"] == [user, {"role": "assistant", "content": "?"}, user]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "traffic.report.json",
         "traffic_structured.jsonl",
@@ -432,12 +433,12 @@ def test_personal_data_is_masked_and_counted(server, pull, tmp_path):
     ]  # fmt: skip
     assert pull("--track", "toolcall")[0] == 0
     first, second, _ = rows_of(tmp_path / "traffic.jsonl")
-    assert "for <EMAIL_1> party" in first["prompt"]
-    assert first["completion"] == '<tool_call name="book">{"name":"<EMAIL_1>","people":2,"mail":"<EMAIL_1>"}</tool_call>'
-    assert second["completion"] == '<tool_call name="book">{"name":"Bo","people":3,"mail":"<EMAIL_1>"}</tool_call>'
+    assert "for <EMAIL_1> party" in first["messages"][0]["content"]
+    assert first["calls"] == [{"name": "book", "arguments": {"name": "<EMAIL_1>", "people": 2, "mail": "<EMAIL_1>"}}]
+    assert second["calls"] == [{"name": "book", "arguments": {"name": "Bo", "people": 3, "mail": "<EMAIL_1>"}}]
     assert json.loads((tmp_path / "traffic.report.json").read_text())["masked"] == {"EMAIL": 2}
     assert pull("--track", "toolcall", "--no-mask")[0] == 0
-    assert "ann@example.com" in rows_of(tmp_path / "traffic.jsonl")[0]["prompt"]
+    assert "ann@example.com" in rows_of(tmp_path / "traffic.jsonl")[0]["messages"][0]["content"]
     assert json.loads((tmp_path / "traffic.report.json").read_text())["masked"] is None
 
 
@@ -475,7 +476,7 @@ def test_a_pull_that_was_killed_goes_on_and_ends_the_same(server, call, pull_scr
     assert (tmp_path / "killed.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert len(rows_of(tmp_path / "whole.jsonl")) == 350 and not journal.exists()
     counts = [json.loads((tmp_path / f"{name}.report.json").read_text())["counts"] for name in ("killed", "whole")]
-    assert counts[0] == counts[1] == {"read": 370, "kept": 350, "dropped": {"not_json": 20}}
+    assert counts[0] == counts[1] == {"read": 370, "kept": 350, "dropped": {"plain_text": 20}}
 
 
 def test_rows_that_the_store_gives_twice_are_read_once(server, pull, tmp_path):
