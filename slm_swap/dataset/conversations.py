@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from slm_swap.common.exact_json import ExactEncoder, number
+from slm_swap.common.exact_json import EXACT, ExactEncoder, number
 from slm_swap.dataset.checks import check_calls, check_value
+from slm_swap.dataset.keys import Keys, record_keys
 from slm_swap.dataset.messages import Turn, decoded, dumped, json_value
 from slm_swap.dataset.row import Dropped, Row, Unusable
 from slm_swap.rows.lines import dump_json, text_hash
@@ -52,6 +53,7 @@ def rows_of(conversation: Conversation) -> Iterator[Row | Dropped]:
     if not replies:
         yield Dropped(name, conversation.where, "no_reply", "no assistant message")
     history = [turn.message for turn in conversation.turns]
+    texts = _texts(history)
     shared: tuple | Unusable | None = None
     for count, at in enumerate(replies, 1):
         own = name if len(replies) == 1 else f"{name}:{count}"
@@ -62,7 +64,7 @@ def rows_of(conversation: Conversation) -> Iterator[Row | Dropped]:
                 shared = _shared(conversation)
             if isinstance(shared, Unusable):
                 raise shared
-            yield _row(conversation, own, history[:at], conversation.turns[at], *shared)
+            yield _row(conversation, own, history[:at], texts and texts[:at], conversation.turns[at], *shared)
         except Unusable as reason:
             if reason.args[0] == "schema_fault" and shared is None:
                 shared = reason
@@ -87,8 +89,23 @@ def _shared(conversation: Conversation) -> tuple[list[dict] | None, dict | None,
     return tools_of(conversation.asked, conversation.offered), schema, options
 
 
+def _texts(messages: list[dict]) -> list[str] | None:
+    """The messages as JSON; None where one of them can be no JSON, which its own rows will say."""
+    try:
+        return [dump_json(message) for message in messages]
+    except (ValueError, RecursionError):
+        return None
+
+
 def _row(
-    conversation: Conversation, name: str, messages: list[dict], turn: Turn, tools: list[dict] | None, schema: dict | None, options: dict
+    conversation: Conversation,
+    name: str,
+    messages: list[dict],
+    texts: list[str] | None,
+    turn: Turn,
+    tools: list[dict] | None,
+    schema: dict | None,
+    options: dict,
 ) -> Row:
     """The row of one reply.
 
@@ -117,7 +134,7 @@ def _row(
     record |= {"options": options} if options else {}
     record |= {"group": conversation.group} if conversation.group else {}
     record["source"] = conversation.source or short(conversation.where)
-    _check_text(record)
+    track = "toolcall" if "calls" in record else "structured"
     return Row(
         id=name,
         where=conversation.where,
@@ -127,9 +144,10 @@ def _row(
         tool=calls[0]["name"] if len(calls) == 1 else None,
         arguments={},
         record=record,
-        track="toolcall" if "calls" in record else "structured",
+        track=track,
         group=conversation.group or None,
         time=conversation.time,
+        keys=_keys(track, record, texts),
     )
 
 
@@ -191,9 +209,14 @@ def _value(text: str, wants_json: bool) -> Any:
     return value
 
 
-def _check_text(record: dict) -> None:
+def _keys(track: str, record: dict, texts: list[str] | None) -> Keys:
+    """As `record_keys`, which also sees whether the row can be written.
+
+    Raises:
+        Unusable: it cannot.
+    """
     try:
-        text_hash(dump_json(record))
+        return record_keys(track, record, texts)
     except UnicodeEncodeError:
         raise Unusable("unusable", "half of a surrogate pair") from None
     except ValueError:
@@ -219,18 +242,23 @@ def tools_of(asked: Mapping[str, Any], offered: list[dict]) -> list[dict] | None
     if not all(isinstance(some, list) for some in listed):
         raise Unusable("schema_fault", "`tools` is no list")
     try:
-        tools = [_tool(json.dumps(tool, cls=ExactEncoder)) for tool in (*listed[0], *listed[1], *offered)]
+        return _read_tools(json.dumps([*listed[0], *listed[1], *offered], cls=ExactEncoder))
     except (ValueError, RecursionError) as error:
         raise Unusable("schema_fault", str(error)) from None
+
+
+@lru_cache(maxsize=1024)
+def _read_tools(text: str) -> list[dict] | None:
+    """One list for each different one: a project's rows share a few."""
+    tools = [_tool(json.dumps(tool, cls=ExactEncoder)) for tool in json.loads(text, **EXACT)]
     named = {tool["name"]: tool for tool in tools}
     if any(named[tool["name"]] != tool for tool in tools):
-        raise Unusable("schema_fault", "two different tools of one name")
+        raise ValueError("two different tools of one name")
     return list(named.values()) or None
 
 
 @lru_cache(maxsize=8192)
 def _tool(text: str) -> dict:
-    """One dict for each different tool: a project's rows share a few."""
     return openai_tool(json.loads(text, parse_float=number))
 
 

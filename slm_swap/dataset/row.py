@@ -58,6 +58,7 @@ class Row:
     where that is not one; `messages` is the request with its roles. `accept` is as in `Example`. A team's own row has its `example`
     already, and `tool` is None where it does not say. A conversation's row is its `record`, the object that is written. `track` is the
     only track that the row is for; None: both. `time` is when it was answered, where that is known.
+    `keys` are the row's, where they are known already (see `keys.record_keys`).
     """
 
     id: str
@@ -75,6 +76,7 @@ class Row:
     track: str | None = None
     group: str | None = None
     time: str | None = None
+    keys: tuple[str, str] | None = None
 
     @property
     def gold(self) -> list[dict]:

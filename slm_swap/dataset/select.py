@@ -3,15 +3,12 @@
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
 
 from slm_swap.common.errors import UserError
+from slm_swap.dataset.keys import Keys, record_keys
 from slm_swap.dataset.row import Dropped, Row
 from slm_swap.dataset.splits import moment
 from slm_swap.rows.lines import dump_json, text_hash
-
-# what stands beside a reply in a record and is neither asked nor wanted
-_BESIDE = ("id", "group", "source", "request", "content", "calls", "object", "completion", "accept")
 
 
 def select(items: Iterable[Row | Dropped]) -> tuple[list[Row], list[Dropped], int]:
@@ -23,58 +20,47 @@ def select(items: Iterable[Row | Dropped]) -> tuple[list[Row], list[Dropped], in
     Raises:
         UserError: no row is left.
     """
-    kept: dict[tuple, tuple[Row, str, bool]] = {}
+    kept: dict[str, tuple[Row, str]] = {}
     dropped: list[Dropped] = []
     for item in items:
         if isinstance(item, Dropped):
             dropped.append(item)
             continue
         try:
-            asked, wanted = _hashes(item)
+            asked, wanted = _keys(item)
         except ValueError as error:
             why = "half of a surrogate pair" if isinstance(error, UnicodeEncodeError) else "NaN or Infinity"
             dropped.append(Dropped(item.id, item.where, "unusable", why))
             continue
         other = kept.get(asked)
         if other is None:
-            kept[asked] = item, wanted, False
+            kept[asked] = item, wanted
             continue
         stays, goes = (item, other[0]) if _is_newer(item, other[0]) else (other[0], item)
         reason = "duplicate" if other[1] == wanted else "conflicting"
         why = f"the same as {stays.where}" if reason == "duplicate" else f"{stays.where} has another reply to the same request"
         dropped.append(Dropped(goes.id, goes.where, reason, why))
-        kept[asked] = stays, wanted if stays is item else other[1], False
-    rows, renamed = _with_own_ids([row for row, _, _ in kept.values()])
+        kept[asked] = stays, wanted if stays is item else other[1]
+    rows, renamed = _with_own_ids([row for row, _ in kept.values()])
     if not rows:
         raise UserError(_none_left(dropped))
     return rows, dropped, renamed
 
 
-def _hashes(row: Row) -> tuple[tuple, str]:
-    """What was asked, and what was wanted.
+def _keys(row: Row) -> Keys:
+    """As `record_keys`.
 
     Raises:
-        ValueError: the row cannot be written: it holds NaN, or half of a surrogate pair.
+        ValueError: as `record_keys`.
     """
     text_hash(row.source + row.id)
+    if row.keys is not None:
+        return row.keys
     if row.record is not None or row.example:
-        return record_hashes(row.track, row.record or row.example.to_json())
+        return record_keys(row.track, row.record or row.example.to_json())
     tools = sorted(map(dump_json, row.tools))
     asked = [message for message in row.messages or [] if message["role"] != "user"]
-    return (None, text_hash(dump_json([row.request, tools, asked]))), text_hash(dump_json([row.gold, row.accept]))
-
-
-def record_hashes(track: str | None, record: dict[str, Any]) -> tuple[tuple, str]:
-    """What a row as it is written asks (its tools in any order), and what it wants (its calls in any order).
-
-    Raises:
-        ValueError: as `_hashes`.
-    """
-    asked = {name: value for name, value in record.items() if name not in _BESIDE}
-    asked["tools"] = sorted(map(dump_json, record.get("tools") or ()))
-    wanted = [record.get("object"), record.get("completion"), sorted(map(dump_json, record.get("calls") or ())), record.get("accept")]
-    text_hash(dump_json([record.get("content"), record.get("request"), record.get("group")]))
-    return (track, text_hash(dump_json(asked))), text_hash(dump_json(wanted))
+    return text_hash(dump_json([row.request, tools, asked])), text_hash(dump_json([row.gold, row.accept]))
 
 
 def _is_newer(row: Row, other: Row) -> bool:

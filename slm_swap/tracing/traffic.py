@@ -17,7 +17,7 @@ from slm_swap.common.errors import UserError
 from slm_swap.common.exact_json import EXACT, ExactEncoder
 from slm_swap.common.reports import write_jsonl
 from slm_swap.common.settings import display_path
-from slm_swap.dataset.select import record_hashes
+from slm_swap.dataset.keys import record_keys
 from slm_swap.dataset.traffic import REASONS, Unusable, convert
 from slm_swap.tracing.api import LangfuseApi
 
@@ -169,10 +169,10 @@ def by_score(
 
 def distinct(entries: Iterable[Entry]) -> tuple[list[Entry], Counter]:
     """One entry a request, the newest, oldest first; the others are `duplicate` (the same reply) or `conflicting`."""
-    newest: dict[tuple, tuple[Entry, str]] = {}
+    newest: dict[str, tuple[Entry, str]] = {}
     dropped: Counter = Counter()
     for entry in sorted(entries, key=_age, reverse=True):
-        asked, wanted = record_hashes(entry.track, entry.row)
+        asked, wanted = record_keys(entry.track, entry.row)
         stays, reply = newest.setdefault(asked, (entry, wanted))
         if stays is not entry:
             dropped["duplicate" if reply == wanted else "conflicting"] += 1
