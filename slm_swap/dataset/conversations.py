@@ -15,13 +15,13 @@ from slm_swap.common.exact_json import EXACT, ExactEncoder, number
 from slm_swap.dataset.checks import check_calls, check_value
 from slm_swap.dataset.keys import Keys, record_keys
 from slm_swap.dataset.messages import Turn, decoded, dumped, json_value
+from slm_swap.dataset.near import FEW_WORDS
 from slm_swap.dataset.row import Dropped, Row, Unusable
 from slm_swap.rows.lines import dump_json, text_hash
 from slm_swap.rows.toolschema import json_schema_of, openai_tool
 
 FILTERED, TRUNCATED = {"content_filter", "refusal", "safety"}, {"length", "max_tokens", "max_output_tokens"}
 OPTIONS = ("tool_choice", "parallel_tool_calls", "response_format")
-FEW_WORDS = 4  # a last user message of fewer words ("yes, please") says nothing of its conversation
 _FENCED = re.compile(r"\A\s*```(?:json|JSON)?\s*\n(.*?)\n?\s*```\s*\Z", re.DOTALL)
 
 

@@ -1,12 +1,16 @@
 """Near-duplicates among texts, and the groups of rows that must stay on one side of a split."""
 
+import json
 import re
 from typing import Any
 
+from slm_swap.common.exact_json import EXACT
 from slm_swap.dataset.row import Row
+from slm_swap.rows.lines import dump_json
 
 NEAR = (7, 10)  # near-duplicates: token Jaccard of at least 7/10, in whole numbers so that no rounding decides
 SHARED = 3  # words that near-duplicates share in their prefixes: two different sets of fewer words are never that near
+FEW_WORDS = 4  # a request of fewer words ("yes, please") says nothing of its conversation
 BLOCK = 512  # texts at a time
 FEW_PAIRS = (15, 400_000_000)  # products of words that the prefixes may cost, a 15th of all pairs twice or so many: more is dearer
 
@@ -126,7 +130,7 @@ def _joined(labels: Any, one: Any, two: Any) -> Any:
 
 def components(rows: list[Row]) -> list[list[Row]]:
     """Rows that must not be torn apart: connected by a near-duplicate, the same query (but for case and white space), the same
-    source row or the same group (conversation). In the order of their first rows.
+    source row, the same group (conversation) or the same opening of a conversation. In the order of their first rows.
     """
     parent = list(range(len(rows)))
 
@@ -138,9 +142,42 @@ def components(rows: list[Row]) -> list[list[Row]]:
     first: dict[tuple[str, Any], int] = {}
     for at, (row, label) in enumerate(zip(rows, near_duplicates([row.request for row in rows]), strict=True)):
         keys = [("near", label), ("query", " ".join(row.request.casefold().split())), ("source", row.source)]
-        for key in [*keys, ("group", row.group)] if row.group is not None else keys:
+        keys += [("group", row.group)] if row.group is not None else []
+        keys += [("opening", opening)] if (opening := _opening(row)) is not None else []
+        for key in keys:
             parent[root(at)] = root(first.setdefault(key, at))
     found: dict[int, list[Row]] = {}
     for at, row in enumerate(rows):
         found.setdefault(root(at), []).append(row)
     return list(found.values())
+
+
+def _opening(row: Row) -> int | None:
+    """What is equal for the replies of one conversation, although each was logged alone: the first request and its reply.
+
+    None for a request of a few words, with which many conversations begin.
+    """
+    if row.record is None:
+        return None
+    messages = row.record["messages"]
+    replied = next((at for at, message in enumerate(messages) if message["role"] == "assistant"), len(messages))
+    asked = "\n".join(message["content"] for message in messages[:replied] if message["role"] == "user")
+    if len(re.findall(r"\w+", asked)) < FEW_WORDS:
+        return None
+    if replied == len(messages):
+        calls = [(call["name"], dump_json(call["arguments"])) for call in row.gold]
+        text = row.record.get("content") or ("" if calls else dump_json(row.record.get("object")))
+    else:
+        functions = [call["function"] for call in messages[replied].get("tool_calls") or ()]
+        calls = [(function["name"], _compact(function["arguments"])) for function in functions]
+        text = "" if calls else messages[replied].get("content")
+        text = _compact(text) if "calls" not in row.record else text
+    return hash((asked, text, *sorted(calls)))
+
+
+def _compact(text: str) -> str:
+    """JSON as `dump_json` writes it; other texts as they are."""
+    try:
+        return dump_json(json.loads(text, **EXACT))
+    except (ValueError, RecursionError):
+        return text
