@@ -56,7 +56,7 @@ def refuse_other_form(row: dict, where: str, source: str) -> None:
     form, other = form_of(row), other_source(row)
     path = where.rpartition(":")[0]
     command = f"python 02_dataset/prepare_data.py --source {{}} --dataset-path {path}"
-    if form and source != "chat":
+    if form and source != "chat" and not {"calls", "object"} & row.keys():
         raise UserError(f"{where}: this looks like {form.name}, not like rows of --source {source}: {command.format('chat')}")
     if other and other != source:
         flags = {"jsonl": "jsonl --track {structured or toolcall}", "bfcl": "bfcl --answers FILE"}.get(other, other)

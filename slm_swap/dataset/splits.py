@@ -58,10 +58,10 @@ def split(
     Raises:
         UserError: a size cannot be met; the message says what can, why, and which flag helps. Or a row has no time.
     """
-    targets = sizes.targets(sum(map(len, groups)))
     shuffled = order = _ordered(groups, seed, by_time)
     if unseen_tools:
         order = _by_tool(shuffled, seed)
+    targets = sizes.targets(sum(map(len, groups)))
     filled: dict[str, list[Row]] = {}
     dropped: list[Dropped] = []
     for name in ("test", "val", "train"):
@@ -140,9 +140,9 @@ def _fill(groups: list[list[Row]], target: int, exact: bool) -> tuple[list[Row],
 
 
 def _smallest(groups: list[list[Row]]) -> tuple[list[Row], list[list[Row]]]:
-    """The smallest group, where no split was sized and none fits, as long as it leaves more than half of the rows."""
+    """The smallest group, where no split was sized and none fits, as long as it leaves half of the rows."""
     least = min(groups, key=len, default=[])
-    if 2 * len(least) >= sum(map(len, groups)):
+    if 2 * len(least) > sum(map(len, groups)):
         return [], groups
     return list(least), [group for group in groups if group is not least]
 
