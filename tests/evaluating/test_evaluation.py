@@ -107,6 +107,7 @@ def test_a_line_of_the_rows_file():
         "tool": None,
         "prompt_sha256": text_hash("p1"),
         "reply": '{"a":9}',
+        "calls": None,
         "reference": '{"a":1}',
         "scores": {"json_valid": 1, "exact_match": 0, "field_precision": 0, "field_recall": 0, "field_f1": 0},
         "error": "wrong_value",
@@ -136,7 +137,7 @@ def test_the_report_has_the_design_s_keys():
     report = report_of()
     assert set(report) == {
         "schema_version", "stage", "created_at", "track", "args", "code", "packages", "hardware", "model", "inputs",
-        "prompt_sha256", "metrics", "metrics_by_matcher", "counts", "tokens", "sessions", "cached_replies", "seconds", "latency",
+        "prompt_sha256", "ask", "metrics", "metrics_by_matcher", "counts", "tokens", "sessions", "cached_replies", "seconds", "latency",
         "cost",
     }  # fmt: skip
     assert report["stage"] == "eval" and report["schema_version"] == 1 and report["track"] == "structured"
