@@ -102,6 +102,7 @@ def build(
         "counts": {"read": len(items), "kept": len(kept), "dropped": dict(Counter(drop.reason for drop in dropped))},
         "replies": {"read": replies, "measurable": measurable, "share": measurable / replies if replies else None},
         "renamed_ids": renamed,
+        "without_structured_twin": sum(row.track is None and row.calls is not None for row in rows),
         "form": "conversation" if conversations or any(row.record for row in rows) else "prompt and completion",
         "dropped_examples": _shown(dropped),
         "near_duplicates": near,

@@ -17,7 +17,7 @@ from slm_swap.dataset.keys import Keys, record_keys
 from slm_swap.dataset.messages import Turn, decoded, dumped, json_value
 from slm_swap.dataset.near import FEW_WORDS
 from slm_swap.dataset.row import Dropped, Row, Unusable
-from slm_swap.rows.lines import dump_json, text_hash
+from slm_swap.rows.lines import dump_json, nested_too_deeply, text_hash
 from slm_swap.rows.toolschema import json_schema_of, openai_tool
 
 FILTERED, TRUNCATED = {"content_filter", "refusal", "safety"}, {"length", "max_tokens", "max_output_tokens"}
@@ -115,6 +115,8 @@ def _row(
     check_finish(turn)
     if not any(message["role"] == "user" and message["content"].strip() for message in messages):
         raise Unusable("no_request", "no user message before the reply")
+    if messages[-1]["role"] == "assistant":
+        raise Unusable("no_request", "the turn before the reply is the assistant's too")
     record: dict[str, Any] = {"id": name, "messages": messages}
     if tools:
         record["tools"] = tools
@@ -131,6 +133,9 @@ def _row(
         if schema is not None:
             check_value(record["object"], schema)
             record["schema"] = schema
+    gold = record.get("calls", record.get("object"))
+    if gold is None or nested_too_deeply(gold, dump_json(gold)):
+        raise Unusable("unusable", "null, or nested too deeply")
     record |= {"options": options} if options else {}
     record |= {"group": conversation.group} if conversation.group else {}
     record["source"] = conversation.source or short(conversation.where)
@@ -250,7 +255,10 @@ def tools_of(asked: Mapping[str, Any], offered: list[dict]) -> list[dict] | None
 @lru_cache(maxsize=1024)
 def _read_tools(text: str) -> list[dict] | None:
     """One list for each different one: a project's rows share a few."""
-    tools = [_tool(json.dumps(tool, cls=ExactEncoder)) for tool in json.loads(text, **EXACT)]
+    given = json.loads(text, **EXACT)
+    if nested_too_deeply(given, text):
+        raise ValueError("nested too deeply")
+    tools = [_tool(json.dumps(tool, cls=ExactEncoder)) for tool in given]
     named = {tool["name"]: tool for tool in tools}
     if any(named[tool["name"]] != tool for tool in tools):
         raise ValueError("two different tools of one name")

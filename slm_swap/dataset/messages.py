@@ -157,7 +157,12 @@ class Transcript:
             message["tool_calls"] = made
         refused = raw.get("refusal") or any(isinstance(part, dict) and part.get("type") == "refusal" for part in parts)
         finish = "refusal" if refused else str(raw.get("finish_reason") or raw.get("stop_reason") or "").lower()
-        self.turns.append(Turn(message, raw.get("weight") not in (0, False), finish))
+        before = self.turns[-1] if self.turns else None
+        if made and not text.strip() and before and before.message["role"] == "assistant" and "tool_calls" not in before.message:
+            before.message["tool_calls"] = made  # a text and then its calls are one reply
+            before.finish = finish or before.finish
+        else:
+            self.turns.append(Turn(message, raw.get("weight") not in (0, False), finish))
 
     def _call(self, raw: Any) -> dict[str, Any]:
         """One call of any of the forms, as OpenAI writes it. Its arguments may be no JSON: only where it is a reply does that count."""

@@ -193,6 +193,9 @@ def own_row(row: dict, where: str, seen: Seen) -> Row:
     _known(row, ("messages", "calls", "object", "content", "options"), seen)
     try:
         dump_json(record).encode()
+        parse_example(record, where)
+    except UserError as error:
+        raise Unusable("bad_row", str(error).removeprefix(f"{where}: ")) from None
     except ValueError as error:
         raise Unusable("unusable", str(error)[:120]) from None
     calls = record.get("calls") or []

@@ -225,7 +225,10 @@ def test_the_same_reply_given_again_is_exact(number):
         row = made("How much?", output).row
         assert again(track, row, body).error is None
         row = made({"messages": [USER], "tools": [TOOL | {"name": "f", "parameters": {"properties": {"x": {}, "l": {}}}}]}, output).row
-        assert again(track, row, body).error is None
+        if track == "structured":  # a text where tools were on offer: no call is due
+            assert row["calls"] == []
+        else:
+            assert again(track, row, body).error is None
 
 
 @settings(max_examples=100, deadline=None)
@@ -359,3 +362,27 @@ def test_a_wrapper_is_no_reply(output, expected, as_text):
 @pytest.mark.parametrize("value", [{"error": "none"}, {"error": {"code": 5}}, {"message": "hi"}, {"role": "admin"}, {"parts": [1]}])
 def test_a_json_reply_that_looks_a_little_like_a_wrapper_is_kept(value):
     assert made([USER], value).row["object"] == value
+
+
+def test_anthropic_s_form():
+    output = {"role": "assistant", "content": [{"type": "thinking", "thinking": "Hm."}, {"type": "tool_use", "id": "1", "name": "weather", "input": {"city": "Oslo"}}]}
+    given = {"system": "Be brief.", "messages": [USER], "tools": [{"name": "weather", "description": "The weather.", "input_schema": PARAMETERS}]}
+    row = made(given, output).row
+    assert row["calls"] == [{"name": "weather", "arguments": {"city": "Oslo"}}] and row["tools"] == [TOOL]
+    assert row["messages"] == [{"role": "system", "content": "Be brief."}, USER]
+    assert reason([USER], {"role": "assistant", "content": "", "stop_reason": "max_tokens"}) == "truncated"
+
+
+def test_everything_of_a_conversation_is_masked():
+    tool = TOOL | {"description": "Ask ann@example.com."}
+    call = {"id": "c", "type": "function", "function": {"name": "weather", "arguments": '{"city": "ann@example.com", "card": 4111111111111111}'}}
+    messages = [
+        {"role": "system", "content": "Write to ann@example.com."}, USER, {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": "bob@example.com"}, USER,
+    ]  # fmt: skip
+    row = made({"messages": messages, "tools": [{"type": "function", "function": tool}]}, "Ask bob@example.com.").row
+    assert "example.com" not in json.dumps(row) and "4111" not in json.dumps(row)
+    assert json.loads(row["messages"][2]["tool_calls"][0]["function"]["arguments"]) == {"city": "<EMAIL_1>", "card": "<CARD_1>"}
+    assert (row["messages"][3]["content"], row["content"], row["tools"][0]["description"]) == ("<EMAIL_2>", "Ask <EMAIL_2>.", "Ask <EMAIL_1>.")
+    card = made([USER], '{"card": 4111111111111111.0}').row
+    assert card["object"] == {"card": "<CARD_1>"}
