@@ -1,6 +1,6 @@
 """Make the data of both tracks: train, val and test splits, and a report that accounts for every row read.
 
-    python 02_dataset/prepare_data.py --source chat --dataset-path our_logs.jsonl
+    python 02_dataset/prepare_data.py --source chat --dataset-path ../tests/data/openai_chat.jsonl
     python 02_dataset/prepare_data.py --source xlam --dataset-path 02_dataset/sample/xlam_sample.jsonl --unseen-tools
 
 --source chat reads a team's own logs by looking at them: OpenAI, Azure and Anthropic messages, batch output, TRL, ShareGPT, Hermes,

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slm_swap.rows.json_schema import call_violations, coerce, violations, with_defaults
-from slm_swap.rows.toolschema import bfcl_tool, parse_type, xlam_tool
+from slm_swap.rows.toolschema import bfcl_tool, lost_defaults, openai_tool, parse_type, xlam_tool
 from slm_swap.scoring.json_values import leaves
 
 STRING, INTEGER, NUMBER = {"type": "string"}, {"type": "integer"}, {"type": "number"}
@@ -431,3 +431,48 @@ def test_every_type_becomes_a_schema_that_can_be_written(text, behind):
     json.dumps(schema)
     violations(None, schema)
     assert optional or not behind
+
+
+# -- Types of other languages ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("named", "schema"),
+    [
+        ("String", {"type": "string"}), ("Boolean", {"type": "boolean"}), ("long", {"type": "integer"}), ("HashMap", {"type": "object"}),
+        ("ArrayList", {"type": "array"}), ("Array", {"type": "array"}), ("dict", {"type": "object"}), ("any", {}), ("float", {"type": "number"}),
+        ("double", {"type": "number"}), ("short", {"type": "integer"}), ("byte", {"type": "integer"}), ("char", {"type": "string"}),
+        ("tuple", {"type": "array"}), ("Hashtable", {"type": "object"}), ("set", {"type": "array", "uniqueItems": True}),
+        (["String", "null"], {"type": ["string", "null"]}), (["int", "long"], {"type": "integer"}),
+    ],
+)  # fmt: skip
+def test_names_of_types_at_any_depth(named, schema):
+    inner = {"type": named, "description": "x"}
+    parameters = {"type": "dict", "properties": {"a": inner, "type": {"type": "array", "items": {"anyOf": [inner, {"type": "int"}]}}}}
+    made = openai_tool({"type": "function", "function": {"name": "f", "parameters": parameters}})["parameters"]
+    assert made["type"] == "object" and made["properties"]["a"] == schema | {"description": "x"}
+    assert made["properties"]["type"]["items"]["anyOf"] == [schema | {"description": "x"}, {"type": "integer"}]
+
+
+def test_a_type_that_nobody_knows():
+    with pytest.raises(ValueError, match="cannot read the type 'strin'"):
+        openai_tool({"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "strin"}}}})
+
+
+def test_a_tuple_of_draft_7_has_prefix_items():
+    tuples = {"type": "array", "items": [{"type": "float"}, {"type": "string"}], "additionalItems": False}
+    [made] = openai_tool({"name": "f", "parameters": {"type": "object", "properties": {"a": tuples}}})["parameters"]["properties"].values()
+    assert made == {"type": "array", "prefixItems": [{"type": "number"}, {"type": "string"}], "items": False}
+
+
+@pytest.mark.parametrize("place", ["inside", "beside"])
+def test_strict_is_kept(place):
+    inner = {"name": "f", "parameters": {}}
+    tool = {"type": "function", "function": inner | {"strict": True}} if place == "inside" else {"type": "function", "strict": True, **inner}
+    assert openai_tool(tool)["strict"] is True and "strict" not in openai_tool(inner)
+
+
+def test_defaults_that_do_not_fit_are_counted():
+    properties = {"a": {"type": "integer", "default": "many"}, "b": {"type": "integer", "default": "3"}, "c": {"type": "string", "default": None}}
+    tool = {"name": "f", "parameters": {"type": "dict", "properties": properties}}
+    assert lost_defaults(tool, bfcl_tool(tool)) == 1
