@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     clock, settings = Stopwatch(), load_settings()
     if settings.launch.world > 1:
         if args.model_kind != "slm" or settings.slm_base_url:
-            raise UserError("only a model that is loaded here has use for several processes: start the others (azure, replay, SLM_BASE_URL) by python")
+            raise UserError("only the local model has use for several processes: start --model-kind azure, replay and a model of SLM_BASE_URL by python")
         take_one_gpu(settings.launch)
         settings = replace(settings, launch=fork_replica(settings.launch))
     if settings.launch.serves:

@@ -271,7 +271,7 @@ class AzureSimulator:
         if self.key not in (request.headers.get("api-key"), bearer):
             text = "Access denied due to invalid subscription key or wrong API endpoint. Make sure to provide a valid key."
             return _error(401, "unauthorized", text, "401")
-        version, v1 = request.query.get("api-version"), request.path.startswith("/openai/v1/")
+        version, v1 = request.query.get("api-version"), request.path.startswith(("/openai/v1/", "/v1/"))
         if v1 and version and version[0].isdigit():
             return _error(400, "bad_request", "api-version query parameter is not allowed when using /v1 path", "BadRequest")
         if "elsewhere" in request.match_info or not (v1 or version):
@@ -405,13 +405,19 @@ class AzureSimulator:
         quotas = {name: {"used": bucket.used, "permitted": bucket.permitted} for name, bucket in self.buckets.items()}
         return web.json_response({"counts": dict(self.counts), "most_in_flight": self.most_in_flight, "quotas": quotas})
 
+    async def _models(self, request: "web.Request") -> "web.Response":
+        from aiohttp import web
+
+        return web.json_response({"object": "list", "data": [{"id": self.deployment, "object": "model"}]})
+
     async def _serve(self, started: "Future[int]") -> None:
         from aiohttp import web
 
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         app = web.Application(client_max_size=64 * 2**20)
         app.router.add_get("/simulator/stats", self._stats)
-        for path in ("/openai/deployments/{deployment}", "/models", "/openai/v1"):
+        app.router.add_get("/v1/models", self._models)
+        for path in ("/openai/deployments/{deployment}", "/models", "/openai/v1", "/v1"):
             app.router.add_post(f"{path}/chat/completions", self.handle)
         app.router.add_route("*", "/{elsewhere:.*}", self.handle)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
@@ -427,7 +433,7 @@ class AzureSimulator:
 
     @property
     def url(self) -> str:
-        """The resource's URL, to which each of the three forms can be added."""
+        """The resource's URL, to which each of the three forms can be added, and /v1 as of an OpenAI-compatible server."""
         return f"http://127.0.0.1:{self.port}"
 
     def __enter__(self) -> "AzureSimulator":
