@@ -8,22 +8,25 @@ When a request may be sent, a first or a later try, is the quota's to say, where
 import asyncio
 import queue
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Container, Generator, Iterable
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import islice, pairwise
 from typing import Any
 
-from slm_swap.clients.completions import REJECTIONS, Refusal, read_completion, refused_request, rejected_parameter
+from slm_swap.clients.chat_requests import OPTIONS, length, request_body
+from slm_swap.clients.completions import REJECTIONS, Refusal, read_completion, refused_request, rejected_parameter, takes_no_tools
 from slm_swap.clients.endpoint import Endpoint, Variables, is_loopback
 from slm_swap.clients.pricing import load_prices
 from slm_swap.clients.protocol import Reply
-from slm_swap.clients.quota import Mark, Quota
+from slm_swap.clients.quota import Quota
+from slm_swap.clients.tries import AskedRow, Try
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import Settings
-from slm_swap.rows.prompts import Messages
+from slm_swap.rows.prompts import Request
 
 OTHER_LIMIT = {"max_completion_tokens": "max_tokens", "max_tokens": "max_completion_tokens"}
 UNREACHABLE = {"ConnectError", "ConnectTimeout", "ProxyError"}  # what httpx calls a server that was never spoken to
@@ -36,31 +39,7 @@ SHORTEST_SECRET = 16  # in replies: "test" as a key must not be cut out of a mod
 PLAIN_HEADERS = re.compile("host|accept|accept-encoding|connection|content-.*|user-agent|x-stainless-.*")
 
 
-@dataclass
-class _Try:
-    """One HTTP request: when it was sent, when its answer's head came (both by the row's clock), and with which status."""
-
-    marks: list[Mark]
-    sent: float
-    answered: float | None = None
-    status: int | None = None
-
-
-@dataclass
-class _Row:
-    """What a task is asking: its charge in tokens, its tries, and how long the quota held them back."""
-
-    tokens: float
-    started: float = field(default_factory=time.perf_counter)
-    held: float = 0.0
-    tries: list[_Try] = field(default_factory=list)
-
-    def clock(self) -> float:
-        """Seconds since the row was begun, those left out in which it was held back."""
-        return time.perf_counter() - self.started - self.held
-
-
-_row: ContextVar[_Row] = ContextVar("row")  # of this task
+_row: ContextVar[AskedRow] = ContextVar("row")  # of this task
 
 
 class ChatClient:
@@ -167,9 +146,9 @@ class ChatClient:
                 await asyncio.sleep(min(wait, LOOK_SECONDS))
             marks = self._quota.take(row.tokens)
         row.held += time.perf_counter() - since
-        row.tries.append(_Try(marks, row.clock()))
+        row.tries.append(Try(marks, row.clock()))
 
-    def _give_up(self, row: _Row) -> None:
+    def _give_up(self, row: AskedRow) -> None:
         """Where a row's last try got no answer, none is waited for any more."""
         if row.tries and row.tries[-1].answered is None:
             self._quota.lost()
@@ -179,9 +158,9 @@ class ChatClient:
         this.answered, this.status = _row.get().clock(), response.status_code
         self._quota.told(this.marks, response.status_code, response.headers)
 
-    def _charge(self, messages: Messages) -> float:
+    def _charge(self, request: Request) -> float:
         """What Azure will charge for a request when it comes in: the prompt's tokens, by the rate of characters so far, and the limit."""
-        characters = sum(len(message["content"]) for message in messages)
+        characters = length(request)
         limits = (self._parameters.get(name, 0) for name in OTHER_LIMIT)
         return characters * self._prompt_tokens / self._characters + sum(limits)
 
@@ -191,12 +170,12 @@ class ChatClient:
         await self._stop.wait()
         await self._openai.close()
 
-    def generate(self, batch: list[Messages]) -> list[Reply]:
+    def generate(self, batch: list[Request]) -> list[Reply]:
         """One Reply a row, in order."""
         replies = dict(self.stream(enumerate(batch)))
         return [replies[index] for index in range(len(batch))]
 
-    def stream(self, rows: Iterable[tuple[int, Messages]], answered: Container[int] = ()) -> Generator[tuple[int, Reply]]:
+    def stream(self, rows: Iterable[tuple[int, Request]], answered: Container[int] = ()) -> Generator[tuple[int, Reply]]:
         """Each row's Reply as its request ends; the next row is asked in its place.
 
         Leaving early, Ctrl-C and a fault of the set-up cancel the requests that are under way.
@@ -207,8 +186,8 @@ class ChatClient:
         ended: queue.SimpleQueue[tuple[int, asyncio.Task[Reply]]] = queue.SimpleQueue()
         tasks: set[asyncio.Task[Reply]] = set()  # touched in the loop's thread alone
 
-        def start(index: int, messages: Messages) -> None:
-            task = self._loop.create_task(self._ask(messages))
+        def start(index: int, request: Request) -> None:
+            task = self._loop.create_task(self._ask(request))
             tasks.add(task)
             task.add_done_callback(lambda task: end(index, task))
 
@@ -236,30 +215,31 @@ class ChatClient:
             if under_way:
                 self._loop.call_soon_threadsafe(cancel)
 
-    async def _ask(self, messages: Messages) -> Reply:
+    async def _ask(self, request: Request) -> Reply:
         if not self._tried:  # one row goes ahead: a wrong key or a parameter to drop costs one refusal, not `concurrency`
             async with self._first:
                 if not self._tried:
-                    reply = await self._ask_now(messages)
+                    reply = await self._ask_now(request)
                     self._tried = not self._denied  # a row that was denied says nothing of the next one
                     return reply
-        reply = await self._ask_now(messages)
+        reply = await self._ask_now(request)
         if self._denied >= DENIED_LATER:
             await self._check_key()
         return reply
 
-    async def _ask_now(self, messages: Messages) -> Reply:
+    async def _ask_now(self, request: Request) -> Reply:
         import openai
 
         create = self._openai.chat.completions.with_raw_response.create
-        row, reply = _Row(self._charge(messages)), None
+        row, reply = AskedRow(self._charge(request)), None
         _row.set(row)
         while reply is None:
-            sent, failure = dict(self._parameters), None
+            body = {name: value for name, value in request_body(request).items() if name not in self._dropped}
+            sent, failure = body | self._parameters, None
             try:
-                response = await create(model=self.endpoint.deployment, messages=messages, **sent)
-                reply = self._accept(response.http_response.json())
-                self._good, self._denied = messages, 0
+                response = await create(model=self.endpoint.deployment, **sent)
+                reply = self._accept(response.http_response.json(), request.native)
+                self._good, self._denied = request, 0
             except openai.OpenAIError as error:
                 failure = error
             except (ValueError, RecursionError):
@@ -270,7 +250,7 @@ class ChatClient:
         self._give_up(row)
         if reply.input_tokens:
             self._prompt_tokens += reply.input_tokens
-            self._characters += sum(len(message["content"]) for message in messages)
+            self._characters += length(request)
         retries = [
             [round(this.sent, 6), round((this.answered or later.sent) - this.sent, 6), this.status]
             for this, later in pairwise(row.tries)
@@ -292,20 +272,34 @@ class ChatClient:
             if self._denied:
                 raise UserError(f"{self._where} denied {before} rows in a row ({reply.error})")
 
-    def _accept(self, body: Any) -> Reply:
-        reply = read_completion(body)
+    def _accept(self, body: Any, native: bool) -> Reply:
+        reply = read_completion(body, native)
         for name, seen in self._served.items():
             if isinstance(body, dict) and isinstance(body.get(name), str):
                 seen.add(self._scrub(body[name]))
-        # through UTF-16, halves of surrogate pairs join or become U+FFFD: a reply can always be written to a file
-        text = reply.text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return replace(reply, text=self._scrub(text, SHORTEST_SECRET))
+        calls = reply.calls and [{name: self._clean(text) for name, text in call.items()} for call in reply.calls]
+        return replace(reply, text=self._clean(reply.text), calls=calls)
+
+    def _clean(self, text: str) -> str:
+        """What a model wrote, in a form that can always be written to a file: through UTF-16, halves of surrogate pairs join or become
+        U+FFFD."""
+        return self._scrub(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), SHORTEST_SECRET)
 
     def _drop_rejected(self, refusal: Refusal, sent: dict[str, Any]) -> bool:
-        """Drop or swap the parameter that the server did not take: True to ask again. Another row may have done it already."""
+        """Drop or swap the parameter that the server did not take: True to ask again. Another row may have done it already.
+
+        Raises:
+            UserError: it is the tools, without which no call can be made.
+        """
         name = rejected_parameter(refusal.status, refusal.code, refusal.param, refusal.message, refusal.body)
-        if name not in sent:
+        if "tools" in sent and (name == "tools" or takes_no_tools(refusal.status, refusal.message)):
+            raise UserError(f"{self._where} takes no tools ({self._one_line(refusal.message)}): evaluate with --ask text, or choose another")
+        if name not in sent or name == "messages":
             return False
+        if name in OPTIONS and name not in self._dropped:
+            self._dropped.append(name)
+            reason = self._one_line(refusal.message)
+            print(f"warning: {self._where} takes no {name}: rows are asked without it ({reason})", file=sys.stderr, flush=True)
         if name in self._parameters:
             value = self._parameters.pop(name)
             self._dropped.append(name)

@@ -8,6 +8,7 @@ import re
 from typing import Any, NamedTuple
 
 from slm_swap.clients.protocol import Reply
+from slm_swap.rows.lines import dump_json
 
 REJECTIONS = {"unsupported_parameter", "unsupported_value", "unknown_parameter"}
 EXTRA = re.compile(r"extra_forbidden|extra inputs are not permitted", re.IGNORECASE)  # Pydantic's, of Mistral and of gateways
@@ -29,6 +30,7 @@ FILTERED = re.compile(
     r"ResponsibleAIPolicyViolation|ContentPolicyViolation|content management policy|content safety|SAFETY_CHECK|violates usage guidelines",
     re.IGNORECASE,
 )
+TOOLLESS = re.compile(r"does not support tools|tools? (?:use |calling )?(?:is|are) not supported|--enable-auto-tool-choice", re.IGNORECASE)
 TEXT_PARTS, THINKING_PARTS = ("text", "output_text"), ("thinking", "reasoning", "redacted_thinking")
 CUT = ("length", "max_tokens", "model_length")  # finish reasons that mean a limit: OpenAI's, other servers', Mistral's
 
@@ -70,6 +72,11 @@ def rejected_parameter(status: int | None, code: str | None, param: str | None, 
             return str(place[1] if place[0] == "body" and len(place) > 1 else place[0])
     found = NAMED.search(message)
     return next(filter(None, found.groups())) if found else None
+
+
+def takes_no_tools(status: int | None, message: str) -> bool:
+    """Whether a server says that it cannot be asked for calls: Ollama's words, and vLLM's without its flags."""
+    return status in (400, 404, 422, 501) and bool(TOOLLESS.search(message))
 
 
 def refused_request(status: int | None, code: str | None, message: str, body: str) -> str | None:
@@ -121,22 +128,53 @@ def _count(value: Any) -> int | None:
     return int(value) if number and value >= 0 and value == value // 1 else None
 
 
-def read_completion(body: Any) -> Reply:
-    """A chat completion's JSON as a Reply (seconds 0); anything else is an "error". A refusal outranks the finish_reason."""
+def read_completion(body: Any, native: bool = False) -> Reply:
+    """A chat completion's JSON as a Reply (seconds 0), with its calls if it was asked for natively; anything else is an "error".
+
+    A refusal outranks the finish_reason.
+    """
     try:
         choice = body["choices"][0]
         message = choice["message"]
         refusal, reason = message.get("refusal"), choice.get("finish_reason")
         tokens = read_usage(body.get("usage"))
         content, refused = content_text(message.get("content"))
+        calls = read_calls(message) if native else None
     except (KeyError, IndexError, TypeError, AttributeError):
         return Reply("", "error", error="the server's reply is not a chat completion")
     except ValueError:
-        return Reply("", "error", error="the server's reply holds no text")
+        return Reply("", "error", error="the server's reply holds no text and no calls that can be read")
     if refusal or refused:
         content, reason = refusal or refused, "refusal"
     reason = "length" if reason in CUT else reason
-    return Reply(content, reason if reason in ("length", "content_filter", "refusal") else "stop", **tokens)
+    return Reply(content, reason if reason in ("length", "content_filter", "refusal") else "stop", calls=calls, **tokens)
+
+
+def read_calls(message: dict[str, Any]) -> list[dict[str, str]]:
+    """The calls of a message in OpenAI's form, from `tool_calls` or the older `function_call`: their names, and their arguments as the
+    model wrote them. Arguments that are an object already become JSON, null and blanks the empty object.
+
+    Raises:
+        ValueError: they are of another form.
+    """
+    listed = message.get("tool_calls")
+    listed = [] if listed is None else listed
+    if not isinstance(listed, list):
+        raise ValueError
+    old = message.get("function_call")
+    return [_call(item) for item in (listed or ([old] if isinstance(old, dict) else []))]
+
+
+def _call(item: Any) -> dict[str, str]:
+    if not isinstance(item, dict):
+        raise ValueError
+    function = next((item[name] for name in ("function", "custom") if isinstance(item.get(name), dict)), item)
+    name, arguments = function.get("name"), function.get("arguments", function.get("input"))
+    if not isinstance(name, str) or not isinstance(arguments, str | dict | None):
+        raise ValueError
+    if isinstance(arguments, dict):
+        return {"name": name, "arguments": dump_json(arguments)}
+    return {"name": name, "arguments": (arguments or "").strip() and arguments or "{}"}
 
 
 def content_text(content: Any) -> tuple[str, str | None]:

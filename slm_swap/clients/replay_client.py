@@ -8,21 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from slm_swap.clients.protocol import Reply
+from slm_swap.clients.recorded import is_empty, read_recorded
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import sha256_file
 from slm_swap.common.settings import display_path
 from slm_swap.rows.examples import OPTIONAL_FIELDS, Example, decode_line, read_jsonl, read_lines
 from slm_swap.rows.prompts import Messages
 
-FINISH_REASONS = ("stop", "length", "prompt_too_long", "content_filter", "refusal", "error")
-
 
 class ReplayClient:
-    """A client whose replies stand in a file: one JSON object a line with `prediction` (or `reply`) and `id` or `prompt`.
+    """A client whose replies stand in a file: one JSON object a line with `prediction` (or `reply`, `output`, `response`) and `id` or
+    `prompt`; `recorded.read_recorded` says in which forms.
 
     Lines may also hold `finish_reason`, `tokens`, `seconds` and `cut`, as a rows file does. A line belongs to the row of its id, and
     where no row has that id (or the line has none) to a row of its prompt; equal prompts take their lines in order. Only the place of
-    each row's line is kept in memory.
+    each row's line is kept in memory. `warning` is one line about replies that are empty, None where none is.
 
     Raises:
         UserError: a bad line, a second reply for an id, or rows without a reply.
@@ -36,8 +36,11 @@ class ReplayClient:
         ids = {example.id for example in examples}
         by_id: dict[str, int] = {}
         by_prompt: dict[bytes, list[int]] = {}
+        empty: set[int] = set()  # where a reply begins that says nothing
         for where, start, line in read_lines(path):
-            _read_reply(line, where)
+            reply = read_recorded(line, where, decode_line)
+            if is_empty(reply):
+                empty.add(start)
             name, prompt = line.get("id"), line.get("prompt")
             name = str(name) if isinstance(name, (str, int)) and name != "" else None
             if name is None and not isinstance(prompt, str):
@@ -63,6 +66,8 @@ class ReplayClient:
                 f"{display_path(path)} has no reply for {len(missing)} of {rows} rows (first: id {missing[0]!r}): "
                 "give the dataset that the replies were recorded on, or --limit"
             )
+        silent = sum(start in empty for start in self._starts)
+        self.warning = f"{silent} of {rows} recorded replies are empty: was the recording complete?" if silent else None
         self._file = open(path, "rb")  # noqa: SIM115
         self._next = itertools.count()
 
@@ -76,7 +81,7 @@ class ReplayClient:
 
     def _reply(self, index: int) -> Reply:
         self._file.seek(self._starts[index])
-        return _read_reply(decode_line(self._file.readline()), self.identity["path"])
+        return read_recorded(decode_line(self._file.readline()), self.identity["path"], decode_line)
 
     def state(self) -> dict[str, Any]:
         return {}
@@ -101,33 +106,6 @@ class ReplayClient:
 def _key(prompt: str) -> bytes:
     """What stands for a prompt, in less memory."""
     return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).digest()
-
-
-def _read_reply(line: Any, where: str) -> Reply:
-    if not isinstance(line, dict):
-        raise UserError(f"{where}: a line is a JSON object with `prediction` and `id` or `prompt`")
-    text = line.get("prediction", line.get("reply"))
-    if not isinstance(text, str):
-        raise UserError(f"{where}: `prediction` must be a text, the model's reply as it came (empty where there was none)")
-    finish_reason = line.get("finish_reason") or "stop"
-    if finish_reason not in FINISH_REASONS:
-        raise UserError(f"{where}: finish_reason {finish_reason!r} is none of {', '.join(FINISH_REASONS)}")
-    tokens = line.get("tokens") if isinstance(line.get("tokens"), dict) else {}
-    counts = {f"{name}_tokens": tokens[name] for name in ("input", "output", "cached", "reasoning") if type(tokens.get(name)) is int}
-    seconds, error, cut = line.get("seconds"), line.get("reply_error"), line.get("cut")
-    return Reply(
-        _writable(text),
-        finish_reason,
-        seconds=float(seconds) if isinstance(seconds, (int, float)) else 0.0,
-        error=_writable(error) if isinstance(error, str) else None,
-        cut=cut if finish_reason == "length" and isinstance(cut, dict) else None,
-        **counts,
-    )
-
-
-def _writable(text: str) -> str:
-    """The text with `?` for each half of a surrogate pair, which no file can hold."""
-    return text.encode("utf-8", "replace").decode()
 
 
 def rows_of_replies(path: str | Path) -> Iterator[tuple[str, dict]]:
