@@ -11,6 +11,7 @@ from slm_swap.common.errors import UserError
 from slm_swap.common.settings import Settings
 from slm_swap.demo.azure_simulator import Answer
 from slm_swap.rows.examples import Example
+from slm_swap.rows.prompts import Request
 from tests.support.scripted import Scripted
 
 KEY = "abcdef0123456789-of-no-server"
@@ -33,7 +34,7 @@ def served(script, **options):
 
 
 def chat(rows):
-    return [[{"role": "user", "content": row.prompt}] for row in rows]
+    return [Request([{"role": "user", "content": row.prompt}]) for row in rows]
 
 
 def texts(client, rows=ROWS):
@@ -213,7 +214,7 @@ def test_a_403_is_its_rows_error_where_others_are_answered(count, concurrency):
 
 def test_a_key_that_is_denied_every_row_ends_the_run_after_a_few():
     with served(on_some(40, 403, DENIED)) as (server, client):
-        with pytest.raises(UserError, match="403: Access to this is not allowed.*check that AZURE_API_KEY"):
+        with pytest.raises(UserError, match=r"403: Access to this is not allowed.*check that AZURE_API_KEY"):
             client.generate(chat(ROWS))
         assert sum(server.asked.values()) == 5
 

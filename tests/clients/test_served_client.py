@@ -14,6 +14,7 @@ from slm_swap.common.settings import Settings
 from slm_swap.demo.azure_simulator import AzureSimulator, Faults
 from slm_swap.evaluating.factory import make_client
 from slm_swap.rows.examples import Example
+from slm_swap.rows.prompts import Request
 
 KEY = "fedcba9876543210-of-no-server"
 ROWS = [Example(f"row {n}", f'{{"n":{n}}}') for n in range(12)]
@@ -35,7 +36,7 @@ class Recording(AzureSimulator):
 
 
 def chat(rows=ROWS):
-    return [[{"role": "user", "content": row.prompt}] for row in rows]
+    return [Request([{"role": "user", "content": row.prompt}]) for row in rows]
 
 
 RIGHT = [row.completion for row in ROWS]
@@ -82,7 +83,7 @@ def test_a_server_without_a_key_is_asked_without_one(monkeypatch):
 def test_a_server_that_wants_a_key_says_which_variable():
     with Recording(ROWS, key=KEY) as server:
         settings = Settings(azure_endpoint=f"{server.url}/v1", azure_deployment="simulator")
-        with closing_client(AzureClient(settings)) as client, pytest.raises(UserError, match="401.*: set AZURE_API_KEY"):
+        with closing_client(AzureClient(settings)) as client, pytest.raises(UserError, match=r"401.*: set AZURE_API_KEY"):
             client.generate(chat())
         with closing_client(ServedClient(slm_settings(server, slm_api_key=None))) as client, pytest.raises(UserError, match="set SLM_API_KEY"):
             client.generate(chat())
