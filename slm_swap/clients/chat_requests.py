@@ -1,8 +1,8 @@
 """A row's request as the body of a chat completion, and how long it is."""
 
+import json
 from typing import Any
 
-from slm_swap.common.exact_json import plain
 from slm_swap.rows.lines import dump_json
 from slm_swap.rows.prompts import Request
 
@@ -19,9 +19,9 @@ def request_body(request: Request) -> dict[str, Any]:
         return body
     if request.tools:
         body["tools"] = [
-            {"type": "function", "function": {name: plain(tool[name]) for name in TOOL if name in tool}} for tool in request.tools
+            {"type": "function", "function": {name: _sendable(tool[name]) for name in TOOL if name in tool}} for tool in request.tools
         ]
-    options = {name: plain(value) for name, value in (request.options or {}).items() if name in OPTIONS and value is not None}
+    options = {name: _sendable(value) for name, value in (request.options or {}).items() if name in OPTIONS and value is not None}
     if not request.tools:  # servers refuse both where there is nothing to choose from
         options = {name: value for name, value in options.items() if name == "response_format"}
     if request.schema is not None and "response_format" not in options:
@@ -29,11 +29,16 @@ def request_body(request: Request) -> dict[str, Any]:
     return body | options
 
 
+def _sendable(value: Any) -> Any:
+    """A value with floats for Decimals, which no HTTP package writes: of schemas and options, never of what is scored."""
+    return json.loads(dump_json(value))
+
+
 def response_format(schema: dict[str, Any]) -> dict[str, Any]:
     """What asks for a JSON value: not `strict`, as few schemas of production keep to its rules."""
     if schema == {"type": "object"}:
         return {"type": "json_object"}
-    return {"type": "json_schema", "json_schema": {"name": "reply", "schema": plain(schema)}}
+    return {"type": "json_schema", "json_schema": {"name": "reply", "schema": _sendable(schema)}}
 
 
 def length(request: Request) -> int:

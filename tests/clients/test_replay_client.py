@@ -91,7 +91,8 @@ def test_rows_without_a_reply_are_counted_and_the_first_is_named(write_rows):
     [
         ([], "a line is a JSON object"),
         ({"id": "a"}, "`prediction` must be a text"),
-        ({"id": "a", "prediction": None}, "`prediction` must be a text"),
+        ({"id": "a", "prediction": 5}, "`prediction` must be a text"),
+        ({"id": "a", "output": {"a": 1}}, "`output` must be a text"),
         ({"id": "a", "prediction": {"a": 1}}, "`prediction` must be a text"),
         ({"prediction": "x"}, "neither `id` nor `prompt`"),
         ({"id": None, "prediction": "x"}, "neither `id` nor `prompt`"),
