@@ -74,7 +74,7 @@ def once_started(checkpoint: Path, rows: Path, setting: dict[str, Any]) -> dict[
     from slm_swap.clients.replicas import fork_replica, take_one_gpu
     from slm_swap.common.settings import Settings, load_launch
     from slm_swap.rows.examples import read_examples
-    from slm_swap.rows.prompts import build_messages
+    from slm_swap.rows.prompts import text_request
     from slm_swap.slm_client import local_client, serve_rows
 
     launch, flags = load_launch(), setting["flags"]
@@ -86,7 +86,7 @@ def once_started(checkpoint: Path, rows: Path, setting: dict[str, Any]) -> dict[
     if launch.serves:
         serve_rows(settings, seed=0, max_new_tokens=LONGEST, **flags)
         return None
-    examples = [build_messages("structured", example.prompt) for example in read_examples(rows)]
+    examples = [text_request("structured", example.prompt) for example in read_examples(rows)]
     client = local_client(settings, examples, LONGEST, seed=0, **flags)
 
     def timed(span: range) -> dict[str, float]:
@@ -117,7 +117,7 @@ def documented(checkpoint: Path, rows: Path, setting: dict[str, Any]) -> dict[st
 
     from slm_swap.clients.loading import encode_prompt, load_model, load_tokenizer
     from slm_swap.rows.examples import read_examples
-    from slm_swap.rows.prompts import build_messages
+    from slm_swap.rows.prompts import text_request
 
     class OwnLength(StoppingCriteria):
         def __init__(self, width: int, limits: list[int]):
@@ -129,7 +129,7 @@ def documented(checkpoint: Path, rows: Path, setting: dict[str, Any]) -> dict[st
     clock = time.perf_counter()
     model, tokenizer = load_model(checkpoint, setting["flags"]["precision"]), load_tokenizer(checkpoint)
     told = {"load_seconds": time.perf_counter() - clock}
-    prompts = [encode_prompt(tokenizer, build_messages("structured", example.prompt)) for example in read_examples(rows, setting["rows"])]
+    prompts = [encode_prompt(tokenizer, text_request("structured", example.prompt)) for example in read_examples(rows, setting["rows"])]
     limits, size = lengths(WORKLOAD, 7)[1], setting["flags"]["batch_size"]
     clock = time.perf_counter()
     for start in range(0, len(prompts), size):

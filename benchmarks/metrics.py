@@ -26,7 +26,8 @@ from slm_swap.dataset.build import make_example
 from slm_swap.dataset.importers import Row, xlam
 from slm_swap.demo import make_sample_data
 from slm_swap.evaluating.evaluation import references
-from slm_swap.rows.examples import Example, dump_json
+from slm_swap.rows.examples import Example
+from slm_swap.rows.lines import dump_json
 from slm_swap.scoring.metrics import MATCHERS
 from slm_swap.scoring.tracks import TRACKS
 

@@ -27,7 +27,7 @@ from slm_swap.common.settings import ROOT
 from slm_swap.dataset.build import Sizes, build, components
 from slm_swap.dataset.importers import Row, xlam
 from slm_swap.demo import make_sample_data
-from slm_swap.rows.examples import read_jsonl
+from slm_swap.rows.lines import read_jsonl
 
 
 def make_rows(kind: str, count: int, seed: int, path: Path) -> None:

@@ -33,7 +33,7 @@ from slm_swap.cli import Parser, positive, run
 from slm_swap.common.reports import code_version, hardware, now, write_json, write_jsonl
 from slm_swap.common.settings import PACKAGE, ROOT, Settings, display_path
 from slm_swap.rows.examples import Example
-from slm_swap.rows.prompts import Messages, build_messages
+from slm_swap.rows.prompts import Messages, text_request
 
 TRACK = "toolcall"
 LATENCY = 0.2  # seconds
@@ -90,7 +90,7 @@ def ask_evenly(url: str, messages: Messages, limit: int, seconds: float, stop: t
 def measure(path: Path, examples: list[Example], case: tuple, seconds: int) -> dict:
     """One case, for so many seconds after the first answer."""
     requests, tokens, window, shared = case
-    messages = [build_messages(TRACK, example.prompt) for example in examples]
+    messages = [text_request(TRACK, example.prompt) for example in examples]
     refused = answered = 0
     with simulator(path, requests, tokens, window) as url:
         client, stop = AzureClient(replace(SETTINGS, azure_endpoint=url), max_new_tokens=256), threading.Event()
@@ -98,7 +98,7 @@ def measure(path: Path, examples: list[Example], case: tuple, seconds: int) -> d
             (first,) = client.generate(messages[:1])
             if shared:
                 rate = min(quota for quota in (requests, tokens and tokens / (first.input_tokens + 256)) if quota) / 60
-                second = threading.Thread(target=ask_evenly, args=(url, messages[0], 256, 3 / rate, stop))
+                second = threading.Thread(target=ask_evenly, args=(url, messages[0].messages, 256, 3 / rate, stop))
                 second.start()
             started = time.monotonic()
             numbers = takewhile(lambda _: time.monotonic() - started < seconds, count())

@@ -32,7 +32,7 @@ from slm_swap.evaluating.evaluation import Stopwatch, check_rows, evaluate_rows
 from slm_swap.evaluating.journal import Journal, journal_path
 from slm_swap.evaluating.report import make_report
 from slm_swap.rows.examples import Dataset, Example
-from slm_swap.rows.prompts import Messages
+from slm_swap.rows.prompts import Request
 
 TRACK = "toolcall"
 DISTINCT = 4000  # rows that differ in more than their number
@@ -46,7 +46,7 @@ class Instant:
     def __init__(self, replies: list[str]):
         self.replies = replies
 
-    def stream(self, rows: Iterable[tuple[int, Messages]], answered: Container[int] = ()) -> Iterator[tuple[int, Reply]]:
+    def stream(self, rows: Iterable[tuple[int, Request]], answered: Container[int] = ()) -> Iterator[tuple[int, Reply]]:
         for index, _ in rows:
             yield index, Reply(self.replies[index % len(self.replies)], "stop", 300, 30, 0, 0.5)
 

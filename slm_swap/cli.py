@@ -13,6 +13,7 @@ from slm_swap.common.errors import UserError
 from slm_swap.common.reports import code_version, sha256_file
 from slm_swap.common.settings import PACKAGE, Settings, display_path, find_path, load_launch
 from slm_swap.rows.examples import Dataset, Example
+from slm_swap.rows.prompts import ASKS
 from slm_swap.scoring.tracks import TRACKS
 from slm_swap.tracing.runs import Tracing
 
@@ -41,6 +42,10 @@ class Parser(argparse.ArgumentParser):
         rows.add_argument("--split", help="the rows of 02_dataset/<track>/<split>.jsonl (default: test)")
         rows.add_argument("--dataset", metavar="FILE", help="rows from this file instead of a split")
         self.add_argument("--limit", type=positive, metavar="N", help="only the first N rows")
+
+    def add_ask(self) -> None:
+        """How rows are asked: see prompts.request_of."""
+        self.add_argument("--ask", choices=ASKS, help="how rows are asked (default: conversations native, others text)")
 
     def add_tracing(self) -> None:
         """How a run is traced: see tracing.runs.Tracing."""
@@ -120,6 +125,7 @@ def find_rows(args: argparse.Namespace, kinds: Sequence[str]) -> tuple[Dataset, 
     Raises:
         UserError: the file is missing or cannot be read.
     """
+    ask = getattr(args, "ask", None)
     own = "replay" in kinds and args.replies and not args.dataset and not args.split
     split = PACKAGE / "02_dataset" / args.track / f"{args.split or 'test'}.jsonl"
     path = find_path(args.replies if own else args.dataset or split)
@@ -129,9 +135,9 @@ def find_rows(args: argparse.Namespace, kinds: Sequence[str]) -> tuple[Dataset, 
     if own:
         from slm_swap.clients.replay_client import rows_of_replies
 
-        dataset = Dataset(path, args.limit, rows_of_replies)
+        dataset = Dataset(path, args.limit, rows_of_replies, ask)
     else:
-        dataset = Dataset(path, args.limit)
+        dataset = Dataset(path, args.limit, ask=ask)
     return dataset, {"path": display_path(path), "sha256": sha256_file(path)}, path.stem
 
 

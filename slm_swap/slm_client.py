@@ -30,20 +30,20 @@ from slm_swap.clients.protocol import Client, Reply
 from slm_swap.common.reports import sha256_file
 from slm_swap.common.seeds import set_seed
 from slm_swap.common.settings import Settings, display_path
-from slm_swap.rows.prompts import Messages
+from slm_swap.rows.prompts import Request
 
 ENCODED_AT_ONCE = 64  # rows: most of what the cores gain, and short enough not to keep the GPU waiting
 
 
-def measure_workload(tokenizer: Any, rows: Iterable[Messages], max_new_tokens: int) -> Workload:
+def measure_workload(tokenizer: Any, rows: Iterable[Request], max_new_tokens: int) -> Workload:
     """How many rows there are, and how many tokens the longest prompt has with its reply."""
     count = longest = 0
-    for messages in rows:
+    for request in rows:
         count += 1
         if (
-            sum(len(message["content"].encode("utf-8", "replace")) for message in messages) > longest - 64
+            sum(len(message["content"].encode("utf-8", "replace")) for message in request.messages) > longest - 64
         ):  # a token is a byte or more
-            longest = max(longest, len(encode_prompt(tokenizer, messages)))
+            longest = max(longest, len(encode_prompt(tokenizer, request)))
     return Workload(count, longest + max_new_tokens)
 
 
@@ -120,12 +120,12 @@ class SLMClient:
             self.engine = TransformersEngine(loaded.eval(), self.tokenizer, batch_size)
             self._parameters = {"max_new_tokens": self.max_new_tokens, "batch_size": batch_size, "do_sample": False}
 
-    def generate(self, batch: list[Messages]) -> list[Reply]:
+    def generate(self, batch: list[Request]) -> list[Reply]:
         """Replies in the rows' order."""
         replies = dict(self.stream(enumerate(batch)))
         return [replies[index] for index in range(len(batch))]
 
-    def stream(self, rows: Iterable[tuple[int, Messages]], answered: Container[int] = ()) -> Generator[tuple[int, Reply]]:
+    def stream(self, rows: Iterable[tuple[int, Request]], answered: Container[int] = ()) -> Generator[tuple[int, Reply]]:
         asked: dict[int, Prompt] = {}
         refused: list[tuple[int, Reply]] = []
 
@@ -207,7 +207,7 @@ def no_collections() -> Iterator[None]:
 
 
 @no_collections()
-def local_client(settings: Settings, rows: Iterable[Messages], max_new_tokens: int, seed: int, **options: Any) -> Client:
+def local_client(settings: Settings, rows: Iterable[Request], max_new_tokens: int, seed: int, **options: Any) -> Client:
     """The local model for those rows: here, or in all processes of a launch where this is the first one.
 
     Raises:

@@ -69,6 +69,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_track()
     parser.add_argument("--model-kind", required=True, choices=MODEL_KINDS, help="the model to evaluate")
     parser.add_rows()
+    parser.add_ask()
     parser.add_client()
     parser.add_argument("--cache", metavar="DIR", help="take replies that this folder has already, and keep the others there")
     parser.add_argument("--out", type=Path, help="the report (default: 01_eval/reports/<track>_<model-kind>_<split>.json)")

@@ -6,16 +6,19 @@ python 01_eval/infer.py --track structured --model-kind azure --dataset 02_datas
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
 from slm_swap.cli import Parser, client_options, positive, run
+from slm_swap.clients.protocol import Reply
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import display_path, find_path, load_settings
 from slm_swap.evaluating.factory import make_client
+from slm_swap.rows.conversations import call_text
 from slm_swap.rows.examples import Example, read_examples
-from slm_swap.rows.prompts import build_messages
+from slm_swap.rows.prompts import request_of
 from slm_swap.scoring.tracks import TRACKS
 
 
@@ -28,24 +31,37 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     what.add_argument("--prompt-file", metavar="FILE", help="the prompt from a file, - for standard input")
     what.add_argument("--dataset", metavar="FILE", help="the prompt of a row of this file; its score is shown too")
     parser.add_argument("--row", type=positive, default=1, help="which row of --dataset, from 1")
+    parser.add_ask()
     parser.add_client(replay=False)
     parser.add_seed()
     return parser.parse_args(argv)
 
 
-def read_prompt(args: argparse.Namespace) -> tuple[str, Example | None]:
-    """The prompt, and the row that it is from."""
+def read_row(args: argparse.Namespace) -> Example:
+    """The row to ask; its completion is empty where only a prompt is given."""
     if args.dataset:
         examples = read_examples(find_path(args.dataset), args.row)
         if len(examples) < args.row:
             raise UserError(f"{display_path(args.dataset)} has {len(examples)} rows: --row {args.row} is not among them")
-        return examples[-1].prompt, examples[-1]
+        return replace(examples[-1], ask=args.ask)
     if args.prompt_file:
         try:
-            return (sys.stdin.read() if args.prompt_file == "-" else Path(args.prompt_file).read_text(encoding="utf-8")), None
+            prompt = sys.stdin.read() if args.prompt_file == "-" else Path(args.prompt_file).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read {args.prompt_file} ({error}): give a text file in UTF-8") from None
-    return args.prompt, None
+    else:
+        prompt = args.prompt
+    if not prompt.strip():
+        raise UserError("the prompt is empty: say what the model should do")
+    if args.ask == "native":
+        raise UserError("--ask native needs a row with `messages`, or with `tools` or `schema`: pass --dataset FILE")
+    return Example(prompt, "")
+
+
+def reply_shown(reply: Reply) -> str:
+    """A reply as text: a native one's calls in the words of the text form."""
+    calls = [call_text(call["name"], call["arguments"]) for call in reply.calls or ()]
+    return "\n".join([*([reply.text] if reply.text or not calls else []), *calls])
 
 
 def count(tokens: int | None) -> str:
@@ -55,19 +71,17 @@ def count(tokens: int | None) -> str:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     settings, track = load_settings(), TRACKS[args.track]
-    prompt, example = read_prompt(args)
-    if not prompt.strip():
-        raise UserError("the prompt is empty: say what the model should do")
-    gold = track.reference(example) if example else None
-    client = make_client(args.model_kind, settings, args.track, [example or Example(prompt, "")], seed=args.seed, **client_options(args))
+    example = read_row(args)
+    gold = track.reference(example) if args.dataset else None
+    client = make_client(args.model_kind, settings, args.track, [example], seed=args.seed, **client_options(args))
     try:
-        (reply,) = client.generate([build_messages(args.track, prompt)])
+        (reply,) = client.generate([request_of(args.track, example)])
     finally:
         client.close()
-    print(reply.text)
+    print(reply_shown(reply))
     told = f"{reply.finish_reason}, {count(reply.input_tokens)} + {count(reply.output_tokens)} tokens, {reply.seconds:.2f} s"
-    if gold and example:
-        scored = track.score(gold, reply.text, reply.finish_reason)
+    if gold:
+        scored = track.score(gold, reply.text, reply.finish_reason, reply.calls)
         told += f", {'right' if scored.strict.exact else scored.error}; reference: {example.completion}"
     print(told + (f"; {reply.error}" if reply.error else ""), file=sys.stderr)
     return 0

@@ -39,6 +39,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_track()
     parser.add_argument("--models", nargs=2, required=True, choices=MODEL_KINDS, metavar="KIND", help="two of azure, slm, replay")
     parser.add_rows()
+    parser.add_ask()
     parser.add_client()
     parser.add_argument("--stop-early", action="store_true", help="stop calling the hosted model once the verdict is certain")
     parser.add_argument("--delta", type=share, default=0.02, help="non-inferiority margin of --stop-early, 0..1")

@@ -18,7 +18,8 @@ from slm_swap.clients.loading import model_path
 from slm_swap.clients.replicas import take_one_gpu
 from slm_swap.common.reports import sha256_file
 from slm_swap.common.settings import Launch, display_path, find_path, load_settings
-from slm_swap.rows.examples import Example, read_examples, read_jsonl
+from slm_swap.rows.examples import Example, read_examples
+from slm_swap.rows.lines import read_jsonl
 from slm_swap.scoring.tracks import TRACKS
 from slm_swap.tracing.runs import connect, trace_run
 from slm_swap.tuning.backends import choose_backend, choose_deepspeed, has_gpu

@@ -11,8 +11,8 @@ from typing import Any
 
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import Settings, display_path, find_path
-from slm_swap.rows.examples import text_hash
-from slm_swap.rows.prompts import Messages
+from slm_swap.rows.lines import text_hash
+from slm_swap.rows.prompts import Request
 
 HASH_BLOCK = 16 << 20
 DOWNLOAD = "hf download microsoft/Phi-4-mini-instruct --local-dir slm_swap/models/phi-4-mini"
@@ -145,14 +145,14 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
-def encode_prompt(tokenizer: Any, messages: Messages) -> list[int]:
+def encode_prompt(tokenizer: Any, request: Request) -> list[int]:
     """The token ids that a model is shown for one row: the same in evaluation and in training."""
-    return encode_prompts(tokenizer, [messages])[0]
+    return encode_prompts(tokenizer, [request])[0]
 
 
-def encode_prompts(tokenizer: Any, rows: list[Messages]) -> list[list[int]]:
+def encode_prompts(tokenizer: Any, rows: list[Request]) -> list[list[int]]:
     """`encode_prompt` of several rows, by all cores at once."""
-    texts = [tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) for messages in rows]
+    texts = [tokenizer.apply_chat_template(request.messages, tokenize=False, add_generation_prompt=True) for request in rows]
     return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 

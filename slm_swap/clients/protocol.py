@@ -4,7 +4,7 @@ from collections.abc import Container, Generator, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from slm_swap.rows.prompts import Messages
+from slm_swap.rows.prompts import Request
 
 MODEL_KINDS = ("slm", "azure", "replay")
 
@@ -16,6 +16,10 @@ class Reply:
     `finish_reason` is "stop", "length" (our limit on new tokens cut it), "prompt_too_long" (the prompt does not fit in the model's
     context, so that nothing was generated), "content_filter", "refusal" or "error" (an exhausted retry; `error` says which, and
     `transient` whether the same request may be answered later: no connection, a time-out, 408, 409, 429, 5xx).
+
+    `calls` is None where the model was asked in text form: its calls, if any, stand in `text`. A native reply has a list, empty where
+    it made none, of `{"name", "arguments"}` with the arguments as the model wrote them, a text that should be JSON; `text` is then what
+    it said besides.
 
     A count of tokens that the server did not send is None, never 0. `input_tokens` includes `cached_tokens`, `output_tokens`
     includes `reasoning_tokens`. `limit` is the most new tokens that this request was allowed. `cut` says what is known of a reply
@@ -42,6 +46,7 @@ class Reply:
     cut: dict[str, Any] | None = None
     load: int | None = None
     transient: bool = False
+    calls: list[dict[str, str]] | None = None
 
     @property
     def counts(self) -> tuple[int, int, int] | None:
@@ -56,9 +61,9 @@ class Client(Protocol):
     kind: str
     load_seconds: float
 
-    def generate(self, batch: list[Messages]) -> list[Reply]: ...
+    def generate(self, batch: list[Request]) -> list[Reply]: ...
 
-    def stream(self, rows: Iterable[tuple[int, Messages]], answered: Container[int] = ()) -> Generator[tuple[int, Reply]]:
+    def stream(self, rows: Iterable[tuple[int, Request]], answered: Container[int] = ()) -> Generator[tuple[int, Reply]]:
         """One Reply a row as it comes, in any order; rows are taken as they can be asked. Those that are `answered` get none, and
         are there for the sake of the others: a batch is the same whether a part of it was answered before or not."""
         ...

@@ -12,8 +12,9 @@ from slm_swap.clients.recorded import is_empty, read_recorded
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import sha256_file
 from slm_swap.common.settings import display_path
-from slm_swap.rows.examples import OPTIONAL_FIELDS, Example, decode_line, read_jsonl, read_lines
-from slm_swap.rows.prompts import Messages
+from slm_swap.rows.examples import OPTIONAL_FIELDS, Example
+from slm_swap.rows.lines import decode_line, read_jsonl, read_lines
+from slm_swap.rows.prompts import Request
 
 
 class ReplayClient:
@@ -71,11 +72,11 @@ class ReplayClient:
         self._file = open(path, "rb")  # noqa: SIM115
         self._next = itertools.count()
 
-    def generate(self, batch: list[Messages]) -> list[Reply]:
+    def generate(self, batch: list[Request]) -> list[Reply]:
         """The recorded replies of rows that are asked for in the order of `examples`, each once."""
         return [self._reply(next(self._next)) for _ in batch]
 
-    def stream(self, rows: Iterable[tuple[int, Messages]], answered: Container[int] = ()) -> Generator[tuple[int, Reply]]:
+    def stream(self, rows: Iterable[tuple[int, Request]], answered: Container[int] = ()) -> Generator[tuple[int, Reply]]:
         """The recorded replies of rows that are asked for by their index in `examples`."""
         return ((index, self._reply(index)) for index, _ in rows if index not in answered)
 

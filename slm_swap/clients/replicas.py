@@ -26,7 +26,7 @@ from slm_swap.clients.engines import Workload
 from slm_swap.clients.protocol import Client, Reply
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import Launch
-from slm_swap.rows.prompts import Messages
+from slm_swap.rows.prompts import Request
 
 AHEAD = 4096  # rows dealt to a rank that its engine has not taken yet
 TAKEN = 256  # rows after which a rank says that its engine has taken them
@@ -181,7 +181,7 @@ def answer(client: Client, connection: Connection) -> None:
             raise EOFError
         return row
 
-    def rows(row: Any, answered: set[int]) -> Iterator[tuple[int, Messages]]:
+    def rows(row: Any, answered: set[int]) -> Iterator[tuple[int, Request]]:
         taken = 0
         while row is not None:
             index, messages, done = row
@@ -263,11 +263,11 @@ class Replicas:
             while True:  # what it has sent before it ended, then why
                 self._receive(rank)
 
-    def generate(self, batch: list[Messages]) -> list[Reply]:
+    def generate(self, batch: list[Request]) -> list[Reply]:
         replies = dict(self.stream(enumerate(batch)))
         return [replies[index] for index in range(len(batch))]
 
-    def stream(self, rows: Iterable[tuple[int, Messages]], answered: Container[int] = ()) -> Generator[tuple[int, Reply]]:
+    def stream(self, rows: Iterable[tuple[int, Request]], answered: Container[int] = ()) -> Generator[tuple[int, Reply]]:
         ranks = {connection: rank for rank, connection in enumerate(self._connections)}
         busy, places, ahead = set(self._connections), enumerate(rows), Counter[int]()
         hands: list[list] = [[] for _ in ranks]  # what each rank is dealt next

@@ -15,7 +15,8 @@ from slm_swap.common.errors import UserError
 from slm_swap.common.reports import sha256_file, write_json, write_jsonl
 from slm_swap.common.settings import display_path
 from slm_swap.dataset.importers import Dropped, Row
-from slm_swap.rows.examples import Example, dump_json, text_hash
+from slm_swap.rows.examples import Example
+from slm_swap.rows.lines import dump_json, text_hash
 from slm_swap.rows.prompts import structured_prompt, structured_schema, toolcall_completion, toolcall_prompt
 from slm_swap.scoring.tracks import TRACKS
 

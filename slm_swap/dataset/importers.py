@@ -16,8 +16,9 @@ from referencing.exceptions import Unresolvable
 from slm_swap.common.errors import UserError
 from slm_swap.common.exact_json import EXACT, ExactEncoder
 from slm_swap.common.settings import display_path
-from slm_swap.rows.examples import Example, dump_json, parse_example, read_jsonl, text_hash
+from slm_swap.rows.examples import Example, parse_example
 from slm_swap.rows.json_schema import call_violations, violations
+from slm_swap.rows.lines import dump_json, read_jsonl, text_hash
 from slm_swap.rows.schema_parts import item_schema, property_schema
 from slm_swap.rows.toolschema import bfcl_tool, xlam_tool
 from slm_swap.scoring.tracks import TRACKS

@@ -18,8 +18,9 @@ from typing import Any
 from slm_swap.common.errors import UserError
 from slm_swap.common.exact_json import EXACT, number
 from slm_swap.dataset.masking import mask
-from slm_swap.rows.examples import Example, dump_json, parse_example
+from slm_swap.rows.examples import Example, parse_example
 from slm_swap.rows.json_schema import call_violations, violations
+from slm_swap.rows.lines import dump_json
 from slm_swap.rows.prompts import SYSTEM_PROMPTS, structured_prompt, toolcall_completion, toolcall_prompt
 from slm_swap.rows.toolschema import openai_tool
 from slm_swap.scoring.replies import InvalidReply

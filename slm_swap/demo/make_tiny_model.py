@@ -22,7 +22,7 @@ from slm_swap.common.reports import code_version, hardware, package_versions, re
 from slm_swap.common.seeds import set_seed
 from slm_swap.common.settings import PACKAGE, display_path
 from slm_swap.demo.language import CODED, CONCEPTS, WORDS, Parameter, Speaker, Tool, draw_call
-from slm_swap.rows.examples import dump_json
+from slm_swap.rows.lines import dump_json
 from slm_swap.rows.prompts import build_messages, structured_prompt, structured_schema, toolcall_prompt
 from slm_swap.rows.toolschema import xlam_tool
 

@@ -10,7 +10,7 @@ from decimal import Decimal
 from typing import Any
 
 from slm_swap.common.exact_json import EXACT
-from slm_swap.rows.examples import dump_json
+from slm_swap.rows.lines import dump_json
 
 
 def draw(seed: int, *parts: object) -> float:

@@ -11,7 +11,7 @@ from slm_swap.evaluating.outage import Outage
 from slm_swap.evaluating.report import Tally
 from slm_swap.evaluating.row import Row, make_row, read_reply, score_row
 from slm_swap.rows.examples import Example
-from slm_swap.rows.prompts import Messages, build_messages
+from slm_swap.rows.prompts import Request, request_of
 from slm_swap.scoring.metrics import Reference, Scored
 from slm_swap.scoring.tracks import TRACKS, Track
 
@@ -50,7 +50,7 @@ def evaluate(
     rows: list[Row] = []
     for start in range(0, len(examples), batch_size):
         batch = examples[start : start + batch_size]
-        replies = client.generate([build_messages(track_name, example.prompt) for example in batch])
+        replies = client.generate([request_of(track_name, example) for example in batch])
         parts = zip(batch, gold[start : start + batch_size], replies, strict=True)
         rows += [make_row(track, example, reference, reply, client) for example, reference, reply in parts]
     return rows
@@ -120,8 +120,8 @@ class _Run:
         self.asked: dict[int, Example] = {}
         self.ended: set[int] = set()  # rows of this session whose request failed for good: the journal holds them for not answered
 
-    def messages(self, example: Example) -> Messages:
-        return build_messages(self.track.title, example.prompt)
+    def request(self, example: Example) -> Request:
+        return request_of(self.track.title, example)
 
     def count(self, index: int, row: Row) -> None:
         self.tally.add(row)
@@ -143,32 +143,32 @@ class _Run:
                 if (line := row.line(self.track)) != before:
                     self.journal.add(index, line, row.reply, 0.0, kept=row.reply.finish_reason == "error")
                 self.count(index, row)
-            elif self.cache and (found := self.cache.get(self.messages(example))):
+            elif self.cache and (found := self.cache.get(self.request(example))):
                 self.finish(index, example, *found, from_cache=True)
 
-    def questions(self) -> Iterator[tuple[int, Messages]]:
+    def questions(self) -> Iterator[tuple[int, Request]]:
         for index, example in enumerate(self.examples):
             if index not in self.journal:
                 self.asked[index] = example
-            yield index, self.messages(example)
+            yield index, self.request(example)
 
     def one_by_one(self, alone: Container[int], done: Container[int]) -> Generator[tuple[int, Reply]]:
-        for index, messages in self.questions():
+        for index, request in self.questions():
             if index in alone and index not in done:
-                yield index, self.client.generate([messages])[0]
+                yield index, self.client.generate([request])[0]
 
     def ask(
         self, stream: Callable[[Container[int]], Generator[tuple[int, Reply]]], outage: Outage, clock: "Stopwatch", load: int | None
     ) -> None:
         """Get the rows of `stream` that are not answered; pauses count for none of them."""
         done, paused = _Answered(self.journal, self.ended), outage.paused
-        for index, reply in outage.replies(stream, lambda index: self.client.generate([self.messages(self.asked[index])])[0], done):
+        for index, reply in outage.replies(stream, lambda index: self.client.generate([self.request(self.asked[index])])[0], done):
             spent, example = clock.lap() - (outage.paused - paused), self.asked.pop(index)
             paused = outage.paused
             self.finish(index, example, replace(reply, load=load) if load else reply, max(0.0, spent))
             self.journal.note(self.client.state())
             if self.cache:  # after the journal: a kill in between costs the cache an entry, not the report its count
-                self.cache.put(self.messages(example), reply, spent)
+                self.cache.put(self.request(example), reply, spent)
 
 
 class _Answered(Container):

@@ -8,7 +8,7 @@ from slm_swap.clients.protocol import Client
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import Settings
 from slm_swap.rows.examples import Example
-from slm_swap.rows.prompts import build_messages
+from slm_swap.rows.prompts import request_of
 
 
 def make_client(
@@ -48,4 +48,4 @@ def make_client(
         return ServedClient(settings, max_new_tokens=max_new_tokens, seed=seed, concurrency=concurrency)
     from slm_swap.slm_client import local_client
 
-    return local_client(settings, (build_messages(track, example.prompt) for example in examples), max_new_tokens, seed, **local)
+    return local_client(settings, (request_of(track, example) for example in examples), max_new_tokens, seed, **local)

@@ -22,7 +22,7 @@ from slm_swap.clients.protocol import Reply
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import json_line, now, rows_path
 from slm_swap.common.settings import display_path
-from slm_swap.rows.examples import decode_line, dump_json
+from slm_swap.rows.lines import decode_line, dump_json
 
 SYNC_SECONDS = 1.0  # between two fsyncs: one a row would cost more than all else that a row costs
 RUN_KEYS = ("started_at", "run_id")  # of the header: what differs between two runs of the same command

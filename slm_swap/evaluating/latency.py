@@ -13,7 +13,7 @@ from slm_swap.clients.protocol import Client
 from slm_swap.evaluating.journal import Journal
 from slm_swap.evaluating.report import ANSWERED, Tally, hosted_latency, no_latency, spread
 from slm_swap.rows.examples import Example
-from slm_swap.rows.prompts import Messages, build_messages
+from slm_swap.rows.prompts import Request, request_of
 
 MOST = 10  # at most one row in so many is asked alone: one at a time is slow
 
@@ -28,10 +28,10 @@ def alone_rows(rows: int, wanted: int, seed: int) -> list[int]:
     return sample("alone", seed, rows, min(wanted, max(1, rows // MOST)))
 
 
-def messages_of(track: str, examples: Iterable[Example], indices: Collection[int]) -> dict[int, Messages]:
+def messages_of(track: str, examples: Iterable[Example], indices: Collection[int]) -> dict[int, Request]:
     """What the rows of those indices are asked, by their index."""
     chosen = set(indices)
-    return {index: build_messages(track, example.prompt) for index, example in enumerate(examples) if index in chosen}
+    return {index: request_of(track, example) for index, example in enumerate(examples) if index in chosen}
 
 
 def latency_of(
@@ -72,7 +72,7 @@ def local_latency(
     return {"alone": spread(single), "loaded": loaded, "why": why}
 
 
-def _arrivals(client: Client, batch: list[Messages]) -> Iterable[float]:
+def _arrivals(client: Client, batch: list[Request]) -> Iterable[float]:
     """When each answer came, in seconds after all rows were handed over at once."""
     began = time.perf_counter()
     for _, reply in client.stream(enumerate(batch)):

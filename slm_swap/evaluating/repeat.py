@@ -11,7 +11,7 @@ from slm_swap.evaluating.latency import sample
 from slm_swap.evaluating.outage import Outage
 from slm_swap.evaluating.row import score_row
 from slm_swap.rows.examples import Example
-from slm_swap.rows.prompts import build_messages
+from slm_swap.rows.prompts import request_of
 from slm_swap.scoring.tracks import Track
 
 
@@ -57,12 +57,12 @@ def repeat_rows(
 
 
 def _stream(client: Client, track: Track, chosen: dict[int, Example]) -> Callable[[Container[int]], Generator[tuple[int, Reply]]]:
-    asked = [(index, build_messages(track.title, example.prompt)) for index, example in chosen.items()]
+    asked = [(index, request_of(track.title, example)) for index, example in chosen.items()]
     return lambda done: client.stream(iter(asked), done)
 
 
 def _probe(client: Client, track: Track, chosen: dict[int, Example]) -> Callable[[int], Reply]:
-    return lambda index: client.generate([build_messages(track.title, chosen[index].prompt)])[0]
+    return lambda index: client.generate([request_of(track.title, chosen[index])])[0]
 
 
 def _cost(client: Client, replies: list[dict[str, Any]]) -> float | None:

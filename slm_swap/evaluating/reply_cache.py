@@ -12,9 +12,10 @@ from typing import Any
 
 from slm_swap.clients.protocol import Reply
 from slm_swap.common.errors import UserError
+from slm_swap.common.exact_json import ExactEncoder
 from slm_swap.common.settings import display_path
-from slm_swap.rows.examples import dump_json
-from slm_swap.rows.prompts import Messages
+from slm_swap.rows.lines import dump_json
+from slm_swap.rows.prompts import Request
 
 KEPT = ("stop", "length")  # a filter, a refusal or a failure may be another one tomorrow
 WAIT_SECONDS = 60.0  # for another process's write
@@ -39,22 +40,22 @@ class ReplyCache:
         except OSError as error:
             raise UserError(f"cannot write {display_path(folder)} ({error.strerror}): choose another --cache") from None
 
-    def get(self, messages: Messages) -> tuple[Reply, float] | None:
+    def get(self, request: Request) -> tuple[Reply, float] | None:
         """(reply, seconds that it took of the run that asked for it), None where the model was not asked that before."""
-        found = self._run("SELECT reply FROM replies WHERE key = ?", self._key(messages)).fetchone()
+        found = self._run("SELECT reply FROM replies WHERE key = ?", self._key(request)).fetchone()
         if found is None:
             return None
         told = json.loads(found[0])
         return Reply(**told["reply"]), told["spent"]
 
-    def put(self, messages: Messages, reply: Reply, spent: float) -> None:
+    def put(self, request: Request, reply: Reply, spent: float) -> None:
         """Keep a reply, if it is one that may be kept."""
         if reply.finish_reason in KEPT and reply.error is None:
             told = dump_json({"reply": vars(reply) | {"batch": None}, "spent": round(spent, 6)})
-            self._run("INSERT OR REPLACE INTO replies VALUES (?, ?)", self._key(messages), told)
+            self._run("INSERT OR REPLACE INTO replies VALUES (?, ?)", self._key(request), told)
 
-    def _key(self, messages: Messages) -> bytes:
-        text = json.dumps([self._identity, messages], sort_keys=True)
+    def _key(self, request: Request) -> bytes:
+        text = json.dumps([self._identity, request.key()], sort_keys=True, cls=ExactEncoder)
         return hashlib.sha256(text.encode()).digest()
 
     def _run(self, statement: str, *values: Any) -> sqlite3.Cursor:

@@ -10,8 +10,9 @@ from slm_swap.clients.protocol import Client
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import SCHEMA_VERSION, code_version, hardware, now, package_versions
 from slm_swap.evaluating.row import Row
-from slm_swap.rows.examples import Example, text_hash
-from slm_swap.rows.prompts import build_messages
+from slm_swap.rows.examples import Example
+from slm_swap.rows.lines import text_hash
+from slm_swap.rows.prompts import request_of
 from slm_swap.scoring.metrics import ERRORS, MATCHERS, Match
 from slm_swap.scoring.tracks import TRACKS, Track
 
@@ -43,7 +44,7 @@ class Tally:
     def expect(self, example: Example) -> None:
         """Note what a row says and asks; its reply comes with `add`."""
         self.contents.append(bytes.fromhex(example.content_hash))
-        self.prompts.append(bytes.fromhex(text_hash(str(build_messages(self.track.title, example.prompt)))))
+        self.prompts.append(bytes.fromhex(text_hash(str(request_of(self.track.title, example).key()))))
 
     @property
     def prompt_sha256(self) -> str:

@@ -8,7 +8,8 @@ from typing import Any
 
 from slm_swap.clients.protocol import Client, Reply
 from slm_swap.common.reports import json_line, json_text
-from slm_swap.rows.examples import Example, text_hash
+from slm_swap.rows.examples import Example
+from slm_swap.rows.lines import text_hash
 from slm_swap.scoring.measured import unmeasured
 from slm_swap.scoring.metrics import MATCHERS, Reference, Scored
 from slm_swap.scoring.tracks import TRACKS, Track

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from slm_swap.clients.protocol import Client
 from slm_swap.evaluating.row import Row
-from slm_swap.rows.prompts import build_messages
+from slm_swap.rows.prompts import request_of
 from slm_swap.scoring.tracks import TRACKS
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def trace_rows(
         trace.generation(
             name=row.example.id,
             model=model_name(told),
-            messages=build_messages(track_name, row.example.prompt),
+            messages=request_of(track_name, row.example).messages,
             reply=reply,
             scores=TRACKS[track_name].row_metrics(row.scored.strict) | {"error": row.scored.error or "none"},
             error=row.scored.error,

@@ -1,7 +1,5 @@
-"""Rows in and out: one JSON object a line, `prompt` and `completion` required."""
+"""Rows in and out: one JSON object a line, a prompt with its completion or a conversation with the reply wanted."""
 
-import codecs
-import hashlib
 import json
 import marshal
 import os
@@ -9,33 +7,44 @@ import pickle
 import tempfile
 import weakref
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
-from math import isinf
 from pathlib import Path
 from typing import IO, Any
 
 from slm_swap.common.errors import UserError
-from slm_swap.common.exact_json import ExactEncoder, integer, number
+from slm_swap.common.exact_json import ExactEncoder
 from slm_swap.common.settings import display_path
+from slm_swap.rows.conversations import conversation_text, normalized, reply_text
+from slm_swap.rows.lines import MAX_DEPTH, nested_too_deeply, read_jsonl, text_hash
+from slm_swap.rows.toolschema import kept_tool
 
-MAX_DEPTH = 100  # what walks through JSON here recurs, and needs some four of Python's frames a level
-OPTIONAL_FIELDS = {"id": str, "tools": list, "schema": dict, "accept": dict, "group": str, "source": str, "request": str}
+OPTIONAL_FIELDS = {
+    "id": str, "tools": list, "schema": dict, "accept": (dict, list), "group": str, "source": str, "request": str,
+    "content": str, "options": dict,
+}  # fmt: skip
+FIELDS = {"prompt", "completion", "messages", "calls", "object", *OPTIONAL_FIELDS}
 
-_COMPACT = ExactEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 _CANONICAL = ExactEncoder(ensure_ascii=False, sort_keys=True, check_circular=False)  # of what was read as JSON
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row of a dataset.
+    """One row of a dataset: `{"prompt", "completion"}`, or a conversation.
 
-    `tools` are `{"name", "description", "parameters": JSON Schema}`; `schema` is the wanted object's JSON Schema; `accept`
-    maps an argument to its acceptable values (`""`: may be left out); `group` is the one thing that rows come from which are not independent (conversation, session, document), never the tool; `request` is
-    the part of the prompt that is this row's own, where a preamble that many rows share stands around it.
-    `where` is "file:line", for messages only.
+    A conversation has `messages` (OpenAI's chat form, up to the reply) and either `calls`, `[{"name", "arguments"}]` (none: no call
+    is due; several: in any order), or `value`, the JSON value wanted (`object` in files). Its `prompt` and `completion` are then the
+    same as readable text, for display and to find a row by.
+
+    `tools` are `{"name", "description", "parameters": JSON Schema}`; `schema` is the wanted value's JSON Schema; `accept` maps an
+    argument to its acceptable values (`""`: may be left out), for several calls a list of such maps; `content` is what production
+    said where no call is due, for training alone; `options` is what production sent besides (tool_choice, parallel_tool_calls,
+    response_format). `group` is the one thing that rows come from which are not independent (conversation, session, document), never
+    the tool; `request` is the part of the prompt that is this row's own. `ask` is how this run asks the row
+    (see `prompts.request_of`), `where` is "file:line", for messages only; neither is a part of the row.
     """
 
     prompt: str
@@ -43,23 +52,35 @@ class Example:
     id: str = ""
     tools: list[dict] | None = None
     schema: dict | None = None
-    accept: dict[str, list] | None = None
+    accept: dict[str, list] | list[dict[str, list]] | None = None
     group: str | None = None
     source: str | None = None
     request: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    calls: list[dict[str, Any]] | None = None
+    value: Any = None
+    content: str | None = None
+    options: dict[str, Any] | None = None
+    ask: str | None = field(default=None, compare=False)
     where: str = field(default="", compare=False)
 
+    def _asked_and_wanted(self) -> dict[str, Any]:
+        if self.messages is None:
+            return {"prompt": self.prompt, "completion": self.completion}
+        wanted = {"calls": self.calls} if self.calls is not None else {"object": self.value}
+        return {"messages": self.messages} | wanted
+
     def to_json(self) -> dict[str, Any]:
-        """The row as it is written: `where` and empty optional fields left out."""
-        row = {"id": self.id, "prompt": self.prompt, "completion": self.completion}
+        """The row as it is written, empty optional fields left out."""
+        row = {"id": self.id} | self._asked_and_wanted()
         optional = {name: getattr(self, name) for name in OPTIONAL_FIELDS if name != "id"}
         return row | {name: value for name, value in optional.items() if value is not None}
 
     def scored_json(self) -> str:
-        """Everything that is scored: equal for equal rows, whatever file they came from."""
-        row: dict[str, Any] = {"prompt": self.prompt, "completion": self.completion}
-        for name, value in (("tools", self.tools), ("schema", self.schema), ("accept", self.accept)):
-            if value is not None:
+        """Everything that is asked and scored: equal for equal rows, whatever file they came from."""
+        row = self._asked_and_wanted()
+        for name in ("tools", "schema", "accept", "options"):
+            if (value := getattr(self, name)) is not None:
                 row[name] = value
         return _CANONICAL.encode(row)
 
@@ -69,114 +90,79 @@ class Example:
         return text_hash(self.scored_json())
 
 
-def text_hash(text: str) -> str:
-    """sha256 of a text, as hex."""
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
-
-
-def dump_json(value: Any) -> str:
-    """Compact JSON as it stands in completions: no spaces, no NaN, non-ASCII text as itself, a Decimal by its own digits."""
-    return _COMPACT.encode(value)
-
-
-def nested_too_deeply(value: Any, text: str) -> bool:
-    """Whether more than MAX_DEPTH objects and lists stand inside each other; a look at `text`, its JSON, mostly suffices."""
-    if text.count("{") + text.count("[") <= MAX_DEPTH:
-        return False
-    depth, level = 0, [value]
-    while level := [node for node in level if isinstance(node, (dict, list))]:
-        level = [child for node in level for child in (node.values() if isinstance(node, dict) else node)]
-        depth += 1
-    return depth > MAX_DEPTH
+def unknown_fields(row: dict[str, Any]) -> list[str]:
+    """The fields of a row that nothing here reads: perhaps a slip (`acept`), or a system text that no model would see."""
+    return [name for name in row if name not in FIELDS]
 
 
 def parse_example(row: Any, where: str) -> Example:
     """One decoded line to an Example; without an `id` the hash of the row is its id.
 
     Raises:
-        UserError: not an object, `prompt` or `completion` missing or empty, a field of the wrong type, nested too deeply or with
-            half of a surrogate pair in it.
+        UserError: not an object; neither a prompt with a completion nor a conversation with the reply wanted; a field of the wrong
+            type, a tool in no known form, nested too deeply or with half of a surrogate pair in it.
     """
     if not isinstance(row, dict):
         raise UserError(f'{where}: a row is a JSON object, not {type(row).__name__}: write {{"prompt": ..., "completion": ...}}')
+    known = _optional(row, where)
+    try:
+        fields = _conversation(row, known, where) if "messages" in row else _texts(row, where)
+        example = Example(**fields, where=where, **known)
+        text = example.scored_json()
+        f"{example.id}{example.group}{example.source}{example.content}".encode()
+        if nested_too_deeply([example.tools, example.schema, example.accept, example.calls, example.value, example.options], text):
+            raise RecursionError
+        vars(example)["content_hash"] = text_hash(text)  # as the property would, with the text at hand
+    except RecursionError:
+        raise UserError(f"{where}: nested deeper than {MAX_DEPTH} objects and lists: shorten or drop the field") from None
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: half of a surrogate pair, which is no text: correct the escape in that line") from None
+    return example if example.id else replace(example, id=text_hash(json.dumps(row, sort_keys=True, cls=ExactEncoder))[:16])
+
+
+def _texts(row: dict[str, Any], where: str) -> dict[str, Any]:
     for name in ("prompt", "completion"):
         value = row.get(name)
         if not isinstance(value, str) or not value.strip():
             what = f"no `{name}`" if name not in row else f"`{name}` is not a text with something in it"
-            raise UserError(f"{where}: {what}: every row needs `prompt` and `completion`, both strings")
+            raise UserError(f"{where}: {what}: every row needs `prompt` and `completion`, both strings, or `messages`")
+    return {"prompt": row["prompt"], "completion": row["completion"]}
+
+
+def _conversation(row: dict[str, Any], known: dict[str, Any], where: str) -> dict[str, Any]:
+    messages, calls, value = normalized(row["messages"], where), row.get("calls"), row.get("object")
+    if (calls is None) == (value is None):
+        raise UserError(f"{where}: a conversation needs `calls` (a list, [] where no call is due) or `object`, and not both")
+    for call in calls if isinstance(calls, list) else [calls] if calls is not None else ():
+        if not isinstance(call, dict) or not isinstance(call.get("name"), str) or not isinstance(call.get("arguments"), dict):
+            raise UserError(f'{where}: `calls` must be a list of {{"name": ..., "arguments": {{...}}}}: correct that row')
+    if isinstance(known["accept"], list) and (calls is None or len(known["accept"]) != len(calls)):
+        raise UserError(f"{where}: `accept` is a list, which needs one entry for each of `calls`: correct that row")
+    fields = {"messages": messages, "calls": calls, "value": value}
+    return fields | {"prompt": conversation_text(messages), "completion": reply_text(calls, value, known["content"])}
+
+
+def _optional(row: dict[str, Any], where: str) -> dict[str, Any]:
     known = {}
     for name, kind in OPTIONAL_FIELDS.items():
         value = row.get(name)
         if name == "id" and isinstance(value, int) and not isinstance(value, bool):
             value = str(value)
         if value is not None and not isinstance(value, kind):
-            raise UserError(f"{where}: `{name}` must be a {kind.__name__}, not {type(value).__name__}: mend or drop the field")
+            wanted = "dict" if name == "accept" else kind.__name__
+            raise UserError(f"{where}: `{name}` must be a {wanted}, not {type(value).__name__}: correct or drop the field")
         known[name] = value
-    for name, options in (known["accept"] or {}).items():
-        if not isinstance(options, list):
-            raise UserError(f"{where}: `accept` has no list for {name!r}: write {{argument: [acceptable values]}}")
-    try:
-        example = Example(prompt=row["prompt"], completion=row["completion"], where=where, **known)
-        text = example.scored_json()
-        f"{example.id}{example.group}{example.source}".encode()
-        if nested_too_deeply(known, text):
-            raise RecursionError
-        vars(example)["content_hash"] = text_hash(text)  # as the property would, with the text at hand
-    except RecursionError:
-        raise UserError(f"{where}: nested deeper than {MAX_DEPTH} objects and lists: mend or drop the field") from None
-    except UnicodeEncodeError:
-        raise UserError(f"{where}: half of a surrogate pair, which is no text: mend the escape in that line") from None
-    return example if example.id else replace(example, id=text_hash(json.dumps(row, sort_keys=True, cls=ExactEncoder))[:16])
-
-
-def _number(digits: str) -> Any:
-    if isinf(float(digits)):
-        raise ValueError(f"{digits[:40]} is larger than any number here")
-    return number(digits)
-
-
-def _constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
-
-
-_DECODER = json.JSONDecoder(parse_float=_number, parse_int=integer, parse_constant=_constant)
-
-
-def decode_line(line: bytes) -> Any:
-    """The JSON value of one line, its numbers as `exact_json` reads them; a byte-order mark is passed over.
-
-    Raises:
-        ValueError: the line is not UTF-8 or not JSON (NaN is not).
-        RecursionError: it is nested too deeply.
-    """
-    return _DECODER.decode(line.removeprefix(codecs.BOM_UTF8).decode("utf-8"))
-
-
-def read_jsonl(path: str | Path) -> Iterator[tuple[str, Any]]:
-    """Yield ("file:line", decoded value) for each line that is not blank: see `read_lines`."""
-    for where, _, value in read_lines(path):
-        yield where, value
-
-
-def read_lines(path: str | Path) -> Iterator[tuple[str, int, Any]]:
-    """Yield ("file:line", the line's first byte in the file, decoded value) for each line that is not blank.
-
-    Raises:
-        UserError: the file is missing or unreadable, or a line is not UTF-8 or not JSON (NaN is not); the line is named.
-    """
-    shown, start = display_path(path), 0
-    try:
-        with open(path, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    try:
-                        yield f"{shown}:{number}", start, decode_line(line)
-                    except (ValueError, RecursionError) as error:
-                        reason = " ".join(str(error).split())
-                        raise UserError(f"{shown}:{number}: not a line of JSON ({reason}): one JSON object a line") from None
-                start += len(line)
-    except OSError as error:
-        raise UserError(f"cannot read {shown} ({error.strerror}): check the path") from None
+    accept = known["accept"] or {}
+    for options in accept if isinstance(accept, list) else [accept]:
+        for argument, values in options.items() if isinstance(options, dict) else [("", None)]:
+            if not isinstance(values, list):
+                raise UserError(f"{where}: `accept` has no list for {argument!r}: write {{argument: [acceptable values]}}")
+    if known["tools"]:
+        try:
+            known["tools"] = [kept_tool(tool) for tool in known["tools"]]
+        except ValueError as error:
+            raise UserError(f"{where}: `tools`: {error}: write each as name, description and parameters (JSON Schema)") from None
+    return known
 
 
 def read_examples(path: str | Path, limit: int | None = None) -> list[Example]:
@@ -192,14 +178,22 @@ class Dataset:
     """The rows of a file, or the first `limit`, for any number of loops over them with one row in memory at a time.
 
     The first loop checks them and keeps them in a temporary file, in a form that is fast to read: the later ones do not see it where
-    the file is changed meanwhile. `lines` gives ("file:line", decoded row) for each line of `path`.
+    the file is changed meanwhile. `lines` gives ("file:line", decoded row) for each line of `path`. `ask` is each row's. `unknown` counts
+    the rows that have a field which nothing reads, by its name.
 
     Raises (in the first loop):
         UserError: as `read_examples`.
     """
 
-    def __init__(self, path: str | Path, limit: int | None = None, lines: Callable[..., Iterable[tuple[str, Any]]] = read_jsonl):
-        self._path, self._limit, self._lines = path, limit, lines
+    def __init__(
+        self,
+        path: str | Path,
+        limit: int | None = None,
+        lines: Callable[..., Iterable[tuple[str, Any]]] = read_jsonl,
+        ask: str | None = None,
+    ):
+        self._path, self._limit, self._lines, self._ask = path, limit, lines, ask
+        self.unknown: Counter[str] = Counter()
         self._rows: IO[bytes] | None = None
         self._ends = array("q", [0])  # of the rows in it
 
@@ -209,11 +203,18 @@ class Dataset:
     def _check(self) -> Iterator[Example]:
         rows, ends = tempfile.TemporaryFile(), array("q", [0])  # noqa: SIM115
         weakref.finalize(self, rows.close)
-        for example in parse_examples(self._lines(self._path), self._path, self._limit):
+        for example in parse_examples(self._noted(), self._path, self._limit):
+            vars(example)["ask"] = self._ask
             ends.append(ends[-1] + rows.write(_packed(vars(example))))
             yield example
         rows.flush()
         self._rows, self._ends = rows, ends
+
+    def _noted(self) -> Iterator[tuple[str, Any]]:
+        for where, row in self._lines(self._path):
+            if isinstance(row, dict):
+                self.unknown.update(unknown_fields(row))
+            yield where, row
 
     def _read(self) -> Iterator[Example]:
         for start, end in pairwise(self._ends):

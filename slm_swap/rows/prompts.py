@@ -1,15 +1,19 @@
-"""What a model is shown: the system prompt of each track and the one builder of messages.
+"""How a model is asked: the system prompt of each track and the one builder of requests.
 
 Evaluation, training and the dataset all go through this module, so a model is always measured on what it was trained on.
 """
 
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
+from slm_swap.common.errors import UserError
 from slm_swap.common.exact_json import ExactEncoder
-from slm_swap.rows.examples import dump_json
+from slm_swap.rows.conversations import call_text, turn_text
+from slm_swap.rows.examples import Example
+from slm_swap.rows.lines import dump_json
 
-Messages = list[dict[str, str]]
+ASKS = ("text", "native")
+Messages = list[dict[str, Any]]
 
 SYSTEM_PROMPTS = {
     "structured": (
@@ -22,11 +26,107 @@ SYSTEM_PROMPTS = {
         "not ask for."
     ),
 }
+CONVERSATION_PROMPTS = {  # where any number of calls may be due, or any JSON value
+    "structured": (
+        "You reply with one JSON value that matches the JSON Schema, where one is given. Reply with the JSON value and nothing "
+        "else. Leave out optional fields that the request does not ask for."
+    ),
+    "toolcall": (
+        'You answer by calling the given tools. For each call that is due, write <tool_call name="TOOL">{arguments as a JSON '
+        "object}</tool_call> on a line of its own, and nothing else. If no call is due, reply in plain text. Leave out optional "
+        "arguments that the request does not ask for."
+    ),
+}
+
+
+class Request(NamedTuple):
+    """What a model is asked for one row.
+
+    In text form only `messages` is set, plain chat messages. In `native` form `messages` are OpenAI's with their tool_calls and tool
+    results, `tools` what is on offer (flat), `schema` the wanted value's, and `options` what production sent besides.
+    """
+
+    messages: Messages
+    tools: list[dict] | None = None
+    schema: dict | None = None
+    options: dict[str, Any] | None = None
+    native: bool = False
+
+    def key(self) -> Any:
+        """What a reply depends on: a text request's messages alone."""
+        return list(self) if self.native else self.messages
+
+
+def request_of(track: str, example: Example) -> Request:
+    """What a model is asked for one row: as the row's `ask` says, one of ASKS; None asks conversations natively and others as text.
+
+    Raises:
+        UserError: a row that is only a text cannot be asked natively.
+    """
+    if asked_natively(example):
+        return _native(track, example)
+    return text_request(track, example.prompt) if example.messages is None else Request(_as_text(track, example))
+
+
+def text_request(track: str, prompt: str) -> Request:
+    """What a model is asked for a prompt alone."""
+    return Request(build_messages(track, prompt))
+
+
+def asked_natively(example: Example) -> bool:
+    """Whether a row is asked in native form."""
+    return example.messages is not None if example.ask is None else example.ask == "native"
 
 
 def build_messages(track: str, prompt: str) -> Messages:
-    """The chat that asks for one row: the track's system prompt, then the row's prompt."""
+    """The chat that asks for one row of `{prompt, completion}`: the track's system prompt, then the row's prompt."""
     return [{"role": "system", "content": SYSTEM_PROMPTS[track]}, {"role": "user", "content": prompt}]
+
+
+def _native(track: str, example: Example) -> Request:
+    if example.messages is not None:
+        return Request(example.messages, example.tools, example.schema, example.options, True)
+    offered = toolcall_prompt(example.tools or [], "") if track == "toolcall" else structured_prompt(example.schema or {}, "")
+    known = example.tools if track == "toolcall" else example.schema
+    if not known or not example.prompt.startswith(offered):
+        what = "tools" if track == "toolcall" else "schema"
+        raise UserError(
+            f"{example.where or example.id}: its prompt is one text, which does not say what is request and what {what}: "
+            f"use --ask text, or write `messages` and `{what}`"
+        )
+    messages = [{"role": "user", "content": example.prompt[len(offered) :]}]
+    return Request(messages, example.tools if track == "toolcall" else None, example.schema if track == "structured" else None, None, True)
+
+
+def _as_text(track: str, example: Example) -> Messages:
+    """A conversation in text form: what is on offer stands in front of the first user message, calls and results are texts.
+
+    Messages of one role that follow each other are joined, as many chat templates want roles that alternate.
+    """
+    system = [CONVERSATION_PROMPTS[track], *(m["content"] for m in example.messages if m["role"] == "system" and m["content"])]
+    names = {call["id"]: call["function"]["name"] for m in example.messages for call in m.get("tool_calls", ())}
+    turns: Messages = [{"role": "system", "content": "\n\n".join(system)}]
+    offered = False
+    for message in example.messages:
+        role, text = message["role"], turn_text(message)
+        if role == "system" or not text:
+            continue
+        if role == "tool":
+            name = message.get("name") or names.get(message["tool_call_id"])
+            role, text = "user", f"Result of {name}:\n{text}" if name else f"Result:\n{text}"
+        elif role == "user" and not offered:
+            offered, text = True, _offer(track, example, text)
+        if turns[-1]["role"] == role:
+            turns[-1]["content"] += f"\n\n{text}"
+        else:
+            turns.append({"role": role, "content": text})
+    return turns
+
+
+def _offer(track: str, example: Example, text: str) -> str:
+    if track == "toolcall":
+        return toolcall_prompt(example.tools, text) if example.tools else text
+    return structured_prompt(example.schema, text) if example.schema else text
 
 
 def toolcall_prompt(tools: list[dict], request: str) -> str:
@@ -37,7 +137,7 @@ def toolcall_prompt(tools: list[dict], request: str) -> str:
 
 def toolcall_completion(tool: str, arguments: dict[str, Any]) -> str:
     """The one call that answers a toolcall row."""
-    return f'<tool_call name="{tool}">{dump_json(arguments)}</tool_call>'
+    return call_text(tool, dump_json(arguments))
 
 
 def structured_prompt(schema: dict, request: str) -> str:

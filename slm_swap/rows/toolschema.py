@@ -9,9 +9,9 @@ import re
 from functools import lru_cache
 from typing import Any
 
-from slm_swap.common.exact_json import plain
-from slm_swap.rows.examples import dump_json
+from slm_swap.common.exact_json import EXACT, plain
 from slm_swap.rows.json_schema import coerce, fits_as_json
+from slm_swap.rows.lines import dump_json
 from slm_swap.rows.schema_parts import leads_to_itself, types_of
 
 PAIRS = {"(": ")", "[": "]", "{": "}"}
@@ -267,3 +267,21 @@ def openai_tool(tool: Any) -> dict:
         "description": description,
         "parameters": {"type": "object", "properties": {}, "required": []} | parameters,
     }
+
+
+def kept_tool(tool: Any) -> dict:
+    """A tool of a row in the form that is kept: as it is where it has that form, else read by `openai_tool`.
+
+    Raises:
+        ValueError: as `openai_tool`, or the tool is only a name.
+    """
+    if isinstance(tool, dict) and isinstance(tool.get("parameters"), dict) and "function" not in tool:
+        return tool
+    if not isinstance(tool, dict):
+        raise ValueError(f"{str(tool)[:80]!r} is not an object")
+    return dict(_kept(dump_json(tool)))
+
+
+@lru_cache(maxsize=4096)
+def _kept(text: str) -> dict:
+    return openai_tool(json.loads(text, **EXACT))

@@ -5,7 +5,7 @@ import re
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
-from slm_swap.rows.examples import nested_too_deeply
+from slm_swap.rows.lines import nested_too_deeply
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -22,8 +22,9 @@ from typing import Any
 from slm_swap.common.errors import UserError
 from slm_swap.common.exact_json import ExactEncoder
 from slm_swap.common.settings import Settings
-from slm_swap.rows.examples import Example, text_hash
-from slm_swap.rows.prompts import build_messages
+from slm_swap.rows.examples import Example
+from slm_swap.rows.lines import text_hash
+from slm_swap.rows.prompts import request_of
 from slm_swap.tracing.api import LangfuseApi
 
 AT_ONCE = 4  # requests; Langfuse's limits are by the minute
@@ -44,7 +45,7 @@ def make_item(dataset: str, track: str, example: Example) -> dict[str, Any]:
     """The item of a row; `metadata.content_hash` is over all that it holds, so a changed system prompt changes it too."""
     row = example.to_json()
     metadata = {name: row[name] for name in ("id", "group", "source", "tools", "schema", "accept") if name in row}
-    body = {"input": build_messages(track, example.prompt), "expectedOutput": example.completion, "metadata": metadata}
+    body = {"input": request_of(track, example).messages, "expectedOutput": example.completion, "metadata": metadata}
     metadata["content_hash"] = text_hash(json.dumps(body, sort_keys=True, ensure_ascii=False, cls=ExactEncoder))
     return {"id": item_id(dataset, example.id), "datasetName": dataset, "status": "ACTIVE", **body}
 

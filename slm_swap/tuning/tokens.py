@@ -4,7 +4,7 @@ from typing import Any
 
 from slm_swap.clients.loading import encode_prompt
 from slm_swap.rows.examples import Example
-from slm_swap.rows.prompts import build_messages
+from slm_swap.rows.prompts import request_of
 from slm_swap.scoring.tracks import TRACKS
 from slm_swap.tuning.packing import IGNORED
 
@@ -24,7 +24,7 @@ def tokenize(
     end = end_token(tokenizer)
     for example in examples:
         TRACKS[track].reference(example)
-        prompt = encode_prompt(tokenizer, build_messages(track, example.prompt))
+        prompt = encode_prompt(tokenizer, request_of(track, example))
         completion = [*tokenizer(example.completion, add_special_tokens=False)["input_ids"], end]
         if len(prompt) + len(completion) > max_length:
             too_long.append(len(prompt) + len(completion))

@@ -8,7 +8,7 @@ from typing import Any
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import read_json, rows_path, sha256_file
 from slm_swap.common.settings import display_path, find_path
-from slm_swap.rows.examples import read_jsonl
+from slm_swap.rows.lines import read_jsonl
 from slm_swap.scoring.metrics import ERRORS, MATCHERS, InvalidReply
 from slm_swap.scoring.tracks import Track
 from slm_swap.verdict.decision import Values

@@ -20,7 +20,7 @@ from typing import Any
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import json_line, now
 from slm_swap.common.settings import display_path
-from slm_swap.rows.examples import read_jsonl
+from slm_swap.rows.lines import read_jsonl
 from slm_swap.verdict.decision import FINE_TUNE
 
 FIRST, SECOND = 0.7, 0.2

@@ -28,6 +28,7 @@ from slm_swap.common.settings import ROOT, Settings
 from slm_swap.demo.azure_simulator import AzureSimulator, Faults
 from slm_swap.evaluating.factory import make_client
 from slm_swap.rows.examples import Example
+from slm_swap.rows.prompts import Request
 from slm_swap.slm_client import no_collections
 
 KEY = "0123456789abcdef-not-a-real-key"
@@ -63,7 +64,7 @@ def talking(rows=ROWS, client=None, kind=AzureSimulator, **options):
 
 
 def chat(*rows):
-    return [[{"role": "system", "content": "be good"}, {"role": "user", "content": row.prompt}] for row in rows]
+    return [Request([{"role": "system", "content": "be good"}, {"role": "user", "content": row.prompt}]) for row in rows]
 
 
 def one(client, row=ROWS[0]):

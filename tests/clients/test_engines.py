@@ -17,6 +17,7 @@ from slm_swap.clients.engines.vllm_engine import end_tokens, lora_rank, start_fo
 from slm_swap.clients.loading import encode_prompt
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import PACKAGE, ROOT, Settings
+from slm_swap.rows.prompts import Request
 from slm_swap.slm_client import SLMClient, measure_workload
 from tests.support.tool_requests import BATCH, ask
 
@@ -31,7 +32,7 @@ def client() -> SLMClient:
 @pytest.fixture(scope="module")
 def prompts(client) -> list[Prompt]:
     """Of different lengths and limits."""
-    asked = [encode_prompt(client.tokenizer, messages) for messages in [*BATCH, ask("Check weather " + "for Rome " * 30), BATCH[0][1:]]]
+    asked = [encode_prompt(client.tokenizer, messages) for messages in [*BATCH, ask("Check weather " + "for Rome " * 30), Request(BATCH[0].messages[1:])]]
     return [Prompt(index, tokens, 3 + 5 * index % 22) for index, tokens in enumerate(asked)]
 
 

@@ -15,7 +15,7 @@ from slm_swap.clients.engines import Workload
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import write_jsonl
 from slm_swap.common.settings import PACKAGE, Settings
-from slm_swap.rows.prompts import build_messages
+from slm_swap.rows.prompts import text_request
 from slm_swap.slm_client import SLMClient
 from slm_swap.tuning.training import train
 from tests.support import local_runs
@@ -125,7 +125,7 @@ def test_both_engines_take_an_adapter(tmp_path):
     """It was taught that walls are painted white whatever is asked for, which the base does not know."""
     pytest.importorskip("trl")
     train("structured", BASE, TAUGHT, TAUGHT[:1], tmp_path / "adapter", replace(QUICK, precision="bf16", epochs=8), "trl", INPUTS)
-    asked = [build_messages("structured", row.prompt) for row in TAUGHT]
+    asked = [text_request("structured", row.prompt) for row in TAUGHT]
     for engine in ("transformers", "vllm"):
         right = []
         for adapter in (None, tmp_path / "adapter"):

@@ -6,7 +6,7 @@ from slm_swap.clients.protocol import Reply
 from slm_swap.clients.replay_client import ReplayClient, rows_of_replies
 from slm_swap.common.errors import UserError
 from slm_swap.rows.examples import Dataset, Example
-from slm_swap.rows.prompts import build_messages
+from slm_swap.rows.prompts import text_request
 
 
 def rows(*prompts):
@@ -16,7 +16,7 @@ def rows(*prompts):
 def ask(path, examples, size=2):
     client = ReplayClient(path, examples)
     batches = [examples[start : start + size] for start in range(0, len(examples), size)]
-    return [reply for batch in batches for reply in client.generate([build_messages("structured", row.prompt) for row in batch])]
+    return [reply for batch in batches for reply in client.generate([text_request("structured", row.prompt) for row in batch])]
 
 
 def dataset_of_replies(path, limit=None):

@@ -20,6 +20,7 @@ from slm_swap.common.errors import UserError
 from slm_swap.common.reports import write_jsonl
 from slm_swap.common.settings import PACKAGE, Launch
 from slm_swap.evaluating.journal import journal_path
+from slm_swap.rows.prompts import Request
 from tests.support.local_runs import ROWS, flags, outcome
 from tests.support.processes import PATIENCE, Script, children_of, commands_path, free_port, wait_until
 
@@ -135,7 +136,7 @@ class Echo:
     def stream(self, rows, answered=()):
         for index, messages in rows:
             if index not in answered:
-                yield index, Reply(messages[0]["content"])
+                yield index, Reply(messages.messages[0]["content"])
 
     def state(self):
         return dict(self.told)
@@ -156,7 +157,7 @@ def test_what_fails_in_a_rank_is_told_before_it_ends():
     (fine, _), (failing, thread) = served(Echo()), served(Failing())
     replicas = Replicas([fine, failing], lambda seconds: None)
     with pytest.raises(UserError, match="rank 1: row 1 does not fit"):
-        list(replicas.stream([(0, [{"content": "a"}]), (1, [{"content": "b"}])]))
+        list(replicas.stream([(0, Request([{"content": "a"}])), (1, Request([{"content": "b"}]))]))
     thread.join(0.3)
     assert thread.is_alive()
     replicas.close()
@@ -197,7 +198,7 @@ def test_what_a_replica_sent_does_not_hide_that_it_has_ended():
     there.send((0, Reply("said")))
     there.close()
     with pytest.raises(UserError, match="rank 0 has ended"):
-        list(replicas.stream([(0, [])]))
+        list(replicas.stream([(0, Request([]))]))
 
 
 @pytest.mark.parametrize("missing", ["launcher", "rank 0"])
@@ -221,7 +222,7 @@ def test_every_row_is_answered_once_however_they_are_dealt(ranks, count, ahead, 
     module.AHEAD, module.TAKEN, module.DEALT = max(ahead, taken), taken, dealt
     try:
         replicas = Replicas([served(Echo())[0] for _ in range(ranks)], lambda seconds: None)
-        replies = list(replicas.stream(((number, [{"content": str(number)}]) for number in range(count)), answered))
+        replies = list(replicas.stream(((number, Request([{"content": str(number)}])) for number in range(count)), answered))
         replicas.close()
     finally:
         module.AHEAD, module.TAKEN, module.DEALT = before
@@ -242,7 +243,7 @@ def test_the_state_is_rank_0s_but_for_what_all_of_them_count():
     assert replicas.state() == {"batch_size_used": None, "batches_halved": 0}
     replicas.restore({"batch_size_used": 4, "batches_halved": 5})
     assert replicas.state() == {"batch_size_used": 4, "batches_halved": 5}
-    halved = [replicas.state()["batches_halved"] for index, _ in replicas.stream(enumerate([[], [], []])) if index % 2 == 0]
+    halved = [replicas.state()["batches_halved"] for index, _ in replicas.stream(enumerate([Request([])] * 3)) if index % 2 == 0]
     assert halved[0] >= 6 and replicas.state() == {"batch_size_used": 8, "batches_halved": 8}
     assert replicas.describe() == {"device": "cpu", "files_sha256": "ab", "batch_size_used": 8, "batches_halved": 8} and replicas.cost(1, 1, 1, 3.0) == 6.0
 
@@ -257,9 +258,9 @@ def test_all_of_them_forget_and_go_on():
     clients = [Forgetful() for _ in range(3)]
     replicas = Replicas([served(client)[0] for client in clients], lambda seconds: None, count=len)
     replicas.forget()
-    assert sorted(replicas.stream((n, [{"content": str(n)}]) for n in range(6))) == [(n, Reply(str(n))) for n in range(6)]
+    assert sorted(replicas.stream((n, Request([{"content": str(n)}])) for n in range(6))) == [(n, Reply(str(n))) for n in range(6)]
     replicas.forget()
-    assert replicas.generate([[{"content": "a"}]]) == [Reply("a")]
+    assert replicas.generate([Request([{"content": "a"}])]) == [Reply("a")]
     assert clients[0].forgotten == 2 and replicas.count_tokens("four") == 4
     replicas.close()
 

@@ -17,7 +17,7 @@ from slm_swap.common.errors import UserError
 from slm_swap.common.settings import PACKAGE, ROOT, Settings
 from slm_swap.evaluating.row import score_row
 from slm_swap.rows.examples import Example
-from slm_swap.rows.prompts import build_messages
+from slm_swap.rows.prompts import text_request
 from slm_swap.scoring.tracks import TRACKS
 from slm_swap.slm_client import SLMClient, local_client, serve_rows
 from tests.support.tool_requests import BATCH, ask
@@ -50,7 +50,7 @@ def test_replies_do_not_depend_on_the_batch_size(client, alone, size, monkeypatc
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), min_size=1, max_size=9))
 def test_rows_are_encoded_together_as_alone(client, texts):
-    rows = [build_messages("structured", text) for text in texts]
+    rows = [text_request("structured", text) for text in texts]
     assert encode_prompts(client.tokenizer, rows) == [encode_prompt(client.tokenizer, messages) for messages in rows]
 
 
@@ -82,14 +82,14 @@ def test_nothing_is_collected_while_it_is_loaded_and_everything_afterwards(monke
 
 def test_a_reply_holds_only_the_new_tokens(client, alone):
     for messages, reply in zip(BATCH, alone, strict=True):
-        assert messages[-1]["content"] not in reply.text and "<|" not in reply.text
+        assert messages.messages[-1]["content"] not in reply.text and "<|" not in reply.text
         assert reply.input_tokens == len(encode_prompt(client.tokenizer, messages))
         assert reply.finish_reason == "stop" and 0 < reply.output_tokens <= 48 and reply.seconds > 0
     assert alone[0].text.startswith("<tool_call name=")
 
 
 def test_the_model_sees_phi_4_minis_chat_format(client):
-    shown = client.tokenizer.decode(encode_prompt(client.tokenizer, build_messages("toolcall", "Hello")))
+    shown = client.tokenizer.decode(encode_prompt(client.tokenizer, text_request("toolcall", "Hello")))
     assert shown.startswith("<|system|>You answer") and shown.endswith("<|end|><|user|>Hello<|end|><|assistant|>")
 
 

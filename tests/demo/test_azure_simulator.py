@@ -19,7 +19,8 @@ from slm_swap.common.settings import PACKAGE
 from slm_swap.demo.azure_simulator import AzureSimulator, Bucket, Faults, count_tokens
 from slm_swap.demo.mistakes import make_mistake, parse_call
 from slm_swap.demo.simulator_replies import UNKNOWN_PROMPT
-from slm_swap.rows.examples import Example, dump_json
+from slm_swap.rows.examples import Example
+from slm_swap.rows.lines import dump_json
 
 KEY = "simulator-key"
 DEPLOYMENTS = "/openai/deployments/simulator/chat/completions?api-version=2024-10-21"

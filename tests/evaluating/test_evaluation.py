@@ -14,7 +14,8 @@ from slm_swap.evaluating.evaluation import Stopwatch, evaluate, references, scor
 from slm_swap.evaluating.report import hash_of_hashes, make_report, percentile, summary
 from slm_swap.evaluating.row import Row
 from slm_swap.evaluating.row_traces import model_name, trace_rows
-from slm_swap.rows.examples import Example, text_hash
+from slm_swap.rows.examples import Example
+from slm_swap.rows.lines import text_hash
 from slm_swap.rows.prompts import SYSTEM_PROMPTS
 from slm_swap.scoring.metrics import ERRORS, MATCHERS
 from slm_swap.scoring.tracks import TRACKS
@@ -33,7 +34,7 @@ class Canned:
 
     def generate(self, batch):
         self.batches.append(batch)
-        return [self.replies[messages[-1]["content"]] for messages in batch]
+        return [self.replies[messages.messages[-1]["content"]] for messages in batch]
 
     def describe(self):
         return {"kind": self.kind, "deployment": "canned"}
@@ -69,7 +70,7 @@ def report_of(examples=EXAMPLES, replies=REPLIES):
 def test_every_row_is_asked_once_in_batches_and_in_order():
     client, rows = run()
     assert [len(batch) for batch in client.batches] == [2, 2, 1]
-    assert [messages[1]["content"] for batch in client.batches for messages in batch] == ["p0", "p1", "p2", "p3", "p4"]
+    assert [messages.messages[1]["content"] for batch in client.batches for messages in batch] == ["p0", "p1", "p2", "p3", "p4"]
     assert all(messages[0]["role"] == "system" for batch in client.batches for messages in batch)
     assert [row.example for row in rows] == EXAMPLES and [row.reply for row in rows] == list(REPLIES.values())
     assert [row.scored.error for row in rows] == [None, "wrong_value", "filtered", "no_json", "extra_text"]

@@ -23,7 +23,7 @@ from slm_swap.evaluating.journal import Journal, journal_path
 from slm_swap.evaluating.report import Tally, make_report
 from slm_swap.evaluating.row import read_reply, score_row
 from slm_swap.rows.examples import Dataset, Example
-from slm_swap.rows.prompts import SYSTEM_PROMPTS, toolcall_prompt
+from slm_swap.rows.prompts import SYSTEM_PROMPTS, Request, toolcall_prompt
 from slm_swap.scoring.tracks import TRACKS
 from tests.support.processes import Script, wait_until
 
@@ -447,7 +447,7 @@ def test_requests_start_as_soon_as_a_slot_is_free():
     settings = Settings(azure_deployment="simulator", azure_api_key=KEY, azure_api_version="2024-10-21")
     with OneSlow(rows, key=KEY) as server:
         client = AzureClient(replace(settings, azure_endpoint=server.url), concurrency=2)
-        order = [index for index, _ in client.stream((n, [{"role": "user", "content": row.prompt}]) for n, row in enumerate(rows))]
+        order = [index for index, _ in client.stream((n, Request([{"role": "user", "content": row.prompt}])) for n, row in enumerate(rows))]
         client.close()
         assert server.most_in_flight <= 2
     assert order[-1] == 1 and sorted(order) == list(range(30))

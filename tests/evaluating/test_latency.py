@@ -84,7 +84,7 @@ def test_a_local_model_is_asked_again_with_an_empty_cache():
         def stream(self, rows, answered=()):
             rows = list(rows)
             self.told.append(len(rows))
-            return ((index, Reply("", "prompt_too_long" if messages[-1]["content"] == "p3" else "stop")) for index, messages in rows)
+            return ((index, Reply("", "prompt_too_long" if messages.messages[-1]["content"] == "p3" else "stop")) for index, messages in rows)
 
     client, examples = Local(), [Example(f"p{n}", "{}") for n in range(40)]
     found = local_latency(client, "structured", examples, 40, 20, 42, 64)

@@ -11,10 +11,10 @@ from slm_swap.common.errors import UserError
 from slm_swap.demo.azure_simulator import AzureSimulator, Faults
 from slm_swap.evaluating.reply_cache import ReplyCache
 from slm_swap.rows.examples import Example
-from slm_swap.rows.prompts import build_messages
+from slm_swap.rows.prompts import Request, text_request
 
 IDENTITY = {"kind": "azure", "deployment": "d", "parameters": {"seed": 42, "temperature": 0.0}}
-ASKED = build_messages("structured", "Say \u00e4\ud83d\ude00")
+ASKED = text_request("structured", "Say \u00e4\ud83d\ude00")
 REPLY = Reply('{"a":"\u2028"}', "stop", 10, 3, 4, 0.1 + 0.2)
 
 
@@ -33,8 +33,8 @@ def test_another_model_or_parameter_is_no_hit(tmp_path, other):
 def test_other_messages_are_no_hit(tmp_path):
     cache = ReplyCache(tmp_path, IDENTITY)
     cache.put(ASKED, REPLY, 1.0)
-    assert cache.get(build_messages("toolcall", "Say \u00e4\ud83d\ude00")) is None
-    assert cache.get(build_messages("structured", "Say a")) is None and cache.get(ASKED[:1]) is None
+    assert cache.get(text_request("toolcall", "Say \u00e4\ud83d\ude00")) is None
+    assert cache.get(text_request("structured", "Say a")) is None and cache.get(Request(ASKED.messages[:1])) is None
 
 
 @pytest.mark.parametrize(
@@ -54,14 +54,14 @@ def test_filtered_refused_and_failed_replies_are_never_kept(tmp_path, reply, kep
 def fill(folder, first):
     cache = ReplyCache(folder, IDENTITY)
     for number in range(first, first + 200):
-        cache.put(build_messages("structured", f"p{number}"), Reply(str(number)), 0.0)
+        cache.put(text_request("structured", f"p{number}"), Reply(str(number)), 0.0)
 
 
 def test_several_processes_at_once(tmp_path):
     with ProcessPoolExecutor(4, mp_context=multiprocessing.get_context("spawn")) as pool:
         list(pool.map(fill, [tmp_path] * 4, [0, 100, 200, 300]))
     cache = ReplyCache(tmp_path, IDENTITY)
-    assert [cache.get(build_messages("structured", f"p{n}")) for n in range(500)] == [(Reply(str(n)), 0.0) for n in range(500)]
+    assert [cache.get(text_request("structured", f"p{n}")) for n in range(500)] == [(Reply(str(n)), 0.0) for n in range(500)]
 
 
 def test_a_folder_that_cannot_be_used_is_one_line(tmp_path):

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from slm_swap.common.errors import UserError
 from slm_swap.common.exact_json import EXACT, exact
-from slm_swap.rows.examples import Dataset, Example, dump_json, nested_too_deeply, parse_example, read_examples, read_jsonl
+from slm_swap.rows.examples import Dataset, Example, parse_example, read_examples
+from slm_swap.rows.lines import dump_json, nested_too_deeply, read_jsonl
 
 ROW = {"prompt": "p", "completion": "{}"}
 
@@ -39,7 +40,7 @@ def test_two_fields_are_enough(write_rows):
 
 def test_all_fields_come_back(write_rows):
     row = ROW | {
-        "id": "r1", "tools": [{"name": "f"}], "schema": {"default": 0.5}, "accept": {"a": [1, ""]}, "group": "g", "source": "s",
+        "id": "r1", "tools": [{"name": "f", "parameters": {}}], "schema": {"default": 0.5}, "accept": {"a": [1, ""]}, "group": "g", "source": "s",
         "unknown": 1,
     }  # fmt: skip
     [example] = read_examples(write_rows("rows.jsonl", [row]))

@@ -11,7 +11,8 @@ from slm_swap.clients.pricing import HostedPrices, LocalPrices, Prices, Traffic,
 from slm_swap.clients.protocol import Reply
 from slm_swap.common.reports import sha256_file
 from slm_swap.evaluating.row import Row
-from slm_swap.rows.examples import Example, dump_json
+from slm_swap.rows.examples import Example
+from slm_swap.rows.lines import dump_json
 from slm_swap.scoring.metrics import MATCHERS
 from slm_swap.scoring.tracks import TRACKS
 

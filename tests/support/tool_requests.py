@@ -1,6 +1,6 @@
 """Requests for two tools as the embedded tiny model understands them: as messages, alone and in a batch of different lengths."""
 
-from slm_swap.rows.prompts import build_messages, toolcall_prompt
+from slm_swap.rows.prompts import Request, text_request, toolcall_prompt
 
 CITY = {"city": {"type": "string", "description": "The city."}}
 DATE = {"date": {"type": "string", "description": "The date as YYYY-MM-DD."}}
@@ -24,8 +24,8 @@ REQUESTS = (
 )
 
 
-def ask(request: str, tools: int = 2) -> list[dict]:
-    return build_messages("toolcall", toolcall_prompt(TOOLS[:tools], request))
+def ask(request: str, tools: int = 2) -> Request:
+    return text_request("toolcall", toolcall_prompt(TOOLS[:tools], request))
 
 
 BATCH = [ask(request, 1 + index % 2) for index, request in enumerate(REQUESTS * 2)]

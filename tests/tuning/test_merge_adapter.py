@@ -9,7 +9,7 @@ import pytest
 from slm_swap.clients.loading import files_hash
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import Settings
-from slm_swap.rows.prompts import build_messages
+from slm_swap.rows.prompts import text_request
 from slm_swap.slm_client import SLMClient
 from slm_swap.tuning.merging import merge_adapter
 from slm_swap.tuning.training import train
@@ -33,7 +33,7 @@ def test_the_merged_model_replies_as_the_adapter_does(adapter, tmp_path, script,
     out = tmp_path / "merged"
     code, said, _ = run_script(script, "--adapter", adapter, "--out", out, "--dtype", "fp32")
     assert code == 0 and str(out) in said and [path.name for path in tmp_path.iterdir()] == ["merged"]
-    settings, messages = Settings(slm_model_path=str(BASE)), [build_messages("structured", row.prompt) for row in ROWS]
+    settings, messages = Settings(slm_model_path=str(BASE)), [text_request("structured", row.prompt) for row in ROWS]
     options = {"precision": "fp32", "max_new_tokens": 48}
     clients = [SLMClient(settings, **options), SLMClient(settings, adapter=adapter, **options), SLMClient(settings, model=out, **options)]
     plain, adapted, merged = ([reply.text for reply in client.generate(messages)] for client in clients)

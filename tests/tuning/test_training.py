@@ -9,7 +9,7 @@ import pytest
 from slm_swap.clients.loading import encode_prompt, load_tokenizer
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import PACKAGE, Settings
-from slm_swap.rows.prompts import build_messages
+from slm_swap.rows.prompts import text_request
 from slm_swap.slm_client import SLMClient
 from slm_swap.tuning.backends import choose_backend
 from slm_swap.tuning.hyperparameters import PRESETS, Hyperparameters
@@ -32,7 +32,7 @@ def trained(tmp_path_factory):
 
 def test_the_loss_is_on_the_completion_only(tokenizer):
     (row,), too_long = tokenize(tokenizer, "structured", ROWS[:1], 2048)
-    prompt = encode_prompt(tokenizer, build_messages("structured", ROWS[0].prompt))
+    prompt = encode_prompt(tokenizer, text_request("structured", ROWS[0].prompt))
     assert too_long == [] and row["input_ids"][: len(prompt)] == prompt
     assert row["labels"][: len(prompt)] == [IGNORED] * len(prompt)
     assert row["labels"][len(prompt) :] == row["input_ids"][len(prompt) :]
@@ -65,7 +65,7 @@ def test_training_lowers_the_loss_and_tells_how_it_was_done(trained):
 
 
 def test_the_adapter_changes_what_the_client_says(trained):
-    messages = [build_messages("structured", row.prompt) for row in ROWS]
+    messages = [text_request("structured", row.prompt) for row in ROWS]
     settings = Settings(slm_model_path=str(BASE))
     clients = [SLMClient(settings, precision="fp32", adapter=adapter, max_new_tokens=48) for adapter in (None, trained[0])]
     assert clients[1].describe()["training_seconds"] == trained[1]["seconds"]["total"] > 0

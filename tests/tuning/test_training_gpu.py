@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from slm_swap.clients.loading import load_model, load_tokenizer, with_adapter
 from slm_swap.common.settings import PACKAGE, Settings
-from slm_swap.rows.prompts import build_messages
+from slm_swap.rows.prompts import text_request
 from slm_swap.slm_client import SLMClient
 from slm_swap.tuning import fast_training
 from slm_swap.tuning.checkpoints import Checkpoints
@@ -138,7 +138,7 @@ def test_the_adapter_of_packed_rows_is_loaded_and_was_measured_on_generated_repl
     told = run(words, out)
     assert told["hyperparameters"]["packing"] and told["metrics"]["after"]["exact_match_rate"] > told["metrics"]["before"]["exact_match_rate"]
     client = SLMClient(Settings(slm_model_path=str(BASE)), precision="bf16", adapter=out, max_new_tokens=48, engine="transformers")
-    replies = client.generate([build_messages("structured", row.prompt) for row in ROWS[:4]])
+    replies = client.generate([text_request("structured", row.prompt) for row in ROWS[:4]])
     right = sum(reply.text == row.completion for reply, row in zip(replies, ROWS, strict=False)) / 4
     assert right == pytest.approx(told["metrics"]["after"]["exact_match_rate"], abs=0.25)  # bf16 ties
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import sha256_file
-from slm_swap.rows.examples import Example, text_hash
+from slm_swap.rows.examples import Example
+from slm_swap.rows.lines import text_hash
 from slm_swap.verdict.decision import FINE_TUNE, NEED_MORE_DATA, SWAP
 from slm_swap.verdict.html_report import plots, words
 from slm_swap.verdict.html_report.decision_file import open_rows, read_decision

@@ -10,7 +10,7 @@ from typing import Any
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import read_json, sha256_file
 from slm_swap.common.settings import display_path, find_path
-from slm_swap.rows.examples import read_jsonl, text_hash
+from slm_swap.rows.lines import read_jsonl, text_hash
 from slm_swap.scoring.tracks import TRACKS, Track
 from slm_swap.verdict.decision import EXIT_CODES
 from slm_swap.verdict.evaluations import QUESTIONS
