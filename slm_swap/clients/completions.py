@@ -31,6 +31,7 @@ FILTERED = re.compile(
     re.IGNORECASE,
 )
 TOOLLESS = re.compile(r"does not support tools|tools? (?:use |calling )?(?:is|are) not supported|--enable-auto-tool-choice", re.IGNORECASE)
+THOUGHT = re.compile(r"\A\s*<think>.*?</think>\s*", re.DOTALL)  # of a server that does not take it out itself
 TEXT_PARTS, THINKING_PARTS = ("text", "output_text"), ("thinking", "reasoning", "redacted_thinking")
 CUT = ("length", "max_tokens", "model_length")  # finish reasons that mean a limit: OpenAI's, other servers', Mistral's
 
@@ -129,9 +130,9 @@ def _count(value: Any) -> int | None:
 
 
 def read_completion(body: Any, native: bool = False) -> Reply:
-    """A chat completion's JSON as a Reply (seconds 0), with its calls if it was asked for natively; anything else is an "error".
+    """A chat completion's JSON as a Reply (seconds 0); anything else is an "error". A refusal outranks the finish_reason.
 
-    A refusal outranks the finish_reason.
+    If it was asked for natively, it has its calls, and a text without the thinking in front.
     """
     try:
         choice = body["choices"][0]
@@ -140,6 +141,7 @@ def read_completion(body: Any, native: bool = False) -> Reply:
         tokens = read_usage(body.get("usage"))
         content, refused = content_text(message.get("content"))
         calls = read_calls(message) if native else None
+        content = THOUGHT.sub("", content) if native else content
     except (KeyError, IndexError, TypeError, AttributeError):
         return Reply("", "error", error="the server's reply is not a chat completion")
     except ValueError:
@@ -174,7 +176,7 @@ def _call(item: Any) -> dict[str, str]:
         raise ValueError
     if isinstance(arguments, dict):
         return {"name": name, "arguments": dump_json(arguments)}
-    return {"name": name, "arguments": (arguments or "").strip() and arguments or "{}"}
+    return {"name": name, "arguments": arguments if arguments and arguments.strip() else "{}"}
 
 
 def content_text(content: Any) -> tuple[str, str | None]:

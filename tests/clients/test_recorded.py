@@ -49,8 +49,8 @@ def test_a_line_that_is_the_message_itself():
 
 
 def test_arguments_that_are_objects_and_calls_without_arguments():
-    for given, written in (({"a": 1}, '{"a":1}'), (None, "{}"), ("", "{}"), (" ", "{}"), ("{", "{")):
-        assert read({"prediction": [{"function": {"name": "f", "arguments": given}}]}).calls == [{"name": "f", "arguments": written}]
+    for told, written in (({"a": 1}, '{"a":1}'), (None, "{}"), ("", "{}"), (" ", "{}"), ("{", "{")):
+        assert read({"prediction": [{"function": {"name": "f", "arguments": told}}]}).calls == [{"name": "f", "arguments": written}]
     digits = b'{"prediction": [{"function": {"name": "f", "arguments": {"x": 12345678901234567.25}}}]}'
     assert read_recorded(decode_line(digits), "w", decode_line).calls[0]["arguments"] == '{"x":12345678901234567.25}'
 
@@ -110,7 +110,7 @@ def test_the_words_of_other_providers_for_an_end(given, meant):
 
 
 def test_a_word_that_nobody_knows_is_refused_with_the_list():
-    with pytest.raises(UserError, match="finish_reason 'tired' is none of stop, length, .*end_turn.*safety"):
+    with pytest.raises(UserError, match=r"finish_reason 'tired' is none of stop, length, .*end_turn.*safety"):
         read({"prediction": "x", "finish_reason": "tired"})
 
 
