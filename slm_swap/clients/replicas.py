@@ -156,7 +156,7 @@ def what_counts(identity: dict[str, Any]) -> dict[str, Any]:
 
 
 def answer(client: Client, connection: Connection) -> None:
-    """Answer rows that come as lists of (index, messages, whether it is answered), up to a None, and again until the connection ends.
+    """Answer rows that come as lists of (index, request, whether it is answered), up to a None, and again until the connection ends.
 
     A state in place of a first row is restored, and told as it is then. FORGET in its place makes the client forget. Sent are (index, reply), before them the state where it has
     changed, the number of rows that were taken, and a None at the end.
@@ -184,13 +184,13 @@ def answer(client: Client, connection: Connection) -> None:
     def rows(row: Any, answered: set[int]) -> Iterator[tuple[int, Request]]:
         taken = 0
         while row is not None:
-            index, messages, done = row
+            index, request, done = row
             if done:
                 answered.add(index)
             taken += 1
             if taken % TAKEN == 0:
                 connection.send(TAKEN)
-            yield index, messages
+            yield index, request
             row = take()
 
     def tell(state: dict[str, Any]) -> dict[str, Any]:
@@ -279,12 +279,12 @@ class Replicas:
                     for hand in hands:
                         hand.append(None)
                     break
-                place, (index, messages) = row
+                place, (index, request) = row
                 rank = place % len(hands)
                 if ahead[rank] >= AHEAD:
                     break
                 ahead[rank] += 1
-                hands[rank].append((index, messages, index in answered))
+                hands[rank].append((index, request, index in answered))
                 row = None
                 if len(hands[rank]) == DEALT:
                     self._send(rank, hands[rank])

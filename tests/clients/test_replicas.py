@@ -341,7 +341,7 @@ def test_prompts_that_do_not_fit_are_refused_without_end(tmp_path, monkeypatch):
     monkeypatch.setattr(transformers_engine, "WINDOW", 16)
     client = SLMClient(Settings(slm_model_path="models/phi-tiny"), precision="fp32", max_new_tokens=3)
     monkeypatch.setattr(client.engine, "context", 120)
-    rows = [(n, [{"role": "user", "content": "Say it" + (" again" * 300 if n % 10 else "")}]) for n in range(300)]
+    rows = [(n, Request([{"role": "user", "content": "Say it" + (" again" * 300 if n % 10 else "")}])) for n in range(300)]
     replicas = Replicas([served(client)[0]], lambda seconds: None)
     replies = dict(replicas.stream(rows, answered={0}))
     replicas.close()

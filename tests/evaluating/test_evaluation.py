@@ -71,7 +71,7 @@ def test_every_row_is_asked_once_in_batches_and_in_order():
     client, rows = run()
     assert [len(batch) for batch in client.batches] == [2, 2, 1]
     assert [messages.messages[1]["content"] for batch in client.batches for messages in batch] == ["p0", "p1", "p2", "p3", "p4"]
-    assert all(messages[0]["role"] == "system" for batch in client.batches for messages in batch)
+    assert all(messages.messages[0]["role"] == "system" for batch in client.batches for messages in batch)
     assert [row.example for row in rows] == EXAMPLES and [row.reply for row in rows] == list(REPLIES.values())
     assert [row.scored.error for row in rows] == [None, "wrong_value", "filtered", "no_json", "extra_text"]
 

@@ -97,7 +97,7 @@ def test_a_bad_line_is_named(write_rows, line, what):
 
 
 def test_a_deep_but_readable_schema(write_rows):
-    path = write_rows("rows.jsonl", [ROW | {"schema": {"a": nested(90)}}, ROW | {"tools": [[] for _ in range(500)]}])
+    path = write_rows("rows.jsonl", [ROW | {"schema": {"a": nested(90)}}, ROW | {"schema": {"a": [[] for _ in range(500)]}}])
     assert len(read_examples(path)) == 2
 
 
