@@ -91,7 +91,7 @@ class AzureSimulator:
         self.counts: Counter[str] = Counter()
         self.most_in_flight = 0
         self._in_flight = 0
-        self._replies = Replies(references, mistake_rate, seed)
+        self.replies = Replies(references, mistake_rate, seed)
         self.buckets = {name: Bucket(quota, window_seconds) for name, quota in quotas.items() if quota is not None}
         self._attempts: Counter[str] = Counter()
         self._cached: set[bytes] = set()
@@ -100,7 +100,7 @@ class AzureSimulator:
 
     def reply_text(self, prompt: str) -> tuple[str, str]:
         """(outcome, text) for a prompt: "answered", "mistake:<kind>" or "unknown_prompt". The same on every call."""
-        return self._replies.reply(*self._replies.find([{"role": "user", "content": prompt}]), prompt)
+        return self.replies.reply(*self.replies.find([{"role": "user", "content": prompt}]), prompt)
 
     def _cached_tokens(self, text: str) -> int:
         """How much of this prompt was seen before; remembers the prompt."""
@@ -249,7 +249,7 @@ class AzureSimulator:
         if model != self.deployment:
             text = "The API deployment for this resource does not exist. If you created it within the last 5 minutes, wait and try again."
             return error_answer(404, "deployment_not_found", text, "DeploymentNotFound")
-        subject, reference = self._replies.find(body["messages"])
+        subject, reference = self.replies.find(body["messages"])
         offered = json.dumps(body["tools"]) if body.get("tools") else ""
         chat = "".join(f"{item.get('role')}\n{_written(item)}\n" for item in body["messages"]) + offered
         limits = [body[name] for name in ("max_tokens", "max_completion_tokens") if name in body]
@@ -257,7 +257,7 @@ class AzureSimulator:
         refused = self._check_quota(charges) or self._check_faults(subject)
         if refused:
             return refused
-        said = self._replies.reply(subject, reference, offered or chat)
+        said = self.replies.reply(subject, reference, offered or chat)
         reply = self._completion(subject, said, chat, min(limits, default=None), bool(offered))
         cut_off = self._hit("cut_off", subject)
         delay = self.faults.slow_seconds if self._hit("slow", subject) else 0.0

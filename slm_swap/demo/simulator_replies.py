@@ -44,10 +44,14 @@ class Replies:
         self._by_prompt: dict[str, _Reference] = {}
         self._by_conversation: dict[str, _Reference] = {}
         self.mistake_rate, self.seed = mistake_rate, seed
-        names = set()
+        self._names: set[str] = set()
+        self.add(references)
+
+    def add(self, references: Iterable[Example]) -> None:
+        """More references, behind those that are known."""
         for example in references:
             call = parse_call(example.completion)
-            names |= {call.name} if call else {found["name"] for found in example.calls or ()}
+            self._names |= {call.name} if call else {found["name"] for found in example.calls or ()}
             reference = _Reference(example.completion, None if example.calls is None else len(example.calls))
             if example.messages is None:
                 self._by_prompt.setdefault(example.prompt, reference)
@@ -58,7 +62,6 @@ class Replies:
                 except UserError:  # a prompt that is only a text has no native form
                     continue
                 self._by_conversation.setdefault(conversation_key(asked.messages), reference)
-        self._names = sorted(names)
 
     def find(self, messages: list[dict[str, Any]]) -> tuple[str, _Reference | None]:
         """(what stands for the conversation in every draw, its reference) of a request's messages."""
@@ -79,12 +82,13 @@ class Replies:
 
     def _spoilt(self, reference: _Reference, offered: str, rng: random.Random) -> tuple[str, str]:
         completion, call = reference.completion, parse_call(reference.completion)
-        shown = [name for name in self._names if f'"{name}"' in offered]  # a model confuses tools that it was shown
+        names = sorted(self._names)
+        shown = [name for name in names if f'"{name}"' in offered]  # a model confuses tools that it was shown
         if reference.calls == 0 and shown:
             return "unwanted_call", f'<tool_call name="{rng.choice(shown)}">{{}}</tool_call>'
         if (reference.calls or 0) > 1:
             return "missing_call", completion.rpartition("\n")[0]
-        others = [name for name in self._names if call and name != call.name]
+        others = [name for name in names if call and name != call.name]
         return make_mistake(call, completion, [name for name in others if name in shown] or others, rng)
 
 
