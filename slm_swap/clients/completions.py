@@ -16,6 +16,7 @@ EXTRA = re.compile(r"extra_forbidden|extra inputs are not permitted", re.IGNOREC
 # gateway, Gemini, Groq, LiteLLM.
 NAMED = re.compile(
     r"""Unsupported\ (?:parameter|value):\ ['"`](\w+)['"`]
+      | Invalid\ parameter:\ ['"`](\w+)['"`]\ of\ type\ \S+\ is\ not\ supported
       | Unrecognized\ request\ arguments?\ supplied:\ (\w+)
       | (?:Unknown|Unrecognized)\ (?:parameter|name|field)s?:?\ ['"`](\w+)['"`]
       | \#/(\w+)[\w/]*:\ Extra\ inputs\ are\ not\ permitted
@@ -66,7 +67,7 @@ def rejected_parameter(status: int | None, code: str | None, param: str | None, 
     if status not in (400, 422):
         return None
     if code in REJECTIONS and status == 400 and param:
-        return param
+        return "response_format" if param.startswith("response_format.") else param
     for item in _details(body):
         place = item.get("loc")
         if EXTRA.search(f"{item.get('type')} {item.get('msg')}") and isinstance(place, list) and place:

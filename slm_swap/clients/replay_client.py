@@ -12,14 +12,15 @@ from slm_swap.clients.recorded import is_empty, read_recorded
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import sha256_file
 from slm_swap.common.settings import display_path
-from slm_swap.rows.examples import OPTIONAL_FIELDS, Example
+from slm_swap.rows.conversations import conversation_text, normalized
+from slm_swap.rows.examples import FIELDS, OPTIONAL_FIELDS, Example
 from slm_swap.rows.lines import decode_line, read_jsonl, read_lines
 from slm_swap.rows.prompts import Request
 
 
 class ReplayClient:
     """A client whose replies stand in a file: one JSON object a line with `prediction` (or `reply`, `output`, `response`) and `id` or
-    `prompt`; `recorded.read_recorded` says in which forms.
+    `prompt` (or the `messages` of the conversation); `recorded.read_recorded` says in which forms.
 
     Lines may also hold `finish_reason`, `tokens`, `seconds` and `cut`, as a rows file does. A line belongs to the row of its id, and
     where no row has that id (or the line has none) to a row of its prompt; equal prompts take their lines in order. Only the place of
@@ -42,10 +43,10 @@ class ReplayClient:
             reply = read_recorded(line, where, decode_line)
             if is_empty(reply):
                 empty.add(start)
-            name, prompt = line.get("id"), line.get("prompt")
+            name, prompt = line.get("id"), _prompt(line, where)
             name = str(name) if isinstance(name, (str, int)) and name != "" else None
             if name is None and not isinstance(prompt, str):
-                raise UserError(f"{where}: neither `id` nor `prompt`: say which row the reply belongs to")
+                raise UserError(f"{where}: neither `id` nor `prompt` or `messages`: say which row the reply belongs to")
             if name in by_id:
                 raise UserError(f"{where}: a second reply for id {name!r}: keep one")
             if name in ids:
@@ -104,18 +105,29 @@ class ReplayClient:
         self._file.close()
 
 
+def _prompt(line: dict[str, Any], where: str) -> Any:
+    """What a line's row was asked; of a conversation, the text that `Example.prompt` has for it."""
+    if "prompt" in line or not isinstance(line.get("messages"), list):
+        return line.get("prompt")
+    return conversation_text(normalized(line["messages"], where))
+
+
 def _key(prompt: str) -> bytes:
     """What stands for a prompt, in less memory."""
     return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).digest()
 
 
 def rows_of_replies(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """("file:line", row) for each line of a file of replies that holds its own rows: for `examples.Dataset`.
+    """("file:line", row) for each line of a file of replies that holds its own rows: for `examples.Dataset`. A row is a conversation
+    with the reply wanted, as in a dataset, or a `prompt` with its `reference`.
 
     Raises:
-        UserError: a line lacks `prompt` or `reference`, or as `examples.read_lines`.
+        UserError: a line is no conversation and lacks `prompt` or `reference`, or as `examples.read_lines`.
     """
     for where, line in read_jsonl(path):
+        if isinstance(line, dict) and "messages" in line and ("calls" in line or "object" in line):
+            yield where, {name: line[name] for name in FIELDS if name in line}
+            continue
         given = [line.get(name) for name in ("prompt", "reference")] if isinstance(line, dict) else [None]
         if not all(isinstance(text, str) and text.strip() for text in given):
             raise UserError(f"{where}: no `prompt` or no `reference`, so the file is no dataset too: pass --dataset or --split")

@@ -99,6 +99,9 @@ def test_nothing_is_dropped_that_was_not_sent_or_not_named(body):
 
 def test_only_a_refusal_of_the_request_names_a_parameter():
     assert rejected_parameter(500, None, None, "Unsupported parameter: 'seed'") is None
+    text = "Invalid parameter: 'response_format' of type 'json_schema' is not supported with this model."
+    assert rejected_parameter(400, None, None, text) == "response_format"
+    assert rejected_parameter(400, "unsupported_value", "response_format.type", "...") == "response_format"
     assert rejected_parameter(422, None, None, "Unsupported parameter: 'seed'") == "seed"
 
 

@@ -182,3 +182,27 @@ def test_an_evaluation_of_a_served_model(run_script, eval_script, write_rows, tm
     assert report["model"]["kind"] == "slm" and report["model"]["engine"] == "served"
     assert report["latency"]["alone"]["rows"] == 1 and report["latency"]["loaded"]["concurrency"] == 4
     assert report["cost"]["rows"] == 12 and report["cost"]["total"] > 0 and report["cost"]["repeat"] is None
+
+
+def test_a_served_model_is_compared_with_a_hosted_one(run_script, eval_script, compare_script, write_rows, tmp_path, monkeypatch):
+    rows = [{"id": f"r{n}", "prompt": f"row {n}", "completion": f'{{"n":{n}}}'} for n in range(12)]
+    path, prices = write_rows("rows.jsonl", rows), tmp_path / "prices.toml"
+    prices.write_text("[local]\nhour = 3.6\nhours_per_month = 720\n[hosted.simulator]\ninput = 1.0\ncached = 1.0\noutput = 1.0\n")
+    monkeypatch.setenv("PRICES_FILE", str(prices))
+    with AzureSimulator(ROWS, key=KEY, deployment="Tiny-0.6B") as small, AzureSimulator(ROWS, key=KEY) as hosted:
+        values = {"SLM_BASE_URL": f"{small.url}/v1", "SLM_MODEL_NAME": "Tiny-0.6B", "SLM_API_KEY": KEY}
+        values |= {"AZURE_ENDPOINT": f"{hosted.url}/v1", "AZURE_DEPLOYMENT": "simulator", "AZURE_API_KEY": KEY}
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+        for kind in ("slm", "azure"):
+            words = ["--track", "structured", "--model-kind", kind, "--dataset", path, "--out", tmp_path / f"{kind}.json"]
+            code, _, said = run_script(eval_script, *words)
+            assert code == 0, said
+    out = tmp_path / "decision.json"
+    words = ["--track", "structured", "--azure", tmp_path / "azure.json", "--slm", tmp_path / "slm.json", "--out", out]
+    code, said, told = run_script(compare_script, *words)
+    decision = json.loads(out.read_text())
+    assert code in (0, 10, 11), told
+    assert decision["labels"] == {"azure": "simulator", "slm": "Tiny-0.6B", "before": None} and "Tiny-0.6B" in said
+    assert decision["cost"]["slm"]["per_1000"] > 0 and decision["cost"]["azure"]["per_1000"] > 0
+    assert decision["latency"]["slm"]["alone"]["rows"] == 1
