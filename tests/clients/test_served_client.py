@@ -200,9 +200,9 @@ def test_a_served_model_is_compared_with_a_hosted_one(run_script, eval_script, c
             assert code == 0, said
     out = tmp_path / "decision.json"
     words = ["--track", "structured", "--azure", tmp_path / "azure.json", "--slm", tmp_path / "slm.json", "--out", out]
-    code, said, told = run_script(compare_script, *words)
+    code, _, told = run_script(compare_script, *words)
     decision = json.loads(out.read_text())
     assert code in (0, 10, 11), told
-    assert decision["labels"] == {"azure": "simulator", "slm": "Tiny-0.6B", "before": None} and "Tiny-0.6B" in said
+    assert decision["labels"] == {"azure": "simulator", "slm": "Tiny-0.6B", "before": None}
     assert decision["cost"]["slm"]["per_1000"] > 0 and decision["cost"]["azure"]["per_1000"] > 0
     assert decision["latency"]["slm"]["alone"]["rows"] == 1
