@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Container, Generator, Iterable
 from contextvars import ContextVar
 from dataclasses import replace
-from itertools import islice, pairwise
+from itertools import islice
 from typing import Any
 
 from slm_swap.clients.chat_requests import OPTIONS, length, request_body
@@ -33,8 +33,8 @@ UNREACHABLE = {"ConnectError", "ConnectTimeout", "ProxyError"}  # what httpx cal
 CONNECT_SECONDS = 10.0
 LOOK_SECONDS = 0.05  # between two looks at the quota: answers that come meanwhile may allow more
 TYPICAL_CHARACTERS, TYPICAL_TOKENS = 4000, 1000  # of English prompts, until the answers tell
-DENIED_FIRST = 5  # rows that are answered with 403 before any is answered, until the key is taken for wrong
-DENIED_LATER = 20  # rows in a row, until one that was answered before is asked again
+DENIED_FIRST, DENIED_LATER = 5, 20  # rows in a row that got a 403, before any and after some were answered, until the key is looked at
+HARMLESS = Request([{"role": "user", "content": "Reply with the word yes."}])
 SHORTEST_SECRET = 16  # in replies: "test" as a key must not be cut out of a model's text; Azure's keys have 32 or 84 characters
 PLAIN_HEADERS = re.compile("host|accept|accept-encoding|connection|content-.*|user-agent|x-stainless-.*")
 
@@ -88,10 +88,11 @@ class ChatClient:
         self._served: dict[str, set[str]] = {"model": set(), "system_fingerprint": set()}
         self._secrets = set(settings.secrets)
         self._answered = self._tried = False
-        self._denied, self._good = 0, None  # rows in a row that got a 403; one that was answered
+        self._denied = 0  # rows in a row that got a 403
+        self._good: Request | None = None  # one that was answered
         self._concurrency = concurrency
         self._quota, self._characters, self._prompt_tokens = Quota(), TYPICAL_CHARACTERS, TYPICAL_TOKENS
-        self._first, self._turn, self._token_lock = asyncio.Lock(), asyncio.Lock(), asyncio.Lock()
+        self._first, self._turn, self._token_lock, self._checking = (asyncio.Lock() for _ in range(4))
         self._openai = self._connect(timeout, max_retries)
         ready = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._live(ready)), name="chat-client", daemon=True)
@@ -216,14 +217,15 @@ class ChatClient:
                 self._loop.call_soon_threadsafe(cancel)
 
     async def _ask(self, request: Request) -> Reply:
+        reply = None
         if not self._tried:  # one row goes ahead: a wrong key or a parameter to drop costs one refusal, not `concurrency`
             async with self._first:
                 if not self._tried:
                     reply = await self._ask_now(request)
                     self._tried = not self._denied  # a row that was denied says nothing of the next one
-                    return reply
-        reply = await self._ask_now(request)
-        if self._denied >= DENIED_LATER:
+        if reply is None:
+            reply = await self._ask_now(request)
+        if self._denied >= self._suspicious:
             await self._check_key()
         return reply
 
@@ -251,26 +253,27 @@ class ChatClient:
         if reply.input_tokens:
             self._prompt_tokens += reply.input_tokens
             self._characters += length(request)
-        retries = [
-            [round(this.sent, 6), round((this.answered or later.sent) - this.sent, 6), this.status]
-            for this, later in pairwise(row.tries)
-        ]
         limit = next((sent[name] for name in OTHER_LIMIT if name in sent), None)
-        return replace(reply, seconds=row.clock(), retries=retries, limit=limit)
+        return replace(reply, seconds=row.clock(), retries=row.retries(), limit=limit)
+
+    @property
+    def _suspicious(self) -> int:
+        return DENIED_LATER if self._good else DENIED_FIRST
 
     async def _check_key(self) -> None:
-        """After many rows in a row that were denied: ask one again that was answered before.
+        """After some rows in a row that were denied: ask one again that was answered before, or something harmless.
 
         Raises:
             UserError: it is denied too, so that it is not for what the rows say.
         """
-        async with self._first:
-            if self._denied < DENIED_LATER:
+        async with self._checking:
+            if self._denied < self._suspicious:
                 return
             before, self._denied = self._denied, 0
-            reply = await self._ask_now(self._good)
+            reply = await self._ask_now(self._good or HARMLESS)
             if self._denied:
-                raise UserError(f"{self._where} denied {before} rows in a row ({reply.error})")
+                what = "one that was answered before" if self._good else "a harmless request"
+                raise UserError(f"{self._where} denied {before} rows in a row, and {what} ({reply.error}): {self._key_advice}")
 
     def _accept(self, body: Any, native: bool) -> Reply:
         reply = read_completion(body, native)
@@ -321,9 +324,8 @@ class ChatClient:
         if status is None and type(cause).__name__ in UNREACHABLE and not self._answered:
             reason, advice = self._one_line(cause), f"check {self.named.url} and the network"
         if status == 403:  # of this row, or of every row: the others tell
-            self._denied += 1
-            if self._good is not None or self._denied < DENIED_FIRST:
-                reason, advice = reason if self._good is not None else f"{reason}: {advice}", None
+            self._denied, advice = self._denied + 1, None
+            reason += "" if self._good else f" (no row was answered before it: {self._key_advice})"
         if advice:
             raise UserError(f"{self._where} does not answer ({status or 'no connection'}: {reason}): {advice}")
         request = getattr(failure, "request", None)
@@ -337,14 +339,18 @@ class ChatClient:
     def _where(self) -> str:
         return f"{'model' if self.endpoint.form == 'openai' else 'deployment'} {self.endpoint.deployment!r} at {self.endpoint.host}"
 
+    @property
+    def _key_advice(self) -> str:
+        if not self._key and self._token is None:
+            return f"set {self.named.key}"
+        return f"check that {self.named.key} belongs to the resource of {self.named.url} and may use it{self.endpoint.hint}"
+
     def _advice(self, refusal: Refusal) -> str | None:
         """What to do about a fault of the set-up; None for an error of one row."""
         status, code, named = refusal.status, refusal.code, self.named
         others = [named.model, named.url, *([named.version] if named.version and self.endpoint.form != "openai" else [])]
         if status in (401, 403):
-            if not self._key and self._token is None:
-                return f"set {named.key}"
-            return f"check that {named.key} belongs to the resource of {named.url} and may use it{self.endpoint.hint}"
+            return self._key_advice
         if status == 404 or code in ("unknown_model", "OperationNotSupported"):
             return f"check {', '.join(others[:-1])} and {others[-1]}{self.endpoint.hint}"
         if status is not None and 300 <= status < 400:

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from slm_swap.clients.quota import Mark
 
@@ -28,3 +29,10 @@ class AskedRow:
     def clock(self) -> float:
         """Seconds since the row was begun, those left out in which it was held back."""
         return time.perf_counter() - self.started - self.held
+
+    def retries(self) -> list[list[float | int | None]]:
+        """The tries before the last one, as `Reply` has them."""
+        return [
+            [round(this.sent, 6), round((this.answered or later.sent) - this.sent, 6), this.status]
+            for this, later in pairwise(self.tries)
+        ]

@@ -212,14 +212,23 @@ def test_a_403_is_its_rows_error_where_others_are_answered(count, concurrency):
         replies = client.generate(chat(ROWS))
     assert [reply.text for reply in replies[count:]] == RIGHT[count:]
     assert all(reply.finish_reason == "error" and not reply.transient for reply in replies[:count])
-    assert replies[0].error.startswith("403 after 1 try: Access to this is not allowed.: check that AZURE_API_KEY")
+    assert replies[0].error.startswith("403 after 1 try: Access to this is not allowed. (no row was answered before it: check that AZURE_")
 
 
-def test_a_key_that_is_denied_every_row_ends_the_run_after_a_few():
-    with served(on_some(40, 403, DENIED)) as (server, client):
-        with pytest.raises(UserError, match=r"403: Access to this is not allowed.*check that AZURE_API_KEY"):
+def test_a_key_that_is_denied_everything_ends_the_run_after_a_few():
+    with served(lambda prompt, before, asked, answer: Answer(403, DENIED, "refused", NO_RETRY)) as (server, client):
+        said = r"denied 5 rows in a row, and a harmless request \(403 after 1 try: Access to this is not allowed.*check that AZURE_API_KEY"
+        with pytest.raises(UserError, match=said):
             client.generate(chat(ROWS))
-        assert sum(server.asked.values()) == 5
+        assert sum(server.asked.values()) == 6
+
+
+def test_many_denied_rows_at_the_start_hide_no_others():
+    """As after an interruption, where a command goes on with the rows that have no reply."""
+    with served(on_some(30, 403, DENIED)) as (_, client):
+        replies = client.generate(chat(ROWS))
+    assert [reply.text for reply in replies[30:]] == RIGHT[30:]
+    assert all(reply.finish_reason == "error" for reply in replies[:30])
 
 
 def test_a_key_that_is_denied_from_some_row_on_ends_the_run():
@@ -227,7 +236,7 @@ def test_a_key_that_is_denied_from_some_row_on_ends_the_run():
     with served(lambda prompt, before, asked, answer: answer) as (server, client):
         assert texts(client, ROWS[:2]) == RIGHT[:2]
         server.script = on_some(40, 403, DENIED)
-        with pytest.raises(UserError, match=r"denied 2\d rows in a row \(403 after 1 try"):
+        with pytest.raises(UserError, match=r"denied 2\d rows in a row, and one that was answered before \(403 after 1 try: [^(]*\): check"):
             client.generate(chat(ROWS[2:] * 2))
         assert sum(server.asked.values()) < 70
 
