@@ -12,11 +12,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
 from slm_swap.cli import Parser, client_options, positive, run
-from slm_swap.clients.protocol import Reply
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import display_path, find_path, load_settings
 from slm_swap.evaluating.factory import make_client
-from slm_swap.rows.conversations import call_text
 from slm_swap.rows.examples import Example, read_examples
 from slm_swap.rows.prompts import request_of
 from slm_swap.scoring.tracks import TRACKS
@@ -58,12 +56,6 @@ def read_row(args: argparse.Namespace) -> Example:
     return Example(prompt, "")
 
 
-def reply_shown(reply: Reply) -> str:
-    """A reply as text: a native one's calls in the words of the text form."""
-    calls = [call_text(call["name"], call["arguments"]) for call in reply.calls or ()]
-    return "\n".join([*([reply.text] if reply.text or not calls else []), *calls])
-
-
 def count(tokens: int | None) -> str:
     return "?" if tokens is None else str(tokens)
 
@@ -78,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         (reply,) = client.generate([request_of(args.track, example)])
     finally:
         client.close()
-    print(reply_shown(reply))
+    print(reply.shown)
     told = f"{reply.finish_reason}, {count(reply.input_tokens)} + {count(reply.output_tokens)} tokens, {reply.seconds:.2f} s"
     if gold:
         scored = track.score(gold, reply.text, reply.finish_reason, reply.calls)

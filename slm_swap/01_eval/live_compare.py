@@ -114,6 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     clock, settings, track = Stopwatch(), load_settings(), TRACKS[args.track]
     connection = connect(settings, tracing_options(args, settings))
     examples, inputs, name = load_rows(args, args.models)
+    track = track.for_gold(references(track, examples))
     early = EarlyStop(track, examples, args.delta, args.alpha, args.seed, args.tools) if args.stop_early else None
     examples = early.examples if early else examples
     gold = references(track, examples)

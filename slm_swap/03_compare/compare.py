@@ -72,7 +72,7 @@ def read_sides(args: argparse.Namespace) -> tuple[dict[str, Evaluation], list[st
 
 def decide(args: argparse.Namespace, sides: dict[str, Evaluation], prices: Prices, look: Look | None) -> dict[str, Any]:
     """The decision with its evidence: by the means alone, or by the rows at this look."""
-    track = TRACKS[args.track]
+    track = TRACKS[args.track].with_metrics(set.intersection(*(set(side.report["metrics"]) for side in sides.values())))
     if look is None:
         return examine_means(track, sides, args.delta)
     rule = "sequential" if args.sequential else "paired"

@@ -4,6 +4,7 @@ from collections.abc import Container, Generator, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from slm_swap.rows.conversations import said
 from slm_swap.rows.prompts import Request
 
 MODEL_KINDS = ("slm", "azure", "replay")
@@ -47,6 +48,11 @@ class Reply:
     load: int | None = None
     transient: bool = False
     calls: list[dict[str, str]] | None = None
+
+    @property
+    def shown(self) -> str:
+        """The reply as one text: a native one's calls in the words of the text form, behind what it said besides."""
+        return said(self.text, self.calls)
 
     @property
     def counts(self) -> tuple[int, int, int] | None:

@@ -13,6 +13,7 @@ from slm_swap.evaluating.row import Row, make_row, read_reply, score_row
 from slm_swap.rows.examples import Example
 from slm_swap.rows.prompts import Request, request_of
 from slm_swap.scoring.metrics import Reference, Scored
+from slm_swap.scoring.several import Calls
 from slm_swap.scoring.tracks import TRACKS, Track
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from slm_swap.evaluating.reply_cache import ReplyCache
 
 
-def references(track: Track, examples: list[Example]) -> list[Reference]:
+def references(track: Track, examples: list[Example]) -> list[Reference | Calls]:
     """Every row's gold, before a model is asked anything: a bad one stops the run.
 
     Raises:
@@ -29,16 +30,16 @@ def references(track: Track, examples: list[Example]) -> list[Reference]:
     return [track.reference(example) for example in examples]
 
 
-def score_replies(track: Track, gold: list[Reference], replies: Iterable[Reply]) -> list[Scored]:
+def score_replies(track: Track, gold: list[Reference | Calls], replies: Iterable[Reply]) -> list[Scored]:
     """Score replies against their rows' gold, in order."""
-    return [track.score(reference, reply.text, reply.finish_reason) for reference, reply in zip(gold, replies, strict=True)]
+    return [track.score(reference, reply.text, reply.finish_reason, reply.calls) for reference, reply in zip(gold, replies, strict=True)]
 
 
 def evaluate(
     track_name: str,
     client: Client,
     examples: list[Example],
-    gold: list[Reference],
+    gold: list[Reference | Calls],
     batch_size: int,
 ) -> list[Row]:
     """Ask a client for every row, `batch_size` at a time, and score the replies: for rows that fit in memory.

@@ -40,7 +40,7 @@ def repeat_rows(
         clock = Stopwatch()
         for index, reply in outage.replies(_stream(client, track, chosen), _probe(client, track, chosen), done):
             right = score_row(track, chosen[index], reply).scored.strict.exact
-            told = {"text": reply.text, "exact": right, "failed": reply.finish_reason == "error", "counts": reply.counts, "seconds": clock.lap()}
+            told = {"text": reply.shown, "exact": right, "failed": reply.finish_reason == "error", "counts": reply.counts, "seconds": clock.lap()}
             journal.keep(names[index], told)
     again = {index: [journal.kept[f"repeat {run} {index}"] for run in range(2, runs + 1)] for index in chosen}
     different = changed = compared = 0

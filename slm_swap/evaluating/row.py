@@ -8,10 +8,12 @@ from typing import Any
 
 from slm_swap.clients.protocol import Client, Reply
 from slm_swap.common.reports import json_line, json_text
+from slm_swap.rows.conversations import unsaid
 from slm_swap.rows.examples import Example
 from slm_swap.rows.lines import text_hash
 from slm_swap.scoring.measured import unmeasured
 from slm_swap.scoring.metrics import MATCHERS, Reference, Scored
+from slm_swap.scoring.several import Calls
 from slm_swap.scoring.tracks import TRACKS, Track
 
 
@@ -38,7 +40,8 @@ class Row:
         return (
             f'{{"id": {json_text(example.id)}, "group": {json_text(example.group)}, "tool": {json_text(self.tool)}, '
             f'"prompt_sha256": "{text_hash(example.prompt)}", '
-            f'"reply": {json_text(reply.text)}, "reference": {json_text(example.completion)}, '
+            f'"reply": {json_text(reply.shown)}, "calls": {json_line(reply.calls)[:-1] if reply.calls is not None else "null"}, '
+            f'"reference": {json_text(example.completion)}, '
             f'{_scores_json(track.title, self.scored)}, "finish_reason": {json_text(reply.finish_reason)}, '
             f'"reply_error": {json_text(reply.error)}, "cut": {json_line(reply.cut)[:-1] if reply.cut else "null"}, '
             f'"tokens": {{"input": {_number(reply.input_tokens)}, "cached": {_number(reply.cached_tokens)}, '
@@ -64,19 +67,11 @@ def score_row(track: Track, example: Example, reply: Reply, client: Client | Non
     return make_row(track, example, gold, reply, client)
 
 
-def make_row(track: Track, example: Example, gold: Reference, reply: Reply, client: Client | None = None) -> Row:
+def make_row(track: Track, example: Example, gold: Reference | Calls, reply: Reply, client: Client | None = None) -> Row:
     """`score_row` where the gold is parsed already."""
     if reply.finish_reason == "length" and reply.cut is None:
         reply = replace(reply, cut=cut_of(reply, example.completion, client))
-    return Row(example, reply, track.score(gold, reply.text, reply.finish_reason), tool_of(gold))
-
-
-def tool_of(gold: Reference) -> str | None:
-    """The tool that a row's gold calls: the call's name, or a structured object's `tool_name`; None where there is none."""
-    name = gold.parsed.name
-    if name is None and isinstance(gold.parsed.value, dict):
-        name = gold.parsed.value.get("tool_name")
-    return name if isinstance(name, str) else None
+    return Row(example, reply, track.score(gold, reply.text, reply.finish_reason, reply.calls), gold.tool)
 
 
 def cut_of(reply: Reply, reference: str, client: Client | None) -> dict[str, Any]:
@@ -97,7 +92,7 @@ def read_reply(line: dict[str, Any]) -> Reply:
     """The reply of a line of `Row.to_json`; an older file's line lacks what came to the rows file later."""
     tokens = line["tokens"]
     return Reply(
-        line["reply"],
+        unsaid(line["reply"], line.get("calls")),
         line["finish_reason"],
         tokens["input"],
         tokens["output"],
@@ -107,4 +102,5 @@ def read_reply(line: dict[str, Any]) -> Reply:
         reasoning_tokens=tokens.get("reasoning"),
         cut=line.get("cut"),
         load=line.get("load"),
+        calls=line.get("calls"),
     )

@@ -88,10 +88,20 @@ def reply_text(calls: list[dict[str, Any]] | None, value: Any = None, content: s
     return "\n".join(call_text(call["name"], dump_json(call["arguments"])) for call in calls) or content or ""
 
 
+def said(text: str | None, calls: list[dict[str, str]] | None) -> str:
+    """A text, then calls of `{"name", "arguments": JSON}` one a line."""
+    lines = [call_text(call["name"], call["arguments"]) for call in calls or ()]
+    return "\n".join([*([text] if text else []), *lines])
+
+
+def unsaid(shown: str, calls: list[dict[str, str]] | None) -> str:
+    """The text that `said` was given, with the same calls."""
+    return shown.removesuffix(said(None, calls)).removesuffix("\n") if calls else shown
+
+
 def turn_text(message: dict[str, Any]) -> str:
     """What an assistant's message says: its content, then its calls one a line."""
-    calls = [call_text(call["function"]["name"], call["function"]["arguments"]) for call in message.get("tool_calls", ())]
-    return "\n".join([*([message["content"]] if message["content"] else []), *calls])
+    return said(message["content"], [call["function"] for call in message.get("tool_calls", ())])
 
 
 def conversation_text(messages: list[dict[str, Any]]) -> str:

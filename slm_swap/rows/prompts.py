@@ -65,7 +65,11 @@ def request_of(track: str, example: Example) -> Request:
     """
     if asked_natively(example):
         return _native(track, example)
-    return text_request(track, example.prompt) if example.messages is None else Request(_as_text(track, example))
+    if example.messages is not None:
+        return Request(_as_text(track, example))
+    if track == "structured" and example.completion.lstrip()[:1] == "[":  # the documented words speak of an object
+        return Request([{"role": "system", "content": CONVERSATION_PROMPTS[track]}, {"role": "user", "content": example.prompt}])
+    return text_request(track, example.prompt)
 
 
 def text_request(track: str, prompt: str) -> Request:

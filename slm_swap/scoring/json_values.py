@@ -56,6 +56,19 @@ def decode_at(text: str, at: int) -> tuple[Any, int]:
     return value, end
 
 
+def arrays_in(text: str) -> list[tuple[list, int]]:
+    """The whole JSON arrays that stand in a text, outermost only, each with the position behind it."""
+    found, at = [], text.find("[")
+    while at >= 0:
+        try:
+            value, end = decode_at(text, at)
+            found.append((value, end))
+        except ValueError:
+            end = at + 1
+        at = text.find("[", end)
+    return found
+
+
 def objects_in(text: str, start: int = 0) -> list[tuple[dict, int]]:
     """The whole JSON objects that stand in a text behind `start`, outermost only, each with the position behind it.
 

@@ -14,6 +14,8 @@ A miss has the first of these errors that holds:
 - `bad_json`: a `{` stands in the text, but no whole JSON object (syntax, a duplicate key, NaN, nested too deeply, cut off).
 - `extra_text`: a whole reply stands in the text, and so does something else: prose, a code fence, a second object or call.
 - `wrong_shape`: JSON, but no whole reply: not an object, or no wrapper or another one around it.
+- `unwanted_call`: a call where none is due; `no_call`: none where one is due; `missing_call`, `extra_call`: fewer or more than are
+  due. (Where a row is `{prompt, completion}`, exactly one call is due; plain text is `no_json` then, and a second call `extra_text`.)
 - `wrong_tool`, then the differences between the two objects: `missing_argument` and `extra_argument` (keys, at any depth),
   `wrong_type` (another JSON type) and `wrong_value` (also a list of another length).
 """
@@ -25,11 +27,11 @@ from typing import Any, NamedTuple
 from slm_swap.rows.json_schema import coerce, with_defaults
 from slm_swap.rows.schema_parts import allows_text, item_schema, known_property
 from slm_swap.scoring.json_values import Leaf, json_type, leaves, same, size
-from slm_swap.scoring.replies import InvalidReply, Parsed, Parser
+from slm_swap.scoring.replies import InvalidReply, Parsed, Parser, native_calls
 
 ERRORS = (
-    "filtered", "refused", "prompt_too_long", "truncated", "no_json", "bad_json", "extra_text", "wrong_shape", "wrong_tool",
-    "missing_argument", "extra_argument", "wrong_type", "wrong_value",
+    "filtered", "refused", "prompt_too_long", "truncated", "no_json", "bad_json", "extra_text", "wrong_shape", "unwanted_call",
+    "no_call", "missing_call", "extra_call", "wrong_tool", "missing_argument", "extra_argument", "wrong_type", "wrong_value",
 )  # fmt: skip
 MATCHERS = ("strict", "schema", "lenient")
 UNSCORED = {  # such a text is no answer
@@ -41,9 +43,10 @@ UNSCORED = {  # such a text is no answer
 
 
 class Match(NamedTuple):
-    """How one reply compares with its reference: three yes-no answers and the counts behind precision and recall.
+    """How one reply compares with its reference: yes-no answers and the counts behind precision and recall.
 
-    `predicted` and `expected` count leaves, `matched` those in both; with the wrong tool `matched` is 0.
+    `predicted` and `expected` count leaves, `matched` those in both; with the wrong tool `matched` is 0. `due` is whether a call is
+    due, and `decided` whether the model called exactly if so: None where the row always wants one call, or a JSON value.
     """
 
     valid: bool
@@ -52,6 +55,8 @@ class Match(NamedTuple):
     matched: int
     predicted: int
     expected: int
+    due: bool | None = None
+    decided: bool | None = None
 
     @property
     def precision(self) -> float:
@@ -79,6 +84,13 @@ class Reference:
     text: str | None = None
 
     @cached_property
+    def tool(self) -> str | None:
+        """The tool that the gold calls: the call's name, or a structured object's `tool_name`."""
+        value = self.parsed.value
+        name = self.parsed.name or (value.get("tool_name") if isinstance(value, dict) else None)
+        return name if isinstance(name, str) else None
+
+    @cached_property
     def leaves(self) -> frozenset[Leaf]:
         return leaves(self.parsed.value)
 
@@ -94,8 +106,9 @@ class Reference:
     @cached_property
     def nested(self) -> bool:
         """Whether a structured gold is `{"tool_name", "arguments"}`, so that `accept` speaks of what stands under `arguments`."""
-        call = self.parsed.name is None and "tool_name" in self.parsed.value
-        return call and isinstance(self.parsed.value.get("arguments"), dict)
+        value = self.parsed.value
+        call = self.parsed.name is None and isinstance(value, dict) and "tool_name" in value
+        return call and isinstance(value.get("arguments"), dict)
 
     @cached_property
     def options(self) -> "_Options":
@@ -123,6 +136,8 @@ class Reference:
         return leaves(with_defaults(value, self.schema))
 
     def _replaced(self, value: dict[str, Any], gold: dict[str, Any], options: "_Options", folded: bool) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            return value
         if not self.nested:
             return options.replace(value, gold, folded)
         if not isinstance(value.get("arguments"), dict):
@@ -139,8 +154,10 @@ class Scored(NamedTuple):
     error: str | None
 
 
-def score(parse: Parser, reference: Reference, text: str, finish_reason: str = "stop") -> Scored:
-    """Score one reply.
+def score(
+    parse: Parser, reference: Reference, text: str, finish_reason: str = "stop", calls: list[dict[str, str]] | None = None
+) -> Scored:
+    """Score one reply to a row that wants one call or one JSON value; `calls` are a native reply's.
 
     A filtered, refused or failed reply, and one to a prompt longer than the context, scores 0 whatever its text; a truncated one is scored as it stands (a reply may be whole
     when the limit cuts it), and its error is `truncated` where it misses.
@@ -150,22 +167,51 @@ def score(parse: Parser, reference: Reference, text: str, finish_reason: str = "
         return Scored(missed, missed, missed, UNSCORED[finish_reason])
     gold = reference.parsed
     try:
-        parsed = gold if text == reference.text else parse(text)
+        if calls is None or (gold.name is None and not calls):
+            parsed = gold if text == reference.text else parse(text, like=gold.value)
+        else:
+            parsed = _one_call(parse, gold, text, calls)
     except InvalidReply as invalid:
-        strict, error, parsed = _missed(reference), invalid.error, _leniently(parse, text)
+        strict, error = _missed(reference), invalid.error
+        parsed = _leniently(parse, text, gold) if calls is None else None
         schema, lenient = strict, _loose_matches(parsed, reference)[1] if parsed else strict
     else:
-        if parsed is gold or (parsed.name == gold.name and same(parsed.value, gold.value)):
-            return _exact(parsed.value)
-        taken = parsed
-        if reference.accept and parsed.name == gold.name:
-            taken = Parsed(reference.take(parsed.value), parsed.name)
-            if same(taken.value, gold.value):
-                return _exact(taken.value)
-        strict = _match(leaves(taken.value), reference.leaves, taken.name == gold.name)
-        schema, lenient = _loose_matches(parsed, reference)
-        error = _difference_error(taken, gold)
-    return Scored(strict, schema, lenient, "truncated" if finish_reason == "length" else error)
+        strict, schema, lenient, error = compared(parsed, reference)
+    return Scored(strict, schema, lenient, "truncated" if finish_reason == "length" and error else error)
+
+
+def _one_call(parse: Parser, gold: Parsed, text: str, calls: list[dict[str, str]]) -> Parsed:
+    """The one call of a native reply.
+
+    Raises:
+        InvalidReply: there is none, more than one, its arguments are no JSON object, or a JSON value was wanted.
+    """
+    if gold.name is None:
+        raise InvalidReply("unwanted_call", "a call instead of a JSON value")
+    if not calls:
+        try:
+            parse(text)
+        except InvalidReply as invalid:
+            raise InvalidReply(invalid.error if invalid.error != "extra_text" else "wrong_shape", str(invalid)) from None
+        raise InvalidReply("wrong_shape", "a call in the reply's text instead of a tool call")
+    (call, *others) = native_calls(calls)
+    if others:
+        raise InvalidReply("extra_call", f"{len(calls)} calls instead of one")
+    return call
+
+
+def compared(parsed: Parsed, reference: Reference) -> Scored:
+    """One well-formed reply against its reference."""
+    gold = reference.parsed
+    if parsed is gold or (parsed.name == gold.name and same(parsed.value, gold.value)):
+        return _exact(parsed.value)
+    taken = parsed
+    if reference.accept and parsed.name == gold.name:
+        taken = Parsed(reference.take(parsed.value), parsed.name)
+        if same(taken.value, gold.value):
+            return _exact(taken.value)
+    strict = _match(leaves(taken.value), reference.leaves, taken.name == gold.name)
+    return Scored(strict, *_loose_matches(parsed, reference), _difference_error(taken, gold))
 
 
 def _exact(value: dict[str, Any]) -> Scored:
@@ -175,9 +221,9 @@ def _exact(value: dict[str, Any]) -> Scored:
     return Scored(match, match, match, None)
 
 
-def _leniently(parse: Parser, text: str) -> Parsed | None:
+def _leniently(parse: Parser, text: str, gold: Parsed) -> Parsed | None:
     try:
-        return parse(text, lenient=True)
+        return parse(text, lenient=True, like=gold.value)
     except InvalidReply:
         return None
 
@@ -193,7 +239,8 @@ def _match(predicted: frozenset[Leaf], expected: frozenset[Leaf], right_tool: bo
 
 def _difference_error(parsed: Parsed, gold: Parsed) -> str:
     """The first of ERRORS that holds for a well-formed reply that is not equal to its reference."""
-    if parsed.name != gold.name or ("tool_name" in gold.value and _differs_at(parsed, gold, "tool_name")):
+    named = gold.name is None and isinstance(gold.value, dict) and "tool_name" in gold.value
+    if parsed.name != gold.name or (named and _differs_at(parsed, gold, "tool_name")):
         return "wrong_tool"
     found: set[str] = set()
     _collect(gold.value, parsed.value, found)

@@ -65,6 +65,7 @@ def read_evaluation(path: str | Path, track: Track, with_rows: bool) -> Evaluati
         raise UserError(
             f"{shown} is of track {report.get('track')!r}, not {track.title}: give reports of the same track as --track"
         )
+    track = track.with_metrics(report["metrics"])
     missing = [name for name in track.gate if not _is_share(report["metrics"].get(name))]
     if missing:
         raise UserError(f"{shown} has no usable {', '.join(missing)} among its metrics: make it again with {MADE_BY}")

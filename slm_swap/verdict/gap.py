@@ -4,14 +4,16 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from slm_swap.scoring.json_values import leaves, parse_json
 from slm_swap.scoring.measured import unmeasured
-from slm_swap.scoring.metrics import InvalidReply, same
+from slm_swap.scoring.replies import native_calls, parse_calls
 from slm_swap.scoring.tracks import Track
 from slm_swap.verdict.decision import Decision
 from slm_swap.verdict.evaluations import cluster_labels, values_of
 
 KINDS = {  # what went wrong, and the errors of metrics.ERRORS that say so
     "format": ("no_json", "bad_json", "extra_text", "wrong_shape"),
+    "calls": ("unwanted_call", "no_call", "missing_call", "extra_call"),
     "wrong_tool": ("wrong_tool",),
     "missing": ("missing_argument",),
     "extra": ("extra_argument",),
@@ -23,6 +25,7 @@ KINDS = {  # what went wrong, and the errors of metrics.ERRORS that say so
     "failed": (),  # a request that was never answered, whatever its error
 }
 FORM = ("no_json", "bad_json", "extra_text", "wrong_shape")
+COUNT = ("unwanted_call", "no_call", "missing_call", "extra_call")
 CALL = ("wrong_tool", "missing_argument", "extra_argument", "wrong_type")
 FINE_TUNING = "fine-tuning"
 # The cheapest first: what, every error that it could close, and the matcher that says what is right already without it. The errors
@@ -32,12 +35,12 @@ REMEDIES = (
     ("a larger --max-new-tokens", ("limit",), None),
     ("a shorter prompt, or a model with a longer context", ("prompt_too_long",), None),
     ("the prompt's wording, or the model's native tool format", FORM, "lenient"),
-    ("a few examples in the prompt (few-shot)", (*FORM, *CALL, "wrong_value"), "schema"),
+    ("a few examples in the prompt (few-shot)", (*FORM, *COUNT, *CALL, "wrong_value"), "schema"),
     ("constrained decoding by the JSON Schema", (*FORM, *CALL, "truncated"), "schema"),
     ("the content filter's settings, or those rows to the other model", ("filtered", "refused"), None),
-    (FINE_TUNING, (*FORM, *CALL, "wrong_value", "truncated"), "schema"),
+    (FINE_TUNING, (*FORM, *COUNT, *CALL, "wrong_value", "truncated"), "schema"),
 )
-ANSWERS = {*CALL, "wrong_value"}  # whole replies that miss the reference
+ANSWERS = {*COUNT, *CALL, "wrong_value"}  # whole replies that miss the reference
 
 
 def gap(azure: Sequence[dict], slm: Sequence[dict], track: Track) -> dict[str, Any]:
@@ -144,10 +147,21 @@ def _agree(track: Track, left: dict, right: dict) -> bool:
     if not {left["error"], right["error"]} <= ANSWERS:
         return False
     try:
-        parsed = [track.parse(row["reply"]) for row in (left, right)]
-    except InvalidReply:
+        return _answer(track, left) == _answer(track, right)
+    except ValueError:
         return False
-    return parsed[0].name == parsed[1].name and same(parsed[0].value, parsed[1].value)
+
+
+def _answer(track: Track, row: dict) -> Counter:
+    """What a reply says: its calls, or its JSON value, by their leaves.
+
+    Raises:
+        ValueError: it is not well-formed.
+    """
+    if track.name is None:
+        return Counter([leaves(parse_json(row["reply"]))])
+    calls = parse_calls(row["reply"]) if row.get("calls") is None else native_calls(row["calls"])
+    return Counter((call.name, leaves(call.value)) for call in calls)
 
 
 def gains(

@@ -107,6 +107,7 @@ def test_a_line_of_the_rows_file():
         "tool": None,
         "prompt_sha256": text_hash("p1"),
         "reply": '{"a":9}',
+        "calls": None,
         "reference": '{"a":1}',
         "scores": {"json_valid": 1, "exact_match": 0, "field_precision": 0, "field_recall": 0, "field_f1": 0},
         "error": "wrong_value",

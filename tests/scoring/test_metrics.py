@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from slm_swap.rows.examples import Example
 from slm_swap.scoring.json_values import leaves, parse_json, same, size
-from slm_swap.scoring.metrics import ERRORS, MATCHERS
+from slm_swap.scoring.metrics import ERRORS, MATCHERS, Match
 from slm_swap.scoring.replies import InvalidReply, parse_structured, parse_toolcall
 from slm_swap.scoring.tracks import TRACKS
 
@@ -301,8 +301,8 @@ def test_errors_of_toolcall_texts(reply, error):
 
 def test_the_errors_are_the_design_s():
     assert ERRORS == (
-        "filtered", "refused", "prompt_too_long", "truncated", "no_json", "bad_json", "extra_text", "wrong_shape", "wrong_tool",
-        "missing_argument", "extra_argument", "wrong_type", "wrong_value",
+        "filtered", "refused", "prompt_too_long", "truncated", "no_json", "bad_json", "extra_text", "wrong_shape", "unwanted_call",
+        "no_call", "missing_call", "extra_call", "wrong_tool", "missing_argument", "extra_argument", "wrong_type", "wrong_value",
     )  # fmt: skip
     assert MATCHERS == ("strict", "schema", "lenient")
 
@@ -387,7 +387,7 @@ def test_empty_against_something_is_zero():
 
 def test_an_invalid_reply_is_zero_everywhere():
     match = structured('{"a":1,"b":2}', "none").strict
-    assert match == (False, False, False, 0, 0, 2) and (match.precision, match.recall, match.f1) == (0, 0, 0)
+    assert match == Match(False, False, False, 0, 0, 2) and (match.precision, match.recall, match.f1) == (0, 0, 0)
 
 
 def test_the_wrong_tool_has_no_right_arguments():

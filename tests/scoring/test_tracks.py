@@ -87,7 +87,7 @@ def test_nothing_right_and_nothing_at_all():
         ("structured", '{"a":1,"a":2}', "bad_json"),
         ("structured", '{"a":NaN}', "bad_json"),
         ("structured", '```\n{"a":1}\n```', "extra_text"),
-        ("structured", "[1]", "wrong_shape"),
+        ("structured", "1", "wrong_shape"),
         ("toolcall", '{"a":1}', "wrong_shape"),
         ("toolcall", '<tool_call name="f">{"a":}</tool_call>', "bad_json"),
         ("toolcall", 'Sure: <tool_call name="f">{"a":1}</tool_call>', "extra_text"),

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import read_json, sha256_file
 from slm_swap.common.settings import display_path, find_path
+from slm_swap.rows.conversations import conversation_text, normalized
 from slm_swap.rows.lines import read_jsonl, text_hash
-from slm_swap.scoring.tracks import TRACKS, Track
+from slm_swap.scoring.tracks import TRACKS
 from slm_swap.verdict.decision import EXIT_CODES
-from slm_swap.verdict.evaluations import QUESTIONS
+from slm_swap.verdict.evaluations import QUESTIONS, tool_of
 from slm_swap.verdict.html_report.text import all_visible, visible, word_diff
 
 MADE_BY = "03_compare/compare.py"
@@ -293,7 +295,7 @@ class Rows:
 
     def group(self, row: dict[str, Any]) -> str:
         """The row's group; the tool that its reference calls where tools are what is compared, or no group is given."""
-        return (tool_of(self.track, row["reference"]) if self.by_tool or not row.get("group") else None) or row.get("group") or ""
+        return (tool_of(row, self.track) if self.by_tool or not row.get("group") else None) or row.get("group") or ""
 
     def side(self, row: dict[str, Any]) -> dict[str, Any]:
         """What one model did: whether it was right, the error, and the difference between its reply and the reference."""
@@ -352,15 +354,15 @@ def dataset(inputs: dict[str, Any] | None) -> Path | None:
 
 def prompts_of(path: Path) -> dict[str, str]:
     """The prompts of a dataset by the hash that rows files know them by."""
-    prompts = (row["prompt"] for _, row in read_jsonl(path) if isinstance(row, dict) and isinstance(row.get("prompt"), str))
-    return {text_hash(prompt): prompt for prompt in prompts if not HALF_PAIR.search(prompt)}
+    return {text_hash(prompt): prompt for prompt in _prompts(path) if not HALF_PAIR.search(prompt)}
 
 
-def tool_of(track: Track, reference: str) -> str | None:
-    """The tool that a reference calls; None where it calls none."""
-    try:
-        parsed = track.parse(reference)
-    except ValueError:
-        return None
-    name = parsed.name or parsed.value.get("tool_name")
-    return name if isinstance(name, str) else None
+def _prompts(path: Path) -> Iterator[str]:
+    for _, row in read_jsonl(path):
+        if isinstance(row, dict) and isinstance(row.get("prompt"), str):
+            yield row["prompt"]
+        elif isinstance(row, dict) and "messages" in row:
+            with suppress(UserError):  # the evaluation had another file under that name
+                yield conversation_text(normalized(row["messages"], ""))
+
+

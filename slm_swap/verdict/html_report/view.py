@@ -21,7 +21,7 @@ class Page:
 
     def __init__(self, decision: dict[str, Any]):
         self.decision = decision
-        self.track = TRACKS[decision["track"]]
+        self.track = TRACKS[decision["track"]].with_metrics(decision["metrics"])
         self.exact = f"{self.track.exact}_rate"
         given = decision["labels"] or {}
         self.labels = {
