@@ -217,14 +217,16 @@ class ChatClient:
                 self._loop.call_soon_threadsafe(cancel)
 
     async def _ask(self, request: Request) -> Reply:
-        reply = None
         if not self._tried:  # one row goes ahead: a wrong key or a parameter to drop costs one refusal, not `concurrency`
             async with self._first:
                 if not self._tried:
-                    reply = await self._ask_now(request)
+                    reply = await self._ask_and_look(request)
                     self._tried = not self._denied  # a row that was denied says nothing of the next one
-        if reply is None:
-            reply = await self._ask_now(request)
+                    return reply
+        return await self._ask_and_look(request)
+
+    async def _ask_and_look(self, request: Request) -> Reply:
+        reply = await self._ask_now(request)
         if self._denied >= self._suspicious:
             await self._check_key()
         return reply
