@@ -286,8 +286,7 @@ class ChatClient:
         return replace(reply, text=self._clean(reply.text), calls=calls)
 
     def _clean(self, text: str) -> str:
-        """What a model wrote, in a form that can always be written to a file: through UTF-16, halves of surrogate pairs join or become
-        U+FFFD."""
+        """What a model wrote as any file can hold it: through UTF-16, halves of surrogate pairs join or become U+FFFD."""
         return self._scrub(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), SHORTEST_SECRET)
 
     def _drop_rejected(self, refusal: Refusal, sent: dict[str, Any]) -> bool:
