@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from slm_swap.clients.completions import content_text, read_calls, read_usage
 from slm_swap.clients.protocol import Reply
 from slm_swap.common.errors import UserError
+from slm_swap.rows.conversations import unsaid
 
 FINISH_REASONS = ("stop", "length", "prompt_too_long", "content_filter", "refusal", "error")
 # The words of others, in any case: OpenAI and Azure, Anthropic, Bedrock, Gemini, Mistral, Cohere, Text Generation Inference.
@@ -49,8 +50,10 @@ def read_recorded(line: Any, where: str, decode: Callable[[bytes], Any] = json.l
             f"{where}: `{name or FIELDS[0]}` must be a text, the model's reply as it came (empty where there was none), or a message, a list "
             "of tool calls or a chat completion in OpenAI's form"
         )
-    # A rows file of 01_eval/eval.py has a native reply's calls beside its text; in other files, `calls` is what a row wants.
-    calls = _own_calls(line["calls"], where) if name == "reply" and line.get("calls") is not None else said.calls
+    if name == "reply" and line.get("calls") is not None and isinstance(line["reply"], str):
+        # A rows file of 01_eval/eval.py has a native reply's calls beside its text too; in other files, `calls` is what a row wants.
+        calls = _own_calls(line["calls"], where)
+        said = said._replace(text=unsaid(line["reply"], calls), calls=calls)
     reason = _reason(line.get("finish_reason") or said.reason or "stop", where)
     tokens = line.get("tokens") if isinstance(line.get("tokens"), dict) else {}
     counts = {f"{name}_tokens": tokens[name] for name in ("input", "output", "cached", "reasoning") if type(tokens.get(name)) is int}
@@ -62,7 +65,7 @@ def read_recorded(line: Any, where: str, decode: Callable[[bytes], Any] = json.l
         seconds=float(seconds) if isinstance(seconds, (int, float)) else 0.0,
         error=_writable(error) if isinstance(error, str) else None,
         cut=cut if reason == "length" and isinstance(cut, dict) else None,
-        calls=None if calls is None else [{name: _writable(text) for name, text in call.items()} for call in calls],
+        calls=said.calls and [{name: _writable(text) for name, text in call.items()} for call in said.calls],
         **counts,
     )
 

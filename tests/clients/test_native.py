@@ -263,3 +263,37 @@ def test_halves_of_surrogate_pairs_and_the_key_in_calls():
     with served(script) as (_, client):
         (reply,) = client.generate(asked(rows=ROWS[:1]))
     assert reply.calls == [{"name": "f", "arguments": '{"a": "x\ufffd ***"}'}]
+
+
+# The whole way
+
+
+def test_an_evaluation_and_its_replay_score_the_same(run_script, eval_script, write_rows, tmp_path, monkeypatch):
+    path = write_rows("rows.jsonl", [example.to_json() for example in ROWS])
+    with Scripted(ROWS, plain, key=KEY) as server:
+        values = {"ENDPOINT": server.url, "DEPLOYMENT": "simulator", "API_KEY": KEY, "API_VERSION": "2024-10-21"}
+        for name, value in values.items():
+            monkeypatch.setenv(f"AZURE_{name}", value)
+        words = ["--track", "toolcall", "--dataset", path, "--out"]
+        code, _, said = run_script(eval_script, *words, tmp_path / "azure.json", "--model-kind", "azure")
+        assert code == 0, said
+    replies = tmp_path / "azure.rows.jsonl"
+    code, _, said = run_script(eval_script, *words, tmp_path / "replay.json", "--model-kind", "replay", "--replies", replies)
+    assert code == 0, said
+    asked, replayed = (json.loads((tmp_path / name).read_text()) for name in ("azure.json", "replay.json"))
+    assert asked["metrics"] == replayed["metrics"] and asked["metrics"]["args_exact_rate"] == asked["metrics"]["decision_match_rate"] == 1.0
+    lines = [[json.loads(line)["reply"] for line in (tmp_path / f"{name}.rows.jsonl").read_text().splitlines()] for name in ("azure", "replay")]
+    assert lines[0] == lines[1]
+
+
+def test_replies_recorded_in_openais_form_are_not_scored_0(run_script, eval_script, write_rows, tmp_path):
+    """Of a prompt with its completion too, as a team's log has them."""
+    rows = [{"id": "a", "prompt": "p", "completion": '<tool_call name="order_status">{"order":"A1"}</tool_call>'}]
+    recorded = [{"type": "function", "function": {"name": "order_status", "arguments": '{"order": "A1"}'}}]
+    message = {"role": "assistant", "content": None, "tool_calls": recorded}
+    for number, prediction in enumerate((recorded, message, json.dumps(recorded), json.dumps(message), {"choices": [{"message": message}]})):
+        replies = write_rows(f"{number}.replies.jsonl", [{"id": "a", "prediction": prediction, "finish_reason": "tool_calls"}])
+        words = ["--track", "toolcall", "--model-kind", "replay", "--dataset", write_rows("rows.jsonl", rows), "--replies", replies]
+        code, _, said = run_script(eval_script, *words, "--out", tmp_path / f"{number}.json")
+        assert code == 0, said
+        assert json.loads((tmp_path / f"{number}.json").read_text())["metrics"]["args_exact_rate"] == 1.0

@@ -116,7 +116,8 @@ def test_a_word_that_nobody_knows_is_refused_with_the_list():
 
 def test_the_calls_of_a_rows_file_are_read_and_those_that_a_row_wants_are_not():
     calls = [{"name": "f", "arguments": '{"a": 1}'}]
-    assert read({"reply": "so", "calls": calls, "reference": "x"}) == Reply("so", calls=calls)
+    assert read({"reply": 'so\n<tool_call name="f">{"a": 1}</tool_call>', "calls": calls, "reference": "x"}) == Reply("so", calls=calls)
+    assert read({"reply": '<tool_call name="f">{"a": 1}</tool_call>', "calls": calls}) == Reply("", calls=calls)
     assert read({"reply": "", "calls": []}) == Reply("", calls=[])
     assert read({"reply": "so", "calls": None}) == Reply("so")
     assert read({"prediction": "so", "calls": [{"name": "f", "arguments": {}}]}) == Reply("so")
