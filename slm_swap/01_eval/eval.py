@@ -125,6 +125,8 @@ def main(argv: list[str] | None = None) -> int:
                     raise UserError(f"{display_path(out)} is finished, and an experiment is recorded as rows are asked: pass --overwrite or another --out")
                 print(f"nothing to ask: the report of these rows is finished (--overwrite asks them anew)\nreport: {display_path(out)}")
                 return 0
+            if empty := getattr(client, "warning", None):
+                warn(empty)
             told, read = client.describe(), {"split": name, "dataset": inputs["path"], "dataset_sha256": inputs["sha256"]}
             model = {"model": model_name(told), "engine": told.get("engine", args.model_kind)}
             metadata = run_metadata(args) | read | model | {"report": display_path(out)}

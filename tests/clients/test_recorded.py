@@ -137,3 +137,11 @@ def test_empty_replies_are_counted(write_rows):
     lines.append({"id": "of no row", "prediction": ""})
     assert ReplayClient(write_rows("r.jsonl", lines), examples).warning == "3 of 6 recorded replies are empty: was the recording complete?"
     assert ReplayClient(write_rows("full.jsonl", [{"id": "r0", "prediction": "x"}]), examples[:1]).warning is None
+
+
+def test_an_evaluation_warns_of_empty_replies(run_script, eval_script, write_rows, tmp_path):
+    rows = [{"id": f"r{n}", "prompt": "p", "completion": "{}"} for n in range(3)]
+    replies = write_rows("r.jsonl", [{"id": f"r{n}", "prediction": "{}" if n else ""} for n in range(3)])
+    words = ["--track", "structured", "--model-kind", "replay", "--dataset", write_rows("rows.jsonl", rows), "--replies", replies]
+    code, _, said = run_script(eval_script, *words, "--out", tmp_path / "out.json")
+    assert code == 0 and "warning: 1 of 3 recorded replies are empty: was the recording complete?" in said
