@@ -148,7 +148,9 @@ def load_rows(args: argparse.Namespace, kinds: Sequence[str]) -> tuple[list[Exam
         UserError: the file is missing, empty or has a bad line.
     """
     dataset, inputs, name = find_rows(args, kinds)
-    return list(dataset), inputs, name
+    rows = list(dataset)
+    warn_of_unknown_fields(dataset)
+    return rows, inputs, name
 
 
 def client_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -198,6 +200,13 @@ def quieten(rank: int) -> None:
         os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     if rank or not sys.stderr.isatty():
         os.environ["TQDM_DISABLE"] = "1"
+
+
+def warn_of_unknown_fields(dataset: Dataset) -> None:
+    """Name the fields that nothing reads: perhaps a slip that loses a system text or a list of acceptable values."""
+    if dataset.unknown:
+        told = ", ".join(f"{name} ({count} rows)" for name, count in dataset.unknown.most_common(5))
+        warn(f"fields that nothing reads: {told}")
 
 
 def warn(message: str) -> None:

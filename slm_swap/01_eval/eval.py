@@ -32,6 +32,7 @@ from slm_swap.cli import (
     run_metadata,
     tracing_options,
     warn,
+    warn_of_unknown_fields,
 )
 from slm_swap.clients.protocol import MODEL_KINDS, Client
 from slm_swap.clients.replicas import fork_replica, take_one_gpu
@@ -107,6 +108,7 @@ def main(argv: list[str] | None = None) -> int:
     connection = connect(settings, tracing_options(args, settings))
     dataset, inputs, name = find_rows(args, [args.model_kind])
     tally = check_rows(args.track, dataset)
+    warn_of_unknown_fields(dataset)
     out = args.out = args.out or PACKAGE / f"01_eval/reports/{args.track}_{args.model_kind}_{name}.json"
     check_out(out, rows_path(out), journal_path(out), inputs=[inputs["path"], args.replies])
     asked = {"schema_version": SCHEMA_VERSION, "track": args.track, "dataset_sha256": inputs["sha256"]}

@@ -37,6 +37,7 @@ class Tally:
         self.seconds: defaultdict[int, array] = defaultdict(lambda: array("d"))  # of answered rows, by how many were asked at a time
         self.contents: list[bytes] = []
         self.prompts: list[bytes] = []
+        self.asks: set[str] = set()
 
     def __len__(self) -> int:
         return self.rows
@@ -44,7 +45,14 @@ class Tally:
     def expect(self, example: Example) -> None:
         """Note what a row says and asks; its reply comes with `add`."""
         self.contents.append(bytes.fromhex(example.content_hash))
-        self.prompts.append(bytes.fromhex(text_hash(str(request_of(self.track.title, example).key()))))
+        request = request_of(self.track.title, example)
+        self.prompts.append(bytes.fromhex(text_hash(str(request.key()))))
+        self.asks.add("native" if request.native else "text")
+
+    @property
+    def ask(self) -> str:
+        """How the rows are asked: one of prompts.ASKS, or "both"."""
+        return "both" if len(self.asks) > 1 else next(iter(self.asks))
 
     @property
     def prompt_sha256(self) -> str:
@@ -156,6 +164,7 @@ def make_report(
         "inputs": inputs | {"rows": count, "rows_sha256": hash_of_hashes(tally.contents)},
         # What was said to a model whose replies were recorded elsewhere is not known.
         "prompt_sha256": None if client.kind == "replay" else tally.prompt_sha256,
+        "ask": None if client.kind == "replay" else tally.ask,
         **tally.summary(),
         "tokens": sums | {"rows": tally.counted},
         "sessions": sessions,

@@ -119,6 +119,9 @@ def _is_row(row: Any, names: Sequence[str], yes_no: Sequence[str], exact: str) -
     )
 
 
+ASKED = {"text": "as text", "native": "natively (tools, response_format)", "both": "some as text and some natively"}
+
+
 def require_same(azure: Evaluation, other: Evaluation) -> list[str]:
     """Refuse evaluations that do not answer the same question; gives what is not known, for a warning.
 
@@ -149,6 +152,10 @@ def require_same(azure: Evaluation, other: Evaluation) -> list[str]:
     prompts = [side.report.get("prompt_sha256") for side in (azure, other)]
     if None in prompts:
         return ["what a replayed model was asked is not recorded: whether both got the same prompts is not known"]
+    asks = [side.report.get("ask") for side in (azure, other)]
+    if asks[0] != asks[1] and None not in asks and key == "rows_sha256":
+        names = [f"the {model_of(side.report).get('kind')} model {ASKED.get(ask, ask)}" for side, ask in zip((azure, other), asks, strict=True)]
+        return [f"the same rows were asked in two forms: {' and '.join(names)}"]
     if prompts[0] != prompts[1]:
         raise UserError("the reports are of different prompts: evaluate both models with the same version of the code")
     return []

@@ -501,3 +501,11 @@ def test_the_recorded_replies(run_script, eval_script, compare, decision, tmp_pa
     assert told["groups"]["by"] == "tool" and sum(own["rows"] for own in told["groups"]["all"]) == 50
     assert told["gold_audit"]["count"] == 0 and not told["flips"]
     assert told["cost"]["azure"]["per_1000"] is None and told["cost"]["unknown"]
+
+
+def test_the_same_rows_may_be_asked_in_two_forms(compare, make):
+    """Text against native is a question that teams have; the same form with other prompts is still another version of the code."""
+    azure = make("azure", rows=40, changes={"ask": "native", "prompt_sha256": "d" * 64})
+    slm = make("slm", rows=40, changes={"ask": "text"})
+    code, _, error = compare(azure, slm)
+    assert code != 2 and "the same rows were asked in two forms: the azure model natively (tools, response_format) and the slm model as text" in error

@@ -55,7 +55,7 @@ def test_the_gap_adds_up_and_every_error_has_its_kind_and_its_remedy(sides):
     assert (told["metric"], told["azure"], told["slm"], told["difference"]) == ("args_exact_rate", 24 / 32, 6 / 32, 18 / 32)
     rows = {own["kind"]: (own["azure_rows"], own["slm_rows"]) for own in told["errors"]}
     assert rows == {
-        "format": (0, 8), "wrong_tool": (0, 2), "missing": (0, 2), "extra": (0, 2), "type": (0, 2), "value": (8, 2), "truncated": (0, 2),
+        "format": (0, 8), "calls": (0, 0), "wrong_tool": (0, 2), "missing": (0, 2), "extra": (0, 2), "type": (0, 2), "value": (8, 2), "truncated": (0, 2),
         "too_long": (0, 0), "filtered": (0, 4), "failed": (0, 2),
     }  # fmt: skip
     assert sum(own["difference"] for own in told["errors"]) == pytest.approx(told["difference"], abs=1e-12)
