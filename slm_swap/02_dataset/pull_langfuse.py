@@ -3,8 +3,9 @@
     python 02_dataset/pull_langfuse.py --from 2026-01-01 --to 2026-02-01 --name support-bot --out 02_dataset/traffic.jsonl
     python 02_dataset/pull_langfuse.py --from 2026-01-01 --track toolcall --tags production --min-score helpful=0.5
 
-A tool call becomes a toolcall row, a JSON object a structured one; the hosted model's own reply is the reference. Personal data is
-masked. The same command again goes on where a pull was cut off.
+Each generation becomes a conversation row: with calls or without one where tools were on offer (toolcall), or with a JSON value
+(structured). The hosted model's own reply is the reference. Personal data is masked. The same command again goes on where a pull was
+cut off.
 """
 
 import argparse

@@ -1,12 +1,11 @@
-"""Rows of other formats: each importer yields one `Row` or one `Dropped` (with its reason) for every row that it reads.
+"""Rows of public data: xLAM-60k and the Berkeley leaderboard (BFCL), one `Row` or one `Dropped` (with its reason) for every row.
 
-A file that cannot be read, or is not of its format, is the user's to mend and stops the run with its line; the known faults of
-public data (several answers, gold that breaks its own schema, ...) are `Dropped` and counted.
+A file that cannot be read, or is of another form, stops the run with its line; the known faults of public data (gold that breaks its
+own schema, types that nobody knows, ...) are `Dropped` and counted.
 """
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,118 +14,28 @@ from referencing.exceptions import Unresolvable
 
 from slm_swap.common.errors import UserError
 from slm_swap.common.exact_json import EXACT, ExactEncoder
-from slm_swap.common.settings import display_path
-from slm_swap.rows.examples import Example, parse_example
-from slm_swap.rows.json_schema import call_violations, violations
-from slm_swap.rows.lines import dump_json, read_jsonl, text_hash
+from slm_swap.dataset.checks import check_calls
+from slm_swap.dataset.files import Bad, read_rows
+from slm_swap.dataset.row import Dropped, Row, Unusable
+from slm_swap.dataset.sources import Seen, read_source, row_id
+from slm_swap.rows.json_schema import violations
+from slm_swap.rows.lines import dump_json
 from slm_swap.rows.schema_parts import item_schema, property_schema
-from slm_swap.rows.toolschema import bfcl_tool, xlam_tool
-from slm_swap.scoring.tracks import TRACKS
+from slm_swap.rows.toolschema import bfcl_tool, lost_defaults, xlam_tool
+
+__all__ = ["Dropped", "Row", "bfcl", "xlam"]
 
 
-@dataclass(frozen=True)
-class Row:
-    """One source row that can be built: a request, the tools on offer and the one call that answers it.
-
-    `accept` is as in `Example`. A team's own row has its `example` already, and `tool` is None where it does not say.
-    """
-
-    id: str
-    where: str
-    request: str
-    source: str
-    tools: list[dict]
-    tool: str | None
-    arguments: dict[str, Any]
-    accept: dict[str, list] | None = None
-    example: Example | None = None
-
-    @property
-    def names(self) -> set[str]:
-        """The tools that the row shows: its gold tool and all on offer."""
-        return {tool["name"] for tool in self.tools} | ({self.tool} if self.tool else set())
-
-
-@dataclass(frozen=True)
-class Dropped:
-    """A source row left out: `reason` is counted, `why` says it of this row."""
-
-    id: str
-    where: str
-    reason: str
-    why: str = ""
-
-
-# -- Files -----------------------------------------------------------------------------------------------------------------------
-
-
-def read_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    """Yield ("file:line" or "file: row N", object) for each row of a .jsonl, .json (a list, or lines all the same) or .parquet.
-
-    Raises:
-        UserError: the file is missing or unreadable, a row is not an object, or there is no row.
-    """
-    found = False
-    reader = _read_parquet if path.suffix == ".parquet" else _read_list if _is_list(path) else read_jsonl
-    for where, row in reader(path):
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: a row is a JSON object, this is {type(row).__name__}: mend or drop it")
-        found = True
-        yield where, row
-    if not found:
-        raise UserError(f"{display_path(path)} has no rows: check that it is the right file")
-
-
-def _is_list(path: Path) -> bool:
-    try:
-        with open(path, "rb") as stream:
-            return stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
-    except OSError as error:
-        raise UserError(f"cannot read {display_path(path)} ({error.strerror}): check the path") from None
-
-
-def _read_list(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        rows = json.loads(path.read_bytes().decode("utf-8-sig"), **EXACT)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{display_path(path)}: not JSON ({error}): one list of objects, or one object a line") from None
-    for number, row in enumerate(rows, 1):
-        yield f"{display_path(path)}: row {number}", row
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise UserError(f"reading {display_path(path)} needs pyarrow: pip install pyarrow") from None
-    try:
-        batches = [batch.to_pylist() for batch in ParquetFile(path).iter_batches()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {display_path(path)} ({error}): is it a Parquet file?") from None
-    for number, row in enumerate((row for batch in batches for row in batch), 1):
-        yield f"{display_path(path)}: row {number}", row
-
-
-def _row_id(row: dict, where: str) -> str:
-    """The row's `id`, or its hash where it has none."""
-    value = row.get("id")
-    if value is None:
-        return text_hash(json.dumps(row, sort_keys=True, default=str))[:16]
-    if isinstance(value, bool) or not isinstance(value, (str, int)):
-        raise UserError(f"{where}: `id` must be a text or a whole number, not {type(value).__name__}: mend or drop it")
-    return str(value)
-
-
-def _list(row: dict, name: str, where: str) -> list:
+def _list(row: dict, name: str) -> list:
     """A field that holds a list of objects, as JSON in a string or as it is."""
     value = row.get(name)
     if isinstance(value, str):
         try:
             value = json.loads(value, **EXACT)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: `{name}` is not JSON ({error}): mend or drop that row") from None
+            raise Unusable("bad_row", f"`{name}` is not JSON ({error})") from None
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        raise UserError(f"{where}: `{name}` must be a list of objects: mend or drop that row (is --source right?)")
+        raise Unusable("bad_row", f"`{name}` must be a list of objects")
     return value
 
 
@@ -136,27 +45,25 @@ def _list(row: dict, name: str, where: str) -> list:
 def xlam(paths: Iterable[Path]) -> Iterator[Row | Dropped]:
     """Rows of xLAM-60k: `{"id", "query", "answers", "tools"}`, the last two lists or JSON in strings.
 
-    Drops `several_answers`, `no_answer` and what `_checked` drops.
+    Several answers are several calls, no answer is "no call is due". Drops `bad_row`, `schema_fault` and what `_checked` drops.
 
     Raises:
-        UserError: a row without `query`, or `answers` or `tools` are not lists of objects; the line is named.
+        UserError: as `read_source`.
     """
-    for path in paths:
-        for where, row in read_rows(path):
-            name, query = _row_id(row, where), row.get("query")
-            if not isinstance(query, str) or not query.strip():
-                raise UserError(f"{where}: no `query`: every row of --source xlam has `query`, `answers` and `tools`")
-            answers, tools = _list(row, "answers", where), _list(row, "tools", where)
-            if len(answers) != 1:
-                yield Dropped(name, where, "several_answers" if answers else "no_answer", f"{len(answers)} answers")
-                continue
-            try:
-                converted = [_xlam_tool(json.dumps(tool, cls=ExactEncoder)) for tool in tools]
-            except (ValueError, RecursionError) as error:
-                yield Dropped(name, where, "schema_fault", str(error))
-                continue
-            call = answers[0]
-            yield _checked(Row(name, where, query, f"xlam:{name}", converted, call.get("name"), call.get("arguments")))
+    return read_source(paths, "xlam", _xlam_row)
+
+
+def _xlam_row(row: dict, where: str) -> Iterator[Row]:
+    name, query = row_id(row), row.get("query")
+    if not isinstance(query, str) or not query.strip():
+        raise Unusable("bad_row", "no `query`: every row of --source xlam has `query`, `answers` and `tools`")
+    answers, tools = _list(row, "answers"), _list(row, "tools")
+    try:
+        converted = [_xlam_tool(json.dumps(tool, cls=ExactEncoder)) for tool in tools]
+    except (ValueError, RecursionError) as error:
+        raise Unusable("schema_fault", str(error)) from None
+    calls = [{"name": call.get("name"), "arguments": call.get("arguments")} for call in answers]
+    yield _checked(name, where, query, f"xlam:{name}", converted, calls, [{"role": "user", "content": query}])
 
 
 @cache
@@ -168,66 +75,88 @@ def _xlam_tool(text: str) -> dict:
 # -- BFCL ------------------------------------------------------------------------------------------------------------------------
 
 
-def bfcl(paths: Iterable[Path], answers: Iterable[Path]) -> Iterator[Row | Dropped]:
+def bfcl(paths: Iterable[Path], answers: Iterable[Path] = (), seen: Seen | None = None) -> Iterator[Row | Dropped]:
     """Rows of the Berkeley leaderboard with the gold that lies in files of its own.
 
-    The request is the messages of the one turn (a system message and the user's), the gold call takes the first acceptable value
-    of each argument that fits the schema. Drops `several_turns`, `several_answers`, `no_answer` and what `_checked` drops.
+    The request is the messages of the one turn (a system message and the user's), a gold call takes the first acceptable value of each
+    argument that fits the schema. Rows of the irrelevance files have no gold: no call is due. Those of the relevance files have none
+    either: some call is due, nobody says which (`no_answer`). Also drops `several_turns`, `bad_row`, `schema_fault` and what
+    `_checked` drops.
 
     Raises:
-        UserError: a row or an answer is not of the format; the line is named.
+        UserError: as `read_source`; or a file of answers is not of the format, its line is named.
     """
-    gold = _bfcl_answers(answers)
-    for path in paths:
-        for where, row in read_rows(path):
-            name, request = _row_id(row, where), _bfcl_request(row, where)
-            functions = _list(row, "function", where)
-            calls = gold.get(name, [])
-            if request is None or len(calls) != 1:
-                reason = "several_turns" if request is None else "several_answers" if calls else "no_answer"
-                yield Dropped(name, where, reason, f"{len(calls)} answers")
-                continue
-            [(tool, acceptable)] = calls[0].items()
-            try:
-                tools = [bfcl_tool(tool) for tool in functions]
-                schema = next((listed["parameters"] for listed in tools if listed["name"] == tool), {})
-                accept = {key: _options(values, property_schema(schema, key)) for key, values in acceptable.items()}
-                arguments = _choose_all(accept, schema, schema)
-            except (ValueError, RecursionError, Unresolvable) as error:
-                yield Dropped(name, where, "schema_fault", str(error))
-                continue
-            yield _checked(Row(name, where, request, f"bfcl:{name}", tools, tool, arguments, accept))
+    gold, notes = _bfcl_answers(answers), seen or Seen()
+    return read_source(paths, "bfcl", lambda row, where: _bfcl_row(row, where, gold, notes))
 
 
-def _bfcl_request(row: dict, where: str) -> str | None:
-    """The messages of a row's one turn; None where there are several turns."""
-    turns = row.get("question")
+def _bfcl_row(row: dict, where: str, gold: dict[str, list], seen: Seen) -> Iterator[Row]:
+    name, turns = row_id(row), row.get("question")
+    if isinstance(turns, list) and len(turns) > 1:
+        raise Unusable("several_turns", f"{len(turns)} turns")
+    messages, functions = _bfcl_messages(turns), _list(row, "function")
+    none_due = "irrelevance" in name.lower()
+    if name not in gold and not none_due:
+        raise Unusable("no_answer", "some call is due, nobody says which" if "relevance" in name.lower() else "no gold for this id")
     try:
-        texts = [[message["content"] for message in turn] for turn in turns]
-        joined = ["\n\n".join(text.strip() for text in turn if text.strip()) for turn in texts]
-    except (TypeError, KeyError, AttributeError):
-        joined = []
-    if not joined or not all(joined):
-        raise UserError(
-            f"{where}: no `question`: every row of --source bfcl has `question`, [[{{role, content}}, ...]], and `function`"
-        )
-    return joined[0] if len(joined) == 1 else None
+        tools = [_bfcl_tool(tool, seen) for tool in functions]
+        named = {tool["name"]: tool["parameters"] for tool in tools}
+        calls, accept = [], []
+        for call in gold.get(name, []):
+            [(tool, acceptable)] = call.items()
+            schema = named.get(tool, {})
+            accept.append({key: _options(values, property_schema(schema, key)) for key, values in acceptable.items()})
+            calls.append({"name": tool, "arguments": _choose_all(accept[-1], schema, schema)})
+    except (ValueError, RecursionError, Unresolvable) as error:
+        raise Unusable("schema_fault", str(error)) from None
+    if not calls and not none_due:
+        raise Unusable("no_answer", "its gold is an empty list")
+    request = "\n\n".join(message["content"].strip() for message in messages)
+    yield _checked(name, where, request, f"bfcl:{name}", tools, calls, messages, accept)
+
+
+def _bfcl_tool(tool: dict, seen: Seen) -> dict:
+    converted = bfcl_tool(tool)
+    lost = lost_defaults(tool, converted)
+    if lost:
+        seen.notes["defaults left out: they do not fit their own type"] += lost
+    return converted
+
+
+def _bfcl_messages(turns: Any) -> list[dict]:
+    """The messages of a row's one turn."""
+    try:
+        [turn] = turns
+        messages = [{"role": message["role"], "content": message["content"]} for message in turn]
+        if any(message["content"].strip() and message["role"] in ("user", "system", "assistant") for message in messages):
+            return [message for message in messages if message["content"].strip()]
+    except (TypeError, KeyError, AttributeError, ValueError):
+        pass
+    raise Unusable("bad_row", "no `question`: every row of --source bfcl has `question`, [[{role, content}, ...]], and `function`")
 
 
 def _bfcl_answers(paths: Iterable[Path]) -> dict[str, list[dict[str, dict]]]:
-    """id -> the calls of `ground_truth`, each `{function: {argument: [acceptable values]}}`."""
+    """id -> the calls of `ground_truth`, each `{function: {argument: [acceptable values]}}`.
+
+    Raises:
+        UserError: a line is none, or an id stands twice. Gold in another form (multi_turn's) stands for rows that are dropped anyway.
+    """
     gold: dict[str, list] = {}
     for path in paths:
         for where, row in read_rows(path):
-            name, calls = _row_id(row, where), _list(row, "ground_truth", where)
+            try:
+                if isinstance(row, Bad):
+                    raise Unusable("bad_line", row.why)
+                name = row_id(row)
+                calls = [] if "multi_turn" in name else _list(row, "ground_truth")
+            except Unusable as reason:
+                raise UserError(f"{where}: {reason.why}: mend that line of --answers") from None
             values = [arguments for call in calls for arguments in call.values()]
             if any(len(call) != 1 for call in calls) or not all(
                 isinstance(arguments, dict) and all(isinstance(options, list) for options in arguments.values())
                 for arguments in values
             ):
-                raise UserError(
-                    f"{where}: `ground_truth` must be [{{function: {{argument: [acceptable values]}}}}]: mend that line"
-                )
+                raise UserError(f"{where}: `ground_truth` must be [{{function: {{argument: [acceptable values]}}}}]: mend that line")
             if name in gold:
                 raise UserError(f"{where}: a second answer for id {name!r}: ids must be unique")
             gold[name] = calls
@@ -249,7 +178,7 @@ def _choose_all(acceptable: dict[str, Any], schema: Any, root: dict) -> dict[str
         if not isinstance(options, list):  # a value where a list of acceptable values should be: it is the value
             chosen[key] = options
             continue
-        may_leave = key not in required and "" in options
+        may_leave = key not in required and ("" in options or None in options)
         values = [_value(option, part, root) for option in options if option != ""]
         fitting = [value for value in values if not isinstance(part, dict) or not violations(value, part, root=root)]
         if may_leave and (options[0] == "" or not fitting):
@@ -268,66 +197,41 @@ def _value(option: Any, schema: Any, root: dict) -> Any:
     return option
 
 
-# -- A team's own rows -----------------------------------------------------------------------------------------------------------
-
-
-def jsonl(paths: Iterable[Path], track: str) -> Iterator[Row | Dropped]:
-    """A team's own rows of one track, `{prompt, completion}` and the optional fields of `Example`, kept as they are.
-
-    Raises:
-        UserError: a row is not an Example, or its completion is not a reply of the track; the line is named.
-    """
-    for path in paths:
-        for where, row in read_rows(path):
-            example = parse_example(row, where)
-            parsed = TRACKS[track].reference(example).parsed
-            tool = parsed.name or parsed.value.get("tool_name")
-            listed = [offer for offer in example.tools or [] if isinstance(offer, dict) and isinstance(offer.get("name"), str)]
-            yield Row(
-                id=example.id,
-                where=where,
-                request=example.request or example.prompt,
-                source=example.source or where,
-                tools=listed,
-                tool=tool if isinstance(tool, str) else None,
-                arguments={},
-                example=example,
-            )
-
-
 # -- Gold ------------------------------------------------------------------------------------------------------------------------
 
 
-def _checked(row: Row) -> Row | Dropped:
-    """The row, its tools listed once and its arguments in the schema's order; or why it cannot be learned from.
+def _checked(
+    name: str, where: str, request: str, source: str, tools: list[dict], calls: list[dict], messages: list[dict], accept: list | None = None
+) -> Row:
+    """The row, its tools listed once and its arguments in the schema's order.
 
-    Drops `schema_fault` (two different tools of one name), `tool_not_listed`, `gold_breaks_schema` and `empty_required_argument`
-    (a required text that is empty: the gold does not know it either).
+    Raises:
+        Unusable: why it cannot be learned from: `schema_fault` (two different tools of one name, a `$ref` that leads nowhere),
+            `tool_not_listed`, `gold_breaks_schema` and `empty_required_argument` (a required text that is empty: the gold does not
+            know it either).
     """
-
-    def dropped(reason: str, why: str) -> Dropped:
-        return Dropped(row.id, row.where, reason, why)
-
-    tools = {tool["name"]: tool for tool in row.tools}
-    if any(tools[tool["name"]] != tool for tool in row.tools):
-        return dropped("schema_fault", "two different tools of one name")
-    tool = tools.get(row.tool) if isinstance(row.tool, str) else None
-    if tool is None:
-        return dropped("tool_not_listed", f"{row.tool} is not among {', '.join(tools) or 'no tools'}")
+    named = {tool["name"]: tool for tool in tools}
+    if any(named[tool["name"]] != tool for tool in tools):
+        raise Unusable("schema_fault", "two different tools of one name")
+    if not named and calls:
+        raise Unusable("tool_not_listed", f"{calls[0]['name']} is not among no tools")
+    if not all(isinstance(call["name"], str) for call in calls):
+        raise Unusable("tool_not_listed", f"{calls[0]['name']} is not among {', '.join(named)}")
+    check_calls(calls, list(named.values()))
     try:
-        broken = call_violations(row.arguments, tool)
-    except (RecursionError, Unresolvable) as error:
-        return dropped("schema_fault", f"a $ref that cannot be followed: {error}")
-    if not broken:
-        try:
-            dump_json([row.arguments, row.accept])
-        except ValueError as error:
-            broken = [f"arguments: {error}"]
-    if broken:
-        return dropped("gold_breaks_schema", "; ".join(broken))
-    parameters = tool["parameters"]
-    empty = [key for key in parameters["required"] if row.arguments[key] == ""]
-    if empty and not row.accept:
-        return dropped("empty_required_argument", ", ".join(empty))
-    ordered = {key: row.arguments[key] for key in [*parameters["properties"], *row.arguments] if key in row.arguments}
-    return Row(row.id, row.where, row.request, row.source, list(tools.values()), row.tool, ordered, row.accept)
+        dump_json([calls, accept])
+    except ValueError as error:
+        raise Unusable("gold_breaks_schema", f"arguments: {error}") from None
+    ordered = []
+    for call in calls:
+        parameters, arguments = named[call["name"]]["parameters"], call["arguments"]
+        empty = [key for key in parameters["required"] if arguments[key] == ""]
+        if empty and not accept:
+            raise Unusable("empty_required_argument", ", ".join(empty))
+        keys = [key for key in [*parameters["properties"], *arguments] if key in arguments]
+        ordered.append({"name": call["name"], "arguments": {key: arguments[key] for key in keys}})
+    tools, shared = list(named.values()), {"messages": messages}
+    if len(ordered) == 1:
+        accepted = accept[0] if accept else None
+        return Row(name, where, request, source, tools, ordered[0]["name"], ordered[0]["arguments"], accepted, **shared)
+    return Row(name, where, request, source, tools, None, {}, accept or None, calls=ordered, **shared)

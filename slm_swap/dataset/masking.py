@@ -20,6 +20,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from slm_swap.common.exact_json import is_integral, is_number
+
 KINDS = ("EMAIL", "PHONE", "CARD", "KEY")
 
 CARD_GROUPS = 6  # 19 digits in groups of at least three
@@ -111,10 +113,11 @@ class _Row:
             return made
         if isinstance(part, list):
             return [self.masked(value, name) for value in part]
-        if isinstance(part, int) and not isinstance(part, bool):
-            text = self._text(str(part), name)
-            return part if text == str(part) else text
-        return part
+        whole = _whole(part)
+        if whole is None:
+            return part
+        text = self._text(whole, name)
+        return part if text == whole else text
 
     def _text(self, text: str, name: str) -> str:
         pieces, end = [], 0
@@ -148,8 +151,17 @@ def _texts(part: Any, name: str = "") -> Iterator[tuple[str, str]]:
     elif isinstance(part, list):
         for value in part:
             yield from _texts(value, name)
-    elif isinstance(part, int) and not isinstance(part, bool):
-        yield str(part), name
+    elif (whole := _whole(part)) is not None:
+        yield whole, name
+
+
+def _whole(part: Any) -> str | None:
+    """The digits of a whole number, 4111111111111111.0 included; None for anything else."""
+    if not is_number(part):
+        return None
+    if isinstance(part, int):
+        return str(part)
+    return str(int(part)) if abs(part) < 10**20 and is_integral(part) else None
 
 
 # -- Finding ---------------------------------------------------------------------------------------------------------------------

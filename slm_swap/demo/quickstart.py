@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
         demo.environment["LANGFUSE_DISABLED"] = "1"
         demo.say("Langfuse is not set up (see .env.example): these runs are not traced")
     sample = PACKAGE / "02_dataset/sample/xlam_sample.jsonl"
-    flags = ("--source", "xlam", "--dataset-path", sample, "--val-size", 50, "--test-size", 200, "--out-dir", demo.out)
+    flags = ("--source", "xlam", "--dataset-path", sample, "--calls", "one", "--val-size", 50, "--test-size", 200, "--out-dir", demo.out)
     demo.stage("prepare", "02_dataset/prepare_data.py", *flags)
     references = [example for track in TRACKS for example in read_examples(demo.out / track / "test.jsonl")]
     with AzureSimulator(references, mistake_rate=0.08, faults=Faults(rate_limit=0.01, content_filter=0.01)) as server:

@@ -20,6 +20,7 @@ from slm_swap.rows.schema_parts import (
     item_schema,
     lists_property,
     mapping,
+    modern,
     parts,
     property_schema,
     types_of,
@@ -40,7 +41,7 @@ def violations(value: Any, schema: Any, at: str = "", root: dict | None = None) 
     """
     validator = _validator(json.dumps(schema if root is None else root, cls=ExactEncoder))
     if root is not None:
-        validator = validator.evolve(schema=decimals(schema))
+        validator = validator.evolve(schema=modern(decimals(schema)))
     try:
         errors = list(validator.iter_errors(decimals(value)))
     except BaseException as error:
@@ -71,7 +72,7 @@ def _digits(match: re.Match) -> str:
 def _validator(schema: str) -> Any:
     from referencing.jsonschema import EMPTY_REGISTRY  # never fetches a `$ref` from the network
 
-    loaded = json.loads(schema, parse_float=Decimal)
+    loaded = modern(json.loads(schema, parse_float=Decimal))
     named = [part for name in ("$defs", "definitions") for part in mapping(mapping(loaded).get(name)).values()]
     for part in (loaded, *named):  # behind a `$ref`, jsonschema would go over to a class of its own, which knows no Decimal
         mapping(part).pop("$schema", None)

@@ -4,10 +4,11 @@
 schema beside it, its `root`, for its `$ref`s. Nothing is ever fetched: a `$ref` to elsewhere allows any value.
 """
 
-import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import unquote
+
+from slm_swap.rows.patterns import matches, python_pattern
 
 COMPOSED = frozenset(("$ref", "allOf", "anyOf", "oneOf", "patternProperties"))  # without these, a schema says all of it itself
 
@@ -89,15 +90,8 @@ def _property(part: Any, key: str) -> Any:
     if not isinstance(patterns, dict):
         return properties[key] if key in properties else part.get("additionalProperties", True)
     found = [properties[key]] if key in properties else []
-    found += [child for pattern, child in patterns.items() if _matches(pattern, key)]
+    found += [child for pattern, child in patterns.items() if matches(pattern, key)]
     return _all_of(found) if found else part.get("additionalProperties", True)
-
-
-def _matches(pattern: str, key: str) -> bool:
-    try:
-        return re.search(pattern, key) is not None
-    except re.error:
-        return False
 
 
 def item_schema(schema: Any, at: int, root: Any = None) -> Any:
@@ -169,7 +163,7 @@ def is_open(schema: Any) -> bool:
 def lists_property(schema: Any, key: str) -> bool:
     """Whether a whole schema knows a key of an object, be it in a part, in a choice or behind a condition."""
     return any(
-        key in mapping(part.get("properties")) or any(_matches(pattern, key) for pattern in mapping(part.get("patternProperties")))
+        key in mapping(part.get("properties")) or any(matches(pattern, key) for pattern in mapping(part.get("patternProperties")))
         for part in _applied(schema, schema, [])
     )
 
@@ -216,3 +210,73 @@ def _comes_back(part: Any, root: Any, above: list, clear: set[int]) -> bool:
 def mapping(value: Any) -> dict:
     """The value where it is an object, else an empty one."""
     return value if isinstance(value, dict) else {}
+
+
+# -- Schemas of other drafts -----------------------------------------------------------------------------------------------------
+
+_MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
+_SCHEMAS = (
+    "items", "additionalItems", "additionalProperties", "unevaluatedProperties", "unevaluatedItems", "contains", "propertyNames",
+    "not", "if", "then", "else",
+)  # fmt: skip
+
+
+def map_schema(schema: Any, change: Callable[[dict], dict]) -> Any:
+    """A schema with `change` made to each object schema in it, the inner ones first; what is a value (`default`, `enum`) stays."""
+    if not isinstance(schema, dict):
+        return schema
+    made = dict(schema)
+    for key, child in schema.items():
+        if key in _MAPS and isinstance(child, dict):
+            made[key] = {name: map_schema(part, change) for name, part in child.items()}
+        elif key in _LISTS and isinstance(child, list):
+            made[key] = [map_schema(part, change) for part in child]
+        elif key in _SCHEMAS and isinstance(child, dict):
+            made[key] = map_schema(child, change)
+    return change(made)
+
+
+def modern(schema: Any) -> Any:
+    """A schema as draft 2020-12 and Python read it: a list of `items` is `prefixItems`, patterns are Python's.
+
+    A pattern that cannot be read is left out: it forbids nothing.
+    """
+    return map_schema(schema, _modern_part)
+
+
+def _modern_part(part: dict) -> dict:
+    made = with_prefix_items(part)
+    if "pattern" in made and isinstance(made["pattern"], str):
+        pattern = python_pattern(made.pop("pattern"))
+        made |= {} if pattern is None else {"pattern": pattern}
+    if isinstance(made.get("patternProperties"), dict):
+        named = {python_pattern(pattern): child for pattern, child in made["patternProperties"].items()}
+        if None in named:  # what its unread pattern lets in must not be forbidden
+            del named[None]
+            made.pop("additionalProperties", None)
+        made["patternProperties"] = named
+    return made
+
+
+def with_prefix_items(part: dict) -> dict:
+    """One object schema with a list of `items`, the form of drafts before 2020-12, as `prefixItems`."""
+    if not isinstance(part.get("items"), list):
+        return part
+    made = {key: value for key, value in part.items() if key not in ("items", "additionalItems")} | {"prefixItems": part["items"]}
+    if not made["prefixItems"]:  # an empty list says nothing, and 2020-12 has none
+        del made["prefixItems"]
+    return made | ({"items": part["additionalItems"]} if "additionalItems" in part else {})
+
+
+def unread_patterns(schema: Any) -> int:
+    """How many patterns of a schema cannot be read, and so forbid nothing."""
+    found: list[Any] = []
+
+    def look(part: dict) -> dict:
+        found.append(part.get("pattern"))
+        found.extend(mapping(part.get("patternProperties")))
+        return part
+
+    map_schema(schema, look)
+    return sum(isinstance(pattern, str) and python_pattern(pattern) is None for pattern in found)

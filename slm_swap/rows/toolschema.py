@@ -12,19 +12,21 @@ from typing import Any
 from slm_swap.common.exact_json import EXACT, plain
 from slm_swap.rows.json_schema import coerce, fits_as_json
 from slm_swap.rows.lines import dump_json
-from slm_swap.rows.schema_parts import leads_to_itself, types_of
+from slm_swap.rows.schema_parts import leads_to_itself, map_schema, modern, types_of, with_prefix_items
 
 PAIRS = {"(": ")", "[": "]", "{": "}"}
-NAMED_TYPES = {
-    "str": {"type": "string"}, "string": {"type": "string"}, "int": {"type": "integer"}, "integer": {"type": "integer"},
-    "float": {"type": "number"}, "number": {"type": "number"}, "bool": {"type": "boolean"}, "boolean": {"type": "boolean"},
-    "list": {"type": "array"}, "array": {"type": "array"}, "tuple": {"type": "array"}, "dict": {"type": "object"},
-    "object": {"type": "object"}, "set": {"type": "array", "uniqueItems": True}, "callable": {"type": "string"},
-    "none": {"type": "null"}, "nonetype": {"type": "null"}, "any": {},
-}  # fmt: skip
+_TYPE_NAMES = {  # of JSON Schema, Python, Java and JavaScript, in lower case
+    "string": "string str text char character varchar callable",
+    "integer": "integer int long short byte bigint biginteger int32 int64",
+    "number": "number float double decimal bigdecimal",
+    "boolean": "boolean bool",
+    "array": "array list arraylist linkedlist tuple sequence queue stack vector set hashset",
+    "object": "object dict dictionary map mapping hashmap hashtable treemap json",
+    "null": "null none nonetype",
+}
+NAMED_TYPES: dict[str, dict[str, Any]] = {name: {"type": kind} for kind, names in _TYPE_NAMES.items() for name in names.split()}
+NAMED_TYPES |= {"set": {"type": "array", "uniqueItems": True}, "hashset": {"type": "array", "uniqueItems": True}, "any": {}}
 BFCL_KEYS = ("type", "optional", "default", "properties", "items", "required")  # those that do not stay as they are
-BFCL_TYPES = {"dict": "object", "float": "number", "tuple": "array", "any": None}
-JSON_TYPES = ("string", "integer", "number", "boolean", "array", "object", "null")
 
 
 # -- xLAM-60k --------------------------------------------------------------------------------------------------------------------
@@ -204,7 +206,7 @@ def _check(schema: dict, at: str) -> None:
     from jsonschema.exceptions import SchemaError
 
     try:
-        Draft202012Validator.check_schema(json.loads(dump_json(schema)))  # which knows no Decimal
+        Draft202012Validator.check_schema(modern(json.loads(dump_json(schema))))  # which knows no Decimal
     except SchemaError as error:
         raise ValueError(f"{at}: no JSON Schema comes of it: {error.message[:200]}") from None
     if leads_to_itself(schema):
@@ -213,10 +215,10 @@ def _check(schema: dict, at: str) -> None:
 
 def _bfcl_schema(node: Any, at: str) -> dict:
     kind = node.get("type") if isinstance(node, dict) else None
-    if not isinstance(kind, str) or kind not in (*BFCL_TYPES, *JSON_TYPES):
+    if not isinstance(kind, str) or kind.lower() not in NAMED_TYPES:
         raise ValueError(f"{at}: cannot read the type {kind!r}")
-    kind = BFCL_TYPES.get(kind, kind)
-    schema = {"type": kind} if kind else {}
+    schema = dict(NAMED_TYPES[kind.lower()])
+    kind = schema.get("type")
     schema |= {key: value for key, value in node.items() if key not in BFCL_KEYS}
     if "items" in node:
         schema["items"] = _bfcl_schema(node["items"], f"{at}[]")
@@ -250,23 +252,76 @@ def _head(tool: Any) -> tuple[str, str, dict]:
 
 def openai_tool(tool: Any) -> dict:
     """A tool as hosted APIs take it: OpenAI's chat form (`function` inside), its Responses and old `functions` forms (flat), or
-    with `input_schema`. Its parameters are JSON Schema already.
+    with `input_schema` (Anthropic). Its parameters are JSON Schema already, but for names of types (see `json_schema_of`).
+    `strict: true` is kept.
 
     Raises:
         ValueError: not such a tool, or its parameters are no JSON Schema of an object.
     """
     inner = tool.get("function", tool) if isinstance(tool, dict) else tool
     if isinstance(inner, dict) and "parameters" not in inner:
-        inner = inner | {"parameters": inner.get("input_schema")}
+        inner = inner | {"parameters": inner.get("input_schema", inner.get("inputSchema"))}
     name, description, parameters = _head(inner)
+    parameters = json_schema_of(parameters, name)
     if parameters.get("type", "object") != "object":
         raise ValueError(f"{name}: its parameters are {parameters.get('type')!r}, not an object")
-    _check(parameters, name)
-    return {
+    made = {
         "name": name,
         "description": description,
         "parameters": {"type": "object", "properties": {}, "required": []} | parameters,
     }
+    strict = inner.get("strict") is True or (isinstance(tool, dict) and tool.get("strict") is True)
+    return made | ({"strict": True} if strict else {})
+
+
+def json_schema_of(schema: Any, at: str = "the schema") -> dict:
+    """A JSON Schema (draft 2020-12) of one that names its types otherwise (`String`, `HashMap`, `float`, `any`) at any depth, or
+    writes a tuple as a list of `items`.
+
+    Raises:
+        ValueError: no JSON Schema comes of it: a type that nobody knows, a `$ref` that leads back to itself.
+    """
+    if not isinstance(schema, dict):
+        raise ValueError(f"{at}: a JSON Schema is an object, not {type(schema).__name__}")
+    schema = map_schema(schema, lambda part: with_prefix_items(_with_types(part, at)))
+    _check(schema, at)
+    return schema
+
+
+def _with_types(part: dict, at: str) -> dict:
+    kind = part.get("type")
+    kinds = [kind] if isinstance(kind, str) else kind
+    if not isinstance(kinds, list) or not kinds or not all(isinstance(one, str) for one in kinds):
+        return part
+    unknown = [one for one in kinds if one.lower() not in NAMED_TYPES]
+    if unknown:
+        raise ValueError(f"{at}: cannot read the type {unknown[0]!r}")
+    schemas = [NAMED_TYPES[one.lower()] for one in kinds]
+    rest = {key: value for key, value in part.items() if key != "type"}
+    if not all(schemas):  # any value
+        return rest
+    names = list(dict.fromkeys(schema["type"] for schema in schemas))
+    if names == kinds:
+        return part
+    made = {"type": names[0] if isinstance(kind, str) or len(names) == 1 else names}
+    return {key: made.get(key, value) for key, value in part.items()} | {key: True for one in schemas for key in one if key != "type"}
+
+
+def lost_defaults(tool: Any, converted: dict) -> int:
+    """How many defaults of a BFCL tool, null aside, did not fit their own type and were left out."""
+    return _defaults(tool.get("parameters")) - _defaults(converted["parameters"])
+
+
+def _defaults(schema: Any) -> int:
+    found: list[Any] = []
+
+    def look(part: dict) -> dict:
+        found.extend([part["default"]] if part.get("default") is not None else [])
+        return part
+
+    map_schema(schema, look)
+    return len(found)
+
 
 
 def kept_tool(tool: Any) -> dict:

@@ -17,6 +17,7 @@ from slm_swap.common.errors import UserError
 from slm_swap.common.exact_json import EXACT, ExactEncoder
 from slm_swap.common.reports import write_jsonl
 from slm_swap.common.settings import display_path
+from slm_swap.dataset.keys import record_keys
 from slm_swap.dataset.traffic import REASONS, Unusable, convert
 from slm_swap.tracing.api import LangfuseApi
 
@@ -167,14 +168,15 @@ def by_score(
 
 
 def distinct(entries: Iterable[Entry]) -> tuple[list[Entry], Counter]:
-    """One entry a prompt, the newest, oldest first; the others are `duplicate` (the same completion) or `conflicting`."""
-    newest: dict[tuple[str, str], Entry] = {}
+    """One entry a request, the newest, oldest first; the others are `duplicate` (the same reply) or `conflicting`."""
+    newest: dict[str, tuple[Entry, str]] = {}
     dropped: Counter = Counter()
     for entry in sorted(entries, key=_age, reverse=True):
-        stays = newest.setdefault((entry.track, entry.row["prompt"]), entry)
+        asked, wanted = record_keys(entry.track, entry.row)
+        stays, reply = newest.setdefault(asked, (entry, wanted))
         if stays is not entry:
-            dropped["duplicate" if stays.row["completion"] == entry.row["completion"] else "conflicting"] += 1
-    return sorted(newest.values(), key=_age), dropped
+            dropped["duplicate" if reply == wanted else "conflicting"] += 1
+    return sorted((entry for entry, _ in newest.values()), key=_age), dropped
 
 
 def _age(entry: Entry) -> tuple[datetime, str]:

@@ -13,8 +13,12 @@ from hypothesis import strategies as st
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import write_jsonl
 from slm_swap.dataset import build as build_module
-from slm_swap.dataset.build import Sizes, build, components, make_example, near_duplicates, select, split
-from slm_swap.dataset.importers import Dropped, Row
+from slm_swap.dataset import near as near_module
+from slm_swap.dataset.build import build, make_example
+from slm_swap.dataset.near import components, near_duplicates
+from slm_swap.dataset.row import Dropped, Row
+from slm_swap.dataset.select import select
+from slm_swap.dataset.splits import Sizes, moment, split
 from slm_swap.rows.examples import parse_example
 from slm_swap.scoring.json_values import parse_json, same
 from slm_swap.scoring.tracks import TRACKS
@@ -28,7 +32,8 @@ def tool(name):
 def row(number, request=None, name="f", offered=(), **fields):
     request = request or f"only{number} words{number} here{number}"
     values = {"where": f"rows.jsonl:{number}", "source": f"xlam:{number}", "tools": [tool(n) for n in (name, *offered)]}
-    return Row(str(number), request=request, tool=name, arguments={"city": "Oslo"}, **(values | fields))
+    values["arguments"] = {"city": "Oslo"}
+    return Row(str(number), request=request, tool=name, **(values | fields))
 
 
 def words(text):
@@ -90,8 +95,10 @@ def test_near_duplicates_of_nothing_and_one():
     assert len(near_duplicates(["x"])) == 1
 
 
+@pytest.mark.parametrize("few", [(1, 10**18), (10**18, 0)], ids=["by prefixes", "by all"])
 @pytest.mark.parametrize("vocabulary, length", [(30, 8), (400, 12), (3000, 20)])
-def test_near_duplicates_against_brute_force(vocabulary, length):
+def test_near_duplicates_against_brute_force(vocabulary, length, few, monkeypatch):
+    monkeypatch.setattr(near_module, "FEW_PAIRS", few)
     rng = Random(vocabulary)
     texts = []
     for _ in range(700):  # more than one block; copies with a few words changed
@@ -118,6 +125,26 @@ def test_components_by_query_and_by_source():
     assert [[r.id for r in group] for group in components(rows)] == [["1", "2"], ["3"], ["4"], ["5", "6"]]
 
 
+def test_components_by_conversation():
+    rows = [row(1, group="a"), row(2), row(3, group="a"), row(4, group="b")]
+    assert [[r.id for r in group] for group in components(rows)] == [["1", "3"], ["2"], ["4"]]
+
+
+def conversation(number, *messages, **record):
+    told = [{"role": "user" if at % 2 == 0 else "assistant", "content": text} for at, text in enumerate(messages)]
+    return replace(row(number), tool=None, record={"id": str(number), "messages": told, "calls": [], "content": "x"} | record, track="toolcall")
+
+
+def test_replies_of_one_conversation_that_were_logged_alone_stay_together():
+    rows = [
+        conversation(1, "my parcel is late again", content="Which one?"),
+        conversation(2, "my parcel is late again", "Which one?", "number four please"),
+        conversation(3, "hi", content="Hello!"),
+        conversation(4, "hi", "Hello!", "where is my parcel now"),
+    ]
+    assert [[r.id for r in group] for group in components(rows)] == [["1", "2"], ["3"], ["4"]]
+
+
 # -- Selecting -------------------------------------------------------------------------------------------------------------------
 
 
@@ -125,30 +152,46 @@ def test_exact_duplicates_are_dropped_whatever_the_order_of_tools():
     first = row(1, "same", offered=["g"])
     second = row(2, "same", offered=["g"], tools=list(reversed(first.tools)))
     other = row(3, "same", offered=["h"])
-    rows, dropped = select([first, second, other, Dropped("9", "rows.jsonl:9", "no_answer")])
+    rows, dropped, _ = select([first, second, other, Dropped("9", "rows.jsonl:9", "no_answer")])
     assert [r.id for r in rows] == ["1", "3"]
     assert [(d.id, d.reason, d.why) for d in dropped] == [("2", "duplicate", "the same as rows.jsonl:1"), ("9", "no_answer", "")]
 
 
+def test_the_newest_of_two_replies_stays_or_the_first_where_no_time_is_known():
+    asked = {"request": "same", "where": "x:1"}
+    rows = [row(1, **asked), row(2, arguments={"city": "Bonn"}, **asked), row(3, **asked)]
+    kept, dropped, _ = select(rows)
+    assert [r.id for r in kept] == ["1"]
+    assert [(d.id, d.reason) for d in dropped] == [("2", "conflicting"), ("3", "duplicate")]
+    timed = [replace(r, time=time) for r, time in zip(rows, ("2026-01-01", "2026-01-03", "2026-01-02"), strict=True)]
+    kept, dropped, _ = select(timed)
+    assert [r.id for r in kept] == ["2"]
+    assert [(d.id, d.reason) for d in dropped] == [("1", "conflicting"), ("3", "conflicting")]
+
+
+def test_ids_that_stand_twice_are_told_apart():
+    rows, _, renamed = select([row(1), row(1, "another"), row(1, "a third"), row("1-2", "taken")])
+    assert [r.id for r in rows] == ["1", "1-3", "1-4", "1-2"] and renamed == 2
+
+
 @pytest.mark.parametrize(
-    "rows, message",
-    [
-        ([row(1), row(1, "another")], "rows.jsonl:1: id '1' stands at rows.jsonl:1 already"),
-        ([row(1, "\ud800")], "rows.jsonl:1: it holds half of a surrogate pair"),
-        ([row(1, accept={"city": [float("nan")]})], "rows.jsonl:1: it holds NaN"),
-        ([Dropped("1", "", "no_answer"), Dropped("2", "", "no_answer")], "none of 2 rows can be used (no_answer 2)"),
-    ],
+    ("faulty", "why"),
+    [(row(1, "\ud800"), "half of a surrogate pair"), (row(1, accept={"city": [float("nan")]}), "NaN or Infinity")],
 )
-def test_rows_that_stop_the_run(rows, message):
-    with pytest.raises(UserError) as raised:
-        select(rows)
-    assert message in str(raised.value)
+def test_what_no_row_can_hold_is_counted(faulty, why):
+    rows, [dropped], _ = select([faulty, row(2)])
+    assert [r.id for r in rows] == ["2"] and (dropped.reason, dropped.why) == ("unusable", why)
 
 
-def test_a_team_row_with_nan_stops_the_run():
+def test_no_row_is_left():
+    with pytest.raises(UserError, match=r"none of 2 rows can be used \(no_answer 2\)"):
+        select([Dropped("1", "", "no_answer"), Dropped("2", "", "no_answer")])
+
+
+def test_a_team_row_with_nan_is_counted():
     example = parse_example({"prompt": "p", "completion": "{}", "accept": {"a": [float("inf")]}}, "rows.jsonl:1")
-    with pytest.raises(UserError, match=r"rows.jsonl:1: it holds NaN or Infinity"):
-        select([row(1, example=example)])
+    rows, [dropped], _ = select([row(1, example=example), row(2)])
+    assert dropped.reason == "unusable" and len(rows) == 1
 
 
 # -- Splits ----------------------------------------------------------------------------------------------------------------------
@@ -208,8 +251,37 @@ def test_a_size_that_cannot_be_met_says_what_can():
 
 
 def test_one_large_group_cannot_be_split():
-    with pytest.raises(UserError, match="test: 10 rows are wanted, 0 can be had"):
+    with pytest.raises(UserError, match=r"test: 10 rows are wanted, 0 can be had.* 100 of the 100 rows left hang together.*--train-size 0"):
         split([group(0, 100)], Sizes(), seed=1)
+
+
+def test_where_no_group_is_small_enough_the_smallest_is_taken():
+    splits, _ = split([group(0, 7), group(10, 6), group(20, 7)], Sizes(), seed=1)
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 7, "val": 7, "test": 6}
+
+
+@pytest.mark.parametrize(("rows", "test"), [(999, 100), (1000, 300), (2500, 300), (4000, 400)])
+def test_a_test_split_has_300_rows_where_there_are_1000(rows, test):
+    assert Sizes().targets(rows)["test"] == test
+    assert Sizes(test=50).targets(rows)["test"] == 50
+    assert sum(Sizes(train=700).targets(rows).values()) <= rows
+
+
+def test_the_newest_conversations_are_the_test():
+    rows = [row(number, time=f"2026-01-{number % 28 + 1:02}T00:00:00Z") for number in range(100)]
+    splits, _ = split([[r] for r in rows], Sizes(), seed=1, by_time=True)
+    days = {name: {moment(r.time) for r in part} for name, part in splits.items()}
+    assert min(days["test"]) >= max(days["val"]) and min(days["val"]) >= max(days["train"])
+    with pytest.raises(UserError, match="--split-by time needs a time in every row, 1 have none"):
+        split([[r] for r in [*rows, row(200)]], Sizes(), seed=1, by_time=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("1970-01-01T00:01:00Z", 60), ("1970-01-01 00:01:00", 60), ("60", 60), ("1700000000000", 1.7e9), ("soon", None), (None, None)],
+)
+def test_moments(text, seconds):
+    assert moment(text) == seconds
 
 
 def test_unseen_tools():
@@ -245,7 +317,7 @@ def template_rows(count, seed=0):
 
 
 def test_splits_share_nothing_by_brute_force():
-    rows, _ = select(template_rows(2000))
+    rows, _, _ = select(template_rows(2000))
     groups = components(rows)
     splits, dropped = split(groups, Sizes(), seed=42)
     assert sum(map(len, splits.values())) == len(rows) and not dropped
@@ -321,7 +393,7 @@ def test_build_writes_both_tracks_and_accounts_for_every_row(tmp_path):
     items = [*template_rows(100), Dropped("x", "rows.jsonl:101", "no_answer", "0 answers")]
     report = build(items, tmp_path, {"stage": "prepare_data"}, Sizes(train=50, val=10, test=20), seed=42)
     assert sorted(files(tmp_path)) == [
-        "prepare_report.json", "structured/test.jsonl", "structured/train.jsonl", "structured/val.jsonl",
+        "prepare_dropped.jsonl", "prepare_report.json", "structured/test.jsonl", "structured/train.jsonl", "structured/val.jsonl",
         "toolcall/test.jsonl", "toolcall/train.jsonl", "toolcall/val.jsonl",
     ]  # fmt: skip
     assert report == json.loads((tmp_path / "prepare_report.json").read_text())
@@ -329,6 +401,8 @@ def test_build_writes_both_tracks_and_accounts_for_every_row(tmp_path):
     assert (counts["read"], counts["kept"]) == (101, 80)
     assert counts["kept"] + sum(counts["dropped"].values()) == counts["read"]
     assert counts["dropped"] == {"no_answer": 1, "unused": 20}
+    lines = [json.loads(line) for line in (tmp_path / "prepare_dropped.jsonl").read_text().splitlines()]
+    assert lines[0] == {"where": "rows.jsonl:101", "id": "x", "reason": "no_answer", "why": "0 answers"} and len(lines) == 21
     assert report["dropped_examples"]["no_answer"] == [{"id": "x", "where": "rows.jsonl:101", "why": "0 answers"}]
     for name in ("train", "val", "test"):
         ids = [

@@ -8,8 +8,10 @@ import pytest
 from slm_swap.common.errors import UserError
 from slm_swap.common.exact_json import exact
 from slm_swap.common.reports import write_jsonl
-from slm_swap.dataset.build import make_example
-from slm_swap.dataset.importers import Dropped, Row, bfcl, jsonl, read_rows, xlam
+from slm_swap.dataset.build import make_conversation, make_example
+from slm_swap.dataset.files import Bad, read_rows
+from slm_swap.dataset.importers import bfcl, xlam
+from slm_swap.dataset.row import Dropped, Row
 from slm_swap.rows.examples import Dataset
 from slm_swap.scoring.tracks import TRACKS
 
@@ -60,8 +62,6 @@ def test_a_tool_listed_twice_is_listed_once(tmp_path):
 @pytest.mark.parametrize(
     "row, reason, why",
     [
-        (xlam_row(answers=[CALL, CALL]), "several_answers", "2 answers"),
-        (xlam_row(answers=[]), "no_answer", "0 answers"),
         (xlam_row(answers=[{"name": "news", "arguments": {}}]), "tool_not_listed", "news is not among weather"),
         (xlam_row(answers=[{"arguments": {}}]), "tool_not_listed", "None is not among weather"),
         (xlam_row(tools=[]), "tool_not_listed", "no tools"),
@@ -91,6 +91,7 @@ def test_a_tool_listed_twice_is_listed_once(tmp_path):
             "[]",
         ),
         (xlam_row(answers=[{"name": "weather", "arguments": {"city": ""}}]), "empty_required_argument", "city"),
+        (xlam_row(answers=[CALL, {"name": "weather", "arguments": {}}]), "gold_breaks_schema", "'city' is a required property"),
     ],
 )
 def test_xlam_drops(tmp_path, row, reason, why):
@@ -107,24 +108,38 @@ def test_gold_with_nan_is_dropped(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "row, message",
+    "row, reason, why",
     [
-        ({"prompt": "p"}, "rows.jsonl:2: no `query`"),
-        (xlam_row(query=" "), "rows.jsonl:2: no `query`"),
-        (xlam_row(query=["x"]), "rows.jsonl:2: no `query`"),
-        (xlam_row() | {"answers": "[{"}, "rows.jsonl:2: `answers` is not JSON"),
-        (xlam_row() | {"tools": "nope"}, "rows.jsonl:2: `tools` is not JSON"),
-        (xlam_row() | {"tools": '{"name": "f"}'}, "rows.jsonl:2: `tools` must be a list of objects"),
-        (xlam_row() | {"answers": None}, "rows.jsonl:2: `answers` must be a list of objects"),
-        (xlam_row() | {"answers": '["weather"]'}, "rows.jsonl:2: `answers` must be a list of objects"),
-        (xlam_row(id=[1]), "rows.jsonl:2: `id` must be a text or a whole number"),
-        (["row"], "rows.jsonl:2: a row is a JSON object"),
+        (xlam_row(query=" "), "bad_row", "no `query`"),
+        (xlam_row(query=["x"]), "bad_row", "no `query`"),
+        (xlam_row() | {"answers": "[{"}, "bad_row", "`answers` is not JSON"),
+        (xlam_row() | {"tools": "nope"}, "bad_row", "`tools` is not JSON"),
+        (xlam_row() | {"tools": '{"name": "f"}'}, "bad_row", "`tools` must be a list of objects"),
+        (xlam_row() | {"answers": None}, "bad_row", "`answers` must be a list of objects"),
+        (xlam_row() | {"answers": '["weather"]'}, "bad_row", "`answers` must be a list of objects"),
+        (xlam_row(id=[1]), "bad_row", "`id` must be a text or a number"),
+        (["row"], "bad_line", "a row is a JSON object"),
+        ({"prompt": "p"}, "bad_row", "no `query`"),
     ],
 )
-def test_bad_xlam_rows(tmp_path, row, message):
-    with pytest.raises(UserError) as raised:
-        read_xlam(tmp_path, xlam_row(), row)
-    assert message in str(raised.value)
+def test_a_bad_row_ends_no_import(tmp_path, row, reason, why):
+    first, bad, last = read_xlam(tmp_path, xlam_row(), row, xlam_row(id=8))
+    assert isinstance(first, Row) and isinstance(last, Row)
+    assert (bad.reason, bad.where.rpartition(":")[2]) == (reason, "2") and why in bad.why
+
+
+@pytest.mark.parametrize(("answers", "calls"), [([], []), ([CALL, CALL], 2 * [{"name": "weather", "arguments": {"city": "Oslo", "days": 2}}])])
+def test_several_calls_and_none(tmp_path, answers, calls):
+    [row] = read_xlam(tmp_path, xlam_row(answers=answers))
+    assert (row.calls, row.gold, row.tool) == (calls, calls, None)
+    assert make_conversation(row, 1) == {
+        "id": "7", "messages": [{"role": "user", "content": "Oslo?"}], "tools": row.tools, "calls": calls, "source": "xlam:7",
+    }  # fmt: skip
+
+
+def test_a_file_of_another_form_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"looks like OpenAI chat rows, not like rows of --source xlam: python .*--source chat"):
+        read_xlam(tmp_path, {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]})
 
 
 # -- Files -----------------------------------------------------------------------------------------------------------------------
@@ -161,9 +176,8 @@ def test_a_row_without_id_is_named_by_its_hash(tmp_path):
         ("empty.jsonl", b"\n", "has no rows"),
         ("empty.json", b" [ ]", "has no rows"),
         ("cut.json", b'[{"id": 1},', "cut.json: not JSON"),
-        ("cut.jsonl", b'{"id": 1}\n{"id":', "cut.jsonl:2: not a line of JSON"),
-        ("latin.jsonl", b'{"id": "\xe4"}', "latin.jsonl:1: not a line of JSON"),
-        ("list.json", b"[1]", "list.json: row 1: a row is a JSON object"),
+        ("latin.jsonl", b'{"id": "\xe4"}', "latin.jsonl:1: byte 9 of the line is not UTF-8"),
+        ("cut.gz", b"\x1f\x8b\x08\x00", "the gzip file is damaged"),
     ],
 )
 def test_bad_files(tmp_path, name, content, message):
@@ -172,6 +186,27 @@ def test_bad_files(tmp_path, name, content, message):
     with pytest.raises(UserError) as raised:
         list(read_rows(tmp_path / name))
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "name, content, why",
+    [
+        ("cut.jsonl", b'{"id": 1}\n{"id":', "not a line of JSON"),
+        ("list.json", b'[{"id": 1}, 1]', "a row is a JSON object, this is int"),
+        ("wide.csv", b"a,b\n1,2\n1,2,3\n", "more cells than the first line has names"),
+    ],
+)
+def test_a_bad_line_is_one(tmp_path, name, content, why):
+    (tmp_path / name).write_bytes(content)
+    (_, good), (_, bad) = read_rows(tmp_path / name)
+    assert isinstance(good, dict) and isinstance(bad, Bad) and why in bad.why
+
+
+def test_an_object_over_several_lines_is_one_row_and_the_one_list_in_it_is_the_rows(tmp_path):
+    (tmp_path / "one.json").write_text(json.dumps({"messages": [{"role": "user"}], "id": 1}, indent=1))
+    assert [row["id"] for _, row in read_rows(tmp_path / "one.json")] == [1]
+    (tmp_path / "many.json").write_text(json.dumps({"meta": {}, "data": [{"id": 1}, {"id": 2}]}, indent=1))
+    assert [(where[-5:], row["id"]) for where, row in read_rows(tmp_path / "many.json")] == [("row 1", 1), ("row 2", 2)]
 
 
 # -- BFCL ------------------------------------------------------------------------------------------------------------------------
@@ -242,7 +277,11 @@ def test_bfcl_joins_the_system_message(tmp_path):
     [
         ({"calls": "none"}, "no_answer"),
         ({"calls": []}, "no_answer"),
-        ({"calls": [{"uber.ride": {}}, {"uber.ride": {}}]}, "several_answers"),
+        ({"calls": [{"uber.ride": {}}, {"uber.ride": {}}]}, "gold_breaks_schema"),
+        ({"question": "A ride."}, "bad_row"),
+        ({"question": [[]]}, "bad_row"),
+        ({"question": [[{"role": "user", "content": None}]]}, "bad_row"),
+        ({"function": None}, "bad_row"),
         ({"calls": [{"lyft": {"loc": ["x"]}}]}, "tool_not_listed"),
         ({"calls": [{"uber.ride": {"loc": ["x"]}}]}, "gold_breaks_schema"),
         ({"acceptable": {"kind": ["pool"]}}, "gold_breaks_schema"),
@@ -260,10 +299,6 @@ def test_bfcl_drops(tmp_path, changes, reason):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"question": "A ride."}, "rows.json:1: no `question`"),
-        ({"question": [[]]}, "rows.json:1: no `question`"),
-        ({"question": [[{"role": "user", "content": None}]]}, "rows.json:1: no `question`"),
-        ({"function": None}, "rows.json:1: `function` must be a list of objects"),
         ({"calls": [{"uber.ride": {"loc": "Home"}}]}, "gold.json:1: `ground_truth` must be"),
         ({"calls": [{"a": {}, "b": {}}]}, "gold.json:1: `ground_truth` must be"),
         ({"calls": {"uber.ride": {}}}, "gold.json:1: `ground_truth` must be a list"),
@@ -273,6 +308,20 @@ def test_bad_bfcl_rows(tmp_path, changes, message):
     with pytest.raises(UserError) as raised:
         read_bfcl(tmp_path, **changes)
     assert message in str(raised.value)
+
+
+def test_bfcl_parallel_and_irrelevance(tmp_path):
+    several = [{"uber.ride": {"loc": ["Home"], "time": [5]}}, {"uber.ride": {"loc": ["Work", "Office"], "time": [6]}}]
+    [row] = read_bfcl(tmp_path, calls=several)
+    assert [call["arguments"]["loc"] for call in row.gold] == ["Home", "Work"]
+    assert row.accept == [{"loc": ["Home"], "time": [5]}, {"loc": ["Work", "Office"], "time": [6]}]
+    rows = [
+        {"id": name, "question": [[{"role": "system", "content": "Be kind."}, {"role": "user", "content": "A ride."}]], "function": [RIDE]}
+        for name in ("live_irrelevance_1", "live_relevance_2")
+    ]
+    none, unknown = bfcl([write(tmp_path / "rows.json", rows)])
+    assert (none.gold, none.messages[0]["role"]) == ([], "system")
+    assert unknown.reason == "no_answer" and "nobody says which" in unknown.why
 
 
 def test_two_answers_for_one_id(tmp_path):
@@ -343,7 +392,11 @@ def test_a_schema_s_own_numbers_keep_their_digits(tmp_path):
         ({"type": "dict", "$ref": "#/properties/y"}, [{"n": ["one"]}], "gold_breaks_schema"),
         ({"type": "string", "$ref": "https://example.com/x"}, ["a"], "schema_fault"),
         ({"type": "string", "$ref": "#/properties/x"}, ["a"], "schema_fault"),
-        ({"type": "string", "pattern": "^\\p{L}+$"}, ["a"], "schema_fault"),
+        ({"type": "string", "pattern": "^\\p{L}+$"}, ["a"], {"x": "a"}),
+        ({"type": "string", "pattern": "^\\p{L}+$"}, ["1"], "gold_breaks_schema"),
+        ({"type": "String"}, ["a"], {"x": "a"}),
+        ({"type": "HashMap"}, [{"n": ["a"]}], {"x": {"n": "a"}}),
+        ({"type": "ArrayList", "items": {"type": "long"}}, [[1]], {"x": [1]}),
     ],
 )
 def test_bfcl_schemas_of_other_shapes(tmp_path, part, acceptable, outcome):
@@ -351,38 +404,3 @@ def test_bfcl_schemas_of_other_shapes(tmp_path, part, acceptable, outcome):
     tool = {"name": "f", "parameters": {"type": "dict", "properties": {"x": part, "y": inner}, "required": ["x"]}}
     [row] = read_bfcl(tmp_path, function=[tool], calls=[{"f": {"x": acceptable}}])
     assert (row.arguments if isinstance(row, Row) else row.reason) == outcome
-
-
-# -- A team's own rows -----------------------------------------------------------------------------------------------------------
-
-
-def test_jsonl_keeps_the_row(tmp_path):
-    row = {
-        "id": "r1",
-        "prompt": "p",
-        "completion": '<tool_call name="f">{"a":1}</tool_call>',
-        "tools": [{"name": "g"}, 3],
-        "source": "log:1",
-    }
-    [made] = jsonl([write(tmp_path / "rows.jsonl", [row])], "toolcall")
-    assert made.example.to_json() == row
-    assert (made.request, made.tool, made.names, made.source) == ("p", "f", {"f", "g"}, "log:1")
-
-
-@pytest.mark.parametrize(
-    "track, completion, message",
-    [
-        ("toolcall", '{"a": 1}', "rows.jsonl:1: the completion is not a toolcall reply"),
-        ("toolcall", '<tool_call name="f">[1]</tool_call>', "rows.jsonl:1: the completion is not a toolcall reply (wrong_shape"),
-        ("toolcall", '<tool_call name="f">{"a":}</tool_call>', "rows.jsonl:1: the completion is not a toolcall reply (bad_json"),
-        ("structured", '{"a": 1} and more', "rows.jsonl:1: the completion is not a structured reply (extra_text"),
-        ("structured", "[1]", "rows.jsonl:1: the completion is not a structured reply (wrong_shape"),
-        ("structured", '{"a": NaN}', "rows.jsonl:1: the completion is not a structured reply"),
-        ("structured", "", "rows.jsonl:1: `completion` is not a text with something in it"),
-    ],
-)
-def test_bad_jsonl_rows(tmp_path, track, completion, message):
-    path = write(tmp_path / "rows.jsonl", [{"prompt": "p", "completion": completion}])
-    with pytest.raises(UserError) as raised:
-        list(jsonl([path], track))
-    assert message in str(raised.value)

@@ -60,7 +60,7 @@ def test_xlam_end_to_end(tmp_path, capsys):
     rows = xlam_rows(40)
     rows[3]["answers"] = json.dumps(json.loads(rows[3]["answers"]) * 2)
     source = write(tmp_path / "rows.jsonl", rows)
-    assert prepare("--source", "xlam", "--dataset-path", source, "--out-dir", tmp_path / "out") == 0
+    assert prepare("--source", "xlam", "--calls", "one", "--dataset-path", source, "--out-dir", tmp_path / "out") == 0
     printed = capsys.readouterr().out.split()
     assert printed[:8] == ["read", "40", "kept", "39", "dropped:", "several_answers", "1", "structured/train"]
     report = report_of(tmp_path / "out")
@@ -131,28 +131,22 @@ TEAM = [{"prompt": "p", "completion": '<tool_call name="f">{}</tool_call>'}]
 @pytest.mark.parametrize(
     "words, rows, message",
     [
-        (["--source", "xlam"], [*GOOD, {"id": 99}], "rows.jsonl:21: no `query`"),
-        (["--source", "xlam"], [*GOOD, GOOD[0] | {"answers": "[{"}], "rows.jsonl:21: `answers` is not JSON"),
-        (["--source", "xlam"], [*GOOD, GOOD[0] | {"query": "another"}], "rows.jsonl:21: id '0' stands at"),
-        (
-            ["--source", "xlam"],
-            [*GOOD, GOOD[0] | {"id": 99, "query": "\udc00"}],
-            "rows.jsonl:21: it holds half of a surrogate pair",
-        ),
         (["--source", "xlam"], [], "rows.jsonl has no rows"),
-        (["--source", "xlam"], [GOOD[0] | {"answers": "[]"}], "none of 1 rows can be used (no_answer 1)"),
+        (["--source", "xlam", "--calls", "one"], [GOOD[0] | {"answers": "[]"}], "none of 1 rows can be used (no_call 1)"),
         (["--source", "xlam", "--train-size", "99"], GOOD, "train 99 + val 2 + test 2 rows are wanted, 20 can be used"),
         (
             ["--source", "xlam"],
-            [GOOD[0] | {"id": n, "answers": GOOD[n]["answers"]} for n in range(9)],
+            [GOOD[n] | {"query": f"one two three four five six seven eight {n}"} for n in range(9)],
             "test: 1 rows are wanted, 0",
         ),
         (["--source", "xlam", "--answers", "x.json"], GOOD, "--source bfcl needs --answers FILE"),
         (["--source", "xlam", "--track", "toolcall"], GOOD, "--source jsonl needs --track"),
-        (["--source", "bfcl"], GOOD, "--source bfcl needs --answers FILE"),
+        (["--source", "bfcl"], GOOD, "looks like rows of --source xlam, not of --source bfcl"),
         (["--source", "jsonl"], TEAM, "--source jsonl needs --track"),
-        (["--source", "jsonl", "--track", "structured"], TEAM, "rows.jsonl:1: the completion is not a structured reply"),
-        (["--source", "jsonl", "--track", "toolcall"], [*TEAM, {"completion": "x"}], "rows.jsonl:2: no `prompt`"),
+        (["--source", "jsonl", "--track", "structured"], TEAM, "none of 1 rows can be used (bad_completion 1)"),
+        (["--source", "chat"], TEAM, "looks like rows of --source jsonl, not of --source chat"),
+        (["--source", "chat"], [{"what": 1}], "none of 1 rows can be used (other_form 1)"),
+        (["--source", "xlam", "--split-by", "time"], GOOD, "--split-by time needs a time in every row, 20 have none"),
         (["--source", "csv"], GOOD, "invalid choice: 'csv'"),
         (["--source", "xlam", "--test-size", "-1"], GOOD, "-1 is less than 0"),
     ],
@@ -175,6 +169,90 @@ def test_bad_input_makes_no_folder(tmp_path, capsys):
         run(lambda: prepare("--source", "xlam", "--dataset-path", tmp_path / "missing.jsonl", "--out-dir", tmp_path / "out"))
     assert "missing.jsonl (No such file or directory): check the path" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+# -- Bad rows: counted, and the rest goes on ---------------------------------------------------------------------------------------
+
+
+def test_bad_rows_are_counted_and_written_beside(tmp_path, capsys):
+    rows = [*GOOD, {"id": 99}, GOOD[0] | {"answers": "[{"}, GOOD[0] | {"query": "another"}, GOOD[1] | {"id": 98, "query": "\udc00"}, ["x"]]
+    assert prepare("--source", "xlam", "--dataset-path", write(tmp_path / "rows.jsonl", rows), "--out-dir", tmp_path / "out") == 0
+    report = report_of(tmp_path / "out")
+    assert report["counts"] == {"read": 25, "kept": 21, "dropped": {"bad_row": 2, "bad_line": 1, "unusable": 1}}
+    assert report["renamed_ids"] == 1
+    lines = [json.loads(line) for line in (tmp_path / "out/prepare_dropped.jsonl").read_text().splitlines()]
+    assert [(line["where"].rpartition(":")[2], line["reason"]) for line in lines] == [
+        ("21", "bad_row"), ("22", "bad_row"), ("24", "unusable"), ("25", "bad_line"),
+    ]  # fmt: skip
+    out = capsys.readouterr().out
+    assert out.count("dropped: ") - len(report["counts"]["dropped"]) == 3, "the first three are named"
+    assert "1 ids stood twice" in out and "prepare_dropped.jsonl" in out
+    prepare("--source", "xlam", "--dataset-path", write(tmp_path / "good.jsonl", GOOD), "--out-dir", tmp_path / "out")
+    assert not (tmp_path / "out/prepare_dropped.jsonl").exists()
+
+
+def test_unknown_fields_are_one_warning(tmp_path, capsys):
+    rows = [{"prompt": f"one{n} two{n} three{n}", "completion": "{}", "acept": {}} for n in range(20)]
+    source = write(tmp_path / "rows.jsonl", rows)
+    prepare("--source", "jsonl", "--track", "structured", "--dataset-path", source, "--out-dir", tmp_path / "out")
+    [line] = capsys.readouterr().err.splitlines()
+    assert "fields that nothing reads: acept (20 rows)" in line and report_of(tmp_path / "out")["unknown_fields"] == {"acept": 20}
+
+
+# -- Chat ------------------------------------------------------------------------------------------------------------------------
+
+
+def chat_rows(count):
+    tool = {"type": "function", "function": {"name": "look_up", "parameters": {"type": "object", "properties": {"item": {"type": "string"}}}}}
+    rows = []
+    for number in range(count):
+        asked = {"role": "user", "content": f"item{number} word{number} thing{number} place{number}"}
+        call = {"id": "1", "type": "function", "function": {"name": "look_up", "arguments": json.dumps({"item": f"i{number}"})}}
+        messages = [{"role": "system", "content": "A preamble that all rows share, and that is long."}, asked]
+        messages += [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "tool_call_id": "1", "content": "found"}]
+        messages += [{"role": "assistant", "content": "Yes."}, {"role": "user", "content": "thanks"}, {"role": "assistant", "content": "Bye."}]
+        rows.append({"messages": messages, "tools": [tool], "created_at": f"2026-01-01T00:{number:02}:00Z"})
+    extraction = [
+        {"messages": [{"role": "user", "content": f"city{n} town{n} name{n} street{n}"}, {"role": "assistant", "content": f'{{"n": {n}}}'}]}
+        for n in range(30)
+    ]
+    return rows, extraction
+
+
+def test_chat_end_to_end(tmp_path, capsys):
+    rows, extraction = chat_rows(40)
+    rows[7]["messages"][2]["tool_calls"][0]["function"]["name"] = "other"
+    source = write(tmp_path / "rows.jsonl", [*rows, *extraction, {"messages": [{"role": "user", "content": "x"}]}])
+    assert prepare("--source", "chat", "--dataset-path", source, "--out-dir", tmp_path / "out") == 0
+    report, out = report_of(tmp_path / "out"), capsys.readouterr().out
+    assert report["counts"] == {"read": 151, "kept": 149, "dropped": {"tool_not_listed": 1, "no_reply": 1}}
+    assert report["replies"] == {"read": 150, "measurable": 149, "share": 149 / 150} and "99.3% (149 of 150)" in out
+    assert "rows.jsonl: OpenAI chat rows, 71 rows" in out and report["inputs"][0]["forms"] == {"OpenAI chat rows": 71}
+    assert {name: part["rows"] for name, part in report["splits"]["structured"].items()} == {"train": 24, "val": 3, "test": 3}
+    groups = {}
+    for name in ("train", "val", "test"):
+        for example in read_examples(tmp_path / f"out/toolcall/{name}.jsonl"):
+            groups.setdefault(example.group, set()).add(name)
+            assert example.messages[0]["role"] == "system"
+    assert len(groups) == 40 and all(len(names) == 1 for names in groups.values()), "a conversation stays on one side"
+    assert report["near_duplicates"]["largest"] == 3, "a preamble and short last words join no conversations"
+
+
+def test_chat_of_one_track_and_by_time(tmp_path):
+    rows, extraction = chat_rows(40)
+    source = write(tmp_path / "rows.jsonl", [*rows, *extraction])
+    flags = ("--source", "chat", "--track", "toolcall", "--calls", "one", "--split-by", "time", "--dataset-path", source)
+    assert prepare(*flags, "--out-dir", tmp_path / "out") == 0
+    assert report_of(tmp_path / "out")["counts"] == {"read": 150, "kept": 40, "dropped": {"other_track": 30, "no_call": 80}}
+    ids = [int(e.group.rpartition(":")[2]) for e in read_examples(tmp_path / "out/toolcall/test.jsonl")]
+    assert sorted(ids) == [37, 38, 39, 40] and not (tmp_path / "out/structured").exists()
+
+
+def test_a_track_with_too_few_rows_ends_no_import(tmp_path, capsys):
+    rows, extraction = chat_rows(40)
+    source = write(tmp_path / "rows.jsonl", [*rows, *extraction[:1]])
+    assert prepare("--source", "chat", "--dataset-path", source, "--out-dir", tmp_path / "out") == 0
+    assert report_of(tmp_path / "out")["counts"]["dropped"] == {"too_few": 1} and "no splits of structured" in capsys.readouterr().out
 
 
 # -- Real rows -------------------------------------------------------------------------------------------------------------------
@@ -216,19 +294,14 @@ def test_recorded_rows_as_a_teams_own(tmp_path, track):
 
 
 @needs_shared
-def test_parallel_rows_are_never_cut_to_the_first_call(tmp_path, capsys):
+def test_parallel_and_irrelevance_rows_are_conversations(tmp_path):
     name = "BFCL_v4_parallel_multiple.json"
-    with pytest.raises(SystemExit):
-        run(
-            lambda: prepare(
-                "--source",
-                "bfcl",
-                "--dataset-path",
-                SHARED / "bfcl" / name,
-                "--answers",
-                SHARED / "bfcl/possible_answer" / name,
-                "--out-dir",
-                tmp_path,
-            )
-        )
-    assert "none of 200 rows can be used (several_answers 200)" in capsys.readouterr().err
+    paths = (SHARED / "bfcl" / name, SHARED / "bfcl/BFCL_v4_irrelevance.json")
+    flags = ("--answers", SHARED / "bfcl/possible_answer" / name, "--out-dir", tmp_path, "--train-size", "0", "--val-size", "0")
+    assert prepare("--source", "bfcl", "--dataset-path", *paths, *flags) == 0
+    report = report_of(tmp_path)
+    assert report["counts"] == {"read": 440, "kept": 437, "dropped": {"gold_breaks_schema": 3}} and report["form"] == "conversation"
+    rows = read_examples(tmp_path / "toolcall/test.jsonl")
+    assert sum(row.calls == [] for row in rows) == 240 and all(len(row.calls) > 1 for row in rows if row.calls)
+    assert all(len(row.accept) == len(row.calls) for row in rows if row.calls)
+    assert not (tmp_path / "structured/test.jsonl").exists(), "there is no structured twin of several calls or none"

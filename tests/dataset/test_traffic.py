@@ -8,9 +8,10 @@ from hypothesis import given as for_any
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from slm_swap.common.exact_json import EXACT
+from slm_swap.common.exact_json import EXACT, exact
 from slm_swap.dataset.traffic import REASONS, Unusable, convert
 from slm_swap.rows.examples import parse_example
+from slm_swap.rows.lines import dump_json
 from slm_swap.rows.prompts import SYSTEM_PROMPTS, toolcall_prompt
 from slm_swap.scoring.tracks import TRACKS
 
@@ -66,14 +67,14 @@ def test_a_tool_call_in_every_form(given, output, as_text):
         given, output = (value if isinstance(value, str) else json.dumps(value) for value in (given, output))
     taken = made(given, output)
     assert taken.track == "toolcall" and taken.masked == {} and not taken.own
+    tool = TOOL | ({"strict": True} if "strict" in str(given) else {})
     assert taken.row == {
         "id": "o1",
-        "prompt": toolcall_prompt([TOOL], "Rain in Oslo?"),
-        "completion": COMPLETION,
-        "tools": [TOOL],
+        "messages": [USER],
+        "tools": [tool],
+        "calls": [{"name": "weather", "arguments": {"city": "Oslo"}}],
         "group": "t1",
         "source": "langfuse:t1",
-        "request": "Rain in Oslo?",
     }
 
 
@@ -90,15 +91,26 @@ def test_a_tool_call_in_every_form(given, output, as_text):
 )
 def test_a_json_reply_in_every_form(output):
     row = made("How many?", output).row
-    assert row == {"id": "o1", "prompt": "How many?", "completion": '{"n":1}', "group": "t1", "source": "langfuse:t1"}
+    messages = [{"role": "user", "content": "How many?"}]
+    assert row == {"id": "o1", "messages": messages, "object": {"n": 1}, "group": "t1", "source": "langfuse:t1"}
 
 
-def test_the_system_text_stands_in_front_and_the_request_is_told_apart():
+def test_the_system_text_stays_a_message():
     messages = [{"role": "system", "content": "Count."}, {"role": "developer", "content": "Be brief."}, USER]
-    row = made(messages, '{"n":1}').row
-    assert row["prompt"] == "Count.\n\nBe brief.\n\nRequest: Rain in Oslo?" and row["request"] == "Rain in Oslo?"
-    row = made({"messages": messages, "tools": [CHAT_TOOL]}, CALLED).row
-    assert row["prompt"] == "Count.\n\nBe brief.\n\n" + toolcall_prompt([TOOL], "Rain in Oslo?")
+    kept = [{"role": "system", "content": "Count."}, {"role": "system", "content": "Be brief."}, USER]
+    assert made(messages, '{"n":1}').row["messages"] == kept
+    assert made({"messages": messages, "tools": [CHAT_TOOL]}, CALLED).row["messages"] == kept
+
+
+def test_the_earlier_turns_stay_messages():
+    result = {"role": "tool", "tool_call_id": "call_1", "content": "rain"}
+    messages = [USER, CALLED, result, {"role": "assistant", "content": "Rain."}, {"role": "user", "content": "And in Bergen?"}]
+    row = made({"messages": messages, "tools": [CHAT_TOOL]}, {"role": "assistant", "tool_calls": [CALL, CALL]}).row
+    called = {"role": "assistant", "tool_calls": [CALL]}
+    assert row["messages"] == [USER, called, *messages[2:]]
+    assert row["calls"] == [{"name": "weather", "arguments": {"city": "Oslo"}}] * 2
+    row = made({"messages": messages, "tools": [CHAT_TOOL]}, "Which Bergen?").row
+    assert (row["calls"], row["content"]) == ([], "Which Bergen?")
 
 
 @pytest.mark.parametrize(
@@ -114,8 +126,9 @@ def test_the_system_text_stands_in_front_and_the_request_is_told_apart():
 def test_a_wanted_schema_is_kept_and_replies_are_held_against_it(where):
     fields = {"input": [USER]} | where
     row = convert({"id": "o1", "traceId": "t1", "output": '{"n":1}'} | fields, ["structured"], None).row
-    assert row["schema"] == SCHEMA and row["prompt"].startswith("JSON Schema:\n") and row["request"] == "Rain in Oslo?"
-    with pytest.raises(Unusable, match="breaks_schema"):
+    assert row["schema"] == SCHEMA and row["messages"] == [USER] and row["object"] == {"n": 1}
+    assert row["options"]["response_format"]["json_schema"]["schema"] == SCHEMA
+    with pytest.raises(Unusable, match="gold_breaks_schema"):
         convert({"id": "o1", "traceId": "t1", "output": '{"n":"one"}'} | fields, ["structured"], None)
 
 
@@ -145,15 +158,11 @@ TOOLS = {"messages": [USER], "tools": [CHAT_TOOL]}
         ("no_request", {"question": "How many?"}, '{"n":1}', {}),
         ("no_request", [{"role": "system", "content": "x"}], '{"n":1}', {}),
         ("no_request", [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], '{"n":1}', {}),
-        ("multi_turn", [USER, {"role": "assistant", "content": "?"}, USER], '{"n":1}', {}),
-        ("multi_turn", [USER, USER], '{"n":1}', {}),
-        ("multi_turn", [USER, CALLED, {"role": "tool", "content": "rain"}], '{"n":1}', {}),
         ("several_replies", [USER], {"choices": [{"message": CALLED}, {"message": CALLED}]}, {}),
-        ("several_calls", TOOLS, {"role": "assistant", "tool_calls": [CALL, CALL]}, {}),
-        ("not_json", [USER], "It rains.", {}),
-        ("not_json", [USER], "[1, 2]", {}),
+        ("plain_text", [USER], "It rains.", {}),
+        ("plain_text", [USER], "5", {}),
+        ("not_json", {"messages": [USER], "response_format": {"type": "json_object"}}, "It rains.", {}),
         ("not_json", [USER], '{"n":1,"n":2}', {}),
-        ("not_json", [USER], '```json\n{"n":1}\n```', {}),
         ("not_json", TOOLS, {"tool_calls": [{"function": {"name": "weather", "arguments": '{"city":'}}]}, {}),
         ("not_json", TOOLS, {"tool_calls": [{"function": {"name": "weather", "arguments": "[]"}}]}, {}),
         ("other_track", [USER], '{"n":1}', {"tracks": ["toolcall"]}),
@@ -161,8 +170,8 @@ TOOLS = {"messages": [USER], "tools": [CHAT_TOOL]}
         ("schema_fault", {"messages": [USER], "tools": "weather"}, CALLED, {}),
         ("schema_fault", {"messages": [USER], "tools": [TOOL, TOOL | {"description": "Another."}]}, CALLED, {}),
         ("tool_not_listed", {"messages": [USER], "tools": [TOOL | {"name": "other"}]}, CALLED, {}),
-        ("breaks_schema", TOOLS, {"tool_calls": [{"function": {"name": "weather", "arguments": '{"city":1}'}}]}, {}),
-        ("breaks_schema", TOOLS, {"tool_calls": [{"function": {"name": "weather", "arguments": "{}"}}]}, {}),
+        ("gold_breaks_schema", TOOLS, {"tool_calls": [{"function": {"name": "weather", "arguments": '{"city":1}'}}]}, {}),
+        ("gold_breaks_schema", TOOLS, {"tool_calls": [{"function": {"name": "weather", "arguments": "{}"}}]}, {}),
         ("unusable", [{"role": "user", "content": "\ud800"}], '{"n":1}', {}),
     ],
 )
@@ -179,10 +188,10 @@ def test_what_is_masked_stays_the_same_in_prompt_and_completion():
     given = {"messages": [{"role": "user", "content": "Weather for ann@example.com, +1 415 555 2671"}], "tools": [CHAT_TOOL]}
     output = {"tool_calls": [{"function": {"name": "weather", "arguments": '{"city": "ann@example.com"}'}}]}
     taken = made(given, output)
-    assert taken.row["request"] == "Weather for <EMAIL_1>, <PHONE_1>"
-    assert taken.row["completion"] == '<tool_call name="weather">{"city":"<EMAIL_1>"}</tool_call>'
+    assert taken.row["messages"][0]["content"] == "Weather for <EMAIL_1>, <PHONE_1>"
+    assert taken.row["calls"] == [{"name": "weather", "arguments": {"city": "<EMAIL_1>"}}]
     assert taken.masked == {"EMAIL": 1, "PHONE": 1}
-    assert made(given, output, regions=None).row["request"] == "Weather for ann@example.com, +1 415 555 2671"
+    assert made(given, output, regions=None).row["messages"][0]["content"] == "Weather for ann@example.com, +1 415 555 2671"
 
 
 # -- Numbers keep their digits ---------------------------------------------------------------------------------------------------
@@ -216,7 +225,10 @@ def test_the_same_reply_given_again_is_exact(number):
         row = made("How much?", output).row
         assert again(track, row, body).error is None
         row = made({"messages": [USER], "tools": [TOOL | {"name": "f", "parameters": {"properties": {"x": {}, "l": {}}}}]}, output).row
-        assert again(track, row, body).error is None
+        if track == "structured":  # a text where tools were on offer: no call is due
+            assert row["calls"] == []
+        else:
+            assert again(track, row, body).error is None
 
 
 @settings(max_examples=100, deadline=None)
@@ -226,7 +238,8 @@ def test_any_number_given_again_is_exact(number):
     for output, track in outputs(body):
         row = made("How much?", output, regions=None).row
         assert again(track, row, body).error is None
-        assert Decimal(row["completion"].split(":")[1].split("}")[0]) == Decimal(number)
+        value = row["object"] if track == "structured" else row["calls"][0]["arguments"]
+        assert exact(value["x"]) == Decimal(number)
 
 
 @pytest.mark.parametrize("of", ["output", "input", "schema"])
@@ -238,7 +251,7 @@ def test_an_integer_of_5000_digits_is_no_crash(of):
         assert reason("How many?", f'{{"role":"assistant","content":{{"x":{long}}}}}') == "unusable"
     elif of == "input":
         given = f'{{"messages":[{json.dumps(USER)}],"seed":{long}}}'
-        assert made(given, '{"n":1}').row["prompt"] == "Rain in Oslo?"
+        assert made(given, '{"n":1}').row["messages"] == [USER]
     else:
         given = f'{{"messages":[{json.dumps(USER)}],"tools":[{{"name":"f","parameters":{{"maximum":{long}}}}}]}}'
         assert reason(given, '{"n":1}') == "schema_fault"
@@ -249,8 +262,8 @@ def test_the_digits_of_a_schema_are_kept():
     schema = {"type": "object", "properties": {"x": {"enum": [number]}}}
     fields = {"input": [USER], "metadata": {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}}}
     row = convert({"id": "o1", "traceId": "t1", "output": '{"x":52.520006599999998}'} | fields, ["structured"], None).row
-    assert row["schema"] == schema and '"enum": [52.520006599999998]' in row["prompt"]
-    with pytest.raises(Unusable, match="breaks_schema"):
+    assert row["schema"] == schema
+    with pytest.raises(Unusable, match="gold_breaks_schema"):
         convert({"id": "o1", "traceId": "t1", "output": '{"x":52.520006599999995}'} | fields, ["structured"], None)
 
 
@@ -273,6 +286,10 @@ def test_the_digits_of_a_schema_are_kept():
          '{"t":{"kids":[{"kids":[]}]}}', '{"kids":[]}'),
         ({"properties": {"price": {"type": "number", "multipleOf": 0.01}}}, '{"price":4.94}', '{"price":4.945}'),
         ({"properties": {"p": {"type": "string", "nullable": True}}}, '{"p":null}', '{"p":1}'),
+        ({"properties": {"p": {"type": "string", "pattern": "^\\p{L}+$"}}}, '{"p":"Zoë"}', '{"p":"1"}'),
+        ({"properties": {"p": {"type": "string", "pattern": "^(?<y>\\d{4})$"}}}, '{"p":"2026"}', '{"p":"26"}'),
+        ({"properties": {"p": {"type": "array", "items": [{"type": "number"}, {"type": "string"}]}}}, '{"p":[1,"a"]}', '{"p":["a"]}'),
+        ({"type": "HashMap", "properties": {"p": {"type": "ArrayList", "items": {"type": "long"}}}}, '{"p":[1]}', '{"p":["a"]}'),
     ],
 )  # fmt: skip
 def test_a_valid_call_is_kept_however_its_tool_is_written(parameters, right, wrong):
@@ -282,8 +299,8 @@ def test_a_valid_call_is_kept_however_its_tool_is_written(parameters, right, wro
         return {"tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
 
     row = made(given, called(right)).row
-    assert row["completion"] == f'<tool_call name="f">{right}</tool_call>'
-    assert reason(given, called(wrong)) == "breaks_schema"
+    assert row["calls"] == [{"name": "f", "arguments": json.loads(right)}]
+    assert reason(given, called(wrong)) == "gold_breaks_schema"
 
 
 @pytest.mark.parametrize(
@@ -291,8 +308,7 @@ def test_a_valid_call_is_kept_however_its_tool_is_written(parameters, right, wro
     [
         ({"$ref": "http://[bad"}, "schema_fault"),
         ({"$ref": "#/$defs/none"}, "schema_fault"),
-        ({"pattern": "^\\p{L}+$"}, "schema_fault"),
-        ({"type": "array", "items": [{"type": "number"}]}, "schema_fault"),
+        ({"type": "strin"}, "schema_fault"),
         ({"anyOf": [{"type": "null"}, {"allOf": [{"$ref": "#/properties/city"}]}]}, "schema_fault"),
         ({"$ref": "#/properties/city"}, "schema_fault"),
     ],
@@ -308,7 +324,7 @@ def test_a_deep_reply_of_a_recursive_schema_ends_no_pull(depth):
     given = {"messages": [USER], "response_format": {"type": "json_schema", "json_schema": {"schema": tree}}}
     body = '{"kid":' * depth + "null" + "}" * depth
     try:
-        assert made(given, body).row["completion"] == body
+        assert dump_json(made(given, body).row["object"]) == body
     except Unusable as why:
         assert str(why) == "unusable" and depth > 5  # jsonschema's own stack is used up
 
@@ -320,7 +336,7 @@ def test_a_deep_reply_of_a_recursive_schema_ends_no_pull(depth):
 def test_a_call_without_arguments(arguments):
     given = {"messages": [USER], "tools": [{"type": "function", "function": {"name": "now"}}]}
     for inner in ({"name": "now", "arguments": arguments}, {"name": "now", "args": arguments}):
-        assert made(given, {"tool_calls": [{"function": inner}]}).row["completion"] == '<tool_call name="now">{}</tool_call>'
+        assert made(given, {"tool_calls": [{"function": inner}]}).row["calls"] == [{"name": "now", "arguments": {}}]
 
 
 @pytest.mark.parametrize("arguments", ["[]", "0", "false", '""', "nul"])
@@ -333,7 +349,6 @@ def test_arguments_that_are_no_object(arguments):
     ("output", "expected"),
     [
         ({"toolCalls": [{"toolCallType": "function", "toolCallId": "1", "toolName": "now", "args": "{}"}]}, "other_form"),
-        ({"role": "assistant", "content": [{"type": "tool_use", "id": "1", "name": "now", "input": {"z": 1}}]}, "other_form"),
         ({"role": "model", "parts": [{"functionCall": {"name": "now", "args": {}}}]}, "other_form"),
         ({"candidates": [{"content": {"role": "model", "parts": []}}]}, "other_form"),
         ({"message": {"role": "assistant", "content": [{"toolUse": {"name": "now", "input": {}}}]}}, "other_form"),
@@ -346,4 +361,28 @@ def test_a_wrapper_is_no_reply(output, expected, as_text):
 
 @pytest.mark.parametrize("value", [{"error": "none"}, {"error": {"code": 5}}, {"message": "hi"}, {"role": "admin"}, {"parts": [1]}])
 def test_a_json_reply_that_looks_a_little_like_a_wrapper_is_kept(value):
-    assert json.loads(made([USER], value).row["completion"]) == value
+    assert made([USER], value).row["object"] == value
+
+
+def test_anthropic_s_form():
+    output = {"role": "assistant", "content": [{"type": "thinking", "thinking": "Hm."}, {"type": "tool_use", "id": "1", "name": "weather", "input": {"city": "Oslo"}}]}
+    given = {"system": "Be brief.", "messages": [USER], "tools": [{"name": "weather", "description": "The weather.", "input_schema": PARAMETERS}]}
+    row = made(given, output).row
+    assert row["calls"] == [{"name": "weather", "arguments": {"city": "Oslo"}}] and row["tools"] == [TOOL]
+    assert row["messages"] == [{"role": "system", "content": "Be brief."}, USER]
+    assert reason([USER], {"role": "assistant", "content": "", "stop_reason": "max_tokens"}) == "truncated"
+
+
+def test_everything_of_a_conversation_is_masked():
+    tool = TOOL | {"description": "Ask ann@example.com."}
+    call = {"id": "c", "type": "function", "function": {"name": "weather", "arguments": '{"city": "ann@example.com", "card": 4111111111111111}'}}
+    messages = [
+        {"role": "system", "content": "Write to ann@example.com."}, USER, {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": "bob@example.com"}, USER,
+    ]  # fmt: skip
+    row = made({"messages": messages, "tools": [{"type": "function", "function": tool}]}, "Ask bob@example.com.").row
+    assert "example.com" not in json.dumps(row) and "4111" not in json.dumps(row)
+    assert json.loads(row["messages"][2]["tool_calls"][0]["function"]["arguments"]) == {"city": "<EMAIL_1>", "card": "<CARD_1>"}
+    assert (row["messages"][3]["content"], row["content"], row["tools"][0]["description"]) == ("<EMAIL_2>", "Ask <EMAIL_2>.", "Ask <EMAIL_1>.")
+    card = made([USER], '{"card": 4111111111111111.0}').row
+    assert card["object"] == {"card": "<CARD_1>"}

@@ -13,9 +13,10 @@ import pytest
 
 from slm_swap.cli import run
 from slm_swap.common.errors import UserError
+from slm_swap.common.exact_json import EXACT
 from slm_swap.common.settings import PACKAGE, load_settings
 from slm_swap.rows.examples import Example, parse_example
-from slm_swap.rows.prompts import SYSTEM_PROMPTS
+from slm_swap.rows.prompts import SYSTEM_PROMPTS, toolcall_completion
 from slm_swap.scoring.tracks import TRACKS
 from slm_swap.tracing import api as api_module
 from slm_swap.tracing.api import LangfuseApi
@@ -313,7 +314,7 @@ def booking(number: int, name: str, **more) -> dict:
 
 
 def rows_of(path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line, **EXACT) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def test_traffic_of_every_kind_is_kept_or_counted(server, pull, tmp_path):
@@ -322,26 +323,28 @@ def test_traffic_of_every_kind_is_kept_or_counted(server, pull, tmp_path):
         booking(1, "Ann"),
         booking(1, "Ann") | {"id": "o00002", "startTime": "2026-01-01T00:00:02.000Z"},
         booking(1, "Bo") | {"id": "o00003", "startTime": "2026-01-01T00:00:00.500Z", "input": booking(1, "Ann")["input"]},
-        generation(4, [user], '{"n": 4}'),
+        generation(4, [user], '{"n": 4}', input=[user]),
         generation(5, "Broken", None, level="ERROR"),
         generation(6, "Bad words", None, metadata={"finish_reason": "content_filter"}),
         generation(7, "Long", '{"n": 4', metadata={"finish_reason": "length"}),
         generation(8, "Chat", "Hello!"),
-        generation(9, [user, {"role": "assistant", "content": "?"}, user], '{"n": 4}'),
+        generation(9, "", '{"n": 4}', input=[user, {"role": "assistant", "content": "?"}, user]),
         booking(10, "Eve") | {"type": "SPAN"},
         booking(11, "Eve") | {"startTime": "2026-01-02T00:00:00.000Z"},
         booking(12, "Eve") | {"startTime": "2025-12-31T23:59:59.999Z"},
     ]
     code, out, err = pull()
     assert (code, err) == (0, "")
-    dropped = {"failed": 1, "filtered": 1, "truncated": 1, "multi_turn": 1, "not_json": 1, "duplicate": 1, "conflicting": 1}
+    dropped = {"failed": 1, "filtered": 1, "truncated": 1, "duplicate": 1, "conflicting": 1}
     report = json.loads((tmp_path / "traffic.report.json").read_text())
-    assert report["counts"] == {"read": 9, "kept": 2, "dropped": dropped}
+    assert report["counts"] == {"read": 9, "kept": 4, "dropped": dropped}
     assert report["reference"] == "the hosted model's reply" and "reference: the hosted model's reply" in out
     assert report["window"] == {"from": "2026-01-01T00:00:00+00:00", "to": "2026-01-02T00:00:00+00:00"}
-    assert [row["id"] for row in rows_of(tmp_path / "traffic_toolcall.jsonl")] == ["o00002"]
-    [row] = rows_of(tmp_path / "traffic_structured.jsonl")
-    assert row["completion"] == '{"n":4}' and row["prompt"] == "How many?"
+    called, said = rows_of(tmp_path / "traffic_toolcall.jsonl")
+    assert (called["id"], said["id"], said["calls"], said["content"]) == ("o00002", "o00008", [], "Hello!")
+    one, several = rows_of(tmp_path / "traffic_structured.jsonl")
+    assert one["object"] == {"n": 4} and one["messages"] == [user]
+    assert several["object"] == {"n": 4} and several["messages"] == [user, {"role": "assistant", "content": "?"}, user]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "traffic.report.json",
         "traffic_structured.jsonl",
@@ -376,7 +379,7 @@ def test_a_schema_s_digits_survive_the_journal_and_a_push(server, pull, call, pu
 
 
 def test_one_track_goes_to_the_file_that_is_named(server, pull, tmp_path):
-    server.rest.observations = [booking(1, "Ann"), generation(4, "How many?", '{"n": 4}')]
+    server.rest.observations = [booking(1, "Ann"), generation(4, "", '{"n": 4}', input="How many?")]
     assert pull("--track", "toolcall")[0] == 0
     assert [row["id"] for row in rows_of(tmp_path / "traffic.jsonl")] == ["o00001"]
     assert json.loads((tmp_path / "traffic.report.json").read_text())["counts"]["dropped"] == {"other_track": 1}
@@ -432,12 +435,12 @@ def test_personal_data_is_masked_and_counted(server, pull, tmp_path):
     ]  # fmt: skip
     assert pull("--track", "toolcall")[0] == 0
     first, second, _ = rows_of(tmp_path / "traffic.jsonl")
-    assert "for <EMAIL_1> party" in first["prompt"]
-    assert first["completion"] == '<tool_call name="book">{"name":"<EMAIL_1>","people":2,"mail":"<EMAIL_1>"}</tool_call>'
-    assert second["completion"] == '<tool_call name="book">{"name":"Bo","people":3,"mail":"<EMAIL_1>"}</tool_call>'
+    assert "for <EMAIL_1> party" in first["messages"][0]["content"]
+    assert first["calls"] == [{"name": "book", "arguments": {"name": "<EMAIL_1>", "people": 2, "mail": "<EMAIL_1>"}}]
+    assert second["calls"] == [{"name": "book", "arguments": {"name": "Bo", "people": 3, "mail": "<EMAIL_1>"}}]
     assert json.loads((tmp_path / "traffic.report.json").read_text())["masked"] == {"EMAIL": 2}
     assert pull("--track", "toolcall", "--no-mask")[0] == 0
-    assert "ann@example.com" in rows_of(tmp_path / "traffic.jsonl")[0]["prompt"]
+    assert "ann@example.com" in rows_of(tmp_path / "traffic.jsonl")[0]["messages"][0]["content"]
     assert json.loads((tmp_path / "traffic.report.json").read_text())["masked"] is None
 
 
@@ -473,9 +476,9 @@ def test_a_pull_that_was_killed_goes_on_and_ends_the_same(server, call, pull_scr
     assert sum(asked[1] == pages for asked in server.rest.asked) < 4, "pages that were read are not read again"
     assert call(pull_script, *flags[:-1], tmp_path / "whole.jsonl")[0] == 0
     assert (tmp_path / "killed.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    assert len(rows_of(tmp_path / "whole.jsonl")) == 350 and not journal.exists()
+    assert len(rows_of(tmp_path / "whole.jsonl")) == 351 and not journal.exists()
     counts = [json.loads((tmp_path / f"{name}.report.json").read_text())["counts"] for name in ("killed", "whole")]
-    assert counts[0] == counts[1] == {"read": 370, "kept": 350, "dropped": {"not_json": 20}}
+    assert counts[0] == counts[1] == {"read": 370, "kept": 351, "dropped": {"duplicate": 19}}
 
 
 def test_rows_that_the_store_gives_twice_are_read_once(server, pull, tmp_path):
@@ -522,7 +525,7 @@ def test_from_traffic_to_an_evaluation(server, call, pull, eval_script, tmp_path
     split = [rows_of(tmp_path / "toolcall" / f"{name}.jsonl") for name in ("train", "val", "test")]
     assert [len(rows) for rows in split] == [48, 6, 6], "a preamble that all rows share makes them no near-duplicates"
     replies = tmp_path / "replies.jsonl"
-    replies.write_text("".join(json.dumps({"id": row["id"], "prediction": row["completion"]}) + "\n" for row in split[2]))
+    replies.write_text("".join(json.dumps({"id": row["id"], "prediction": toolcall_completion(*row["calls"][0].values())}) + "\n" for row in split[2]))
     monkeypatch.setenv("LANGFUSE_DISABLED", "1")
     dataset = tmp_path / "toolcall" / "test.jsonl"
     out = tmp_path / "report.json"
