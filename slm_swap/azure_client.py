@@ -1,38 +1,13 @@
-"""A hosted deployment on Azure behind the client protocol: async inside, `generate(batch)` outside.
+"""A hosted model: a deployment on Azure, in any of its forms, or a model of any OpenAI-compatible server."""
 
-HTTP, retries and back-off are the openai package's: 408, 409, 429, 5xx, time-outs and broken connections are tried again after
-`retry-after-ms` or `Retry-After` (up to 120 seconds; a longer wait ends the row), else after 0.5, 1, 2, 4, 8, 8... seconds.
-When a request may be sent, a first or a later try, is the quota's to say, where the server tells of one: see `quota`.
-"""
+from collections.abc import Callable
 
-import asyncio
-import queue
-import re
-import threading
-import time
-from collections.abc import Callable, Container, Generator, Iterable
-from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
-from itertools import islice, pairwise
-from typing import Any
-
-from slm_swap.clients.completions import REJECTIONS, read_completion, refused_request, rejected_parameter
-from slm_swap.clients.endpoint import is_loopback, parse_endpoint
-from slm_swap.clients.pricing import load_prices, to_float
-from slm_swap.clients.protocol import Reply
-from slm_swap.clients.quota import Mark, Quota
-from slm_swap.common.errors import UserError
+from slm_swap.clients.chat_client import ChatClient
+from slm_swap.clients.endpoint import AZURE, parse_endpoint
+from slm_swap.clients.pricing import to_float
 from slm_swap.common.settings import Settings
-from slm_swap.rows.prompts import Request
 
 TOKEN_SCOPE = "https://cognitiveservices.azure.com/.default"
-OTHER_LIMIT = {"max_completion_tokens": "max_tokens", "max_tokens": "max_completion_tokens"}
-UNREACHABLE = {"ConnectError", "ConnectTimeout", "ProxyError"}  # what httpx calls a server that was never spoken to
-CONNECT_SECONDS = 10.0
-LOOK_SECONDS = 0.05  # between two looks at the quota: answers that come meanwhile may allow more
-TYPICAL_CHARACTERS, TYPICAL_TOKENS = 4000, 1000  # of English prompts, until the answers tell
-SHORTEST_SECRET = 16  # in replies: "test" as a key must not be cut out of a model's text; Azure's keys have 32 or 84 characters
-PLAIN_HEADERS = re.compile("host|accept|accept-encoding|connection|content-.*|user-agent|x-stainless-.*")
 
 
 def entra_token() -> Callable[[], str] | None:
@@ -44,42 +19,11 @@ def entra_token() -> Callable[[], str] | None:
     return get_bearer_token_provider(DefaultAzureCredential(), TOKEN_SCOPE)
 
 
-@dataclass
-class _Try:
-    """One HTTP request: when it was sent, when its answer's head came (both by the row's clock), and with which status."""
-
-    marks: list[Mark]
-    sent: float
-    answered: float | None = None
-    status: int | None = None
-
-
-@dataclass
-class _Row:
-    """What a task is asking: its charge in tokens, its tries, and how long the quota held them back."""
-
-    tokens: float
-    started: float = field(default_factory=time.perf_counter)
-    held: float = 0.0
-    tries: list[_Try] = field(default_factory=list)
-
-    def clock(self) -> float:
-        """Seconds since the row was begun, those left out in which it was held back."""
-        return time.perf_counter() - self.started - self.held
-
-
-_row: ContextVar[_Row] = ContextVar("row")  # of this task
-
-
-class AzureClient:
-    """One deployment, asked `concurrency` rows at a time; `timeout` in seconds counts per try.
-
-    Parameters that the deployment does not take are dropped for the whole run (the two names of the token limit are swapped
-    first). A row that fails for good is a Reply with its error; a fault of the set-up ends the run.
+class AzureClient(ChatClient):
+    """The deployment of AZURE_ENDPOINT; `ChatClient` has the arguments.
 
     Raises:
-        UserError: variables are missing or contradict each other, or the prices cannot be read; in `generate`: the key,
-            deployment or API version is refused, or the host cannot be reached and has not answered before.
+        UserError: variables are missing or contradict each other, or the prices cannot be read; and as `ChatClient`.
     """
 
     kind = "azure"
@@ -94,297 +38,26 @@ class AzureClient:
         timeout: float = 60.0,
         max_retries: int = 6,
     ) -> None:
-        started = time.perf_counter()
         key = settings.azure_api_key
-        if key and not re.fullmatch(r"[!-~]+", key):
-            raise UserError("AZURE_API_KEY has characters that no key has: copy it again from the portal")
-        if concurrency < 1:
-            raise UserError(f"concurrency={concurrency} asks nothing: give 1 or more")
-        self._token = None if key else entra_token()
-        missing = () if key or self._token else ("AZURE_API_KEY (or pip install azure-identity)",)
-        self.endpoint = parse_endpoint(settings.azure_endpoint, settings.azure_deployment, settings.azure_api_version, missing)
-        self.settings, self.prices = settings, load_prices(settings.prices_file)
-        self._parameters = {"temperature": temperature, "seed": seed, "max_completion_tokens": max_new_tokens}
-        self.identity = {
+        token = None if key else entra_token()
+        missing = () if key or token else ("AZURE_API_KEY (or pip install azure-identity)",)
+        names = settings.azure_endpoint, settings.azure_deployment, settings.azure_api_version
+        endpoint = parse_endpoint(*names, missing, key=bool(key))
+        if endpoint.form == "openai":
+            token = None  # a token of Azure's is nothing to show to another server
+        identity = {
             "kind": self.kind,
-            "deployment": self.endpoint.deployment,
-            "endpoint": self.endpoint.host,
-            "form": self.endpoint.form,
-            "api_version": self.endpoint.query.get("api-version"),
-            "parameters": dict(self._parameters),
+            "deployment": endpoint.deployment,
+            "endpoint": endpoint.place,
+            "form": endpoint.form,
+            "api_version": endpoint.query.get("api-version"),
         }
-        self._dropped: list[str] = []
-        self._served: dict[str, set[str]] = {"model": set(), "system_fingerprint": set()}
-        self._secrets = set(settings.secrets)
-        self._answered = self._tried = False
-        self._concurrency = concurrency
-        self._quota, self._characters, self._prompt_tokens = Quota(), TYPICAL_CHARACTERS, TYPICAL_TOKENS
-        self._first, self._turn, self._token_lock = asyncio.Lock(), asyncio.Lock(), asyncio.Lock()
-        self._openai = self._connect(timeout, max_retries)
-        ready = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._live(ready)), name="azure-client", daemon=True)
-        self._thread.start()
-        ready.wait()
-        self.load_seconds = time.perf_counter() - started
-
-    def _connect(self, timeout: float, max_retries: int) -> Any:
-        import openai
-
-        http_client = openai.DefaultAsyncHttpxClient(
-            timeout=openai.Timeout(timeout, connect=min(timeout, CONNECT_SECONDS)),
-            follow_redirects=False,  # the key stays with the host that it was meant for
-            trust_env=not is_loopback(self.endpoint.host),  # no proxy between this machine and itself
-            event_hooks={"request": [self._sign, self._wait_for_quota], "response": [self._note_answer]},
-        )
-        return openai.AsyncOpenAI(
-            api_key="set by _sign",
-            base_url=self.endpoint.base_url,
-            default_query=self.endpoint.query,
-            timeout=http_client.timeout,
-            max_retries=max_retries,
-            http_client=http_client,
-        )
-
-    async def _sign(self, request: Any) -> None:
-        """Send the one credential, and none of the headers that the openai package takes from OPENAI_* variables."""
-        for name in [name for name in request.headers if not PLAIN_HEADERS.fullmatch(name)]:
-            del request.headers[name]
-        if self._token is None:
-            request.headers["api-key"] = self.settings.azure_api_key
-            return
-        failure = None
-        async with self._token_lock:
-            try:
-                token = await asyncio.to_thread(self._token)
-            except Exception as error:  # the classes belong to an optional package
-                failure = self._one_line(error)
-        if failure is not None:
-            raise UserError(f"Entra ID gave no token ({failure}): run `az login`, or set AZURE_API_KEY")
-        self._secrets.add(token)
-        request.headers["Authorization"] = f"Bearer {token}"
-
-    async def _wait_for_quota(self, request: Any) -> None:
-        """Hold a request back until the quota has room for it; first come, first served."""
-        row, since = _row.get(), time.perf_counter()
-        self._give_up(row)
-        async with self._turn:
-            while (wait := self._quota.wait(row.tokens)) > 0:
-                await asyncio.sleep(min(wait, LOOK_SECONDS))
-            marks = self._quota.take(row.tokens)
-        row.held += time.perf_counter() - since
-        row.tries.append(_Try(marks, row.clock()))
-
-    def _give_up(self, row: _Row) -> None:
-        """Where a row's last try got no answer, none is waited for any more."""
-        if row.tries and row.tries[-1].answered is None:
-            self._quota.lost()
-
-    async def _note_answer(self, response: Any) -> None:
-        self._answered, this = True, _row.get().tries[-1]
-        this.answered, this.status = _row.get().clock(), response.status_code
-        self._quota.told(this.marks, response.status_code, response.headers)
-
-    def _charge(self, request: Request) -> float:
-        """What Azure will charge for a request when it comes in: the prompt's tokens, by the rate of characters so far, and the limit."""
-        characters = sum(len(message["content"]) for message in request.messages)
-        limits = (self._parameters.get(name, 0) for name in OTHER_LIMIT)
-        return characters * self._prompt_tokens / self._characters + sum(limits)
-
-    async def _live(self, ready: threading.Event) -> None:
-        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        ready.set()
-        await self._stop.wait()
-        await self._openai.close()
-
-    def generate(self, batch: list[Request]) -> list[Reply]:
-        """One Reply a row, in order."""
-        replies = dict(self.stream(enumerate(batch)))
-        return [replies[index] for index in range(len(batch))]
-
-    def stream(self, rows: Iterable[tuple[int, Request]], answered: Container[int] = ()) -> Generator[tuple[int, Reply]]:
-        """Each row's Reply as its request ends; the next row is asked in its place.
-
-        Leaving early, Ctrl-C and a fault of the set-up cancel the requests that are under way.
-        """
-        if not self._thread.is_alive():
-            raise RuntimeError("this client is closed")
-        rows, under_way = (row for row in rows if row[0] not in answered), 0
-        ended: queue.SimpleQueue[tuple[int, asyncio.Task[Reply]]] = queue.SimpleQueue()
-        tasks: set[asyncio.Task[Reply]] = set()  # touched in the loop's thread alone
-
-        def start(index: int, request: Request) -> None:
-            task = self._loop.create_task(self._ask(request))
-            tasks.add(task)
-            task.add_done_callback(lambda task: end(index, task))
-
-        def end(index: int, task: "asyncio.Task[Reply]") -> None:
-            tasks.discard(task)
-            if task.cancelled() or task.exception():
-                cancel()
-            ended.put((index, task))
-
-        def cancel() -> None:
-            for task in tasks:
-                task.cancel()
-
-        try:
-            while True:
-                for row in islice(rows, self._concurrency - under_way):
-                    self._loop.call_soon_threadsafe(start, *row)
-                    under_way += 1
-                if not under_way:
-                    return
-                index, task = ended.get()
-                under_way -= 1
-                yield index, task.result()
-        finally:
-            if under_way:
-                self._loop.call_soon_threadsafe(cancel)
-
-    async def _ask(self, request: Request) -> Reply:
-        if not self._tried:  # one row goes ahead: a wrong key or a parameter to drop costs one refusal, not `concurrency`
-            async with self._first:
-                if not self._tried:
-                    reply = await self._ask_now(request)
-                    self._tried = True
-                    return reply
-        return await self._ask_now(request)
-
-    async def _ask_now(self, request: Request) -> Reply:
-        import openai
-
-        create = self._openai.chat.completions.with_raw_response.create
-        row, reply = _Row(self._charge(request)), None
-        _row.set(row)
-        while reply is None:
-            sent, failure = dict(self._parameters), None
-            try:
-                response = await create(model=self.endpoint.deployment, messages=request.messages, **sent)
-                reply = self._accept(response.http_response.json())
-            except openai.OpenAIError as error:
-                failure = error
-            except (ValueError, RecursionError):
-                answered = bool(row.tries and row.tries[-1].answered is not None)  # a gateway's page: the service behind it may be out
-                reply = Reply("", "error", error="the request cannot be encoded, or its reply is not JSON", transient=answered)
-            if failure and not self._drop_rejected(failure, sent):
-                reply = self._fail(failure)
-        self._give_up(row)
-        if reply.input_tokens:
-            self._prompt_tokens += reply.input_tokens
-            self._characters += sum(len(message["content"]) for message in request.messages)
-        retries = [
-            [round(this.sent, 6), round((this.answered or later.sent) - this.sent, 6), this.status]
-            for this, later in pairwise(row.tries)
-        ]
-        limit = next((sent[name] for name in OTHER_LIMIT if name in sent), None)
-        return replace(reply, seconds=row.clock(), retries=retries, limit=limit)
-
-    def _accept(self, body: Any) -> Reply:
-        reply = read_completion(body)
-        for name, seen in self._served.items():
-            if isinstance(body, dict) and isinstance(body.get(name), str):
-                seen.add(self._scrub(body[name]))
-        # through UTF-16, halves of surrogate pairs join or become U+FFFD: a reply can always be written to a file
-        text = reply.text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return replace(reply, text=self._scrub(text, SHORTEST_SECRET))
-
-    def _drop_rejected(self, failure: Exception, sent: dict[str, Any]) -> bool:
-        """Drop or swap the parameter that the server did not take: True to ask again. Another row may have done it already."""
-        name = rejected_parameter(*self._details(failure))
-        if name not in sent:
-            return False
-        if name in self._parameters:
-            value = self._parameters.pop(name)
-            self._dropped.append(name)
-            other = OTHER_LIMIT.get(name)
-            if other and other not in self._dropped:
-                self._parameters[other] = value
-        return True
-
-    @staticmethod
-    def _details(failure: Exception) -> tuple[int | None, str | None, str | None, str]:
-        """(HTTP status, Azure's code, the parameter, the message) of an exception of the openai package."""
-        names = ("status_code", "code", "param")
-        message = re.sub(r"^Error code: \d+ - ", "", str(failure))
-        return *(getattr(failure, name, None) for name in names), message
-
-    def _fail(self, failure: Exception) -> Reply:
-        """What a failed request means for its row.
-
-        Raises:
-            UserError: every row would fail alike.
-        """
-        status, code, _, message = self._details(failure)
-        response, reason = getattr(failure, "response", None), self._one_line(message)
-        if ended := refused_request(status, code, message, response.text if response is not None else ""):
-            return Reply("", ended, error=reason if ended == "prompt_too_long" else None)
-        cause = failure.__cause__
-        advice = self._advice(status, code, message)
-        if status is None and type(cause).__name__ in UNREACHABLE and not self._answered:
-            reason, advice = self._one_line(cause), "check AZURE_ENDPOINT and the network"
-        if advice:
-            where = f"deployment {self.endpoint.deployment!r} at {self.endpoint.host}"
-            raise UserError(f"{where} does not answer ({status or 'no connection'}: {reason}): {advice}")
-        request = getattr(failure, "request", None)
-        tries = 1 + int(request.headers.get("x-stainless-retry-count", 0)) if request is not None else 1
-        kind = status or ("time-out" if "Timeout" in type(failure).__name__ else "connection error")
-        detail = reason if status or not cause else self._one_line(cause) or type(cause).__name__
-        passing = status is None or status in (408, 409, 429) or status >= 500
-        return Reply("", "error", error=f"{kind} after {tries} {'try' if tries == 1 else 'tries'}: {detail}", transient=passing)
-
-    @staticmethod
-    def _advice(status: int | None, code: str | None, message: str) -> str | None:
-        """What to do about a fault of the set-up; None for an error of one row."""
-        if status in (401, 403):
-            return "check that AZURE_API_KEY belongs to the resource of AZURE_ENDPOINT and may use it"
-        if status == 404 or code in ("unknown_model", "OperationNotSupported"):
-            return "check AZURE_DEPLOYMENT, AZURE_ENDPOINT and AZURE_API_VERSION"
-        if status is not None and 300 <= status < 400:
-            return "the server sends us elsewhere; set AZURE_ENDPOINT to the final address"
-        if status == 400 and re.search(r"api[- ]version", message, re.IGNORECASE):
-            return "check AZURE_API_VERSION"
-        if status == 400 and code in REJECTIONS:
-            return "this deployment does not take such requests; choose another AZURE_DEPLOYMENT"
-        return None
-
-    def _scrub(self, text: str, shortest: int = 1) -> str:
-        for secret in self._secrets:
-            text = text.replace(secret, "***") if len(secret) >= shortest else text
-        return text
-
-    def _one_line(self, what: object) -> str:
-        return " ".join(self._scrub(str(what)).encode("utf-8", "replace").decode().split())[:300]
-
-    def state(self) -> dict[str, Any]:
-        """The parameters that are really sent, and what served them."""
-        served = {name: sorted(values) for name, values in self._served.items()}
-        return {
-            "parameters": dict(self._parameters),
-            "dropped_parameters": list(self._dropped),
-            "served_model": served["model"],
-            "system_fingerprint": served["system_fingerprint"],
-        }
-
-    def restore(self, state: dict[str, Any]) -> None:
-        self._parameters, self._dropped = dict(state["parameters"]), list(state["dropped_parameters"])
-        self._served = {"model": set(state["served_model"]), "system_fingerprint": set(state["system_fingerprint"])}
-
-    def count_tokens(self, text: str) -> int | None:
-        return None  # the deployment's tokenizer is not here
-
-    def forget(self) -> None: ...
-
-    def describe(self) -> dict[str, Any]:
-        """What was asked and what served it: host only. No secret."""
-        return self.identity | self.state()
+        super().__init__(
+            settings, endpoint, AZURE, identity, key, token, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
+            concurrency=concurrency, timeout=timeout, max_retries=max_retries,
+        )  # fmt: skip
 
     def cost(self, input_tokens: int, cached_tokens: int, output_tokens: int, seconds: float) -> float | None:
         """By the deployment's prices per million tokens."""
         prices = self.prices.deployment(self.endpoint.deployment)
         return to_float(prices.cost(input_tokens, cached_tokens, output_tokens))
-
-    def close(self) -> None:
-        """End the connections and the thread; may be called twice."""
-        if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._stop.set)
-            self._thread.join()

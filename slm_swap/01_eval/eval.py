@@ -98,8 +98,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     clock, settings = Stopwatch(), load_settings()
     if settings.launch.world > 1:
-        if args.model_kind != "slm":
-            raise UserError("only the local model has use for several processes: start --model-kind azure and replay by python")
+        if args.model_kind != "slm" or settings.slm_base_url:
+            raise UserError("only the local model has use for several processes: start --model-kind azure, replay and a model of SLM_BASE_URL by python")
         take_one_gpu(settings.launch)
         settings = replace(settings, launch=fork_replica(settings.launch))
     if settings.launch.serves:
@@ -127,6 +127,8 @@ def main(argv: list[str] | None = None) -> int:
                     raise UserError(f"{display_path(out)} is finished, and an experiment is recorded as rows are asked: pass --overwrite or another --out")
                 print(f"nothing to ask: the report of these rows is finished (--overwrite asks them anew)\nreport: {display_path(out)}")
                 return 0
+            if empty := getattr(client, "warning", None):
+                warn(empty)
             told, read = client.describe(), {"split": name, "dataset": inputs["path"], "dataset_sha256": inputs["sha256"]}
             model = {"model": model_name(told), "engine": told.get("engine", args.model_kind)}
             metadata = run_metadata(args) | read | model | {"report": display_path(out)}

@@ -1,18 +1,43 @@
-"""Where a hosted deployment answers: the forms of its URL."""
+"""Where a model answers over HTTP: the forms of its URL."""
 
 import ipaddress
 import re
 from dataclasses import dataclass, field
+from typing import NamedTuple
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 from slm_swap.common.errors import UserError
 
-FORMS = "https://R.openai.azure.com, .../openai/deployments/NAME, .../openai/v1, or https://R.services.ai.azure.com/models"
+FORMS = (
+    "https://R.openai.azure.com, .../openai/deployments/NAME, .../openai/v1, or https://R.services.ai.azure.com/models; "
+    "for an OpenAI-compatible server its base URL, such as https://api.openai.com/v1 or http://127.0.0.1:8000/v1"
+)
+COMPATIBLE = "http://127.0.0.1:8000/v1"
+# Hosts that speak Azure's forms and nothing else, and Azure's gateway, which may stand in front of anything.
+AZURE_HOST = re.compile(r".+\.(openai|cognitiveservices|services\.ai)\.azure\.(com|us|cn)", re.IGNORECASE)
+GATEWAY_HOST = re.compile(r".+\.azure-api\.(net|us|cn)", re.IGNORECASE)
+AZURE_PATH = re.compile(r"(?P<prefix>.*?)/(?:openai/deployments/(?P<name>[^/]+)|(?P<models>models)|openai/(?P<v1>v1))")
+COMPATIBLE_PATH = re.compile(r"(.*/)?v\d+[a-z]*\d*(/openai)?")  # the last is Gemini's: /v1beta/openai
+CHAT = "/chat/completions"
+
+
+class Variables(NamedTuple):
+    """The names by which messages call what they are about."""
+
+    client: str
+    url: str
+    model: str
+    key: str
+    version: str | None
+
+
+AZURE = Variables("the azure client", "AZURE_ENDPOINT", "AZURE_DEPLOYMENT", "AZURE_API_KEY", "AZURE_API_VERSION")
+SERVED = Variables("the served small model", "SLM_BASE_URL", "SLM_MODEL_NAME", "SLM_API_KEY", None)
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where a deployment answers; `form` is "deployments", "models" or "v1"."""
+    """Where a model answers; `form` is "deployments", "models" or "v1" (Azure's), or "openai" (any OpenAI-compatible server)."""
 
     base_url: str
     deployment: str
@@ -22,6 +47,29 @@ class Endpoint:
     @property
     def host(self) -> str:
         return urlsplit(self.base_url).hostname or ""
+
+    @property
+    def place(self) -> str:
+        """What tells the server from others, without the scheme: the host, and a path in front of Azure's own form."""
+        url = urlsplit(self.base_url)
+        if self.form == "openai":
+            return url.netloc + url.path
+        found = AZURE_PATH.fullmatch(url.path)
+        return self.host + (found["prefix"] if found else "")
+
+    @property
+    def bearer(self) -> bool:
+        """Whether the key goes as `Authorization: Bearer`; else as `api-key`, which Azure and its gateway take."""
+        return self.form == "openai" and not GATEWAY_HOST.fullmatch(self.host)
+
+    @property
+    def hint(self) -> str:
+        """What to try where a server that may be no Azure at all refuses Azure's form."""
+        if self.form == "openai" or AZURE_HOST.fullmatch(self.host) or GATEWAY_HOST.fullmatch(self.host):
+            return ""
+        if self.form == "v1":
+            return "; the key goes as api-key, in Azure's way: leave AZURE_API_VERSION empty where it goes as Authorization: Bearer"
+        return f"; an OpenAI-compatible server is written {self.base_url.split('/openai/')[0]}/v1"
 
 
 def is_loopback(host: str) -> bool:
@@ -33,51 +81,108 @@ def is_loopback(host: str) -> bool:
 
 
 def parse_endpoint(
-    endpoint: str | None, deployment: str | None, api_version: str | None, missing: tuple[str, ...] = ()
+    endpoint: str | None, deployment: str | None, api_version: str | None, missing: tuple[str, ...] = (), key: bool = True
 ) -> Endpoint:
     """AZURE_ENDPOINT as the portal shows it, in any of the forms of FORMS, with or without /chat/completions?api-version=...
 
-    A bare resource takes the deployments form. A dated api-version is left out of the v1 form, which refuses it (400).
-    `missing` are variables that the caller misses besides.
+    A gateway's path may stand in front of Azure's forms. A bare host takes the deployments form. A path that ends with a version, such
+    as /v1, is an OpenAI-compatible server, and so is any other path in front of /chat/completions. `/openai/v1` is Azure's on Azure's
+    hosts, on this machine, and where an api-version is given; elsewhere (Groq) it is OpenAI-compatible. A dated api-version is left out
+    of the v1 form, which refuses it (400). `missing` are variables that the caller misses besides, for Azure's forms; `key` is whether
+    one would be sent.
 
     Raises:
         UserError: variables are missing (all are named), the URL has no known form, it would carry the key in clear over a
             network, or it says otherwise than AZURE_DEPLOYMENT or AZURE_API_VERSION.
     """
-    origin, form, name, version = _take_apart(endpoint) if endpoint else ("", "deployments", None, None)
-    for variable, here, there in (("AZURE_DEPLOYMENT", deployment, name), ("AZURE_API_VERSION", api_version, version)):
-        if here and there and here != there:
+    parts = _take_apart(endpoint, AZURE, key) if endpoint else None
+    base, form, name, version = _azure_form(parts, bool(api_version)) if parts else ("", "deployments", None, None)
+    if parts and parts.clear and form != "openai":
+        raise UserError(_in_clear(AZURE, parts.host))
+    for variable, here, there in ((AZURE.model, deployment, name), (AZURE.version, api_version, version)):
+        if here and there and here != there and (variable == AZURE.model or form != "openai"):
             raise UserError(f"AZURE_ENDPOINT says {there!r} but {variable} says {here!r}: take one of them out")
-    name, version = name or deployment, version or api_version
-    needed = {"AZURE_ENDPOINT": endpoint, "AZURE_DEPLOYMENT": name, "AZURE_API_VERSION": version or form == "v1"}
-    missing = (*(variable for variable, value in needed.items() if not value), *missing)
-    if missing:
-        raise UserError(f"the azure client misses {', '.join(missing)}: set them in .env or the environment (see .env.example)")
+    name = name or deployment
+    version = version or (api_version if form != "openai" else None)
+    needed = {AZURE.url: endpoint, AZURE.model: name, AZURE.version: version or form in ("v1", "openai")}
+    absent = [variable for variable, value in needed.items() if not value] + [*(missing if form != "openai" else ())]
+    if absent:
+        bare = f"; an OpenAI-compatible server is written with its path: {parts.origin}/v1" if parts and not parts.path else ""
+        where = "set them in .env or the environment (see .env.example)"
+        raise UserError(f"the azure client misses {', '.join(absent)}: {where}{bare if AZURE.version in absent else ''}")
     if form == "v1" and version and version[0].isdigit():
         version = None
-    path = {"deployments": f"openai/deployments/{quote(name, safe='')}", "models": "models", "v1": "openai/v1"}[form]
-    return Endpoint(f"{origin}/{path}", name, form, {"api-version": version} if version else {})
+    path = {"deployments": f"/openai/deployments/{quote(name, safe='')}", "models": "/models", "v1": "/openai/v1", "openai": ""}[form]
+    return Endpoint(base + path, name, form, {"api-version": version} if version else {})
 
 
-def _take_apart(endpoint: str) -> tuple[str, str, str | None, str | None]:
-    """(origin, form, deployment, api-version) of a URL; never shows more of it than its host and path."""
+def parse_base_url(url: str, model: str, key: bool = True) -> Endpoint:
+    """SLM_BASE_URL: the base URL of an OpenAI-compatible server, with or without /chat/completions.
+
+    Raises:
+        UserError: it is no such URL, or it would carry the key in clear over a network.
+    """
+    parts = _take_apart(url, SERVED, key)
+    path = parts.path.removesuffix(CHAT)
+    if not (COMPATIBLE_PATH.fullmatch(path) or parts.path.endswith(CHAT)):
+        wanted = f"write {parts.origin}/v1" if not path else f"write the path that ends with /v1, as in {COMPATIBLE}"
+        raise UserError(f"SLM_BASE_URL has the path {parts.shown!r} at {parts.host}, which no OpenAI-compatible server has: {wanted}")
+    return Endpoint(parts.origin + path, model, "openai")
+
+
+class _Parts(NamedTuple):
+    origin: str
+    host: str
+    path: str  # without a slash behind it
+    shown: str  # as it was given
+    version: str | None
+    clear: bool  # http to another machine
+
+
+def _azure_form(parts: _Parts, versioned: bool) -> tuple[str, str, str | None, str | None]:
+    """(base without the form's own path, form, deployment, api-version) of a URL; `versioned` is whether an api-version is set besides.
+
+    Raises:
+        UserError: the path is of no known form.
+    """
+    host, version = parts.host, parts.version
+    chat, path = parts.path.endswith(CHAT), parts.path.removesuffix(CHAT)
+    found = re.fullmatch(AZURE_PATH, path)
+    azure = bool(AZURE_HOST.fullmatch(host))
+    if host == "api.openai.com" and not path:
+        raise UserError("AZURE_ENDPOINT is OpenAI's host without a path: set it to https://api.openai.com/v1")
+    if not parts.path:
+        return parts.origin, "deployments", None, version
+    if found and not (found["models"] and COMPATIBLE_PATH.fullmatch(found["prefix"])):  # /v1/models is where a server lists its models
+        theirs = azure or GATEWAY_HOST.fullmatch(host) or is_loopback(host) or versioned or version
+        if not found["v1"] or theirs:
+            form = "models" if found["models"] else "v1" if found["v1"] else "deployments"
+            return parts.origin + found["prefix"], form, unquote(found["name"]) if found["name"] else None, version
+    if not azure and (chat or COMPATIBLE_PATH.fullmatch(path)) and "/openai/deployments" not in path:
+        return parts.origin + path, "openai", None, version
+    raise UserError(f"AZURE_ENDPOINT has the path {parts.shown!r} at {host}, none of the known forms: set it to {FORMS}")
+
+
+def _take_apart(endpoint: str, named: Variables, key: bool) -> _Parts:
+    """A URL's parts; messages never show more of it than its host and path."""
     try:
         url = urlsplit(endpoint)
         host, _ = url.hostname, url.port
     except ValueError:
         host = None
     if not re.fullmatch(r"[\w.:-]+", host or "", re.ASCII) or url.scheme not in ("http", "https"):
-        raise UserError(f"AZURE_ENDPOINT is not a URL: set it to {FORMS}")
+        raise UserError(f"{named.url} is not a URL: set it to {FORMS if named is AZURE else COMPATIBLE}")
     if url.username is not None or url.password is not None:
-        raise UserError(f"AZURE_ENDPOINT ({host}) has a user or password inside: take it out and set AZURE_API_KEY")
-    if url.scheme == "http" and not is_loopback(host):
-        raise UserError(f"AZURE_ENDPOINT ({host}) is http, which would send the key in clear: write https://")
+        raise UserError(f"{named.url} ({host}) has a user or password inside: take it out and set {named.key}")
+    clear = url.scheme == "http" and not is_loopback(host)
+    if clear and key:
+        raise UserError(_in_clear(named, host))
     query = dict(parse_qsl(url.query, keep_blank_values=True))
-    if set(query) - {"api-version"}:
-        raise UserError(f"AZURE_ENDPOINT ({host}) has parameters besides api-version: take them out")
-    forms = r"/openai/deployments/(?P<name>[^/]+)|/(?P<models>models)|/openai/(?P<v1>v1)"
-    found = re.fullmatch(f"|(?:{forms})(?:/chat/completions)?", url.path.rstrip("/"))
-    if not found:
-        raise UserError(f"AZURE_ENDPOINT has the path {url.path!r} at {host}, none of Azure's forms: set it to {FORMS}")
-    form = "models" if found["models"] else "v1" if found["v1"] else "deployments"
-    return f"{url.scheme}://{url.netloc}", form, unquote(found["name"]) if found["name"] else None, query.get("api-version")
+    if set(query) - ({"api-version"} if named is AZURE else set()):
+        allowed = "besides api-version" if named is AZURE else "behind its path"
+        raise UserError(f"{named.url} ({host}) has parameters {allowed}: take them out")
+    return _Parts(f"{url.scheme}://{url.netloc}", host, url.path.rstrip("/"), url.path, query.get("api-version"), clear)
+
+
+def _in_clear(named: Variables, host: str) -> str:
+    return f"{named.url} ({host}) is http, which would send the key in clear: write https://"

@@ -8,22 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from slm_swap.clients.protocol import Reply
+from slm_swap.clients.recorded import is_empty, read_recorded
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import sha256_file
 from slm_swap.common.settings import display_path
-from slm_swap.rows.examples import OPTIONAL_FIELDS, Example
+from slm_swap.rows.conversations import conversation_text, normalized
+from slm_swap.rows.examples import FIELDS, OPTIONAL_FIELDS, Example
 from slm_swap.rows.lines import decode_line, read_jsonl, read_lines
 from slm_swap.rows.prompts import Request
 
-FINISH_REASONS = ("stop", "length", "prompt_too_long", "content_filter", "refusal", "error")
-
 
 class ReplayClient:
-    """A client whose replies stand in a file: one JSON object a line with `prediction` (or `reply`) and `id` or `prompt`.
+    """A client whose replies stand in a file: one JSON object a line with `prediction` (or `reply`, `output`, `response`) and `id` or
+    `prompt` (or the `messages` of the conversation); `recorded.read_recorded` says in which forms.
 
     Lines may also hold `finish_reason`, `tokens`, `seconds` and `cut`, as a rows file does. A line belongs to the row of its id, and
     where no row has that id (or the line has none) to a row of its prompt; equal prompts take their lines in order. Only the place of
-    each row's line is kept in memory.
+    each row's line is kept in memory. `warning` is one line about replies that are empty, None where none is.
 
     Raises:
         UserError: a bad line, a second reply for an id, or rows without a reply.
@@ -37,12 +38,15 @@ class ReplayClient:
         ids = {example.id for example in examples}
         by_id: dict[str, int] = {}
         by_prompt: dict[bytes, list[int]] = {}
+        empty: set[int] = set()  # where a reply begins that says nothing
         for where, start, line in read_lines(path):
-            _read_reply(line, where)
-            name, prompt = line.get("id"), line.get("prompt")
+            reply = read_recorded(line, where, decode_line)
+            if is_empty(reply):
+                empty.add(start)
+            name, prompt = line.get("id"), _prompt(line, where)
             name = str(name) if isinstance(name, (str, int)) and name != "" else None
             if name is None and not isinstance(prompt, str):
-                raise UserError(f"{where}: neither `id` nor `prompt`: say which row the reply belongs to")
+                raise UserError(f"{where}: neither `id` nor `prompt` or `messages`: say which row the reply belongs to")
             if name in by_id:
                 raise UserError(f"{where}: a second reply for id {name!r}: keep one")
             if name in ids:
@@ -64,6 +68,8 @@ class ReplayClient:
                 f"{display_path(path)} has no reply for {len(missing)} of {rows} rows (first: id {missing[0]!r}): "
                 "give the dataset that the replies were recorded on, or --limit"
             )
+        silent = sum(start in empty for start in self._starts)
+        self.warning = f"{silent} of {rows} recorded replies are empty: was the recording complete?" if silent else None
         self._file = open(path, "rb")  # noqa: SIM115
         self._next = itertools.count()
 
@@ -77,7 +83,7 @@ class ReplayClient:
 
     def _reply(self, index: int) -> Reply:
         self._file.seek(self._starts[index])
-        return _read_reply(decode_line(self._file.readline()), self.identity["path"])
+        return read_recorded(decode_line(self._file.readline()), self.identity["path"], decode_line)
 
     def state(self) -> dict[str, Any]:
         return {}
@@ -99,45 +105,29 @@ class ReplayClient:
         self._file.close()
 
 
+def _prompt(line: dict[str, Any], where: str) -> Any:
+    """What a line's row was asked; of a conversation, the text that `Example.prompt` has for it."""
+    if "prompt" in line or not isinstance(line.get("messages"), list):
+        return line.get("prompt")
+    return conversation_text(normalized(line["messages"], where))
+
+
 def _key(prompt: str) -> bytes:
     """What stands for a prompt, in less memory."""
     return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).digest()
 
 
-def _read_reply(line: Any, where: str) -> Reply:
-    if not isinstance(line, dict):
-        raise UserError(f"{where}: a line is a JSON object with `prediction` and `id` or `prompt`")
-    text = line.get("prediction", line.get("reply"))
-    if not isinstance(text, str):
-        raise UserError(f"{where}: `prediction` must be a text, the model's reply as it came (empty where there was none)")
-    finish_reason = line.get("finish_reason") or "stop"
-    if finish_reason not in FINISH_REASONS:
-        raise UserError(f"{where}: finish_reason {finish_reason!r} is none of {', '.join(FINISH_REASONS)}")
-    tokens = line.get("tokens") if isinstance(line.get("tokens"), dict) else {}
-    counts = {f"{name}_tokens": tokens[name] for name in ("input", "output", "cached", "reasoning") if type(tokens.get(name)) is int}
-    seconds, error, cut = line.get("seconds"), line.get("reply_error"), line.get("cut")
-    return Reply(
-        _writable(text),
-        finish_reason,
-        seconds=float(seconds) if isinstance(seconds, (int, float)) else 0.0,
-        error=_writable(error) if isinstance(error, str) else None,
-        cut=cut if finish_reason == "length" and isinstance(cut, dict) else None,
-        **counts,
-    )
-
-
-def _writable(text: str) -> str:
-    """The text with `?` for each half of a surrogate pair, which no file can hold."""
-    return text.encode("utf-8", "replace").decode()
-
-
 def rows_of_replies(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """("file:line", row) for each line of a file of replies that holds its own rows: for `examples.Dataset`.
+    """("file:line", row) for each line of a file of replies that holds its own rows: for `examples.Dataset`. A row is a conversation
+    with the reply wanted, as in a dataset, or a `prompt` with its `reference`.
 
     Raises:
-        UserError: a line lacks `prompt` or `reference`, or as `examples.read_lines`.
+        UserError: a line is no conversation and lacks `prompt` or `reference`, or as `examples.read_lines`.
     """
     for where, line in read_jsonl(path):
+        if isinstance(line, dict) and "messages" in line and ("calls" in line or "object" in line):
+            yield where, {name: line[name] for name in FIELDS if name in line}
+            continue
         given = [line.get(name) for name in ("prompt", "reference")] if isinstance(line, dict) else [None]
         if not all(isinstance(text, str) and text.strip() for text in given):
             raise UserError(f"{where}: no `prompt` or no `reference`, so the file is no dataset too: pass --dataset or --split")

@@ -39,6 +39,9 @@ class Settings:
     """What the environment says. Secrets are kept out of `repr`."""
 
     slm_model_path: str | None = None
+    slm_base_url: str | None = None
+    slm_model_name: str | None = None
+    slm_api_key: str | None = field(default=None, repr=False)
     azure_endpoint: str | None = None
     azure_deployment: str | None = None
     azure_api_key: str | None = field(default=None, repr=False)
@@ -54,7 +57,7 @@ class Settings:
     @property
     def secrets(self) -> list[str]:
         """Every value that must never be printed, logged, traced or written."""
-        return [value for value in (self.azure_api_key, self.langfuse_secret_key) if value]
+        return [value for value in (self.azure_api_key, self.slm_api_key, self.langfuse_secret_key) if value]
 
 
 def load_settings() -> Settings:
@@ -75,6 +78,9 @@ def load_settings() -> Settings:
         raise UserError(f"LANGFUSE_DISABLED={disabled!r} is neither 1 nor 0: set LANGFUSE_DISABLED=1 to run untraced")
     return Settings(
         slm_model_path=text("SLM_MODEL_PATH"),
+        slm_base_url=text("SLM_BASE_URL"),
+        slm_model_name=text("SLM_MODEL_NAME"),
+        slm_api_key=text("SLM_API_KEY"),
         azure_endpoint=text("AZURE_ENDPOINT"),
         azure_deployment=text("AZURE_DEPLOYMENT"),
         azure_api_key=text("AZURE_API_KEY"),

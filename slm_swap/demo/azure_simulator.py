@@ -15,146 +15,41 @@ import asyncio
 import hashlib
 import json
 import math
-import random
 import signal
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from concurrent.futures import Future
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
 from slm_swap.cli import Parser, not_negative, positive, run
 from slm_swap.common.errors import UserError
-from slm_swap.demo.mistakes import draw, make_mistake, parse_call
+from slm_swap.demo.mistakes import draw
+from slm_swap.demo.simulator_parts import (
+    BYTES_PER_TOKEN,
+    Answer,
+    Bucket,
+    Faults,
+    bad_request,
+    count_tokens,
+    error_answer,
+    filter_results,
+    too_many,
+)  # fmt: skip
+from slm_swap.demo.simulator_replies import Replies, as_message
 from slm_swap.rows.examples import Example, read_examples
 
 if TYPE_CHECKING:
     from aiohttp import web
 
 MODEL = "azure-simulator"
-UNKNOWN_PROMPT = "I am sorry, I do not know: this simulator has no reference for your request."
-BYTES_PER_TOKEN = 4
 CACHE_FROM, CACHE_STEP = 1024, 128  # tokens: Azure caches prompt prefixes from 1,024 tokens up, in steps of 128
-
-
-def count_tokens(text: str) -> int:
-    """The estimate of tokens: 4 bytes of UTF-8 each, rounded up."""
-    return math.ceil(len(text.encode("utf-8", "replace")) / BYTES_PER_TOKEN)
-
-
-# Mistakes
-
-
-# Faults and quotas
-
-
-def _rate(what: str) -> Any:
-    return field(default=0.0, metadata={"help": f"share of {what}"})
-
-
-@dataclass(frozen=True)
-class Faults:
-    """What goes wrong. Rates are 0..1: the first four are drawn anew for each attempt at a prompt, the last three once a prompt."""
-
-    rate_limit: float = _rate("attempts answered with 429")
-    server_error: float = _rate("attempts answered with 500")
-    slow: float = _rate("attempts answered after --slow-seconds")
-    cut_off: float = _rate("attempts whose connection closes in the middle of the body")
-    content_filter: float = _rate("prompts refused with 400 content_filter")
-    filtered_completion: float = _rate("prompts whose reply ends half-way with finish_reason content_filter")
-    refusal: float = _rate("prompts answered with message.refusal")
-    slow_seconds: float = field(default=2.0, metadata={"help": "how long a slow attempt takes"})
-    retry_after_seconds: float = field(default=1.0, metadata={"help": "Retry-After of --rate-limit"})
-    unsupported_parameters: frozenset[str] = field(
-        default=frozenset(),
-        metadata={"help": "comma-separated names answered with 400 unsupported_parameter (temperature: unsupported_value)"},
-    )
-    unrecognized_parameters: frozenset[str] = field(
-        default=frozenset(),
-        metadata={"help": "comma-separated names answered as old API versions do: no code, no param, only a message"},
-    )
-
-    def __post_init__(self) -> None:
-        for item in fields(self):
-            value, top = getattr(self, item.name), math.inf if item.name.endswith("_seconds") else 1
-            if isinstance(value, int | float) and not 0 <= value <= top:
-                raise UserError(f"{item.name}={value} is not between 0 and {top}: choose another")
-
-
-class Bucket:
-    """A token bucket that holds the quota of `window` seconds at most and refills evenly; `clock` gives seconds.
-
-    `used` counts what was taken.
-    """
-
-    def __init__(self, per_minute: int, window: float = 60.0, clock: Callable[[], float] = time.monotonic) -> None:
-        self.per_minute, self.capacity, self._clock = per_minute, max(1.0, per_minute * window / 60), clock
-        self._level, self._at = self.capacity, clock()
-        self._first: float | None = None
-        self.used, self._last = 0.0, 0.0
-
-    @property
-    def level(self) -> float:
-        """What is left now."""
-        now = self._clock()
-        self._level = min(self.capacity, self._level + (now - self._at) * self.per_minute / 60)
-        self._at = now
-        return self._level
-
-    def wait(self, amount: float) -> float:
-        """Seconds until `amount` can be taken, 0 if now; a request larger than the bucket waits for a full one."""
-        return max(0.0, min(amount, self.capacity) - self.level) * 60 / self.per_minute
-
-    def take(self, amount: float) -> None:
-        """Take it (down to an empty bucket)."""
-        self._level = max(0.0, self.level - amount)
-        self._first, self._last, self.used = self._at if self._first is None else self._first, self._at, self.used + amount
-
-    @property
-    def permitted(self) -> float:
-        """What could have been used from the first request that was let in to the last: a full bucket and the refill."""
-        return self.capacity + (self._last - (self._first or self._last)) * self.per_minute / 60
-
-
-# The server
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One HTTP reply; `outcome` is what it counts as, `delay` in seconds."""
-
-    status: int
-    body: dict[str, Any]
-    outcome: str
-    headers: Mapping[str, str] = field(default_factory=dict)
-    delay: float = 0.0
-    cut_off: bool = False
-
-
-def _error(status: int, outcome: str, message: str, code: str | None, /, **more: Any) -> Answer:
-    return Answer(status, {"error": {"code": code, "message": message, **more}}, outcome)
-
-
-def _bad_request(message: str, param: str | None = None, code: str | None = None, outcome: str = "bad_request") -> Answer:
-    return _error(400, outcome, message, code, type="invalid_request_error", param=param)
-
-
-def _too_many(outcome: str, wait: float, headers: Mapping[str, str] = MappingProxyType({})) -> Answer:
-    text = f"Requests have exceeded the rate limit of this deployment. Please retry after {math.ceil(wait)} seconds."
-    retry = {"Retry-After": str(math.ceil(wait)), "retry-after-ms": str(math.ceil(wait * 1000))}
-    return Answer(429, {"error": {"code": "429", "message": text}}, outcome, {**headers, **retry})
-
-
-def _filter_results(filtered: bool) -> dict[str, Any]:
-    results = {name: {"filtered": False, "severity": "safe"} for name in ("hate", "self_harm", "sexual", "violence")}
-    return results | ({"violence": {"filtered": True, "severity": "medium"}} if filtered else {})
 
 
 class AzureSimulator:
@@ -196,10 +91,7 @@ class AzureSimulator:
         self.counts: Counter[str] = Counter()
         self.most_in_flight = 0
         self._in_flight = 0
-        self._references: dict[str, str] = {}
-        for example in references:
-            self._references.setdefault(example.prompt, example.completion)
-        self._names = sorted({call.name for call in map(parse_call, self._references.values()) if call})
+        self.replies = Replies(references, mistake_rate, seed)
         self.buckets = {name: Bucket(quota, window_seconds) for name, quota in quotas.items() if quota is not None}
         self._attempts: Counter[str] = Counter()
         self._cached: set[bytes] = set()
@@ -208,16 +100,7 @@ class AzureSimulator:
 
     def reply_text(self, prompt: str) -> tuple[str, str]:
         """(outcome, text) for a prompt: "answered", "mistake:<kind>" or "unknown_prompt". The same on every call."""
-        completion = self._references.get(prompt)
-        if completion is None:
-            return "unknown_prompt", UNKNOWN_PROMPT
-        if draw(self.seed, "mistake", prompt) >= self.mistake_rate:
-            return "answered", completion
-        call = parse_call(completion)
-        others = [name for name in self._names if call and name != call.name]
-        offered = [name for name in others if f'"{name}"' in prompt]  # a model confuses tools that it was shown
-        kind, text = make_mistake(call, completion, offered or others, random.Random(draw(self.seed, "kind", prompt)))
-        return f"mistake:{kind}", text
+        return self.replies.reply(*self.replies.find([{"role": "user", "content": prompt}]), prompt)
 
     def _cached_tokens(self, text: str) -> int:
         """How much of this prompt was seen before; remembers the prompt."""
@@ -229,23 +112,25 @@ class AzureSimulator:
             self._cached.add(prefix.digest())
         return cached
 
-    def _completion(self, prompt: str, chat: str, limit: int | None) -> Answer:
-        outcome, text = self.reply_text(prompt)
+    def _completion(self, prompt: str, said: tuple[str, str], chat: str, limit: int | None, native: bool) -> Answer:
+        outcome, text = said
         finish, refusal, filtered = "stop", None, False
         if draw(self.seed, "refusal", prompt) < self.faults.refusal:
-            outcome, text, refusal = "refusal", None, "I'm sorry, but I can't help with that."
+            outcome, text, refusal = "refusal", "", "I'm sorry, but I can't help with that."
         elif draw(self.seed, "filtered_completion", prompt) < self.faults.filtered_completion:
             outcome, text, finish, filtered = "filtered_completion", text[: len(text) // 2], "content_filter", True
         elif limit is not None and count_tokens(text) > limit:
             text = text.encode("utf-8", "replace")[: limit * BYTES_PER_TOKEN].decode("utf-8", "ignore")
             outcome, finish = "length", "length"
+        message = as_message(text, outcome, native) if refusal is None else {"content": None}
+        finish = "tool_calls" if finish == "stop" and "tool_calls" in message else finish
         used, written = count_tokens(chat), count_tokens(text or refusal or "")
         choice = {
             "index": 0,
             "finish_reason": finish,
             "logprobs": None,
-            "message": {"role": "assistant", "content": text, "refusal": refusal},
-            "content_filter_results": _filter_results(filtered),
+            "message": {"role": "assistant", "refusal": refusal} | message,
+            "content_filter_results": filter_results(filtered),
         }
         body = {
             "id": f"chatcmpl-{hashlib.sha256(chat.encode('utf-8', 'replace')).hexdigest()[:24]}",
@@ -253,7 +138,7 @@ class AzureSimulator:
             "created": int(time.time()),
             "model": MODEL,
             "system_fingerprint": f"fp_simulator_{self.seed}",
-            "prompt_filter_results": [{"prompt_index": 0, "content_filter_results": _filter_results(False)}],
+            "prompt_filter_results": [{"prompt_index": 0, "content_filter_results": filter_results(False)}],
             "choices": [choice],
             "usage": {
                 "prompt_tokens": used,
@@ -270,34 +155,38 @@ class AzureSimulator:
         bearer = request.headers.get("Authorization", "").removeprefix("Bearer ")
         if self.key not in (request.headers.get("api-key"), bearer):
             text = "Access denied due to invalid subscription key or wrong API endpoint. Make sure to provide a valid key."
-            return _error(401, "unauthorized", text, "401")
-        version, v1 = request.query.get("api-version"), request.path.startswith("/openai/v1/")
+            return error_answer(401, "unauthorized", text, "401")
+        version, v1 = request.query.get("api-version"), request.path.startswith(("/openai/v1/", "/v1/"))
         if v1 and version and version[0].isdigit():
-            return _error(400, "bad_request", "api-version query parameter is not allowed when using /v1 path", "BadRequest")
+            return error_answer(400, "bad_request", "api-version query parameter is not allowed when using /v1 path", "BadRequest")
         if "elsewhere" in request.match_info or not (v1 or version):
-            return _error(404, "not_found", "Resource not found", "404")
+            return error_answer(404, "not_found", "Resource not found", "404")
         return None
 
     def _check_body(self, body: Any) -> Answer | None:
         if not isinstance(body, dict):
-            return _bad_request("We could not parse the JSON body of your request.")
+            return bad_request("We could not parse the JSON body of your request.")
         messages = body.get("messages")
         messages = messages if isinstance(messages, list) else []
-        if not all(isinstance(item, dict) and isinstance(item.get("content"), str) for item in messages):
-            return _bad_request("Invalid 'messages': this simulator takes texts only.", "messages")
+        if not all(isinstance(item, dict) and _has_text(item) for item in messages):
+            return bad_request("Invalid 'messages': this simulator takes texts only.", "messages")
         if not any(item.get("role") == "user" for item in messages):
-            return _bad_request("Invalid 'messages': a list with a user message is needed.", "messages")
+            return bad_request("Invalid 'messages': a list with a user message is needed.", "messages")
+        tools = body.get("tools", [])
+        functions = [tool.get("function") if isinstance(tool, dict) else None for tool in tools] if isinstance(tools, list) else [None]
+        if not all(isinstance(function, dict) and isinstance(function.get("name"), str) for function in functions):
+            return bad_request("Invalid 'tools': a list of functions is needed.", "tools", "invalid_value")
         if body.get("stream"):
-            return _bad_request("This simulator does not stream.", "stream", "unsupported_value")
+            return bad_request("This simulator does not stream.", "stream", "unsupported_value")
         for name in body:
             if name in self.faults.unrecognized_parameters:
-                return _bad_request(f"Unrecognized request argument supplied: {name}", outcome="unsupported_parameter")
+                return bad_request(f"Unrecognized request argument supplied: {name}", outcome="unsupported_parameter")
             if name in self.faults.unsupported_parameters and not (name == "temperature" and body[name] == 1):
                 return self._unsupported(name, body[name])
         for name in ("max_tokens", "max_completion_tokens"):
             value = body.get(name, 1)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                return _bad_request(f"Invalid '{name}': an integer of 1 or more is needed.", name, "invalid_value")
+                return bad_request(f"Invalid '{name}': an integer of 1 or more is needed.", name, "invalid_value")
         return None
 
     def _unsupported(self, name: str, value: Any) -> Answer:
@@ -307,12 +196,12 @@ class AzureSimulator:
         elif name == "temperature":
             code = "unsupported_value"
             text = f"Unsupported value: 'temperature' does not support {value} with this model. Only the default (1) value is supported."
-        return _bad_request(text, name, code, "unsupported_parameter")
+        return bad_request(text, name, code, "unsupported_parameter")
 
     def _check_quota(self, charges: dict[str, float]) -> Answer | None:
         wait = max((bucket.wait(charges[name]) for name, bucket in self.buckets.items()), default=0.0)
         if wait > 0:
-            return _too_many("quota", wait)
+            return too_many("quota", wait)
         for name, bucket in self.buckets.items():
             bucket.take(charges[name])
         return None
@@ -329,16 +218,16 @@ class AzureSimulator:
         self._attempts[prompt] += 1
         if draw(self.seed, "content_filter", prompt) < self.faults.content_filter:
             text = "The response was filtered due to the prompt triggering Azure OpenAI's content management policy."
-            inner = {"code": "ResponsibleAIPolicyViolation", "content_filter_result": _filter_results(True)}
-            return _error(400, "content_filter", text, "content_filter", param="prompt", type=None, status=400, innererror=inner)
+            inner = {"code": "ResponsibleAIPolicyViolation", "content_filter_result": filter_results(True)}
+            return error_answer(400, "content_filter", text, "content_filter", param="prompt", type=None, status=400, innererror=inner)
         if self._hit("rate_limit", prompt):
             wait = self.faults.retry_after_seconds
             headers = {"limit": "60", "remaining": "0", "reset": str(math.ceil(wait))}
             limits = {f"x-ratelimit-{key}-{name}": value for key, value in headers.items() for name in ("requests", "tokens")}
-            return _too_many("rate_limit", wait, limits)
+            return too_many("rate_limit", wait, limits)
         if self._hit("server_error", prompt):
             text = "The server had an error while processing your request. Sorry about that!"
-            return _error(500, "server_error", text, None, type="server_error")
+            return error_answer(500, "server_error", text, None, type="server_error")
         return None
 
     def _hit(self, fault: str, prompt: str) -> bool:
@@ -359,17 +248,19 @@ class AzureSimulator:
         model = request.match_info.get("deployment", body.get("model"))
         if model != self.deployment:
             text = "The API deployment for this resource does not exist. If you created it within the last 5 minutes, wait and try again."
-            return _error(404, "deployment_not_found", text, "DeploymentNotFound")
-        prompt = next(item["content"] for item in reversed(body["messages"]) if item.get("role") == "user")
-        chat = "".join(f"{item.get('role')}\n{item['content']}\n" for item in body["messages"])
+            return error_answer(404, "deployment_not_found", text, "DeploymentNotFound")
+        subject, reference = self.replies.find(body["messages"])
+        offered = json.dumps(body["tools"]) if body.get("tools") else ""
+        chat = "".join(f"{item.get('role')}\n{_written(item)}\n" for item in body["messages"]) + offered
         limits = [body[name] for name in ("max_tokens", "max_completion_tokens") if name in body]
         charges = {"requests": 1, "tokens": count_tokens(chat) + min(limits, default=0)}
-        refused = self._check_quota(charges) or self._check_faults(prompt)
+        refused = self._check_quota(charges) or self._check_faults(subject)
         if refused:
             return refused
-        reply = self._completion(prompt, chat, min(limits, default=None))
-        cut_off = self._hit("cut_off", prompt)
-        delay = self.faults.slow_seconds if self._hit("slow", prompt) else 0.0
+        said = self.replies.reply(subject, reference, offered or chat)
+        reply = self._completion(subject, said, chat, min(limits, default=None), bool(offered))
+        cut_off = self._hit("cut_off", subject)
+        delay = self.faults.slow_seconds if self._hit("slow", subject) else 0.0
         outcome = "cut_off" if cut_off else "slow" if delay else reply.outcome
         return Answer(200, reply.body, outcome, delay=delay, cut_off=cut_off)
 
@@ -405,13 +296,19 @@ class AzureSimulator:
         quotas = {name: {"used": bucket.used, "permitted": bucket.permitted} for name, bucket in self.buckets.items()}
         return web.json_response({"counts": dict(self.counts), "most_in_flight": self.most_in_flight, "quotas": quotas})
 
+    async def _models(self, request: "web.Request") -> "web.Response":
+        from aiohttp import web
+
+        return web.json_response({"object": "list", "data": [{"id": self.deployment, "object": "model"}]})
+
     async def _serve(self, started: "Future[int]") -> None:
         from aiohttp import web
 
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         app = web.Application(client_max_size=64 * 2**20)
         app.router.add_get("/simulator/stats", self._stats)
-        for path in ("/openai/deployments/{deployment}", "/models", "/openai/v1"):
+        app.router.add_get("/v1/models", self._models)
+        for path in ("/openai/deployments/{deployment}", "/models", "/openai/v1", "/v1"):
             app.router.add_post(f"{path}/chat/completions", self.handle)
         app.router.add_route("*", "/{elsewhere:.*}", self.handle)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
@@ -427,7 +324,7 @@ class AzureSimulator:
 
     @property
     def url(self) -> str:
-        """The resource's URL, to which each of the three forms can be added."""
+        """The resource's URL, to which each of the three forms can be added, and /v1 as of an OpenAI-compatible server."""
         return f"http://127.0.0.1:{self.port}"
 
     def __enter__(self) -> "AzureSimulator":
@@ -440,6 +337,16 @@ class AzureSimulator:
     def __exit__(self, *error: object) -> None:
         self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join()
+
+
+def _has_text(item: dict[str, Any]) -> bool:
+    """A message of text, or one of calls, which may have none."""
+    content = item.get("content")
+    return isinstance(content, str) or (content is None and item.get("role") == "assistant" and bool(item.get("tool_calls")))
+
+
+def _written(item: dict[str, Any]) -> str:
+    return (item.get("content") or "") + (json.dumps(item["tool_calls"]) if item.get("tool_calls") else "")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -13,6 +13,9 @@ CAUSES = {"failed": "their requests failed: reply_error says why", "truncated": 
 
 def show(report: dict[str, Any], out: Path, argv: Sequence[str], warn: Callable[[str], None]) -> None:
     """The report's numbers on standard output, and warnings of what they do not say; `argv` are the flags of this run."""
+    if teachers := report.get("references_by_teacher"):
+        rows, told = sum(teachers.values()), ", ".join(teachers)
+        print(f"agreement, not accuracy: {rows} of {report['counts']['rows']} references are replies of {told}")
     for name, value in report["metrics"].items():
         print(f"{name:28} {value:7.4f}")
     counts = report["counts"]

@@ -25,10 +25,11 @@ def make_client(
 ) -> Client:
     """The client of one of MODEL_KINDS for those rows; `local` are options of `slm_client.SLMClient`, which other kinds have no use for.
 
-    Where a launcher has started several processes and this is the first of them, the local model is asked through all of them.
+    Kind "slm" is the model of SLM_BASE_URL where that is set, else the checkpoint of SLM_MODEL_PATH. Where a launcher has started
+    several processes and this is the first of them, the local model is asked through all of them.
 
     Raises:
-        UserError: the kind is not set up (a variable, a checkpoint, a file is missing).
+        UserError: the kind is not set up (a variable, a checkpoint, a file is missing), or a flag of a local model is given for a served one.
     """
     if kind == "azure":
         from slm_swap.azure_client import AzureClient
@@ -40,6 +41,11 @@ def make_client(
         if replies is None:
             raise UserError("--model-kind replay needs --replies FILE: the recorded replies")
         return ReplayClient(replies, examples)
+    if settings.slm_base_url:
+        from slm_swap.clients.served_client import ServedClient, refuse_local_options
+
+        refuse_local_options(local)
+        return ServedClient(settings, max_new_tokens=max_new_tokens, seed=seed, concurrency=concurrency)
     from slm_swap.slm_client import local_client
 
     return local_client(settings, (request_of(track, example) for example in examples), max_new_tokens, seed, **local)

@@ -68,6 +68,8 @@ def _probe(client: Client, track: Track, chosen: dict[int, Example]) -> Callable
 def _cost(client: Client, replies: list[dict[str, Any]]) -> float | None:
     """Of the replies whose tokens are known; a local model's by their seconds. None where nothing is known."""
     counted = [reply["counts"] for reply in replies if reply["counts"]]
+    if getattr(client, "over_http", False) and client.kind == "slm":
+        return None  # its rows were asked together: how long the server worked for them is not the sum of their seconds
     if not counted and client.kind != "slm":
         return None
     sums = [sum(counts) for counts in zip(*counted, strict=True)] if counted else [0, 0, 0]

@@ -9,6 +9,7 @@ from typing import Any
 from slm_swap.clients.protocol import Client
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import SCHEMA_VERSION, code_version, hardware, now, package_versions
+from slm_swap.dataset.labels import TEACHER
 from slm_swap.evaluating.row import Row
 from slm_swap.rows.examples import Example
 from slm_swap.rows.lines import text_hash
@@ -38,6 +39,7 @@ class Tally:
         self.contents: list[bytes] = []
         self.prompts: list[bytes] = []
         self.asks: set[str] = set()
+        self.teachers: Counter[str] = Counter()  # of rows whose gold is a model's own reply
 
     def __len__(self) -> int:
         return self.rows
@@ -48,6 +50,8 @@ class Tally:
         request = request_of(self.track.title, example)
         self.prompts.append(bytes.fromhex(text_hash(str(request.key()))))
         self.asks.add("native" if request.native else "text")
+        if (example.source or "").startswith(TEACHER):
+            self.teachers[(example.source or "").removeprefix(TEACHER)] += 1
 
     @property
     def ask(self) -> str:
@@ -165,6 +169,7 @@ def make_report(
         # What was said to a model whose replies were recorded elsewhere is not known.
         "prompt_sha256": None if client.kind == "replay" else tally.prompt_sha256,
         "ask": None if client.kind == "replay" else tally.ask,
+        "references_by_teacher": dict(tally.teachers),
         **tally.summary(),
         "tokens": sums | {"rows": tally.counted},
         "sessions": sessions,

@@ -5,11 +5,14 @@ then of the same tool, then equal in their leaves; what has no partner counts as
 "no call" is the one leaf that is expected.
 """
 
+import json
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from slm_swap.scoring.json_values import objects_in, size
+from slm_swap.common.exact_json import EXACT
+from slm_swap.rows.lines import dump_json
+from slm_swap.scoring.json_values import leaves, objects_in, parse_json, size
 from slm_swap.scoring.metrics import ERRORS, UNSCORED, Match, Reference, Scored, compared
 from slm_swap.scoring.replies import InvalidReply, Parsed, native_calls, parse_calls
 
@@ -59,6 +62,32 @@ def score_calls(gold: Calls, text: str, finish_reason: str = "stop", calls: list
         else:
             strict, schema, lenient, error = _matches(gold, made)
     return Scored(strict, schema, lenient, "truncated" if finish_reason == "length" and error else error)
+
+
+def answer(track: str, text: str, calls: list[dict[str, str]] | None = None) -> Counter:
+    """What a reply says, as scoring compares it: its calls, or its JSON value, by their leaves; `calls` are a native reply's.
+
+    Raises:
+        InvalidReply: it is not well-formed.
+        ValueError: it is no JSON.
+    """
+    if track == "structured":
+        return Counter([leaves(parse_json(text))])
+    made = parse_calls(text) if calls is None else native_calls(calls)
+    return Counter((call.name, leaves(call.value)) for call in made)
+
+
+def answer_json(track: str, text: str, calls: list[dict[str, str]] | None = None) -> Any:
+    """What a reply says, as a row's `calls` or `object`; numbers keep their digits.
+
+    Raises:
+        ValueError: as `answer`.
+    """
+    answer(track, text, calls)  # which is stricter: no duplicate key, no NaN
+    if track == "structured":
+        return json.loads(text, **EXACT)
+    made = parse_calls(text) if calls is None else native_calls(calls)
+    return [{"name": call.name, "arguments": json.loads(dump_json(call.value), **EXACT)} for call in made]
 
 
 def _says_nothing(text: str) -> bool:

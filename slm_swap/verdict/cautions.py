@@ -20,6 +20,11 @@ def cautions(
         )
     if judge.gate.question == "these" and groups_are_tools(rows, judge.track):
         found.append("every row's `group` is its tool's name, as earlier versions wrote it: rows are counted one by one")
+    if isinstance(teachers := sides["azure"].report.get("references_by_teacher"), dict) and teachers:
+        found.append(
+            f"{sum(teachers.values())} of {len(rows)} references are replies of {', '.join(map(str, teachers))} (02_dataset/label.py): the "
+            "numbers are agreement with it, not accuracy, and favour it"
+        )
     if "before" in sides:
         found += run_otherwise(sides["before"].report, sides["slm"].report)
     return found + steadiness(sides)

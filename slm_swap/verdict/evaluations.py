@@ -29,7 +29,9 @@ class Evaluation:
     def label(self) -> str:
         """The model's short name: deployment or folder, and its adapter."""
         model = model_of(self.report)
-        name = str(model.get("deployment") or Path(str(model.get("path") or "?")).stem)
+        path = Path(str(model.get("path") or "?"))
+        # a file of replies has an ending, a model's name may have a point: Qwen3-0.6B
+        name = str(model.get("deployment") or (path.name if model.get("kind") == "slm" else path.stem))
         adapter = model.get("adapter")
         path = adapter.get("path") if isinstance(adapter, dict) else adapter
         return f"{name} + {Path(path).name}" if path else name

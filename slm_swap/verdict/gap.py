@@ -4,9 +4,8 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from slm_swap.scoring.json_values import leaves, parse_json
 from slm_swap.scoring.measured import unmeasured
-from slm_swap.scoring.replies import native_calls, parse_calls
+from slm_swap.scoring.several import answer
 from slm_swap.scoring.tracks import Track
 from slm_swap.verdict.decision import Decision
 from slm_swap.verdict.evaluations import cluster_labels, values_of
@@ -147,21 +146,10 @@ def _agree(track: Track, left: dict, right: dict) -> bool:
     if not {left["error"], right["error"]} <= ANSWERS:
         return False
     try:
-        return _answer(track, left) == _answer(track, right)
+        first, second = (answer(track.title, row["reply"], row.get("calls")) for row in (left, right))
     except ValueError:
         return False
-
-
-def _answer(track: Track, row: dict) -> Counter:
-    """What a reply says: its calls, or its JSON value, by their leaves.
-
-    Raises:
-        ValueError: it is not well-formed.
-    """
-    if track.name is None:
-        return Counter([leaves(parse_json(row["reply"]))])
-    calls = parse_calls(row["reply"]) if row.get("calls") is None else native_calls(row["calls"])
-    return Counter((call.name, leaves(call.value)) for call in calls)
+    return first == second
 
 
 def gains(

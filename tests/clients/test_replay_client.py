@@ -91,12 +91,13 @@ def test_rows_without_a_reply_are_counted_and_the_first_is_named(write_rows):
     [
         ([], "a line is a JSON object"),
         ({"id": "a"}, "`prediction` must be a text"),
-        ({"id": "a", "prediction": None}, "`prediction` must be a text"),
+        ({"id": "a", "prediction": 5}, "`prediction` must be a text"),
+        ({"id": "a", "output": {"a": 1}}, "`output` must be a text"),
         ({"id": "a", "prediction": {"a": 1}}, "`prediction` must be a text"),
-        ({"prediction": "x"}, "neither `id` nor `prompt`"),
-        ({"id": None, "prediction": "x"}, "neither `id` nor `prompt`"),
-        ({"id": "", "prediction": "x"}, "neither `id` nor `prompt`"),
-        ({"id": ["a"], "prediction": "x"}, "neither `id` nor `prompt`"),
+        ({"prediction": "x"}, "neither `id` nor `prompt` or `messages`"),
+        ({"id": None, "prediction": "x"}, "neither `id` nor `prompt` or `messages`"),
+        ({"id": "", "prediction": "x"}, "neither `id` nor `prompt` or `messages`"),
+        ({"id": ["a"], "prediction": "x"}, "neither `id` nor `prompt` or `messages`"),
         ({"id": "r0", "prediction": "x"}, "a second reply for id 'r0'"),
         ({"id": "a", "prediction": "x", "finish_reason": "tired"}, "finish_reason 'tired' is none of stop, length"),
         ({"id": "a", "prediction": "x", "finish_reason": ["stop"]}, "finish_reason .* is none of"),
@@ -203,3 +204,26 @@ def test_an_empty_file_and_ids_twice(write_rows):
     assert "no rows" in failure(lambda: dataset_of_replies(write_rows("r.jsonl", [])))
     lines = [{"id": "a", "prompt": "p", "reference": "{}"}] * 2
     assert "ids must be unique" in failure(lambda: dataset_of_replies(write_rows("r.jsonl", lines)))
+
+
+# -- Conversations ---------------------------------------------------------------------------------------------------------------
+
+
+def conversation(text, **more):
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}, {"role": "user", "content": text}]
+    return {"messages": turns, "tools": [{"name": "f", "parameters": {"type": "object"}}], "calls": []} | more
+
+
+def test_a_conversation_finds_its_reply_by_its_messages(write_rows):
+    examples = list(Dataset(write_rows("rows.jsonl", [conversation("a"), conversation("b")])))
+    lines = [{"messages": conversation(text)["messages"], "prediction": text} for text in "ba"]
+    assert texts(write_rows("r.jsonl", lines), examples) == ["a", "b"]
+
+
+def test_conversations_of_an_own_dataset(write_rows):
+    """What a row wants is not what was replied."""
+    lines = [conversation("a", id="x", calls=[{"name": "f", "arguments": {}}], prediction="A"), conversation("b", prediction=[])]
+    path = write_rows("r.jsonl", lines)
+    first, second = examples = dataset_of_replies(path)
+    assert (first.id, first.calls, second.calls) == ("x", [{"name": "f", "arguments": {}}], [])
+    assert [(reply.text, reply.calls) for reply in ask(path, examples)] == [("A", None), ("", [])]

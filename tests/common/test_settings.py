@@ -11,6 +11,9 @@ from slm_swap.common.settings import PACKAGE, Launch, Settings, display_path, fi
 
 VARIABLES = {
     "SLM_MODEL_PATH": "slm_model_path",
+    "SLM_BASE_URL": "slm_base_url",
+    "SLM_MODEL_NAME": "slm_model_name",
+    "SLM_API_KEY": "slm_api_key",
     "AZURE_ENDPOINT": "azure_endpoint",
     "AZURE_DEPLOYMENT": "azure_deployment",
     "AZURE_API_KEY": "azure_api_key",

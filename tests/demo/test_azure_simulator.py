@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import PACKAGE
-from slm_swap.demo.azure_simulator import UNKNOWN_PROMPT, AzureSimulator, Bucket, Faults, count_tokens
+from slm_swap.demo.azure_simulator import AzureSimulator, Bucket, Faults, count_tokens
 from slm_swap.demo.mistakes import make_mistake, parse_call
+from slm_swap.demo.simulator_replies import UNKNOWN_PROMPT
 from slm_swap.rows.examples import Example
 from slm_swap.rows.lines import dump_json
 

@@ -57,7 +57,7 @@ def test_a_replay_from_files_to_files(evaluate, files, tmp_path):
     report, lines = read(tmp_path / "out.json"), read_lines(tmp_path / "out.rows.jsonl")
     assert set(report) == {
         "schema_version", "stage", "created_at", "track", "args", "code", "packages", "hardware", "model", "inputs",
-        "prompt_sha256", "ask", "metrics", "metrics_by_matcher", "counts", "tokens", "sessions", "cached_replies", "seconds", "cost",
+        "prompt_sha256", "ask", "references_by_teacher", "metrics", "metrics_by_matcher", "counts", "tokens", "sessions", "cached_replies", "seconds", "cost",
         "trace", "latency", "repeat", "again", "asked", "run_id",
     }  # fmt: skip
     assert report["metrics"] == {

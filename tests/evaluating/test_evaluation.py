@@ -137,7 +137,7 @@ def test_the_report_has_the_design_s_keys():
     report = report_of()
     assert set(report) == {
         "schema_version", "stage", "created_at", "track", "args", "code", "packages", "hardware", "model", "inputs",
-        "prompt_sha256", "ask", "metrics", "metrics_by_matcher", "counts", "tokens", "sessions", "cached_replies", "seconds", "latency",
+        "prompt_sha256", "ask", "references_by_teacher", "metrics", "metrics_by_matcher", "counts", "tokens", "sessions", "cached_replies", "seconds", "latency",
         "cost",
     }  # fmt: skip
     assert report["stage"] == "eval" and report["schema_version"] == 1 and report["track"] == "structured"

@@ -79,7 +79,7 @@ def test_a_prompt_that_is_too_long_is_an_error_of_its_own(hosted):
 
 def test_one_row_in_a_hundred_is_told_without_a_warning(hosted, write_rows):
     rows = [Example(f"Say {n}", f'{{"number":{n}}}', id=f"r{n}") for n in range(100)]
-    hosted.server._references |= {row.prompt: row.completion for row in rows}
+    hosted.server.replies.add(rows)
     dataset = ("--dataset", write_rows("hundred.jsonl", [row.to_json() for row in rows]))
     hosted.flags = (*hosted.flags[:-2], *dataset)
     hosted.server.script = lambda prompt, before, asked, answer: DOWN if prompt == "Say 7" else answer

@@ -1,0 +1,77 @@
+"""A small model that somebody serves already, behind an OpenAI-compatible URL (vLLM, Ollama, llama.cpp, LM Studio)."""
+
+from typing import Any
+
+from slm_swap.clients.chat_client import CONNECT_SECONDS, ChatClient
+from slm_swap.clients.endpoint import SERVED, Endpoint, is_loopback, parse_base_url
+from slm_swap.clients.pricing import to_float
+from slm_swap.common.errors import UserError
+from slm_swap.common.settings import Settings
+
+LOCAL_ONLY = {"engine": "auto", "engine_start": "auto", "precision": None, "adapter": None}  # options of a model that is loaded here
+
+
+class ServedClient(ChatClient):
+    """The model of SLM_BASE_URL; `ChatClient` has the arguments. Without SLM_MODEL_NAME the server is asked which one it serves.
+
+    Raises:
+        UserError: the URL is none, the server does not say which model it serves or serves several; and as `ChatClient`.
+    """
+
+    kind = "slm"
+
+    def __init__(self, settings: Settings, max_new_tokens: int = 256, seed: int = 42, concurrency: int = 32, **options: Any) -> None:
+        key = settings.slm_api_key
+        endpoint = parse_base_url(settings.slm_base_url or "", settings.slm_model_name or "", key=bool(key))
+        name = endpoint.deployment or served_model(endpoint, key)
+        endpoint = Endpoint(endpoint.base_url, name, endpoint.form)
+        identity = {
+            "kind": self.kind, "path": name, "endpoint": endpoint.place, "engine": "served", "precision": None, "adapter": None,
+            "training_seconds": None,
+        }  # fmt: skip
+        super().__init__(
+            settings, endpoint, SERVED, identity, key, None, max_new_tokens=max_new_tokens, seed=seed, concurrency=concurrency, **options
+        )
+
+    def cost(self, input_tokens: int, cached_tokens: int, output_tokens: int, seconds: float) -> float | None:
+        """The machine's price an hour times the seconds that it worked."""
+        return to_float(self.prices.local.cost(seconds))
+
+
+def refuse_local_options(options: dict[str, Any]) -> None:
+    """Refuse flags of a model that is loaded here.
+
+    Raises:
+        UserError: one of them is given.
+    """
+    given = [name for name, default in LOCAL_ONLY.items() if options.get(name, default) not in (default, None)]
+    if given:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise UserError(f"{flags}: the model of SLM_BASE_URL is loaded by its server; leave the flag out, or unset SLM_BASE_URL")
+
+
+def served_model(endpoint: Endpoint, key: str | None) -> str:
+    """The one model that a server serves.
+
+    Raises:
+        UserError: the server does not say, or serves several.
+    """
+    import openai
+
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    names, why = [], "no list of models"
+    try:
+        with openai.DefaultHttpxClient(
+            timeout=CONNECT_SECONDS, follow_redirects=False, trust_env=not is_loopback(endpoint.host)
+        ) as client:
+            answer = client.get(f"{endpoint.base_url}/models", headers=headers)
+        why = str(answer.status_code)
+        names = [model["id"] for model in answer.json()["data"]] if answer.is_success else []
+    except (ValueError, KeyError, TypeError):
+        pass  # no list of models
+    except Exception as error:  # no connection: the classes belong to the package that openai brings
+        why = type(error).__name__
+    if len(names) != 1:
+        shown = f"serves {', '.join(sorted(map(str, names))[:5])}" if names else f"does not say what it serves ({why})"
+        raise UserError(f"the server of SLM_BASE_URL at {endpoint.host} {shown}: set SLM_MODEL_NAME to the model to ask, and check SLM_BASE_URL")
+    return str(names[0])

@@ -1,0 +1,99 @@
+"""Ask a hosted model several times for rows that have no reply, within a budget, and nothing twice."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
+
+from slm_swap.clients.protocol import Client, Reply
+from slm_swap.evaluating.journal import Journal
+from slm_swap.evaluating.outage import Outage
+from slm_swap.evaluating.row import read_reply, score_row
+from slm_swap.rows.examples import Example
+from slm_swap.rows.lines import dump_json
+from slm_swap.rows.prompts import Request, request_of
+from slm_swap.scoring.tracks import TRACKS
+
+CHARACTERS = 3  # a token, for an estimate that is rather too high: English has about four
+
+
+class Labelling:
+    """The samples of each row, all in one journal: sample s of row r is its row s * rows + r.
+
+    `budget` is the most money that all samples together may cost, earlier sessions included; a request is sent only where it is left
+    after those under way, each counted with a reply of `max_new_tokens`.
+    """
+
+    def __init__(self, track: str, examples: Sequence[Example], samples: int, max_new_tokens: int, budget: float | None):
+        self.track, self.examples, self.samples, self.budget = TRACKS[track], examples, samples, budget
+        self.max_new_tokens = max_new_tokens
+        self.requests = [request_of(track, example) for example in examples]
+        self.spent = 0.0
+        self.failure: str | None = None  # of a request that may be answered later
+        self.unknown = 0  # replies that do not say how many tokens they took: the estimate stands for them
+
+    def estimate(self, client: Client, request: Request) -> float | None:
+        """What asking once costs at most, about; None where the prices are not known."""
+        characters = len(dump_json(request.key()))
+        return client.cost(-(-characters // CHARACTERS), 0, self.max_new_tokens, 0.0)
+
+    def most(self, client: Client) -> float | None:
+        """What all samples cost at most, about."""
+        each = [self.estimate(client, request) for request in self.requests]
+        return None if None in each else self.samples * sum(each)
+
+    def ask(self, make: Callable[[int], Client], journal: Journal, outage: Outage, on_reply: Callable[[], object]) -> bool:
+        """Get every sample into the journal that is not there; False where the budget ended first. `make` gives a sample's client.
+
+        Requests that failed and may be answered later are missing, and `failure` says why.
+        """
+        complete = True
+        for sample in range(self.samples):
+            client = make(sample)
+            with closing(client):
+                self._count(client, journal, sample)
+                complete &= self._sample(client, journal, sample, outage, on_reply)
+        return complete
+
+    def _count(self, client: Client, journal: Journal, sample: int) -> None:
+        """Count what the samples of earlier sessions cost."""
+        for row, request in enumerate(self.requests):
+            if (index := sample * len(self.requests) + row) in journal:
+                self._pay(client, request, read_reply(json.loads(journal.line(index))))
+
+    def _pay(self, client: Client, request: Request, reply: Reply) -> None:
+        cost = client.cost(*reply.counts, reply.seconds) if reply.counts else None
+        self.unknown += cost is None
+        self.spent += (self.estimate(client, request) or 0.0) if cost is None else cost
+
+    def _sample(self, client: Client, journal: Journal, sample: int, outage: Outage, on_reply: Callable[[], object]) -> bool:
+        first, under_way, complete = sample * len(self.requests), dict[int, float](), True
+        done = {row for row in range(len(self.requests)) if first + row in journal}
+
+        def rows() -> Iterator[tuple[int, Request]]:
+            nonlocal complete
+            for row, request in enumerate(self.requests):
+                if row in done:
+                    continue
+                most = self.estimate(client, request) or 0.0
+                if self.budget is not None and self.spent + sum(under_way.values()) + most > self.budget:
+                    complete = False
+                    return
+                under_way[row] = most
+                yield row, request
+
+        probe = lambda row: client.generate([self.requests[row]])[0]  # noqa: E731
+        for row, reply in outage.replies(lambda answered: client.stream(((r, q) for r, q in rows() if r not in answered), answered), probe, done):
+            under_way.pop(row, None)
+            self._pay(client, self.requests[row], reply)
+            line = score_row(self.track, self.examples[row], replace(reply, cut=None)).line(self.track)
+            journal.add(first + row, line, reply, reply.seconds, kept=reply.finish_reason == "error" and not reply.transient)
+            self.failure = reply.error if reply.transient else self.failure
+            done.add(row)
+            on_reply()
+        return complete
+
+    def replies(self, journal: Journal, row: int) -> list[Reply]:
+        """What the samples of one row are."""
+        indices = (sample * len(self.requests) + row for sample in range(self.samples))
+        return [read_reply(json.loads(journal.line(index))) for index in indices if index in journal]
