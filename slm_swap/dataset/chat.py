@@ -64,9 +64,7 @@ def _batch_requests(paths: list[Path]) -> dict[str, dict]:
     requests: dict[str, dict] = {}
     for path in paths:
         for at, (_, row) in enumerate(read_rows(path)):
-            if isinstance(row, Bad):
-                continue
-            request = batch_request(row)
+            request = None if isinstance(row, Bad) else batch_request(row)
             if request is not None and "response" not in row and "result" not in row:
                 requests[str(row["custom_id"])] = request
             elif at == 0:

@@ -276,6 +276,7 @@ FORMS = (
          _fields("traj", "task_id", "trial", "reward", "info")),
     Form("Alpaca", lambda row: isinstance(row.get("instruction"), str) and "output" in row, _alpaca,
          _fields("instruction", "input", "output", "system", "history")),
+    Form("inputs and outputs", lambda row: row.get("input") is not None and row.get("output") is not None, _observation),
     Form("Azure evaluation rows", lambda row: "query" in row and "answers" not in row and ("ground_truth" in row or "response" in row),
          _azure_evaluation, _fields("query", "response", "ground_truth", "tool_definitions", "tool_calls")),
 )  # fmt: skip

@@ -22,6 +22,7 @@ ROLES = {
     "tool_call": "assistant", "SystemMessage": "system", "HumanMessage": "user", "AIMessage": "assistant", "ToolMessage": "tool",
 }  # fmt: skip
 _THINKING = {"thinking", "redacted_thinking", "reasoning", "reasoning_content", "thought"}
+_CALL_PARTS = ("tool_use", "tool_call", "tool_calls", "function_call")
 _THOUGHT = re.compile(r"\A(?:(?!<think).)*?</think(?:ing)?>|<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL)
 _CALL_TAG = re.compile(r"<tool_call(?:\s+name=\"([^\"<>]+)\")?\s*>(.*?)</tool_call>", re.DOTALL)
 _RESULT_TAG = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>", re.DOTALL)
@@ -144,7 +145,7 @@ class Transcript:
             value = decoded(content)
             calls, content = value if isinstance(value, list) else [value], None
         parts = content if isinstance(content, list) else []
-        calls += [part for part in parts if isinstance(part, dict) and part.get("type") == "tool_use"]
+        calls += [decoded(part.get("value", part)) for part in parts if isinstance(part, dict) and part.get("type") in _CALL_PARTS]
         text = _reply_text(content)
         made = [self._call(call) for call in calls]
         if not made and "<tool_call" in text:
@@ -162,7 +163,7 @@ class Transcript:
             before.message["tool_calls"] = made  # a text and then its calls are one reply
             before.finish = finish or before.finish
         else:
-            self.turns.append(Turn(message, raw.get("weight") not in (0, False), finish))
+            self.turns.append(Turn(message, raw.get("weight", raw.get("loss_weight")) not in (0, False), finish))
 
     def _call(self, raw: Any) -> dict[str, Any]:
         """One call of any of the forms, as OpenAI writes it. Its arguments may be no JSON: only where it is a reply does that count."""
@@ -236,7 +237,7 @@ def text_of(content: Any) -> str:
     for part in content if isinstance(content, list) else [content]:
         if part is None or (isinstance(part, dict) and part.get("type") in _THINKING):
             continue
-        text = part.get("text") if isinstance(part, dict) else part
+        text = part.get("text", part.get("value")) if isinstance(part, dict) else part
         if not isinstance(text, str):
             kind = part.get("type") if isinstance(part, dict) else type(part).__name__
             raise Unusable("no_request", f"a message holds {kind}, not text alone")
@@ -249,8 +250,8 @@ def _reply_text(content: Any) -> str:
     if isinstance(content, dict) and "text" not in content:
         return dumped(content)
     if isinstance(content, list):
-        parts = [part for part in content if not (isinstance(part, dict) and part.get("type") in _THINKING)]
-        content = "".join(str(part.get("text") or "") if isinstance(part, dict) else str(part) for part in parts)
+        parts = [part for part in content if not (isinstance(part, dict) and part.get("type") in (*_THINKING, *_CALL_PARTS))]
+        content = "".join(str(part.get("text") or part.get("value") or "") if isinstance(part, dict) else str(part) for part in parts)
     text = text_of(content)
     return _THOUGHT.sub("", text).strip() if "</think" in text or text.lstrip().startswith("<think") else text
 

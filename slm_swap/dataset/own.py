@@ -32,6 +32,7 @@ def jsonl(paths: Iterable[Path], track: str | None, seen: Seen | None = None) ->
     seen = seen or Seen()
 
     def read(row: dict, where: str) -> Iterator[Row | Dropped]:
+        row = row | {name: decoded(row[name]) for name in ("accept", "options", "calls") if name in row}  # JSON in a cell
         if is_conversation(row):
             made = own_row(row, where, seen)
             if track and made.track != track:

@@ -3,6 +3,7 @@
 import re
 import sys
 import unicodedata
+import warnings
 from functools import lru_cache
 
 LONG_NAMES = {"letter": "L", "uppercase_letter": "Lu", "lowercase_letter": "Ll", "mark": "M", "number": "N", "decimal_number": "Nd",
@@ -15,17 +16,16 @@ def python_pattern(pattern: str) -> str | None:
     """The pattern for Python's `re`: `\\p{L}` is written out, `(?<year>...)` becomes `(?P<year>...)`; None where it cannot be read."""
     if not isinstance(pattern, str):
         return None
-    try:
-        re.compile(pattern)
-        return pattern
-    except (re.error, RecursionError, OverflowError):
-        pass
-    try:
-        made = _translated(pattern)
-        re.compile(made)
-        return made
-    except (re.error, RecursionError, OverflowError, KeyError, ValueError):
-        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what a later Python may read otherwise
+        for read in (str, _translated):
+            try:
+                made = read(pattern)
+                re.compile(made)
+                return made
+            except (re.error, RecursionError, OverflowError, KeyError, ValueError):
+                continue
+    return None
 
 
 def matches(pattern: str, text: str) -> bool | None:

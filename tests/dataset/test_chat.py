@@ -139,6 +139,41 @@ def test_arguments_in_every_form(tmp_path, arguments):
     assert row.record["calls"] == [{"name": "weather", "arguments": {"city": "Oslo"}}]
 
 
+LEGACY = {"role": "assistant", "content": None, "function_call": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
+PARTS = [{"type": "reasoning", "value": "Hm."}, {"type": "tool_call", "value": '{"name": "weather", "arguments": {"city": "Oslo"}}'}]
+RESPONSES = [{"type": "reasoning"}, {"type": "function_call", "call_id": "c", "name": "weather", "arguments": '{"city": "Oslo"}'}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [USER, LEGACY, {"role": "function", "name": "weather", "content": "rain"}], "tools": [TOOL]},
+        {"messages": [USER, {"role": "assistant", "content": PARTS}], "tools": json.dumps([TOOL])},
+        {"messages": [USER, {"role": "assistant", "content": "Let me see."}, called('{"city": "Oslo"}')], "tools": [TOOL]},
+        {"messages": [{"role": "human", "content": "Rain in Oslo tomorrow?"}, called({"city": "Oslo"})], "tools": [TOOL]},
+        {"input": {"messages": [USER], "tools": [TOOL]}, "output": called('{"city": "Oslo"}')},
+        {"input": {"input": "Rain in Oslo tomorrow?", "tools": [TOOL]}, "output": RESPONSES},
+        {"request": {"body": {"messages": [USER], "tools": [TOOL]}}, "response": {"body": {"choices": [{"message": LEGACY}]}}},
+        {"input": {"messages": [USER], "tools": [TOOL]}, "preferred_output": [LEGACY], "non_preferred_output": [USER]},
+        {"prompt": [USER], "chosen": [LEGACY], "rejected": [USER], "tools": [TOOL]},
+        {"query": "Rain in Oslo tomorrow?", "ground_truth": json.dumps(called('{"city": "Oslo"}')["tool_calls"]), "tool_definitions": [TOOL]},
+    ],
+)
+def test_other_ways_to_write_one_call(tmp_path, row):
+    [made] = rows_of(tmp_path, row)
+    assert made.record["messages"] == [USER] and made.record["calls"] == [{"name": "weather", "arguments": {"city": "Oslo"}}]
+    assert [tool["name"] for tool in made.record["tools"]] == ["weather"]
+
+
+def test_results_without_ids_answer_the_calls_in_order(tmp_path):
+    two = {"role": "assistant", "tool_calls": [{"name": "weather", "arguments": {"city": city}} for city in ("Oslo", "Bergen")]}
+    results = [{"role": "function", "name": "weather", "content": text} for text in ("rain", "sun")]
+    for told in (results, [{"role": "tool", "content": '["rain", "sun"]'}]):
+        *_, last = rows_of(tmp_path, {"messages": [USER, two, *told, {"role": "assistant", "content": "Rain, sun."}], "tools": [TOOL]})
+        calls, *answers = last.record["messages"][1:]
+        assert [(a["tool_call_id"], a["content"]) for a in answers] == [(c["id"], t) for c, t in zip(calls["tool_calls"], ("rain", "sun"), strict=True)]
+
+
 @pytest.mark.parametrize(
     ("reason", "row"),
     [
@@ -146,6 +181,7 @@ def test_arguments_in_every_form(tmp_path, arguments):
         ("plain_text", {"messages": [USER, {"role": "assistant", "content": "Rain."}]}),
         ("no_reply", {"messages": [USER]}),
         ("no_request", {"messages": [{"role": "assistant", "content": "Hello"}], "tools": [TOOL]}),
+        ("not_trained", {"messages": [USER, {"role": "assistant", "content": "Hm", "loss_weight": 0.0}], "tools": [TOOL]}),
         ("no_request", {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, called("{}")], "tools": [TOOL]}),
         ("tool_not_listed", {"messages": [USER, called("{}", "news")], "tools": [TOOL]}),
         ("gold_breaks_schema", {"messages": [USER, called('{"city": 1}')], "tools": [TOOL]}),
