@@ -15,15 +15,6 @@ from slm_swap.rows.lines import dump_json
 ASKS = ("text", "native")
 Messages = list[dict[str, Any]]
 
-
-class Request(NamedTuple):
-    messages: list
-    tools: list | None = None
-    schema: dict | None = None
-    options: dict | None = None
-    native: bool = False
-
-
 SYSTEM_PROMPTS = {
     "structured": (
         "You turn a request into one JSON object that matches the given JSON Schema. Reply with the JSON object and "
