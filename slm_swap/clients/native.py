@@ -23,7 +23,16 @@ from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 
-from slm_swap.clients.native_replies import PHI_CALLS, TAGGED_CALLS, THINK, Call, Spoken, TemplateReader, cut_thinking, read_marked
+from slm_swap.clients.native_replies import (
+    PHI_CALLS,
+    TAGGED_CALLS,
+    THINK,
+    Call,
+    Spoken,
+    TemplateReader,
+    cut_thinking,
+    read_marked,
+)
 from slm_swap.common.errors import UserError
 from slm_swap.common.exact_json import EXACT, ExactEncoder
 from slm_swap.rows.prompts import Request

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from slm_swap.clients.loading import encode_prompt, load_tokenizer
+from slm_swap.clients.native import end_token
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import PACKAGE, Settings
 from slm_swap.rows.prompts import text_request
@@ -14,7 +15,7 @@ from slm_swap.slm_client import SLMClient
 from slm_swap.tuning.backends import choose_backend
 from slm_swap.tuning.hyperparameters import PRESETS, Hyperparameters
 from slm_swap.tuning.packing import IGNORED
-from slm_swap.tuning.tokens import end_token, tokenize
+from slm_swap.tuning.tokens import tokenize
 from slm_swap.tuning.training import train
 from tests.support.training_rows import BASE, INPUTS, QUICK, ROWS
 
@@ -31,7 +32,7 @@ def trained(tmp_path_factory):
 
 
 def test_the_loss_is_on_the_completion_only(tokenizer):
-    (row,), too_long = tokenize(tokenizer, "structured", ROWS[:1], 2048)
+    (row,), too_long, _ = tokenize(tokenizer, "structured", ROWS[:1], 2048)
     prompt = encode_prompt(tokenizer, text_request("structured", ROWS[0].prompt))
     assert too_long == [] and row["input_ids"][: len(prompt)] == prompt
     assert row["labels"][: len(prompt)] == [IGNORED] * len(prompt)
@@ -40,10 +41,10 @@ def test_the_loss_is_on_the_completion_only(tokenizer):
 
 
 def test_rows_that_are_too_long_are_left_out_whole(tokenizer):
-    (row,), _ = tokenize(tokenizer, "structured", ROWS[:1], 2048)
+    (row,), *_ = tokenize(tokenizer, "structured", ROWS[:1], 2048)
     length = len(row["input_ids"])
-    assert tokenize(tokenizer, "structured", ROWS[:1], length) == ([row], [])
-    assert tokenize(tokenizer, "structured", ROWS[:1], length - 1) == ([], [length])
+    assert tokenize(tokenizer, "structured", ROWS[:1], length)[:2] == ([row], [])
+    assert tokenize(tokenizer, "structured", ROWS[:1], length - 1)[:2] == ([], [length])
 
 
 def test_a_turn_ends_as_the_chat_format_ends_it(tokenizer):
@@ -53,7 +54,7 @@ def test_a_turn_ends_as_the_chat_format_ends_it(tokenizer):
 def test_training_lowers_the_loss_and_tells_how_it_was_done(trained):
     out, info = trained
     assert info["eval_loss"]["after"] < info["eval_loss"]["before"]
-    assert info["steps"] == 8 and info["rows"] == {"train": 8, "val": 2, "too_long": 0}
+    assert info["steps"] == 8 and info["rows"] == {"train": 8, "val": 2, "too_long": 0, "untaught": 0}
     assert info["hyperparameters"]["lora_r"] == 64 and info["inputs"] == INPUTS
     assert json.loads((out / "training_info.json").read_text()) == json.loads(json.dumps(info))
     assert (out / "training_log.jsonl").read_text().count("\n") >= 3
