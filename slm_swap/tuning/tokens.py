@@ -41,7 +41,8 @@ def tokenize(tokenizer: Any, track: str, examples: list[Example], max_length: in
     told = Tokenized([], [], Counter())
     end = end_token(tokenizer)
     for example in examples:
-        TRACKS[track].reference(example)
+        if example.messages is None:  # a conversation was checked when it was read
+            TRACKS[track].reference(example)
         try:
             prompt, completion = lesson(tokenizer, track, example, end)
         except (CannotTeach, CannotShow) as reason:
