@@ -141,7 +141,7 @@ def _render(tokenizer: Any, messages: list[dict], open_turn: bool, **options: An
 
     try:
         return _revealed(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_turn, **options))
-    except (TemplateError, TypeError) as error:
+    except (TemplateError, TypeError, ValueError, KeyError) as error:  # each template has its own way to refuse
         reason = str(error).strip().split("\n")[0][:120]
         raise CannotShow(f"the chat template cannot show this conversation ({reason}): {ADVICE}, or leave the row out") from None
 
@@ -202,11 +202,13 @@ class ChatFormat:
         """
         if self.phi:
             return self._marked(PHI_CALLS)
-        prompt, written = self.turn(asked, tools, turn)
-        prefix = prompt.rsplit(_PROBE["user"], 1)[-1]
+        prompt, whole = self.show(asked, tools), self.show([*asked, turn], tools, open_turn=False)
+        prefix, written = prompt.rsplit(_PROBE["user"], 1)[-1], whole.removeprefix(prompt)
+        if self.end in written:
+            written = written[: written.rindex(self.end)]
 
         def proven(reader: Reader) -> bool:
-            told = reader(written.removesuffix(self.end), True, tools)
+            told = reader(written, True, tools)
             said = [(call["name"], json.loads(call["arguments"])) for call in told.calls if call["arguments"].startswith("{")]
             return said == [(_PROBE["call"], {_PROBE["key"]: _PROBE["value"]})] and not told.content.strip()
 

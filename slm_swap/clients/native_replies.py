@@ -188,8 +188,11 @@ class TemplateReader:
         if self.kind in ("json", "text"):
             self.kind = "json"
             field |= {"content": "text", "content_args": {"strip": False}}
+        told = {"raw": "{content}"} | ({"name": "{name}"} if self.named else {})
         if self.kind in ("json", "xml-inline"):
-            field["transform"] = {"raw": "{content}"} | ({"name": "{name}"} if self.named else {})
+            field["transform"] = told
+        self.spare = deepcopy(self.template)  # for calls that are broken in a form of JSON of the model's own
+        self.spare["fields"]["tool_calls"] |= {"content": "text", "content_args": {}, "transform": told}
         thinking = [told for name, told in self.template["fields"].items() if name in ("reasoning_content", "thinking", "reasoning")]
         closes = [told.get("close_pattern") or "|".join(map(regex.escape, _listed(told.get("close")))) for told in thinking]
         self.closing = regex.compile(closes[0]) if closes and closes[0] else None
@@ -204,11 +207,11 @@ class TemplateReader:
 
         try:
             told = self.tokenizer.parse_response(masked, self.template, prefix=self.prefix)
-        except (ValueError, KeyError):  # not in this format
-            return Spoken(text.removesuffix(self.end).strip() if stopped else text, [])
+        except (ValueError, KeyError):
+            told = self.tokenizer.parse_response(masked, self.spare, prefix=self.prefix)
         found = told.get("tool_calls") or []
         calls = [call for one in (found if isinstance(found, list) else [found]) for call in self._calls(one, whole, tools)]
-        content = whole(told.get("content"))
+        content = whole(told.get("content")).removesuffix(self.end)
         thinking = next((whole(told[name]) for name in ("reasoning_content", "thinking", "reasoning") if told.get(name)), "")
         if thinking and not content and not calls and self.closing and not self.closing.search(text):
             return Spoken(THINK + thinking, [], thinking)
@@ -229,8 +232,10 @@ class TemplateReader:
 
     def _calls(self, one: Any, whole: Any, tools: list[dict] | None) -> list[Call]:
         """The calls of one region."""
-        if self.kind == "xml-inline":
+        if self.kind == "xml-inline" and isinstance(one["raw"], dict):
             return [{"name": one.get("name", ""), "arguments": _tagged_arguments(one["raw"], one.get("name"), tools)}]
+        if self.kind != "json" and "raw" in one:
+            return [{"name": one.get("name", ""), "arguments": one["raw"]}]
         if self.kind != "json":
             told = one.get("function", one)
             return [{"name": str(told.get("name", "")), "arguments": json.dumps(told.get("arguments"), ensure_ascii=False)}]

@@ -73,7 +73,8 @@ def lesson(tokenizer: Any, track: str, example: Example, end: int) -> tuple[list
     texts = native_turn(tokenizer, request, content, calls or [])
     prompt, completion = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     text, made, _ = read_reply(tokenizer, request, completion[:-1], stopped=True)
-    if completion[-1] != end or not same_calls(made, calls or []) or (not calls and text.strip() != content.strip()):
+    whole = completion[-1] == end and end not in completion[:-1]
+    if not whole or not same_calls(made, calls or []) or (not calls and text.strip() != content.strip()):
         raise CannotTeach(NOT_READ_BACK)
     return prompt, completion
 

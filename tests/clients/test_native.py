@@ -24,7 +24,7 @@ TURN = {
 }
 RESULT = {"role": "tool", "tool_call_id": "c1", "content": "rain"}
 HISTORY = [{"role": "system", "content": "Be brief."}, USER, TURN, RESULT, {"role": "user", "content": "And Rome?"}]
-FAMILIES = ("phi", "qwen2_5", "qwen3", "qwen3_instruct_2507", "llama3_1", "qwen3_5_nothink", "qwen3_5_think")
+FAMILIES = ("phi",  "qwen2_5", "qwen3", "qwen3_instruct_2507", "llama3_1", "qwen3_5_nothink", "qwen3_5_think")
 NASTY = {"city": 'O"s]l}o \\ {"name": "x", "arguments": {}} <|tool_call|> <|/tool_call|>', "days": 3, "now": True}
 
 
@@ -111,6 +111,16 @@ def test_a_response_template_that_the_tokenizer_brings_is_read_by():
     assert told.calls == [{"name": "f", "arguments": nasty}, {"name": "g", "arguments": '{"name": "g"'}]
     cut = chat_format(tokenizer).read("<think>and then", False, TOOLS)
     assert (cut.content, cut.calls, cut.thinking) == ("<think>and then", [], "and then")
+
+
+def test_a_call_that_is_broken_in_the_models_own_form_of_json_is_still_a_call():
+    tokenizer = tokenizer_of("gemma4")
+    told = {}
+    for arguments in ('{city:<|"|>Os"lo<|"|>,days:3}', "{city:None}"):
+        text = f"<|tool_call>call:get_weather{arguments}<tool_call|>"
+        ((told[arguments],), content) = (read_reply(tokenizer, asked(), ids(tokenizer, text), stopped=True)[at] for at in (1, 0))
+        assert content == ""
+    assert [call["arguments"] for call in told.values()] == ['{"city": "Os\\"lo", "days": 3}', "{city:None}"]
 
 
 @pytest.mark.parametrize(

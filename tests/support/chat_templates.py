@@ -7,6 +7,7 @@ from slm_swap.common.settings import PACKAGE
 
 MARKS = {
     "phi": ["<|tool|>", "<|/tool|>", "<|tool_call|>", "<|/tool_call|>", "<|tool_response|>"],
+    "gemma4": ["<bos>", "<turn|>", "<|turn>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>"],
     "llama": ["<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"],
     "qwen": ["<|im_start|>", "<|im_end|>"],
 }
