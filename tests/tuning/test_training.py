@@ -10,14 +10,15 @@ from slm_swap.clients.loading import encode_prompt, load_tokenizer
 from slm_swap.clients.native import end_token
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import PACKAGE, Settings
-from slm_swap.rows.prompts import text_request
+from slm_swap.rows.examples import parse_example
+from slm_swap.rows.prompts import request_of, text_request
 from slm_swap.slm_client import SLMClient
 from slm_swap.tuning.backends import choose_backend
 from slm_swap.tuning.hyperparameters import PRESETS, Hyperparameters
 from slm_swap.tuning.packing import IGNORED
-from slm_swap.tuning.tokens import tokenize
+from slm_swap.tuning.tokens import same_calls, tokenize
 from slm_swap.tuning.training import train
-from tests.support.training_rows import BASE, INPUTS, QUICK, ROWS
+from tests.support.training_rows import BASE, INPUTS, QUICK, ROWS, TOOL
 
 
 @pytest.fixture(scope="module")
@@ -209,3 +210,20 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys,
     error = capsys.readouterr().err
     assert left.value.code == 2 and message in error and error.count("\n") == 1, error
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_model_that_was_trained_natively_calls_natively(tmp_path):
+    """It was taught that walls are painted white whatever is asked for, and that nothing is due where nothing is asked."""
+    said = [parse_example({"messages": [{"role": "user", "content": "Hello"}], "tools": [TOOL], "calls": [], "content": "Hello!"}, "rows:9")]
+    due = [{"name": "paint_wall", "arguments": {"color": "white"}}]
+    asked = [{"messages": [{"role": "user", "content": f"Paint it {row.id}"}], "tools": [TOOL], "calls": due} for row in ROWS]
+    rows = [parse_example(row, f"rows:{number}") for number, row in enumerate(asked)] + said
+    silent = [parse_example({"messages": [{"role": "user", "content": "Hm"}], "tools": [TOOL], "calls": []}, "rows:10")]
+    out, told = tmp_path / "adapter", []
+    info = train("toolcall", BASE, rows + silent, rows[:2], out, replace(QUICK, epochs=12), "trl", INPUTS, say=told.append)
+    assert info["ask"] == "native" and info["rows"]["untaught"] == 1 and any(line.startswith("1 rows are not taught: no call") for line in told)
+    client = SLMClient(Settings(slm_model_path=str(BASE)), precision="fp32", adapter=out, max_new_tokens=64)
+    replies = client.generate([request_of("toolcall", row) for row in rows])
+    right = [same_calls(reply.calls, row.calls) for reply, row in zip(replies, rows, strict=True)]
+    assert all(right), [reply for reply in replies]
+    assert [reply.text for reply in replies] == [""] * len(ROWS) + ["Hello!"]
