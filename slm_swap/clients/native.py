@@ -35,6 +35,7 @@ from slm_swap.clients.native_replies import (
 )
 from slm_swap.common.errors import UserError
 from slm_swap.common.exact_json import EXACT, ExactEncoder
+from slm_swap.common.settings import display_path
 from slm_swap.rows.prompts import Request
 
 SCHEMA_SENTENCE = "Reply with one JSON value that matches this JSON Schema, and with nothing else: {schema}"
@@ -146,6 +147,10 @@ def _render(tokenizer: Any, messages: list[dict], open_turn: bool, **options: An
         raise CannotShow(f"the chat template cannot show this conversation ({reason}): {ADVICE}, or leave the row out") from None
 
 
+def _place(tokenizer: Any) -> str:
+    return display_path(tokenizer.name_or_path) if tokenizer.name_or_path else "the checkpoint"
+
+
 class ChatFormat:
     """How a checkpoint's chat template shows tools and writes calls.
 
@@ -154,21 +159,21 @@ class ChatFormat:
     """
 
     def __init__(self, tokenizer: Any):
-        self.tokenizer = tokenizer
+        self.tokenizer, where = tokenizer, _place(tokenizer)
         tools = [{"name": _PROBE["tool"], "description": "", "parameters": {"type": "object", "properties": {}}}]
         asked = [{"role": "user", "content": _PROBE["user"]}]
         self.phi = False
         if _PROBE["tool"] not in self._tried(asked, tools):
             self.phi = True
             if _PROBE["tool"] not in self._tried(asked, tools):
-                raise UserError(f"its chat template shows no tools: {ADVICE}")
+                raise UserError(f"{where}: its chat template shows no tools: {ADVICE}")
         call = {"name": _PROBE["call"], "arguments": {_PROBE["key"]: _PROBE["value"]}}
         turn = {"role": "assistant", "content": "", "tool_calls": [{"id": "call00001", "type": "function", "function": call}]}
         result = {"role": "tool", "tool_call_id": "call00001", "name": _PROBE["call"], "content": _PROBE["result"]}
         shown = self._tried([*asked, turn, result, {"role": "user", "content": _PROBE["text"]}], tools)
         if lost := [name for name in ("call", "key", "value", "result") if _PROBE[name] not in shown]:
             what = "tool results" if lost == ["result"] else "calls"
-            raise UserError(f"its chat template leaves out earlier {what}: {ADVICE}")
+            raise UserError(f"{where}: its chat template leaves out earlier {what}: {ADVICE}")
         self.end = self.tokenizer.decode([end_token(tokenizer)])
         self.read = self._reader(asked, turn, tools)
 
@@ -223,7 +228,7 @@ class ChatFormat:
                 return reader
         except (ValueError, KeyError, TypeError):
             pass
-        raise UserError(f"no response template is known for its chat template, to read calls by: {ADVICE}")
+        raise UserError(f"{_place(self.tokenizer)}: no response template is known for its chat template, to read calls by: {ADVICE}")
 
 
     def _marked(self, marks: tuple[re.Pattern, str]) -> Reader:

@@ -18,7 +18,7 @@ from slm_swap.tuning.checkpoints import Checkpoints
 from slm_swap.tuning.checks import length_report, memory_needed, memory_warning
 from slm_swap.tuning.hyperparameters import Hyperparameters
 from slm_swap.tuning.record import peak_memory_gib, save_adapter
-from slm_swap.tuning.tokens import tokenize
+from slm_swap.tuning.tokens import Tokenized, tokenize
 from slm_swap.tuning.trainer import make_trainer, trainer_arguments
 from slm_swap.tuning.validation import GenerationSample
 
@@ -77,15 +77,12 @@ def train(
         import_unsloth(out.with_name(f"{out.name}.unsloth"), launch.rank)
     set_seed(parameters.seed)
     tokenizer = load_tokenizer(base)
-    rows, too_long, untaught = tokenize(tokenizer, track, train_rows, parameters.max_length)
-    held_out = tokenize(tokenizer, track, val_rows, parameters.max_length).rows
-    for reason, count in untaught.items():
-        say(f"{count} rows are not taught: {reason}")
-    if not rows or (parameters.eval_steps and not held_out):
-        kind = "val" if rows else "train"
-        if not rows and untaught and not too_long:
-            raise UserError(f"no train row can be taught: {next(iter(untaught))}")
-        raise UserError(f"every {kind} row is longer than {parameters.max_length} tokens: raise --max-length")
+    learned, measured = (tokenize(tokenizer, track, given, parameters.max_length) for given in (train_rows, val_rows))
+    rows, too_long, untaught = learned
+    held_out = measured.rows
+    require_rows(learned, "train", parameters.max_length, say)
+    if parameters.eval_steps:
+        require_rows(measured, "val", parameters.max_length, say)
     lengths = sorted(len(row["input_ids"]) for row in rows)
     say(length_report(lengths, too_long, parameters.max_length))
     checkpoints, run = Checkpoints(out), {}
@@ -116,6 +113,20 @@ def train(
             checkpoints.remove()
         raise
     return info
+
+
+def require_rows(told: Tokenized, kind: str, max_length: int, say: Callable) -> None:
+    """Say which rows cannot be taught.
+
+    Raises:
+        UserError: there is no other row.
+    """
+    for reason, count in told.untaught.items():
+        say(f"{count} {kind} rows are not taught: {reason}")
+    if not told.rows and told.untaught and not told.too_long:
+        raise UserError(f"no {kind} row can be taught: {next(iter(told.untaught))}")
+    if not told.rows:
+        raise UserError(f"every {kind} row is longer than {max_length} tokens: raise --max-length")
 
 
 def ask_of(rows: list[Example]) -> str:

@@ -213,17 +213,18 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys,
 
 
 def test_a_model_that_was_trained_natively_calls_natively(tmp_path):
-    """It was taught that walls are painted white whatever is asked for, and that nothing is due where nothing is asked."""
-    said = [parse_example({"messages": [{"role": "user", "content": "Hello"}], "tools": [TOOL], "calls": [], "content": "Hello!"}, "rows:9")]
+    """It was taught that walls are painted white whatever is asked for, in a form that the base has never seen."""
     due = [{"name": "paint_wall", "arguments": {"color": "white"}}]
     asked = [{"messages": [{"role": "user", "content": f"Paint it {row.id}"}], "tools": [TOOL], "calls": due} for row in ROWS]
-    rows = [parse_example(row, f"rows:{number}") for number, row in enumerate(asked)] + said
+    rows = [parse_example(row, f"rows:{number}") for number, row in enumerate(asked)]
     silent = [parse_example({"messages": [{"role": "user", "content": "Hm"}], "tools": [TOOL], "calls": []}, "rows:10")]
     out, told = tmp_path / "adapter", []
-    info = train("toolcall", BASE, rows + silent, rows[:2], out, replace(QUICK, epochs=12), "trl", INPUTS, say=told.append)
-    assert info["ask"] == "native" and info["rows"]["untaught"] == 1 and any(line.startswith("1 rows are not taught: no call") for line in told)
+    info = train("toolcall", BASE, rows + silent, rows[:2], out, replace(QUICK, epochs=16, learning_rate=2e-2), "trl", INPUTS, say=told.append)
+    assert info["ask"] == "native" and info["rows"]["untaught"] == 1 and any(line.startswith("1 train rows are not taught: no call") for line in told)
     client = SLMClient(Settings(slm_model_path=str(BASE)), precision="fp32", adapter=out, max_new_tokens=64)
     replies = client.generate([request_of("toolcall", row) for row in rows])
     right = [same_calls(reply.calls, row.calls) for reply, row in zip(replies, rows, strict=True)]
-    assert all(right), [reply for reply in replies]
-    assert [reply.text for reply in replies] == [""] * len(ROWS) + ["Hello!"]
+    assert all(right), replies
+    assert {reply.text for reply in replies} == {""}
+    with pytest.raises(UserError, match="no train row can be taught: no call is due, and the row has no `content`"):
+        train("toolcall", BASE, silent, rows[:2], out, QUICK, "trl", INPUTS)
