@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 THINK, END_THINK = "<think>", "</think>"
 _SPACE = re.compile(r"[ \t\r\n]*")
 _DECODER = json.JSONDecoder(parse_float=str, parse_int=str, parse_constant=str)  # where a value ends is all that is asked
+_BEGUN = "{"  # arguments that were due and did not come: "" would be a call without any
 _KEPT = re.compile("\x00(\\d+)\x00")
 _NAME = re.compile(r'"name"\s*:\s*("(?:[^"\\\n]|\\.)*")')
 _ARGUMENTS = re.compile(r'"(?:arguments|parameters)"\s*:\s*')
@@ -110,14 +111,14 @@ def read_call(text: str, name: str = "name", arguments: tuple[str, ...] = ("argu
 
 
 def _broken(text: str) -> Call:
-    """A call of a text that is no JSON object: its arguments never read as JSON that the model did not finish."""
+    """A call of a text that is no JSON object: its arguments are neither whole JSON, as the call is not, nor nothing, which is none."""
     name, start = _NAME.search(text), _ARGUMENTS.search(text)
     rest = text[start.end() :] if start else text
     try:
         said = json.loads(name[1]) if name else ""
     except ValueError:
         said = ""
-    return {"name": said, "arguments": text if is_json(rest) else rest}
+    return {"name": said, "arguments": text if is_json(rest) or not rest else rest}
 
 
 def read_marked(text: str, marks: tuple[re.Pattern, str]) -> Spoken:
@@ -235,7 +236,7 @@ class TemplateReader:
         if self.kind == "xml-inline" and isinstance(one["raw"], dict):
             return [{"name": one.get("name", ""), "arguments": _tagged_arguments(one["raw"], one.get("name"), tools)}]
         if self.kind != "json" and "raw" in one:
-            return [{"name": one.get("name", ""), "arguments": one["raw"]}]
+            return [{"name": one.get("name", ""), "arguments": one["raw"] or _BEGUN}]
         if self.kind != "json":
             told = one.get("function", one)
             return [{"name": str(told.get("name", "")), "arguments": json.dumps(told.get("arguments"), ensure_ascii=False)}]
@@ -243,7 +244,7 @@ class TemplateReader:
         if self.shape == "{content}":
             return [read_call(raw)]
         if self.shape["arguments"] == "{content}":
-            return [{"name": one.get("name", ""), "arguments": raw}]
+            return [{"name": one.get("name", ""), "arguments": raw or _BEGUN}]
         keys = {key: self.shape[key].strip("{}").removeprefix("content.") for key in ("name", "arguments")}
         listed = _elements(raw) if self.each and is_json(raw) and raw.startswith("[") else [raw]
         calls = [read_call(text, keys["name"], (keys["arguments"],)) for text in listed]

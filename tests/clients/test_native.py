@@ -134,6 +134,18 @@ def test_values_between_tags_are_strings_where_the_schema_says_so(value, read):
     assert call["arguments"] == f'{{"city": {read}, "days": 7.50, "now": false}}'
 
 
+@pytest.mark.parametrize(
+    ("written", "stopped"),
+    [("", True), ("", False), ('{"a": 1', False), ('{"a": 1}', True), ('{"a": 1}}}', True), ('{"a": 1}}}', False)],
+)
+def test_a_call_in_llamas_form_that_does_not_end_as_it_should_has_no_arguments_that_are_json(written, stopped):
+    tokenizer = tokenizer_of("llama3_1")
+    text, (call,), _ = read_reply(tokenizer, asked(), ids(tokenizer, '{"name": "f", "parameters": ' + written), stopped)
+    assert text == "" and call["name"] == "f"
+    with pytest.raises(ValueError):
+        json.loads(call["arguments"])
+
+
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_5_think", "phi"])
 def test_thinking_is_cut_off_and_stays_where_it_does_not_end(family):
     tokenizer = tokenizer_of(family)

@@ -69,6 +69,7 @@ def test_arguments_stay_as_they_were_written(arguments):
         ('<|tool_call|>{"name": "f", "arguments": {"a": 1}<|/tool_call|>', "f", '{"name": "f", "arguments": {"a": 1}'),
         ('<|tool_call|>[{"name": "f", "arguments": {"a": 1}}<|/tool_call|>', "f", '{"a": 1}}'),
         ('<|tool_call|>[{"name": "f", "arguments": {}}] and so on<|/tool_call|>', "f", "{}}] and so on"),
+        ('<|tool_call|>[{"name": "f", "arguments": ', "f", '[{"name": "f", "arguments":'),
         ("<|tool_call|>f(a=1)<|/tool_call|>", "", "f(a=1)"),
         ("<|tool_call|>", "", ""),
         ('functools[{"name": "f", "arguments": {"a": 1}', "f", '[{"name": "f", "arguments": {"a": 1}'),
