@@ -14,6 +14,7 @@ Clusters are the units: y_g = sum over the cluster's rows of (value - m), so tha
 still over rows.
 """
 
+import hashlib
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,11 @@ class Sample:
     def effective(self) -> float:
         """How many clusters of equal size would say as much: (sum of sizes)^2 / sum of squared sizes (Kish, 1965)."""
         return float(self.sizes.sum() ** 2 / (self.sizes**2).sum())
+
+    @cached_property
+    def key(self) -> tuple[bytes, float, float, bool]:
+        """Equal for samples of the same clusters in the same order."""
+        return hashlib.sha256(self.totals.tobytes() + self.sizes.tobytes()).digest(), self.low, self.high, self.exact
 
     @cached_property
     def mean(self) -> float:
@@ -202,7 +208,20 @@ def interval(sample: Sample, alpha: float, high_alpha: float | None = None) -> t
     return -_upper(mirrored(sample), alpha), _upper(sample, high_alpha or alpha)
 
 
+_uppers: dict[tuple, float] = {}  # one comparison asks for the same ends again and again: by each matcher, rule and question
+MOST_KNOWN = 10_000
+
+
 def _upper(sample: Sample, alpha: float) -> float:
+    key = (*sample.key, alpha)
+    if key not in _uppers:
+        if len(_uppers) >= MOST_KNOWN:
+            _uppers.clear()
+        _uppers[key] = _find_upper(sample, alpha)
+    return _uppers[key]
+
+
+def _find_upper(sample: Sample, alpha: float) -> float:
     from scipy.optimize import brentq
 
     limit, top = quantile(sample, alpha), sample.high - 1e-9
