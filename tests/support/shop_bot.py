@@ -29,8 +29,8 @@ TOOLS = [
 ]
 
 
-def _call(name: str, number: int, **arguments: object) -> dict:
-    return {"id": f"call_{number}", "type": "function", "function": {"name": name, "arguments": json.dumps(arguments)}}
+def _call(tool: str, number: int, /, **arguments: object) -> dict:
+    return {"id": f"call_{number}", "type": "function", "function": {"name": tool, "arguments": json.dumps(arguments)}}
 
 
 def _turn(kind: int, rng: Random) -> tuple[str, list[dict] | str]:
