@@ -4,9 +4,9 @@ import gc
 import time
 from collections.abc import Callable, Container, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache, cached_property
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,12 @@ from slm_swap.clients.loading import (
     load_tokenizer,
     model_path,
     placement,
+    prompt_text,
     require_base,
     training_seconds,
     with_adapter,
 )
+from slm_swap.clients.native import CannotShow, chat_format, read_reply, uses_tools
 from slm_swap.clients.pricing import load_prices, to_float
 from slm_swap.clients.protocol import Client, Reply
 from slm_swap.common.reports import sha256_file
@@ -40,11 +42,25 @@ def measure_workload(tokenizer: Any, rows: Iterable[Request], max_new_tokens: in
     count = longest = 0
     for request in rows:
         count += 1
-        if (
-            sum(len(message["content"].encode("utf-8", "replace")) for message in request.messages) > longest - 64
-        ):  # a token is a byte or more
-            longest = max(longest, len(encode_prompt(tokenizer, request)))
+        with suppress(CannotShow):  # such a row is never asked
+            # A token is a byte or more, and the template of a text request adds fewer than 64.
+            shown = [prompt_text(tokenizer, request)] if request.native else [message["content"] for message in request.messages]
+            if sum(len(text.encode("utf-8", "replace")) for text in shown) > longest - 64:
+                longest = max(longest, len(encode_prompt(tokenizer, request)))
     return Workload(count, longest + max_new_tokens)
+
+
+def checked(rows: Iterable[Request], tokenizer: Callable[[], Any]) -> Iterable[Request]:
+    """The rows, once the chat template is known to show what the first of them need.
+
+    Raises:
+        UserError: it is not: see `native.ChatFormat`.
+    """
+    coming = iter(rows)
+    first = list(islice(coming, ENCODED_AT_ONCE))
+    if any(request.native and uses_tools(request) for request in first):
+        chat_format(tokenizer())
+    return chain(first, coming)
 
 
 class SLMClient:
@@ -126,34 +142,51 @@ class SLMClient:
         return [replies[index] for index in range(len(batch))]
 
     def stream(self, rows: Iterable[tuple[int, Request]], answered: Container[int] = ()) -> Generator[tuple[int, Reply]]:
-        asked: dict[int, Prompt] = {}
+        asked: dict[int, tuple[Prompt, Request]] = {}
         refused: list[tuple[int, Reply]] = []
 
         def prompts() -> Iterator[Prompt]:
             coming = iter(rows)
             while chunk := dict(islice(coming, ENCODED_AT_ONCE)):
-                for index, tokens in zip(chunk, encode_prompts(self.tokenizer, list(chunk.values())), strict=True):
+                for (index, request), tokens in zip(chunk.items(), self._encode(list(chunk.values())), strict=True):
+                    if isinstance(tokens, CannotShow):
+                        if index not in answered:
+                            refused.append((index, Reply("", "error", error=str(tokens))))
+                        continue
                     room = self.engine.context - len(tokens)
                     if room > 0:
                         prompt = Prompt(index, tokens, min(self.max_new_tokens, room))
                         if index not in answered:
-                            asked[index] = prompt
+                            asked[index] = prompt, request
                         yield prompt
                     elif index not in answered:
                         error = f"the prompt has {len(tokens)} tokens, the context {self.engine.context}"
                         refused.append((index, Reply("", "prompt_too_long", len(tokens), 0, 0, error=error)))
 
         for made in self.engine.generate(prompts(), answered):
-            yield made.index, self._reply(asked.pop(made.index), made)
+            yield made.index, self._reply(*asked.pop(made.index), made)
             yield from refused
             refused.clear()
         yield from refused
 
-    def _reply(self, prompt: Prompt, made: Generated) -> Reply:
-        text = self.tokenizer.decode(made.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def _encode(self, requests: list[Request]) -> list[list[int] | CannotShow]:
+        """The tokens of each prompt, or why the chat template cannot show it."""
+        try:
+            return encode_prompts(self.tokenizer, requests)
+        except CannotShow as error:
+            if len(requests) == 1:
+                return [error]
+        return [told for request in requests for told in self._encode([request])]
+
+    def _reply(self, prompt: Prompt, request: Request, made: Generated) -> Reply:
+        text, calls, thinking = read_reply(self.tokenizer, request, made.tokens, made.stopped)
         spent = len(made.tokens) + made.stopped  # the end token was generated too
         reason = "stop" if made.stopped else "length"
-        return Reply(text, reason, len(prompt.tokens), spent, made.cached, made.seconds, batch=made.batch, limit=prompt.limit)
+        thought = self.count_tokens(thinking) if thinking else None
+        return Reply(
+            text, reason, len(prompt.tokens), spent, made.cached, made.seconds,
+            batch=made.batch, limit=prompt.limit, reasoning_tokens=thought, calls=calls,
+        )  # fmt: skip
 
     def count_tokens(self, text: str) -> int | None:
         return count_tokens(self.tokenizer, text)
@@ -216,20 +249,20 @@ def local_client(settings: Settings, rows: Iterable[Request], max_new_tokens: in
 
     set_seed(seed)
     engine, _ = choose_engine(options.get("engine", "auto"), options.get("precision"))
-    tokenizer = workload = None
+
+    @cache
+    def own_tokenizer() -> Any:
+        return load_tokenizer(model_path(settings, options.get("model")), options.get("trust_remote_code", False))
+
+    rows, workload = checked(rows, own_tokenizer), None
     if engine == "vllm":
-        tokenizer = load_tokenizer(model_path(settings, options.get("model")), options.get("trust_remote_code", False))
-        workload = measure_workload(tokenizer, rows, max_new_tokens)
+        workload = measure_workload(own_tokenizer(), rows, max_new_tokens)
     if settings.launch.world == 1:
+        tokenizer = own_tokenizer() if own_tokenizer.cache_info().currsize else None
         return SLMClient(settings, max_new_tokens=max_new_tokens, workload=workload, tokenizer=tokenizer, **options)
     from slm_swap.clients.replicas import open_replicas
 
     price = load_prices(settings.prices_file).local
-
-    @cache
-    def own_tokenizer() -> Any:
-        return tokenizer or load_tokenizer(model_path(settings, options.get("model")), options.get("trust_remote_code", False))
-
     return open_replicas(
         settings.launch, workload, lambda seconds: to_float(price.cost(seconds)), lambda text: count_tokens(own_tokenizer(), text)
     )

@@ -6,7 +6,7 @@ python 04_ft/train_unsloth.py --track structured --train 02_dataset/structured/t
 
 import argparse
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--preset", choices=PRESETS, default="documented", help="what the hyperparameters are where no flag says otherwise"
     )
+    parser.add_ask()
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N rows of --train")
     parser.add_argument("--save-steps", type=not_negative, default=100, metavar="N", help="steps between checkpoints; 0: none")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint, if there is one")
@@ -63,7 +64,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def read_rows(args: argparse.Namespace) -> tuple[dict[str, list[Example]], dict[str, dict]]:
     """The rows of --train and --val, and what is told of all files."""
     paths = {"train": find_path(args.train), "val": find_path(args.val)}
-    rows = {"train": read_examples(paths["train"], args.limit), "val": read_examples(paths["val"])}
+    read = {"train": read_examples(paths["train"], args.limit), "val": read_examples(paths["val"])}
+    rows = {name: [replace(example, ask=args.ask) for example in examples] for name, examples in read.items()}
     for split in rows.values():
         for example in split:
             TRACKS[args.track].reference(example)

@@ -145,14 +145,27 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
+def prompt_text(tokenizer: Any, request: Request) -> str:
+    """What a model is shown for one row, as text: the same in evaluation and in training.
+
+    Raises:
+        UserError: the chat template cannot show a native request: see `native.native_prompt`.
+    """
+    if request.native:
+        from slm_swap.clients.native import native_prompt
+
+        return native_prompt(tokenizer, request)
+    return tokenizer.apply_chat_template(request.messages, tokenize=False, add_generation_prompt=True)
+
+
 def encode_prompt(tokenizer: Any, request: Request) -> list[int]:
-    """The token ids that a model is shown for one row: the same in evaluation and in training."""
+    """The token ids of `prompt_text`."""
     return encode_prompts(tokenizer, [request])[0]
 
 
 def encode_prompts(tokenizer: Any, rows: list[Request]) -> list[list[int]]:
     """`encode_prompt` of several rows, by all cores at once."""
-    texts = [tokenizer.apply_chat_template(request.messages, tokenize=False, add_generation_prompt=True) for request in rows]
+    texts = [prompt_text(tokenizer, request) for request in rows]
     return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 

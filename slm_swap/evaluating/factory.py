@@ -21,6 +21,7 @@ def make_client(
     max_new_tokens: int = 256,
     seed: int = 42,
     concurrency: int = 32,
+    temperature: float = 0.0,
     **local: Any,
 ) -> Client:
     """The client of one of MODEL_KINDS for those rows; `local` are options of `slm_client.SLMClient`, which other kinds have no use for.
@@ -34,7 +35,7 @@ def make_client(
     if kind == "azure":
         from slm_swap.azure_client import AzureClient
 
-        return AzureClient(settings, max_new_tokens=max_new_tokens, seed=seed, concurrency=concurrency)
+        return AzureClient(settings, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, concurrency=concurrency)
     if kind == "replay":
         from slm_swap.clients.replay_client import ReplayClient
 

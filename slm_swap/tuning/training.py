@@ -12,12 +12,13 @@ from slm_swap.common.seeds import set_seed
 from slm_swap.common.settings import Launch, display_path
 from slm_swap.evaluating.evaluation import Stopwatch
 from slm_swap.rows.examples import Example
+from slm_swap.rows.prompts import asked_natively
 from slm_swap.tuning.backends import import_unsloth, load_trainable
 from slm_swap.tuning.checkpoints import Checkpoints
 from slm_swap.tuning.checks import length_report, memory_needed, memory_warning
 from slm_swap.tuning.hyperparameters import Hyperparameters
 from slm_swap.tuning.record import peak_memory_gib, save_adapter
-from slm_swap.tuning.tokens import tokenize
+from slm_swap.tuning.tokens import Tokenized, tokenize
 from slm_swap.tuning.trainer import make_trainer, trainer_arguments
 from slm_swap.tuning.validation import GenerationSample
 
@@ -76,17 +77,17 @@ def train(
         import_unsloth(out.with_name(f"{out.name}.unsloth"), launch.rank)
     set_seed(parameters.seed)
     tokenizer = load_tokenizer(base)
-    rows, too_long = tokenize(tokenizer, track, train_rows, parameters.max_length)
-    held_out, _ = tokenize(tokenizer, track, val_rows, parameters.max_length)
-    if not rows or (parameters.eval_steps and not held_out):
-        raise UserError(
-            f"every {'val' if rows else 'train'} row is longer than {parameters.max_length} tokens: raise --max-length"
-        )
+    learned, measured = (tokenize(tokenizer, track, given, parameters.max_length) for given in (train_rows, val_rows))
+    rows, too_long, untaught = learned
+    held_out = measured.rows
+    require_rows(learned, "train", parameters.max_length, say)
+    if parameters.eval_steps:
+        require_rows(measured, "val", parameters.max_length, say)
     lengths = sorted(len(row["input_ids"]) for row in rows)
     say(length_report(lengths, too_long, parameters.max_length))
     checkpoints, run = Checkpoints(out), {}
     if launch.rank == 0:
-        run = identity(track, base, parameters, backend, inputs, deepspeed, launch)
+        run = {"ask": ask_of(train_rows)} | identity(track, base, parameters, backend, inputs, deepspeed, launch)
         checkpoints.open(run, resume, run_id)
     from slm_swap.tuning.loop import run_trainer
 
@@ -103,7 +104,7 @@ def train(
             **run,
             "base_model": {"path": display_path(base), **run.get("base_model", {})},
         }
-        info |= {"inputs": inputs, "rows": {"train": len(rows), "val": len(held_out), "too_long": len(too_long)}}
+        info |= {"inputs": inputs, "rows": {"train": len(rows), "val": len(held_out), "too_long": len(too_long), "untaught": untaught.total()}}
         info |= told | account(trainer.state, log, lengths, too_long, told["seconds"]["train"])
         if launch.rank == 0:
             save_adapter(trainer.model, tokenizer, out, info, log, base, checkpoints)
@@ -112,6 +113,26 @@ def train(
             checkpoints.remove()
         raise
     return info
+
+
+def require_rows(told: Tokenized, kind: str, max_length: int, say: Callable) -> None:
+    """Say which rows cannot be taught.
+
+    Raises:
+        UserError: there is no other row.
+    """
+    for reason, count in told.untaught.items():
+        say(f"{count} {kind} rows are not taught: {reason}")
+    if not told.rows and told.untaught and not told.too_long:
+        raise UserError(f"no {kind} row can be taught: {next(iter(told.untaught))}")
+    if not told.rows:
+        raise UserError(f"every {kind} row is longer than {max_length} tokens: raise --max-length")
+
+
+def ask_of(rows: list[Example]) -> str:
+    """How the model was asked while it learned: it is to be asked so afterwards."""
+    asked = {asked_natively(example) for example in rows}
+    return "mixed" if len(asked) > 1 else "native" if True in asked else "text"
 
 
 def account(state: Any, log: list[dict], lengths: list[int], too_long: list[int], seconds: float) -> dict[str, Any]:

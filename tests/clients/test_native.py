@@ -1,299 +1,251 @@
-"""Rows asked as production asks: tools, options and formats as they are, calls read back; over real sockets."""
+"""Asking a local checkpoint by its own chat template: what it is shown, what it is refused for, and how its replies are read."""
 
 import json
-from contextlib import contextmanager
-from dataclasses import replace
-from decimal import Decimal
 
 import pytest
 
-from slm_swap.azure_client import AzureClient
-from slm_swap.clients.chat_requests import length, request_body
-from slm_swap.clients.completions import read_completion
-from slm_swap.clients.protocol import Reply
+from slm_swap import slm_client
+from slm_swap.clients.loading import encode_prompts
+from slm_swap.clients.native import SCHEMA_SENTENCE, CannotShow, chat_format, end_token, native_prompt, native_turn, read_reply
+from slm_swap.clients.native_replies import TemplateReader
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import Settings
-from slm_swap.demo.azure_simulator import Answer
-from slm_swap.demo.simulator_replies import NO_CALL
-from slm_swap.rows.examples import Example, parse_example
-from slm_swap.rows.prompts import Request, request_of
-from tests.support.scripted import Scripted
+from slm_swap.rows.prompts import Request
+from slm_swap.slm_client import SLMClient, local_client, measure_workload
+from tests.support.chat_templates import tokenizer_of
 
-KEY = "0123456789abcdef-of-no-server"
-PARAMETERS = {"type": "object", "properties": {"order": {"type": "string"}}, "required": ["order"]}
-TOOLS = [
-    {"name": "order_status", "description": "Where an order is", "parameters": PARAMETERS},
-    {"name": "cancel_order", "description": "Cancel an order", "parameters": PARAMETERS, "strict": True},
-]
-SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
-
-
-def call(name, order):
-    return {"name": name, "arguments": {"order": order}}
-
-
-def turns(text):
-    """A conversation that has called a tool before."""
-    made = {"id": "c1", "type": "function", "function": {"name": "order_status", "arguments": '{"order":"A1"}'}}
-    return [
-        {"role": "system", "content": "You are the shop's bot."}, {"role": "user", "content": "Where is A1?"},
-        {"role": "assistant", "content": None, "tool_calls": [made]},
-        {"role": "tool", "tool_call_id": "c1", "content": "on its way"}, {"role": "assistant", "content": "On its way."},
-        {"role": "user", "content": text},
-    ]  # fmt: skip
+CITY = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}, "now": {"type": "boolean"}}}
+TOOLS = [{"name": "get_weather", "description": "The weather.", "parameters": CITY}]
+USER = {"role": "user", "content": "Weather in Oslo?"}
+TURN = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Oslo", "days": 0.12345678901234567891}'}}],
+}
+RESULT = {"role": "tool", "tool_call_id": "c1", "content": "rain"}
+HISTORY = [{"role": "system", "content": "Be brief."}, USER, TURN, RESULT, {"role": "user", "content": "And Rome?"}]
+FAMILIES = ("phi",  "qwen2_5", "qwen3", "qwen3_instruct_2507", "llama3_1", "qwen3_5_nothink", "qwen3_5_think")
+NASTY = {"city": 'O"s]l}o \\ {"name": "x", "arguments": {}} <|tool_call|> <|/tool_call|>', "days": 3, "now": True}
 
 
-def row(text, **wanted):
-    return parse_example({"id": text, "messages": turns(text), "tools": TOOLS} | wanted, "rows.jsonl:1")
+@pytest.fixture(scope="module", params=FAMILIES)
+def tokenizer(request):
+    return tokenizer_of(request.param)
 
 
-ROWS = [
-    row("and B2?", calls=[call("order_status", "B2")]),
-    row("cancel both", calls=[call("cancel_order", "A1"), call("cancel_order", "B2")]),
-    row("thanks!", calls=[], content="You are welcome."),
-    row("bye", calls=[]),
-]
-WANTED = [
-    ("", [{"name": "order_status", "arguments": '{"order":"B2"}'}]),
-    ("", [{"name": "cancel_order", "arguments": '{"order":"A1"}'}, {"name": "cancel_order", "arguments": '{"order":"B2"}'}]),
-    ("You are welcome.", []),
-    (NO_CALL, []),
-]
+def asked(*messages, tools=TOOLS, **options) -> Request:
+    return Request(list(messages or [USER]), tools, native=True, **options)
 
 
-def plain(prompt, before, asked, answer):
-    return answer
+def ids(tokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-@contextmanager
-def served(script=plain, rows=ROWS, **options):
-    with Scripted(rows, script, key=KEY) as server:
-        settings = Settings(
-            azure_endpoint=server.url, azure_deployment="simulator", azure_api_key=KEY, azure_api_version="2024-10-21"
-        )
-        client = AzureClient(settings, **options)
-        try:
-            yield server, client
-        finally:
-            client.close()
+def test_a_prompt_shows_tools_earlier_calls_and_results(tokenizer):
+    shown = native_prompt(tokenizer, asked(*HISTORY))
+    for part in ("Be brief.", '"get_weather"', "The weather.", "Oslo", "0.12345678901234567891", "rain", "And Rome?"):
+        assert part in shown, part
+    assert shown.index("The weather.") < shown.index("Oslo") < shown.index("rain") < shown.index("And Rome?")
+    assert "number-" not in shown and "None" not in shown
 
 
-def asked(track="toolcall", rows=ROWS):
-    return [request_of(track, example) for example in rows]
+def test_phi_4_minis_prompt_is_that_of_its_model_card():
+    shown = native_prompt(tokenizer_of("phi"), asked(*HISTORY))
+    assert shown == (
+        f"<|system|>Be brief.<|tool|>{json.dumps(TOOLS)}<|/tool|><|end|><|user|>Weather in Oslo?<|end|>"
+        '<|assistant|><|tool_call|>[{"name": "get_weather", "arguments": {"city": "Oslo", "days": 0.12345678901234567891}}]<|/tool_call|><|end|>'
+        "<|tool_response|>rain<|end|><|user|>And Rome?<|end|><|assistant|>"
+    )
+    without = native_prompt(tokenizer_of("phi"), asked())
+    assert without.startswith("<|system|>You are a helpful assistant with some tools.<|tool|>[")
 
 
-def test_conversations_are_asked_as_they_are_and_calls_read_back():
-    seen = []
-    with served(lambda prompt, before, body, answer: seen.append(body) or answer) as (_, client):
-        replies = client.generate(asked())
-    assert [(reply.text, reply.calls) for reply in replies] == WANTED
-    assert all(reply.finish_reason == "stop" for reply in replies)
-    body = next(body for body in seen if body["messages"][-1]["content"] == "and B2?")
-    assert body["messages"] == turns("and B2?")
-    assert body["tools"] == [{"type": "function", "function": tool} for tool in TOOLS]
+@pytest.mark.parametrize("calls", [[NASTY], [NASTY, {"city": "Rome"}], [{}]], ids=["one", "two", "empty"])
+def test_what_the_template_writes_is_read_back(tokenizer, calls):
+    wanted = [{"name": "get_weather", "arguments": arguments} for arguments in calls]
+    try:
+        prompt, completion = native_turn(tokenizer, asked(), "", wanted)
+    except CannotShow as reason:
+        assert "single tool-calls" in str(reason) and len(calls) > 1
+        return
+    tokens = ids(tokenizer, completion)
+    assert tokens[-1] == end_token(tokenizer) and prompt == native_prompt(tokenizer, asked())
+    text, made, _ = read_reply(tokenizer, asked(), tokens[:-1], stopped=True)
+    assert text == "" and [(call["name"], json.loads(call["arguments"])) for call in made] == [("get_weather", told) for told in calls]
 
 
-def test_a_prompt_with_its_tools_may_be_asked_natively():
-    from slm_swap.rows.prompts import toolcall_prompt
-
-    example = Example(toolcall_prompt(TOOLS, "where is C3?"), '<tool_call name="order_status">{"order":"C3"}</tool_call>', tools=TOOLS, ask="native")
-    with served(rows=[example]) as (_, client):
-        (reply,) = client.generate(asked(rows=[example]))
-    assert (reply.text, reply.calls) == ("", [{"name": "order_status", "arguments": '{"order":"C3"}'}])
+def test_a_text_is_read_back_as_no_call(tokenizer):
+    _, completion = native_turn(tokenizer, asked(), "It is {sunny}.", [])
+    assert read_reply(tokenizer, asked(), ids(tokenizer, completion)[:-1], stopped=True)[:2] == ("It is {sunny}.", [])
 
 
-def test_in_text_form_a_reply_has_no_calls():
-    with served() as (_, client):
-        replies = client.generate(asked(rows=[replace(example, ask="text") for example in ROWS]))
-    assert [(reply.text, reply.calls) for reply in replies[:2]] == [(example.completion, None) for example in ROWS[:2]]
+@pytest.mark.parametrize("family", ["qwen2_5", "llama3_1", "phi"])
+@pytest.mark.parametrize("arguments", ['{"a": 1, "a": 2}', '{"a": NaN}', '{"a": 1.10}', '{"a": }'])
+def test_arguments_stay_as_the_model_wrote_them(family, arguments):
+    tokenizer = tokenizer_of(family)
+    _, completion = native_turn(tokenizer, asked(), "", [{"name": "f", "arguments": {"mark": 7}}])
+    tokens = ids(tokenizer, completion.replace('{"mark": 7}', arguments))
+    (call,) = read_reply(tokenizer, asked(), tokens[:-1], stopped=True)[1]
+    assert call["name"] == "f" and call["arguments"].startswith(arguments)
+    assert call["arguments"] == arguments or arguments == '{"a": }'
 
 
-def test_a_value_that_its_schema_describes():
-    example = parse_example({"messages": turns("which city?"), "object": {"city": "Oslo"}, "schema": SCHEMA}, "w")
-    seen = []
-    with served(lambda prompt, before, body, answer: seen.append(body) or answer, rows=[example]) as (_, client):
-        (reply,) = client.generate(asked("structured", [example]))
-    assert (reply.text, reply.calls) == ('{"city":"Oslo"}', [])
-    assert seen[0]["response_format"] == {"type": "json_schema", "json_schema": {"name": "reply", "schema": SCHEMA}}
+def test_a_response_template_that_the_tokenizer_brings_is_read_by():
+    tokenizer = tokenizer_of("qwen2_5")
+    tokenizer.response_template = {
+        "start_anchor": "<|im_start|>assistant\n",
+        "fields": {
+            "reasoning_content": {"open": "<think>", "close": "</think>", "content": "text"},
+            "tool_calls": {
+                "open": "<tool_call>", "close": "</tool_call>", "repeats": True, "content": "json",
+                "transform": {"type": "function", "function": {"name": "{content.name}", "arguments": "{content.arguments}"}},
+            },
+            "content": {"close": "<|im_end|>", "content": "text"},
+        },
+    }  # fmt: skip
+    assert isinstance(chat_format(tokenizer).read.__self__, TemplateReader)
+    nasty = '{"a": "</tool_call>", "a": NaN}'
+    text = f'<think>hm <tool_call></think>Well. <tool_call>{{"name": "f", "arguments": {nasty}}}</tool_call><tool_call>{{"name": "g"</tool_call>'
+    told = chat_format(tokenizer).read(text, True, TOOLS)
+    assert told.content == "Well." and told.thinking == "hm <tool_call>"
+    assert told.calls == [{"name": "f", "arguments": nasty}, {"name": "g", "arguments": '{"name": "g"'}]
+    cut = chat_format(tokenizer).read("<think>and then", False, TOOLS)
+    assert (cut.content, cut.calls, cut.thinking) == ("<think>and then", [], "and then")
 
 
-# The body
-
-
-MESSAGES = [{"role": "user", "content": "hi"}]
-FORMAT = {"type": "json_schema", "json_schema": {"name": "mine", "strict": True, "schema": SCHEMA}}
+def test_a_call_that_is_broken_in_the_models_own_form_of_json_is_still_a_call():
+    tokenizer = tokenizer_of("gemma4")
+    told = {}
+    for arguments in ('{city:<|"|>Os"lo<|"|>,days:3}', "{city:None}"):
+        text = f"<|tool_call>call:get_weather{arguments}<tool_call|>"
+        ((told[arguments],), content) = (read_reply(tokenizer, asked(), ids(tokenizer, text), stopped=True)[at] for at in (1, 0))
+        assert content == ""
+    assert [call["arguments"] for call in told.values()] == ['{"city": "Os\\"lo", "days": 3}', "{city:None}"]
 
 
 @pytest.mark.parametrize(
-    ("request_", "more"),
+    ("value", "read"),
+    [("007", '"007"'), ("7", '"7"'), ("true", '"true"')],
+)
+def test_values_between_tags_are_strings_where_the_schema_says_so(value, read):
+    text = f"<tool_call>\n<function=get_weather>\n<parameter=city>\n{value}\n</parameter>\n<parameter=days>\n7.50\n</parameter>\n<parameter=now>\nFalse\n</parameter>\n</function>\n</tool_call>"
+    tokenizer = tokenizer_of("qwen3_5_nothink")
+    (call,) = read_reply(tokenizer, asked(), ids(tokenizer, text), stopped=True)[1]
+    assert call["arguments"] == f'{{"city": {read}, "days": 7.50, "now": false}}'
+
+
+@pytest.mark.parametrize(
+    ("written", "stopped"),
+    [("", True), ("", False), ('{"a": 1', False), ('{"a": 1}', True), ('{"a": 1}}}', True), ('{"a": 1}}}', False)],
+)
+def test_a_call_in_llamas_form_that_does_not_end_as_it_should_has_no_arguments_that_are_json(written, stopped):
+    tokenizer = tokenizer_of("llama3_1")
+    text, (call,), _ = read_reply(tokenizer, asked(), ids(tokenizer, '{"name": "f", "parameters": ' + written), stopped)
+    assert text == "" and call["name"] == "f"
+    with pytest.raises(ValueError):
+        json.loads(call["arguments"])
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_5_think", "phi"])
+def test_thinking_is_cut_off_and_stays_where_it_does_not_end(family):
+    tokenizer = tokenizer_of(family)
+    opening = "" if family == "qwen3_5_think" else "<think>\n"
+    for request in (asked(), Request([USER]), Request([USER], native=True)):
+        text, _, thinking = read_reply(tokenizer, request, ids(tokenizer, f"{opening}hm\n</think>\n\nYes."), stopped=True)
+        assert text == "Yes." and "hm" in thinking
+        text, calls, thinking = read_reply(tokenizer, request, ids(tokenizer, f"{opening}hm, <tool"), stopped=False)
+        assert text.startswith("<think>") and "hm, <tool" in text and not calls and "hm" in thinking
+
+
+HEAD = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
+TAIL = "<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+SHOWN = "{% if tools %}{{ tools | tojson }}{% endif %}"
+CALLS = "{% for c in m.tool_calls or [] %}[{{ c.function.name }}: {{ c.function.arguments | tojson }}]{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
     [
-        (Request(MESSAGES, TOOLS, SCHEMA, {"tool_choice": "auto"}), {}),
-        (Request(MESSAGES, native=True), {}),
-        (Request(MESSAGES, schema={"type": "object"}, native=True), {"response_format": {"type": "json_object"}}),
-        (Request(MESSAGES, schema=SCHEMA, options={"response_format": FORMAT}, native=True), {"response_format": FORMAT}),
-        (Request(MESSAGES, options={"tool_choice": "auto", "parallel_tool_calls": False}, native=True), {}),
-        (
-            Request(MESSAGES, [TOOLS[0] | {"type": "function"}], None, {"tool_choice": {"type": "none"}, "seed": 1}, True),
-            {"tools": [{"type": "function", "function": TOOLS[0]}], "tool_choice": {"type": "none"}},
-        ),
+        ("phi3_5", "its chat template shows no tools: use --ask text"),
+        (HEAD + TAIL, "its chat template shows no tools: use --ask text"),
+        (SHOWN + HEAD + TAIL, "its chat template leaves out earlier calls: use --ask text"),
+        (SHOWN + HEAD.replace("m.content", "m.content if m.role != 'tool'") + CALLS + TAIL, "leaves out earlier tool results: use --ask text"),
+        (SHOWN + HEAD + CALLS + TAIL, "no response template is known for its chat template, to read calls by: use --ask text"),
     ],
 )
-def test_what_is_sent(request_, more):
-    assert request_body(request_) == {"messages": MESSAGES} | more
+def test_a_template_that_cannot_be_asked_natively_is_refused_in_one_line(template, message):
+    with pytest.raises(UserError, match=message) as refused:
+        chat_format(tokenizer_of(template))
+    assert "\n" not in str(refused.value)
 
 
-def test_exact_numbers_can_be_sent():
-    tool = TOOLS[0] | {"parameters": {"type": "number", "multipleOf": Decimal("0.30000000000000004441")}}
-    assert json.loads(json.dumps(request_body(Request(MESSAGES, [tool], native=True))))["tools"]
+def test_a_conversation_without_tools_needs_no_form_of_them():
+    tokenizer = tokenizer_of("phi3_5")
+    request = asked({"role": "system", "content": "Be brief."}, USER, tools=None, schema={"const": 1})
+    sentence = SCHEMA_SENTENCE.format(schema='{"const": 1}')
+    assert f"Be brief.\n\n{sentence}<|end|>" in native_prompt(tokenizer, request)
+    assert read_reply(tokenizer, request, ids(tokenizer, '{"a": 1}'), stopped=True) == ('{"a": 1}', [], "")
 
 
-def test_the_length_of_a_request_is_all_that_is_read():
-    assert length(Request(MESSAGES)) == 2
-    assert length(Request([{"role": "assistant", "content": None}], native=True)) == 0
-    tools = length(Request(MESSAGES, TOOLS, native=True))
-    assert tools > 200 and length(Request(MESSAGES, TOOLS)) == 2
-    assert length(Request(turns("x"))) > sum(len(turn["content"] or "") for turn in turns("x")) + 60
+def test_the_schema_is_asked_for_where_there_is_no_system_text_and_an_object_where_there_is_no_schema():
+    tokenizer = tokenizer_of("phi")
+    assert native_prompt(tokenizer, asked(tools=None, schema={"const": 1})).startswith("<|system|>Reply with one JSON value that matches")
+    wish = {"response_format": {"type": "json_object"}}
+    assert native_prompt(tokenizer, asked(tools=None, options=wish)).startswith("<|system|>Reply with one JSON object and")
+    assert native_prompt(tokenizer, asked(tools=None)) == "<|user|>Weather in Oslo?<|end|><|assistant|>"
 
 
-# What a server does not take
+def test_text_form_is_shown_as_before_the_template_knew_tools():
+    before = (
+        "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"
+    )
+    now = tokenizer_of("phi", marks=False)
+    for messages in ([USER], [{"role": "system", "content": " Be {brief}\n"}, USER, {"role": "assistant", "content": "<|tool|>"}]):
+        old = now.apply_chat_template(messages, chat_template=before, add_generation_prompt=True, tokenize=False)
+        assert encode_prompts(now, [Request(messages)]) == [ids(now, old)]
 
 
-def refusing(name, status=400, body=None):
-    body = body or {"error": {"code": "unsupported_parameter", "param": name, "message": f"Unsupported parameter: '{name}'"}}
-    return lambda prompt, before, asked, answer: Answer(status, body, "refused") if name in asked else answer
+@pytest.fixture(scope="module")
+def client() -> SLMClient:
+    return SLMClient(Settings(slm_model_path="models/phi-tiny"), precision="fp32", max_new_tokens=8)
 
 
-def with_options(**options):
-    return [request._replace(options=options) for request in asked()]
+def test_the_local_client_answers_native_and_text_requests_together(client):
+    replies = client.generate([asked(*HISTORY), Request([USER]), asked(tools=None)])
+    assert [reply.calls is None for reply in replies] == [False, True, False]
+    assert replies[0].input_tokens == len(ids(client.tokenizer, native_prompt(client.tokenizer, asked(*HISTORY))))
 
 
-def test_an_option_that_is_not_taken_is_dropped_recorded_and_said_once(capsys):
-    with served(refusing("parallel_tool_calls")) as (server, client):
-        replies = client.generate(with_options(parallel_tool_calls=False, tool_choice="auto"))
-        assert [(reply.text, reply.calls) for reply in replies] == WANTED
-        assert client.describe()["dropped_parameters"] == ["parallel_tool_calls"] and sum(server.asked.values()) == 5
-        state = client.state()
-    said = capsys.readouterr().err
-    assert said.count("warning: ") == 1 and "takes no parallel_tool_calls: rows are asked without it (Unsupported" in said
-    with served(refusing("parallel_tool_calls")) as (server, client):
-        client.restore(state)
-        client.generate(with_options(parallel_tool_calls=False))
-        assert sum(server.asked.values()) == 4
+def test_a_reply_with_calls_and_thinking_becomes_a_reply(client, monkeypatch):
+    text = '<think>hm</think><|tool_call|>[{"name": "f", "arguments": {"a": 1}}]<|/tool_call|>'
+    end, made = end_token(client.tokenizer), ids(client.tokenizer, text)
+
+    def decode(batch):
+        return [[*made, end] for _ in batch]
+
+    monkeypatch.setattr(client.engine, "_decode", decode)
+    (reply,) = client.generate([asked()])
+    assert (reply.text, reply.finish_reason, reply.calls) == ("", "stop", [{"name": "f", "arguments": '{"a": 1}'}])
+    assert reply.reasoning_tokens == len(ids(client.tokenizer, "<think>hm</think>")) and reply.output_tokens == len(made) + 1
 
 
-def test_a_format_that_is_not_taken_is_never_dropped_silently(capsys):
-    example = parse_example({"messages": turns("which city?"), "object": {"city": "Oslo"}, "schema": SCHEMA}, "w")
-    body = {"detail": [{"type": "extra_forbidden", "loc": ["body", "response_format", "json_schema"], "msg": "Extra inputs"}]}
-    with served(refusing("response_format", 422, body), rows=[example]) as (_, client):
-        (reply,) = client.generate(asked("structured", [example]))
-        assert reply.text == '{"city":"Oslo"}' and client.describe()["dropped_parameters"] == ["response_format"]
-    assert "takes no response_format" in capsys.readouterr().err
+def test_a_conversation_that_the_template_cannot_show_is_that_rows_error(client, monkeypatch):
+    tokenizer = tokenizer_of("llama3_1")
+    two = TURN | {"tool_calls": TURN["tool_calls"] * 2}
+    rows = [asked(), asked(USER, two, RESULT, USER), asked(*HISTORY)]
+    assert measure_workload(tokenizer, rows, 5).longest == len(ids(tokenizer, native_prompt(tokenizer, rows[2]))) + 5
+    monkeypatch.setattr(client, "tokenizer", tokenizer)
+    monkeypatch.setattr(client.engine, "context", 4096)
+    monkeypatch.setattr(client.engine, "_decode", lambda batch: [[7] for _ in batch])
+    replies = client.generate(rows)
+    assert [reply.finish_reason for reply in replies] == ["length", "error", "length"]
+    assert "only supports single tool-calls" in replies[1].error and "\n" not in replies[1].error
 
 
-@pytest.mark.parametrize(
-    ("status", "body"),
-    [
-        (400, None),
-        (422, {"detail": [{"type": "extra_forbidden", "loc": ["body", "tools", 0, "function"], "msg": "Extra inputs are not permitted"}]}),
-        (400, {"error": {"message": "registry/library/tiny:latest does not support tools", "type": "api_error"}}),
-        (400, {"object": "error", "message": '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set'}),
-    ],
-)
-def test_a_model_without_tools_ends_the_run_in_one_line(status, body):
-    with served(refusing("tools", status, body)) as (server, client):
-        with pytest.raises(UserError, match=r"deployment 'simulator' at 127\.0\.0\.1 takes no tools \(.*\): evaluate with --ask text") as caught:
-            client.generate(asked())
-        assert "\n" not in str(caught.value) and sum(server.asked.values()) == 1
-
-
-# What is read
-
-
-def completion(message, reason="tool_calls"):
-    return {"choices": [{"finish_reason": reason, "message": message}]}
-
-
-def made(arguments, name="f"):
-    return {"id": "1", "type": "function", "function": {"name": name, "arguments": arguments}}
-
-
-@pytest.mark.parametrize(
-    ("message", "reply"),
-    [
-        ({"content": None, "tool_calls": [made('{"a": 1}')]}, Reply("", calls=[{"name": "f", "arguments": '{"a": 1}'}])),
-        ({"content": "so", "tool_calls": [made('{"a":')]}, Reply("so", calls=[{"name": "f", "arguments": '{"a":'}])),
-        ({"tool_calls": [made(None), made(" "), made({"a": 1.5})]},
-         Reply("", calls=[{"name": "f", "arguments": text} for text in ("{}", "{}", '{"a":1.5}')])),
-        ({"content": None, "function_call": {"name": "f", "arguments": "{}"}}, Reply("", calls=[{"name": "f", "arguments": "{}"}])),
-        ({"content": "hello"}, Reply("hello", calls=[])),
-        ({"content": "hello", "tool_calls": None}, Reply("hello", calls=[])),
-        ({"content": [{"type": "text", "text": "a"}], "tool_calls": []}, Reply("a", calls=[])),
-        ({"content": "<think>\nhm\n</think>\n\nhello"}, Reply("hello", calls=[])),
-        ({"content": "<think>cut"}, Reply("<think>cut", calls=[])),
-        ({"content": None, "refusal": "I must not"}, Reply("I must not", "refusal", calls=[])),
-    ],
-)  # fmt: skip
-def test_native_replies(message, reply):
-    assert read_completion(completion(message), native=True) == reply
-
-
-def test_the_reasons_of_calls_are_a_stop_and_others_stay():
-    message = {"content": None, "tool_calls": [made("{}")]}
-    for reason, meant in (("tool_calls", "stop"), ("function_call", "stop"), ("length", "length"), ("content_filter", "content_filter")):
-        assert read_completion(completion(message, reason), native=True).finish_reason == meant
-
-
-@pytest.mark.parametrize("calls", ["f", [5], [{"function": {"arguments": "{}"}}], [made(5)], [made(["a"])]])
-def test_calls_that_cannot_be_read_are_an_error(calls):
-    assert read_completion(completion({"tool_calls": calls}), native=True).finish_reason == "error"
-
-
-def test_text_form_keeps_its_thinking_and_reads_no_calls():
-    message = {"content": "<think>hm</think>x", "tool_calls": [made("{}")]}
-    assert read_completion(completion(message)) == Reply("<think>hm</think>x")
-
-
-def test_halves_of_surrogate_pairs_and_the_key_in_calls():
-    text = json.dumps({"a": f"x\ud800 {KEY}"}, ensure_ascii=False)
-
-    def script(prompt, before, asked, answer):
-        choice = answer.body["choices"][0] | {"message": {"content": None, "tool_calls": [made(text)]}}
-        return replace(answer, body=answer.body | {"choices": [choice]})
-
-    with served(script) as (_, client):
-        (reply,) = client.generate(asked(rows=ROWS[:1]))
-    assert reply.calls == [{"name": "f", "arguments": '{"a": "x\ufffd ***"}'}]
-
-
-# The whole way
-
-
-def test_an_evaluation_and_its_replay_score_the_same(run_script, eval_script, write_rows, tmp_path, monkeypatch):
-    path = write_rows("rows.jsonl", [example.to_json() for example in ROWS])
-    with Scripted(ROWS, plain, key=KEY) as server:
-        values = {"ENDPOINT": server.url, "DEPLOYMENT": "simulator", "API_KEY": KEY, "API_VERSION": "2024-10-21"}
-        for name, value in values.items():
-            monkeypatch.setenv(f"AZURE_{name}", value)
-        words = ["--track", "toolcall", "--dataset", path, "--out"]
-        code, _, said = run_script(eval_script, *words, tmp_path / "azure.json", "--model-kind", "azure")
-        assert code == 0, said
-    replies = tmp_path / "azure.rows.jsonl"
-    code, _, said = run_script(eval_script, *words, tmp_path / "replay.json", "--model-kind", "replay", "--replies", replies)
-    assert code == 0, said
-    asked, replayed = (json.loads((tmp_path / name).read_text()) for name in ("azure.json", "replay.json"))
-    assert asked["metrics"] == replayed["metrics"] and asked["metrics"]["args_exact_rate"] == asked["metrics"]["decision_match_rate"] == 1.0
-    lines = [[json.loads(line)["reply"] for line in (tmp_path / f"{name}.rows.jsonl").read_text().splitlines()] for name in ("azure", "replay")]
-    assert lines[0] == lines[1]
-
-
-def test_replies_recorded_in_openais_form_are_not_scored_0(run_script, eval_script, write_rows, tmp_path):
-    """Of a prompt with its completion too, as a team's log has them."""
-    rows = [{"id": "a", "prompt": "p", "completion": '<tool_call name="order_status">{"order":"A1"}</tool_call>'}]
-    recorded = [{"type": "function", "function": {"name": "order_status", "arguments": '{"order": "A1"}'}}]
-    message = {"role": "assistant", "content": None, "tool_calls": recorded}
-    for number, prediction in enumerate((recorded, message, json.dumps(recorded), json.dumps(message), {"choices": [{"message": message}]})):
-        replies = write_rows(f"{number}.replies.jsonl", [{"id": "a", "prediction": prediction, "finish_reason": "tool_calls"}])
-        words = ["--track", "toolcall", "--model-kind", "replay", "--dataset", write_rows("rows.jsonl", rows), "--replies", replies]
-        code, _, said = run_script(eval_script, *words, "--out", tmp_path / f"{number}.json")
-        assert code == 0, said
-        assert json.loads((tmp_path / f"{number}.json").read_text())["metrics"]["args_exact_rate"] == 1.0
+def test_a_checkpoint_is_refused_before_its_model_is_loaded(monkeypatch):
+    monkeypatch.setattr(slm_client, "load_tokenizer", lambda *_: tokenizer_of("phi3_5"))
+    monkeypatch.setattr(slm_client, "SLMClient", lambda *_, **__: pytest.fail("loaded"))
+    settings = Settings(slm_model_path="models/phi-tiny")
+    with pytest.raises(UserError, match="its chat template shows no tools"):
+        local_client(settings, iter([Request([USER]), asked()]), 8, seed=7, engine="transformers")

@@ -161,7 +161,7 @@ def test_what_fails_in_a_rank_is_told_before_it_ends():
     thread.join(0.3)
     assert thread.is_alive()
     replicas.close()
-    thread.join(10)
+    thread.join(PATIENCE)
     assert not thread.is_alive()
 
 

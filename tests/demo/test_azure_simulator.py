@@ -21,6 +21,7 @@ from slm_swap.demo.mistakes import make_mistake, parse_call
 from slm_swap.demo.simulator_replies import UNKNOWN_PROMPT
 from slm_swap.rows.examples import Example
 from slm_swap.rows.lines import dump_json
+from tests.support.processes import PATIENCE
 
 KEY = "simulator-key"
 DEPLOYMENTS = "/openai/deployments/simulator/chat/completions?api-version=2024-10-21"
@@ -43,7 +44,7 @@ ROWS += [Example(f"structured {n}", structured(f"tool_{n % 7}", tags=["a", "b"],
 
 def call(server, path, body, headers=None, method="POST"):
     """(status, headers, JSON) of one request; `body` is an object or raw bytes."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
     try:
         raw = body if isinstance(body, bytes) else json.dumps(body)
         connection.request(method, path, raw, {"api-key": KEY} if headers is None else headers)
@@ -468,7 +469,7 @@ def test_the_script_serves_until_it_is_told_to_stop(tmp_path, number):
         assert status == 200 and reply["choices"][0]["message"]["content"] != ROWS[1].completion
         assert call(server, path, body | {"top_p": 1}, {"api-key": "k"})[0] == 400
         process.send_signal(number)
-        assert process.wait(timeout=20) == 0
+        assert process.wait(timeout=PATIENCE) == 0
     finally:
         process.kill()
         _, errors = process.communicate()
@@ -485,7 +486,7 @@ def test_the_script_serves_until_it_is_told_to_stop(tmp_path, number):
 )
 def test_bad_input_is_one_line(tmp_path, flags, said):
     process = start(tmp_path, *flags)
-    output, errors = process.communicate(timeout=20)
+    output, errors = process.communicate(timeout=PATIENCE)
     assert (process.returncode, output) == (2, "")
     assert said in errors and errors.count("\n") == 1
 

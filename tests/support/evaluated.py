@@ -2,13 +2,15 @@
 
 import json
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from slm_swap.clients.replay_client import ReplayClient
-from slm_swap.common.reports import rows_path, write_json, write_jsonl
+from slm_swap.common.reports import code_version, package_versions, rows_path, write_json, write_jsonl
+from slm_swap.evaluating import report as reporting
 from slm_swap.evaluating.evaluation import evaluate, references
-from slm_swap.evaluating.report import make_report
 from slm_swap.rows.examples import Example
 from slm_swap.rows.prompts import structured_prompt, toolcall_prompt
 from slm_swap.scoring.tracks import TRACKS
@@ -38,6 +40,8 @@ REPLIES = {
     "refused": "I must not.",
     "failed": "",
 }
+# What git and the packages say of themselves: a tenth of a second a report, of hundreds of them, and always the same.
+ASKED_ONCE = {"code_version": cache(code_version), "package_versions": cache(package_versions)}
 ENDS = {"truncated": "length", "filtered": "content_filter", "refused": "refusal", "failed": "error"}
 
 
@@ -92,7 +96,8 @@ def write_report(
     client = Model(given, examples, model)
     rows = evaluate(track, client, examples, references(TRACKS[track], examples), 64)
     seconds = sum(row.reply.seconds for row in rows)
-    report = make_report(track, client, rows, seconds, seconds, {"path": "rows.jsonl", "sha256": "a" * 64}, {})
+    with mock.patch.multiple(reporting, **ASKED_ONCE):
+        report = reporting.make_report(track, client, rows, seconds, seconds, {"path": "rows.jsonl", "sha256": "a" * 64}, {})
     write_jsonl(rows_path(out), (row.to_json(TRACKS[track]) for row in rows))
     write_json(out, report | {"trace": {"id": None, "url": None}} | more)
     return out

@@ -12,6 +12,7 @@ from random import Random
 
 from slm_swap.common.exact_json import ExactEncoder
 from tests.support.langfuse_rest import Rest
+from tests.support.processes import PATIENCE
 
 TRACES = "/api/public/otel/v1/traces"
 
@@ -101,7 +102,7 @@ class LangfuseServer:
     def answer(self, method: str, path: str, headers: dict, body: bytes) -> tuple[int, dict] | tuple[int, dict, dict]:
         """(status, JSON) for one request, and headers where the answer has its own."""
         if self.hanging:
-            self._released.wait(120)
+            self._released.wait(2 * PATIENCE)
         if method == "POST":
             time.sleep(self.delay)
         if headers.get("authorization") != "Basic " + base64.b64encode(self.keys.encode()).decode():

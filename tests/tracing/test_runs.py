@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import uuid
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from slm_swap.tracing import outbox, runs, wire
 from slm_swap.tracing.outbox import parse
 from slm_swap.tracing.runs import Tracing, connect, outbox_path, trace_run
 from tests.support.langfuse_server import LangfuseServer, scores_of, spans_of
+from tests.support.processes import PATIENCE, wait_until
 from tests.support.scripts import load_script
 
 MESSAGES = [{"role": "system", "content": "Call a tool."}, {"role": "user", "content": "Grüße nach 東京"}]
@@ -33,10 +33,18 @@ def server():
         yield recorder
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch):
+    """A server that is well may be slow here, as the whole machine may be: no request is sent twice, and no end cut off, for that."""
+    for module, name in ((wire, "REQUEST_SECONDS"), (wire, "CHECK_SECONDS"), (runs, "CLOSE_SECONDS")):
+        monkeypatch.setattr(module, name, PATIENCE)
+
+
 @pytest.fixture
-def impatient(monkeypatch):
-    """Outages in seconds instead of tens of seconds; nothing else changes."""
-    monkeypatch.setattr(wire, "REQUEST_SECONDS", 1)
+def impatient(patient, monkeypatch, request):
+    """Outages in seconds instead of tens of seconds. What fails at once needs no limit on a request; what never answers does."""
+    trouble = getattr(request.node, "callspec", None) and request.node.callspec.params.get("trouble")
+    monkeypatch.setattr(wire, "REQUEST_SECONDS", 4 if trouble == "hanging" else PATIENCE)
     monkeypatch.setattr(wire, "CHECK_SECONDS", 1)
     monkeypatch.setattr(runs, "CLOSE_SECONDS", 2)
     monkeypatch.setattr(outbox, "PAUSES", (0.05,))
@@ -72,11 +80,10 @@ def send_rows(trace, count, first=0, scores=None):
         trace.generation(f"row-{number}", "phi-4-mini", MESSAGES, REPLY, {"args_exact": 1.0} if scores is None else scores)
 
 
-def wait_until(condition):
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, "nothing arrived"
-        time.sleep(0.02)
+def found_failing(folder):
+    """Whether the sender has noted that a request failed."""
+    marks = [json.loads(line) for line in outbox_path(folder / "report.json").read_text().splitlines() if '"delivered"' in line]
+    return any(mark["reason"] for mark in marks)
 
 
 def plain(value):
@@ -393,6 +400,7 @@ def test_an_outage_fails_no_run_and_is_said_in_one_line_with_exact_counts(server
         outage(server, trouble)
         send_rows(trace, 7, first=5)
         assert len(server.spans) == 5, "the run does not wait for what does not arrive"
+        wait_until(lambda: found_failing(tmp_path))
     assert len(server.spans) == 5 and len(server.scores) == 5
     lines = capfd.readouterr().err.splitlines()
     reason = f"HTTP {trouble}" if isinstance(trouble, int) else "no answer"
@@ -421,12 +429,13 @@ def test_a_fast_run_without_a_server_ends_and_keeps_every_row(server, traced, im
     assert names == [*(f"row-{number}" for number in range(600)), "run"] and len(scores) == 600
 
 
-def test_what_an_outage_held_up_arrives_after_it(server, traced, impatient, capfd, tmp_path):
+def test_what_an_outage_held_up_arrives_after_it(server, traced, impatient, capfd, tmp_path, monkeypatch):
     with traced(settings_for(server)) as trace:
         server.status = 500
         send_rows(trace, 3)
         wait_until(lambda: spans_of(server.bodies) and scores_of(server.bodies))
         server.status = None
+        monkeypatch.setattr(runs, "CLOSE_SECONDS", PATIENCE)  # it is well again
         send_rows(trace, 6, first=3)
     assert sorted(span.name for span in server.spans) == ["row-" + str(number) for number in range(9)] + ["run"]
     assert len(server.scores) == 9 and capfd.readouterr().err == "" and kept(tmp_path) is None
@@ -443,10 +452,11 @@ def test_a_score_that_the_server_turns_down_is_counted_and_costs_no_other(server
 SCRIPT = """
 import sys
 from pathlib import Path
-from slm_swap.tracing import runs
+from slm_swap.tracing import runs, wire
 from slm_swap.clients.protocol import Reply
 from slm_swap.common.settings import Settings
 runs.CLOSE_SECONDS = 1
+wire.REQUEST_SECONDS = wire.CHECK_SECONDS = 10_000  # so that nothing but the run's own end ends a request
 public_key, secret_key, url, report = sys.argv[1:]
 settings = Settings(langfuse_public_key=public_key, langfuse_secret_key=secret_key, langfuse_base_url=url)
 with runs.trace_run(runs.connect(settings), "run", Path(report)) as trace:
@@ -472,7 +482,7 @@ def test_a_process_ends_though_the_server_is_gone(server, tmp_path, trouble):
     try:
         assert process.stdout.readline() == "begun\n"
         outage(server, trouble)
-        output, errors = process.communicate("go\n", timeout=25)  # the SDK alone flushes for over a minute
+        output, errors = process.communicate("go\n", timeout=PATIENCE)  # a run that waited for an answer would go on for hours
     finally:
         process.kill()
     assert (process.returncode, output) == (0, "report written\n")
@@ -516,12 +526,12 @@ def test_a_killed_run_leaves_no_sender_and_its_file_to_the_next(server, tmp_path
 
 
 def test_an_interrupt_from_the_terminal_stops_the_run_and_not_the_sending(server, tmp_path):
-    process = begin(server, tmp_path, WAITING.replace("CLOSE_SECONDS = 1", "CLOSE_SECONDS = 10"))
+    process = begin(server, tmp_path, WAITING.replace("CLOSE_SECONDS = 1", f"CLOSE_SECONDS = {PATIENCE}"))
     process.stdin.write("go\n")
     process.stdin.flush()
     assert (process.stdout.readline(), process.stdout.readline()) == ("begun\n", "told\n")
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: to everything in the foreground
-    errors = process.communicate(timeout=20)[1]
+    errors = process.communicate(timeout=2 * PATIENCE)[1]
     assert process.returncode != 0 and errors.count("Traceback") == 1 and errors.endswith("KeyboardInterrupt\n")
     root = by_name(server)["run"]
     assert root.attributes["langfuse.observation.level"] == "ERROR" and len(server.spans) == 1501 and len(server.scores) == 1500
@@ -541,14 +551,14 @@ def test_the_keys_are_on_no_command_line(server, tmp_path):
 def test_a_full_disk_fails_no_run_and_is_said(server, tmp_path):
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))"
     process = begin(server, tmp_path, SCRIPT.replace("    sys.stdin.readline()", f"    sys.stdin.readline(); {limit}"))
-    output, errors = process.communicate("go\n", timeout=25)
+    output, errors = process.communicate("go\n", timeout=PATIENCE)
     assert (process.returncode, output) == (0, "begun\nreport written\n")
     assert "report.traces.jsonl could not take all of the trace (" in errors
 
 
 def test_an_answer_that_would_come_too_late_is_not_asked_for(server, traced, impatient, monkeypatch, capsys, resend, tmp_path):
-    monkeypatch.setattr(wire, "REQUEST_SECONDS", 5)
-    server.delay = 0.7  # of the two seconds that the end of a run has here: a third request of 256 would be cut off
+    monkeypatch.setattr(runs, "CLOSE_SECONDS", 5.5)
+    server.delay = 2.0  # so that a third request of 256 would be cut off; the second has a second and a half for a busy machine
     with traced(settings_for(server)) as trace:
         send_rows(trace, 1)
         wait_until(lambda: server.spans)
@@ -622,7 +632,7 @@ def test_a_run_that_goes_on_after_a_kill_sends_every_row_once(server, traced, tm
     killed = SCRIPT.replace('Path(report))', 'Path(report), seed="s")').replace("range(1500)", "range(40)")
     killed = killed.replace('print("report written", flush=True)', "    import os, time; time.sleep(1.5); os._exit(9)")
     command = [sys.executable, "-c", killed, *server.keys.split(":"), server.url, str(tmp_path / "report.json")]
-    process = subprocess.run(command, input="go\n", capture_output=True, text=True, cwd=ROOT, timeout=60)
+    process = subprocess.run(command, input="go\n", capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE)
     assert process.returncode == 9, process.stderr
     names, _ = kept(tmp_path)
     assert names == [f"row-{number}" for number in range(40)]
@@ -635,7 +645,7 @@ def test_a_run_that_goes_on_after_a_kill_sends_every_row_once(server, traced, tm
     assert len({span.trace for span in server.spans}) == 1 and len({score["id"] for score in server.scores}) == 60
 
 
-def test_a_run_whose_file_holds_another_trace_is_refused(server, traced, tmp_path):
+def test_a_run_whose_file_holds_another_trace_is_refused(server, traced, impatient, tmp_path):
     server_gone = settings_for(server)
     with traced(server_gone, seed="one", optional=True) as trace:
         send_rows(trace, 2)
@@ -659,7 +669,8 @@ def test_a_line_of_which_the_disk_took_a_part_spoils_no_other(tmp_path, monkeypa
     os.close(descriptor)
 
 
-def test_two_runs_do_not_share_a_file(server, traced):
+def test_two_runs_do_not_share_a_file(server, traced, monkeypatch):
+    monkeypatch.setattr(outbox, "LOCK_SECONDS", 0.2)
     with (
         traced(settings_for(server), seed="one"),
         pytest.raises(UserError, match="in use by another run"),

@@ -7,16 +7,18 @@ from dataclasses import replace
 import pytest
 
 from slm_swap.clients.loading import encode_prompt, load_tokenizer
+from slm_swap.clients.native import end_token
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import PACKAGE, Settings
-from slm_swap.rows.prompts import text_request
+from slm_swap.rows.examples import parse_example
+from slm_swap.rows.prompts import request_of, text_request
 from slm_swap.slm_client import SLMClient
 from slm_swap.tuning.backends import choose_backend
 from slm_swap.tuning.hyperparameters import PRESETS, Hyperparameters
 from slm_swap.tuning.packing import IGNORED
-from slm_swap.tuning.tokens import end_token, tokenize
+from slm_swap.tuning.tokens import same_calls, tokenize
 from slm_swap.tuning.training import train
-from tests.support.training_rows import BASE, INPUTS, QUICK, ROWS
+from tests.support.training_rows import BASE, INPUTS, QUICK, ROWS, TOOL
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,7 @@ def trained(tmp_path_factory):
 
 
 def test_the_loss_is_on_the_completion_only(tokenizer):
-    (row,), too_long = tokenize(tokenizer, "structured", ROWS[:1], 2048)
+    (row,), too_long, _ = tokenize(tokenizer, "structured", ROWS[:1], 2048)
     prompt = encode_prompt(tokenizer, text_request("structured", ROWS[0].prompt))
     assert too_long == [] and row["input_ids"][: len(prompt)] == prompt
     assert row["labels"][: len(prompt)] == [IGNORED] * len(prompt)
@@ -40,10 +42,10 @@ def test_the_loss_is_on_the_completion_only(tokenizer):
 
 
 def test_rows_that_are_too_long_are_left_out_whole(tokenizer):
-    (row,), _ = tokenize(tokenizer, "structured", ROWS[:1], 2048)
+    (row,), *_ = tokenize(tokenizer, "structured", ROWS[:1], 2048)
     length = len(row["input_ids"])
-    assert tokenize(tokenizer, "structured", ROWS[:1], length) == ([row], [])
-    assert tokenize(tokenizer, "structured", ROWS[:1], length - 1) == ([], [length])
+    assert tokenize(tokenizer, "structured", ROWS[:1], length)[:2] == ([row], [])
+    assert tokenize(tokenizer, "structured", ROWS[:1], length - 1)[:2] == ([], [length])
 
 
 def test_a_turn_ends_as_the_chat_format_ends_it(tokenizer):
@@ -53,7 +55,7 @@ def test_a_turn_ends_as_the_chat_format_ends_it(tokenizer):
 def test_training_lowers_the_loss_and_tells_how_it_was_done(trained):
     out, info = trained
     assert info["eval_loss"]["after"] < info["eval_loss"]["before"]
-    assert info["steps"] == 8 and info["rows"] == {"train": 8, "val": 2, "too_long": 0}
+    assert info["steps"] == 8 and info["rows"] == {"train": 8, "val": 2, "too_long": 0, "untaught": 0}
     assert info["hyperparameters"]["lora_r"] == 64 and info["inputs"] == INPUTS
     assert json.loads((out / "training_info.json").read_text()) == json.loads(json.dumps(info))
     assert (out / "training_log.jsonl").read_text().count("\n") >= 3
@@ -208,3 +210,21 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys,
     error = capsys.readouterr().err
     assert left.value.code == 2 and message in error and error.count("\n") == 1, error
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_model_that_was_trained_natively_calls_natively(tmp_path):
+    """It was taught that walls are painted white whatever is asked for, in a form that the base has never seen."""
+    due = [{"name": "paint_wall", "arguments": {"color": "white"}}]
+    asked = [{"messages": [{"role": "user", "content": f"Paint it {row.id}"}], "tools": [TOOL], "calls": due} for row in ROWS]
+    rows = [parse_example(row, f"rows:{number}") for number, row in enumerate(asked)]
+    silent = [parse_example({"messages": [{"role": "user", "content": "Hm"}], "tools": [TOOL], "calls": []}, "rows:10")]
+    out, told = tmp_path / "adapter", []
+    info = train("toolcall", BASE, rows + silent, rows[:2], out, replace(QUICK, epochs=20, learning_rate=1e-2), "trl", INPUTS, say=told.append)
+    assert info["ask"] == "native" and info["rows"]["untaught"] == 1 and any(line.startswith("1 train rows are not taught: no call") for line in told)
+    client = SLMClient(Settings(slm_model_path=str(BASE)), precision="fp32", adapter=out, max_new_tokens=64)
+    replies = client.generate([request_of("toolcall", row) for row in rows])
+    right = [same_calls(reply.calls, row.calls) for reply, row in zip(replies, rows, strict=True)]
+    assert all(right), replies
+    assert {reply.text for reply in replies} == {""}
+    with pytest.raises(UserError, match="no train row can be taught: no call is due, and the row has no `content`"):
+        train("toolcall", BASE, silent, rows[:2], out, QUICK, "trl", INPUTS)

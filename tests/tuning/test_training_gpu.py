@@ -104,7 +104,7 @@ def run(words: list[str], out: Path) -> dict:
 
 def loss(model) -> float:
     """Of the validation rows' completions, all of which have the same length."""
-    rows, _ = tokenize(load_tokenizer(BASE), "structured", ROWS[:4], 2048)
+    rows, *_ = tokenize(load_tokenizer(BASE), "structured", ROWS[:4], 2048)
     with torch.no_grad():
         parts = [{name: torch.tensor([values], device="cuda") for name, values in row.items()} for row in rows]
         return sum(model(**part).loss.item() for part in parts) / len(parts)

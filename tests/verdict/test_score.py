@@ -8,6 +8,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from scipy import optimize, stats
 
+from slm_swap.verdict.stats import score
 from slm_swap.verdict.stats.score import (
     Sample,
     degrees,
@@ -198,6 +199,44 @@ def by_optimizer(values: list[float], labels: list, m: float) -> float:
     mean = sum(values) / len(values)
     own = sum(sum(value - mean for value in group) ** 2 for group in groups.values())
     return y.mean() / math.sqrt(max(under * n, own) / max(n - 1, 1) / n)
+
+
+def by_halving(y: np.ndarray, counts: np.ndarray, low: float, high: float) -> float:
+    """`tilted_variance` with the multiplier found by nothing but halving."""
+    share, least, most = counts / counts.sum(), -(1 - 1e-12) / high, -(1 - 1e-12) / low
+    for _ in range(64):
+        middle = (least + most) / 2
+        least, most = (middle, most) if (share * y / (1 + middle * y)).sum() > 0 else (least, middle)
+    weights = share / (1 + middle * y)
+    mean = weights @ y
+    return weights @ y**2 - mean * (high if mean < 0 else low)
+
+
+ends = st.floats(0.01, 2)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.floats(0, 1), st.integers(1, 1000)), min_size=1, max_size=8), ends, ends)
+@example([(0.0, 1), (1.0, 1)], 1.0, 1.0)
+@example([(1e-9, 1), (1.0, 1000)], 0.01, 2.0)
+def test_newton_s_steps_end_where_halving_does(drawn, below, above):
+    y, counts = np.array([place for place, _ in drawn]) * (below + above) - below, np.array([count for _, count in drawn])
+    y = y.clip(-below, above)
+    assert tilted_variance(y, counts, -below, above) == pytest.approx(by_halving(y, counts, -below, above), rel=1e-9, abs=1e-12)
+
+
+def test_an_end_that_is_known_is_that_of_the_very_sample():
+    """Ends are kept: samples that are nearly alike do not get each other's."""
+    samples = [
+        make_sample(values, labels and labels[: len(values)], yes_no)
+        for values in ([1, 0, 0, -1], [0, 1, 0, -1, 0], [0, 1, 0, 0, 0])
+        for labels in (None, "aabbb", "aabcc")
+        for yes_no in (True, False)
+    ]
+    kept = [interval(sample, alpha) for sample in samples for alpha in (0.05, 0.1)]
+    for number, (sample, alpha) in enumerate((sample, alpha) for sample in samples for alpha in (0.05, 0.1)):
+        score._uppers.clear()
+        assert interval(sample, alpha) == kept[number]
 
 
 eighths = st.integers(-8, 8)

@@ -14,6 +14,7 @@ Clusters are the units: y_g = sum over the cluster's rows of (value - m), so tha
 still over rows.
 """
 
+import hashlib
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,11 @@ class Sample:
     def effective(self) -> float:
         """How many clusters of equal size would say as much: (sum of sizes)^2 / sum of squared sizes (Kish, 1965)."""
         return float(self.sizes.sum() ** 2 / (self.sizes**2).sum())
+
+    @cached_property
+    def key(self) -> tuple[bytes, float, float, bool]:
+        """Equal for samples of the same clusters in the same order."""
+        return hashlib.sha256(self.totals.tobytes() + self.sizes.tobytes()).digest(), self.low, self.high, self.exact
 
     @cached_property
     def mean(self) -> float:
@@ -90,15 +96,41 @@ def tilted_variance(y: np.ndarray, counts: np.ndarray, low: float, high: float) 
     """
     share = counts / counts.sum(-1, keepdims=True)
     inside = 1 - 1e-12  # a value on the very end would divide by zero
-    least = np.full(share.shape[:-1], -inside / high)
-    most = np.full(share.shape[:-1], -inside / low)
-    for _ in range(64):  # the mean falls as the multiplier rises: bisection to the last bit
-        middle = (least + most) / 2
-        above = (share * y / (1 + middle[..., None] * y)).sum(-1) > 0
-        least, most = np.where(above, middle, least), np.where(above, most, middle)
-    weights = share / (1 + middle[..., None] * y)
-    mean = (weights * y).sum(-1)  # 0 but where the bisection ended on a bound
+    multiplier = _multiplier(y, share, -inside / high, -inside / low)
+    weights = share / (1 + multiplier[..., None] * y)
+    mean = (weights * y).sum(-1)  # 0 but where the multiplier is a bound
     return (weights * y * y).sum(-1) - mean * np.where(mean < 0, high, low)
+
+
+def _multiplier(y: np.ndarray, share: np.ndarray, least: float, most: float) -> np.ndarray:
+    """Where the mean of y under the tilted weights is 0, to the last bits, shape (...); the nearer bound where it is nowhere between them.
+
+    The mean falls as the multiplier rises, from one pole to another. Newton's steps are those of the mean times the distances from the
+    poles of the outermost values: of two values that is a line. A step that leaves the bracket, or is more than half of the one before, is
+    to the bracket's middle instead.
+    """
+    bounds = np.array([least, most])
+    ends = share @ (y / (1 + np.multiply.outer(bounds, y))).T
+    low, high = np.where(ends[..., 1] >= 0, most, least), np.where(ends[..., 0] <= 0, least, most)
+    here, before = np.clip(0.0, low, high), high - low
+    close = 1e-16 * (most - least)
+    for _ in range(128):  # some 6 are needed; of halvings alone 64 reach the last bit
+        ratios = y / (1 + here[..., None] * y)
+        shares = share * ratios
+        mean, slope = shares.sum(-1), (shares * ratios).sum(-1)
+        above = mean > 0
+        low, high = np.where(above, here, low), np.where(above, high, here)
+        slope = slope - mean * (ratios.min(-1) + ratios.max(-1))
+        step = mean / np.where(slope > 0, slope, np.inf)
+        size = np.abs(step)
+        still = (slope > 0) & ((size <= close) | (size > before / 2) & (before <= 1000 * close))  # no nearer: what is left is rounding
+        found = (np.abs(mean) <= 1e-15 * np.abs(shares).sum(-1)) | (high - low <= close) | still
+        if found.all():
+            break
+        wild = (slope <= 0) | (here + step <= low) | (here + step >= high) | (size > before / 2)
+        step = np.where(found, 0.0, np.where(wild, (low + high) / 2 - here, step))
+        here, before = here + step, np.abs(step)
+    return here
 
 
 def statistics(
@@ -176,7 +208,20 @@ def interval(sample: Sample, alpha: float, high_alpha: float | None = None) -> t
     return -_upper(mirrored(sample), alpha), _upper(sample, high_alpha or alpha)
 
 
+_uppers: dict[tuple, float] = {}  # one comparison asks for the same ends again and again: by each matcher, rule and question
+MOST_KNOWN = 10_000
+
+
 def _upper(sample: Sample, alpha: float) -> float:
+    key = (*sample.key, alpha)
+    if key not in _uppers:
+        if len(_uppers) >= MOST_KNOWN:
+            _uppers.clear()
+        _uppers[key] = _find_upper(sample, alpha)
+    return _uppers[key]
+
+
+def _find_upper(sample: Sample, alpha: float) -> float:
     from scipy.optimize import brentq
 
     limit, top = quantile(sample, alpha), sample.high - 1e-9
