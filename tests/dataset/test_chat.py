@@ -3,13 +3,15 @@
 import gzip
 import importlib.util
 import json
+from copy import deepcopy
+from random import Random
 
 import pytest
 
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import ROOT
 from slm_swap.dataset.chat import chat
-from slm_swap.dataset.row import Dropped, Row
+from slm_swap.dataset.row import REASONS, Dropped, Row
 from slm_swap.dataset.sources import Seen
 from slm_swap.rows.examples import parse_example
 
@@ -222,3 +224,38 @@ def test_a_file_of_another_source_names_the_command(tmp_path):
 def test_a_field_that_nothing_reads_is_counted(tmp_path):
     _, seen = read(write(tmp_path / "rows.jsonl", [{"messages": [USER, called("{}")], "tools": [TOOL], "tool_chioce": "auto"}]))
     assert seen.unknown == {"tool_chioce": 1}
+
+
+# -- Nothing in a row ends an import ---------------------------------------------------------------------------------------------
+
+JUNK = [None, 1.5, True, "", "x", [], {}, [None], {"a": 1}, "{", "null", "\ud800", 10**30, {"type": "text"}, "assistant"]
+
+
+def places(value, above=()):
+    for key, child in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield (*above, key)
+        yield from places(child, (*above, key))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_fault_in_a_row_ends_an_import(tmp_path, seed):
+    rng, rows = Random(seed), [row for rows in make_forms.forms().values() for row in rows]
+    faulty = []
+    for _ in range(200):
+        row = json.loads(json.dumps(rng.choice(rows)))
+        for _ in range(rng.randint(1, 3)):
+            *above, last = rng.choice(list(places(row)) or [("x",)])
+            inner = row
+            for key in above:
+                inner = inner[key]
+            inner[last] = deepcopy(rng.choice(JUNK))
+        faulty.append(row)
+    items = rows_of(tmp_path, rows[0], *faulty)
+    assert {item.where.rpartition(":")[2] for item in items} >= {str(number) for number in range(1, 202)} - {
+        str(number) for number, row in enumerate(faulty, 2) if "body" in row
+    }, "each row is accounted for"
+    for item in items:
+        if isinstance(item, Row):
+            assert parse_example(item.record, item.where)
+        else:
+            assert item.reason in REASONS

@@ -255,6 +255,19 @@ def test_a_track_with_too_few_rows_ends_no_import(tmp_path, capsys):
     assert report_of(tmp_path / "out")["counts"]["dropped"] == {"too_few": 1} and "no splits of structured" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "tests/data").glob("*.[jc]s*") if path.name != "batch_input.jsonl"))
+def test_the_share_of_replies_that_can_be_measured(tmp_path, capsys, name):
+    paths = [ROOT / "tests/data" / part for part in (["batch_input.jsonl"] if name == "batch_output.jsonl" else []) + [name]]
+    flags = ("--train-size", "0", "--val-size", "0", "--out-dir", tmp_path)
+    assert prepare("--source", "chat", "--dataset-path", *paths, *flags) == 0
+    report = report_of(tmp_path)
+    assert report["replies"]["share"] >= 0.95 and "100.0%" in capsys.readouterr().out
+    assert report["replies"]["read"] == (4 if name in ("alpaca.json", "rft.jsonl", "extraction.jsonl") else 11)
+    for track, splits in report["splits"].items():
+        if splits["test"]["rows"]:
+            assert len(read_examples(tmp_path / track / "test.jsonl")) == splits["test"]["rows"]
+
+
 # -- Real rows -------------------------------------------------------------------------------------------------------------------
 
 
