@@ -131,6 +131,9 @@ def _joined(labels: Any, one: Any, two: Any) -> Any:
 def components(rows: list[Row]) -> list[list[Row]]:
     """Rows that must not be torn apart: connected by a near-duplicate, the same query (but for case and white space), the same
     source row, the same group (conversation) or the same opening of a conversation. In the order of their first rows.
+
+    Of a team's conversations, near-duplicates hang together only where their replies are equal: what one narrow task is asked differs
+    by little ("Where is order 17?"), and a request of its own kind with another reply gives nothing away.
     """
     parent = list(range(len(rows)))
 
@@ -141,7 +144,7 @@ def components(rows: list[Row]) -> list[list[Row]]:
 
     first: dict[tuple[str, Any], int] = {}
     for at, (row, label) in enumerate(zip(rows, near_duplicates([row.request for row in rows]), strict=True)):
-        keys = [("near", label), ("query", " ".join(row.request.casefold().split())), ("source", row.source)]
+        keys = [("near", label, _reply(row)), ("query", " ".join(row.request.casefold().split())), ("source", row.source)]
         keys += [("group", row.group)] if row.group is not None else []
         keys += [("opening", opening)] if (opening := _opening(row)) is not None else []
         for key in keys:
@@ -150,6 +153,14 @@ def components(rows: list[Row]) -> list[list[Row]]:
     for at, row in enumerate(rows):
         found.setdefault(root(at), []).append(row)
     return list(found.values())
+
+
+def _reply(row: Row) -> str | None:
+    """A conversation's reply; None for rows of other sources."""
+    if row.record is None:
+        return None
+    calls = sorted(dump_json([call["name"], call["arguments"]]) for call in row.gold)
+    return "\n".join(calls) or row.record.get("content") or dump_json(row.record.get("object"))
 
 
 def _opening(row: Row) -> int | None:
