@@ -10,6 +10,7 @@ or out of budget, the same command goes on: no reply is paid twice. Such rows me
 
 import argparse
 import sys
+from decimal import ROUND_CEILING, Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -88,10 +89,11 @@ def confirm(args: argparse.Namespace, labelling: Labelling, client: Any, answere
     requests = len(labelling.requests) * args.samples
     if most is None:
         raise UserError(f"{requests} requests, and the deployment's prices are not in {client.prices.path}: write them there, no budget can be kept without")
-    told = f"{requests} requests of {len(labelling.requests)} rows cost at most about {most:.2f} {currency}".rstrip()
+    rounded = f"{Decimal(most).quantize(Decimal(10) ** (Decimal(most).adjusted() - 1), ROUND_CEILING):f}"
+    told = f"{requests} requests of {len(labelling.requests)} rows cost at most about {rounded} {currency}".rstrip()
     told += f", {answered} are answered already" if answered else ""
     if args.budget is None:
-        raise UserError(f"{told}: pass --budget {most:.2f}, or less, to ask them")
+        raise UserError(f"{told}: pass --budget {rounded}, or less, to ask them")
     print(told)
 
 
@@ -122,14 +124,14 @@ def main(argv: list[str] | None = None) -> int:
         if missing := len(journal) - journal.answered:
             raise UserError(f"{missing} of {len(journal)} requests failed ({labelling.failure}): the same command asks them again")
         votes = [votes_of(args.track, example, labelling.replies(journal, at)) for at, example in enumerate(examples)]
-        teacher, needed = client.describe()["deployment"], args.agree or args.samples
+        teacher, needed = labelling.model["deployment"], args.agree or args.samples
         found = [labelled(row, args.track, example, own, needed, teacher) for row, example, own in zip(rows, examples, votes, strict=True)]
         kept = [row for row in found if row is not None]
         if kept:
             write_jsonl(out, kept)
         left = [(row, own) for row, own, row_found in zip(rows, votes, found, strict=True) if row_found is None]
         write_jsonl(review, (row | {"votes": [vote.to_json() for vote in own]} for row, own in left))
-        told = {"schema_version": SCHEMA_VERSION, "stage": "label", "created_at": now(), "code": code_version(), "asked": asked, "model": client.describe()}
+        told = {"schema_version": SCHEMA_VERSION, "stage": "label", "created_at": now(), "code": code_version(), "asked": asked, "model": labelling.model}
         told |= {"rows": len(rows), "kept": len(kept), "review": len(left), "different_answers": counts_of(votes)}
         told |= {"cost": labelling.spent, "replies_without_usage": labelling.unknown}
         write_json(report, told)

@@ -34,6 +34,8 @@ def unlabelled(row: Any, track: str, where: str) -> Example:
     """
     if isinstance(row, dict) and (given := {"completion", "calls", "object"} & row.keys()):
         raise UserError(f"{where}: it has a `{min(given)}` already: label.py takes rows without a reply, take the field out")
+    if isinstance(row, dict):
+        row = {name: value for name, value in row.items() if name != "accept"}  # of a reply that is not known yet
     nothing = {"calls": []} if track == "toolcall" else {"object": {}}
     if isinstance(row, dict) and "messages" not in row:
         nothing = {"completion": call_text("none", "{}") if track == "toolcall" else "{}"}
@@ -95,7 +97,8 @@ def labelled(row: dict[str, Any], track: str, example: Example, votes: list[Vote
     gold = votes[0].gold
     if example.messages is None:
         gold = {"completion": reply_text(gold.get("calls"), gold.get("object"))}
-    return {"id": example.id, **row, **gold, "source": f"{TEACHER}{teacher}"}
+    kept = {name: value for name, value in row.items() if name != "accept"}
+    return {"id": example.id, **kept, **gold, "source": f"{TEACHER}{teacher}"}
 
 
 def counts_of(votes: list[list[Vote]]) -> dict[str, int]:

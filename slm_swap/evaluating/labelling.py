@@ -1,9 +1,10 @@
 """Ask a hosted model several times for rows that have no reply, within a budget, and nothing twice."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from typing import Any
 
 from slm_swap.clients.protocol import Client, Reply
 from slm_swap.evaluating.journal import Journal
@@ -29,6 +30,7 @@ class Labelling:
         self.max_new_tokens = max_new_tokens
         self.requests = [request_of(track, example) for example in examples]
         self.spent = 0.0
+        self.model: dict[str, Any] = {}  # what the client tells of itself
         self.failure: str | None = None  # of a request that may be answered later
         self.unknown = 0  # replies that do not say how many tokens they took: the estimate stands for them
 
@@ -53,6 +55,7 @@ class Labelling:
             with closing(client):
                 self._count(client, journal, sample)
                 complete &= self._sample(client, journal, sample, outage, on_reply)
+                self.model = client.describe()
         return complete
 
     def _count(self, client: Client, journal: Journal, sample: int) -> None:
@@ -67,23 +70,36 @@ class Labelling:
         self.spent += (self.estimate(client, request) or 0.0) if cost is None else cost
 
     def _sample(self, client: Client, journal: Journal, sample: int, outage: Outage, on_reply: Callable[[], object]) -> bool:
-        first, under_way, complete = sample * len(self.requests), dict[int, float](), True
+        first = sample * len(self.requests)
         done = {row for row in range(len(self.requests)) if first + row in journal}
+        under_way: dict[int, float] = {}
+        held_back = False
 
-        def rows() -> Iterator[tuple[int, Request]]:
-            nonlocal complete
+        def rows(answered: Container[int]) -> Iterator[tuple[int, Request]]:
+            nonlocal held_back
             for row, request in enumerate(self.requests):
-                if row in done:
+                if row in done or row in answered:
                     continue
                 most = self.estimate(client, request) or 0.0
                 if self.budget is not None and self.spent + sum(under_way.values()) + most > self.budget:
-                    complete = False
+                    held_back = True
                     return
                 under_way[row] = most
                 yield row, request
 
-        probe = lambda row: client.generate([self.requests[row]])[0]  # noqa: E731
-        for row, reply in outage.replies(lambda answered: client.stream(((r, q) for r, q in rows() if r not in answered), answered), probe, done):
+        def replies() -> Iterator[tuple[int, Reply]]:
+            """Those that the budget has room for; what they leave of their estimates makes room for others."""
+            nonlocal held_back
+            probe = lambda row: client.generate([self.requests[row]])[0]  # noqa: E731
+            came = True
+            while came:
+                held_back = came = False
+                for answered in outage.replies(lambda given: client.stream(rows(given), given), probe, done):
+                    yield answered
+                    came = True
+                came = came and held_back
+
+        for row, reply in replies():
             under_way.pop(row, None)
             self._pay(client, self.requests[row], reply)
             line = score_row(self.track, self.examples[row], replace(reply, cut=None)).line(self.track)
@@ -91,7 +107,7 @@ class Labelling:
             self.failure = reply.error if reply.transient else self.failure
             done.add(row)
             on_reply()
-        return complete
+        return not held_back
 
     def replies(self, journal: Journal, row: int) -> list[Reply]:
         """What the samples of one row are."""
