@@ -39,7 +39,7 @@ from slm_swap.clients.replicas import fork_replica, take_one_gpu
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import SCHEMA_VERSION, rows_path, write_atomically, write_json
 from slm_swap.common.settings import PACKAGE, display_path, load_settings
-from slm_swap.evaluating.console import show
+from slm_swap.evaluating.console import show, warn_of_training
 from slm_swap.evaluating.evaluation import Stopwatch, check_rows, evaluate_rows
 from slm_swap.evaluating.experiments import find_experiment, link
 from slm_swap.evaluating.factory import make_client
@@ -109,6 +109,8 @@ def main(argv: list[str] | None = None) -> int:
     dataset, inputs, name = find_rows(args, [args.model_kind])
     tally = check_rows(args.track, dataset)
     warn_of_unknown_fields(dataset)
+    if args.model_kind == "slm":
+        warn_of_training(args.adapter or settings.slm_model_path, tally.ask, warn)
     out = args.out = args.out or PACKAGE / f"01_eval/reports/{args.track}_{args.model_kind}_{name}.json"
     check_out(out, rows_path(out), journal_path(out), inputs=[inputs["path"], args.replies])
     asked = {"schema_version": SCHEMA_VERSION, "track": args.track, "dataset_sha256": inputs["sha256"]}

@@ -60,6 +60,11 @@ def _training_info(adapter: Path, *place: str) -> Any:
     return told
 
 
+def trained_ask(model: Path) -> str | None:
+    """How the rows were asked on which an adapter or merged model was trained; None where its `training_info.json` does not say."""
+    return _training_info(model, "ask")
+
+
 def require_base(adapter: Path, base: Path, files_sha256: str, advice: str) -> None:
     """Refuse an adapter over other weights than those that it was trained on, where it says which; `files_sha256` is the base's.
 

@@ -21,7 +21,8 @@ def summary(report: dict) -> str:
     if replies["share"] is not None and report.get("args", {}).get("source") == "chat":
         lines.append(f"{'replies that can be measured':<32}{replies['share']:>8.1%} ({replies['measurable']} of {replies['read']})")
     for track, splits in report["splits"].items():
-        lines += [f"{track + '/' + name:<32}{split['rows']:>8}" for name, split in splits.items()]
+        if any(split["rows"] for split in splits.values()):
+            lines += [f"{track + '/' + name:<32}{split['rows']:>8}" for name, split in splits.items()]
     return "\n".join(lines)
 
 

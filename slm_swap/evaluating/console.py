@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from slm_swap.common.settings import display_path
+from slm_swap.clients.loading import trained_ask
+from slm_swap.common.settings import display_path, find_path
 from slm_swap.evaluating.finished import again_command
 
 WORTH_A_WARNING = 0.01  # share of rows that are not measured
@@ -37,6 +38,13 @@ def show(report: dict[str, Any], out: Path, argv: Sequence[str], warn: Callable[
             "the run; --repeat 2 measures how much its replies differ"
         )
     print(f"report: {display_path(out)}")
+
+
+def warn_of_training(model: str | Path | None, ask: str, warn: Callable[[str], None]) -> None:
+    """Say where an adapter, or a merged model, was trained on rows that were asked in another form than now."""
+    trained = trained_ask(find_path(model)) if model else None
+    if trained not in (None, "mixed", ask):
+        warn(f"{display_path(find_path(model))} was trained on rows asked in {trained} form, and these are asked in {ask} form: --ask {trained}")
 
 
 def _warn_of_unmeasured(report: dict[str, Any], argv: Sequence[str], warn: Callable[[str], None]) -> None:

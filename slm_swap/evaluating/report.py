@@ -55,8 +55,8 @@ class Tally:
 
     @property
     def ask(self) -> str:
-        """How the rows are asked: one of prompts.ASKS, or "both"."""
-        return "both" if len(self.asks) > 1 else next(iter(self.asks))
+        """How the rows are asked: one of prompts.ASKS, or "mixed"."""
+        return "mixed" if len(self.asks) > 1 else next(iter(self.asks))
 
     @property
     def prompt_sha256(self) -> str:

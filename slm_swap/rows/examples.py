@@ -203,17 +203,18 @@ class Dataset:
     def _check(self) -> Iterator[Example]:
         rows, ends = tempfile.TemporaryFile(), array("q", [0])  # noqa: SIM115
         weakref.finalize(self, rows.close)
-        for example in parse_examples(self._noted(), self._path, self._limit):
+        unknown: Counter[str] = Counter()
+        for example in parse_examples(self._noted(unknown), self._path, self._limit):
             vars(example)["ask"] = self._ask
             ends.append(ends[-1] + rows.write(_packed(vars(example))))
             yield example
         rows.flush()
-        self._rows, self._ends = rows, ends
+        self._rows, self._ends, self.unknown = rows, ends, unknown
 
-    def _noted(self) -> Iterator[tuple[str, Any]]:
+    def _noted(self, unknown: Counter) -> Iterator[tuple[str, Any]]:
         for where, row in self._lines(self._path):
             if isinstance(row, dict):
-                self.unknown.update(unknown_fields(row))
+                unknown.update(unknown_fields(row))
             yield where, row
 
     def _read(self) -> Iterator[Example]:

@@ -119,7 +119,7 @@ def _is_row(row: Any, names: Sequence[str], yes_no: Sequence[str], exact: str) -
     )
 
 
-ASKED = {"text": "as text", "native": "natively (tools, response_format)", "both": "some as text and some natively"}
+ASKED = {"text": "as text", "native": "natively (tools, response_format)", "mixed": "some as text and some natively"}
 
 
 def require_same(azure: Evaluation, other: Evaluation) -> list[str]:
