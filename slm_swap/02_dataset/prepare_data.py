@@ -109,7 +109,7 @@ def _with_calls(items: Iterable[Row | Dropped], calls: str) -> Iterator[Row | Dr
         if calls == "any" or due == 1:
             yield item
         else:
-            yield Dropped(item.id, item.where, "several_answers" if due else "no_call", f"{due} calls are due")
+            yield Dropped(item.id, item.where, "several_answers" if due else "no_call_due", f"{due} calls are due")
 
 
 def _input(path: Path, counts: Counter, seen: Seen) -> dict[str, object]:

@@ -13,7 +13,7 @@ from slm_swap.common.errors import UserError
 from slm_swap.common.reports import json_line, sha256_file, write_json, write_jsonl
 from slm_swap.common.settings import display_path
 from slm_swap.dataset.near import NEAR, components
-from slm_swap.dataset.row import NO_REPLIES, Dropped, Row
+from slm_swap.dataset.row import BY_CHOICE, NO_REPLIES, Dropped, Row
 from slm_swap.dataset.select import select
 from slm_swap.dataset.splits import SPLITS, Sizes, split
 from slm_swap.rows.examples import Example
@@ -92,7 +92,7 @@ def build(
     tracks = list(tracks)
     items = [_other_track(item, tracks) for item in items]
     replies = sum(isinstance(item, Row) or item.reason not in NO_REPLIES for item in items)
-    measurable = sum(isinstance(item, Row) for item in items)
+    measurable = sum(isinstance(item, Row) or item.reason in BY_CHOICE for item in items)
     rows, dropped, renamed = select(items)
     conversations = any(row.calls is not None for row in rows)
     splits, near, left_out = _split_tracks(rows, tracks, sizes, seed, unseen_tools, by_time)
@@ -120,14 +120,19 @@ def build(
             lines = ({"where": drop.where, "id": drop.id, "reason": drop.reason, "why": drop.why} for drop in dropped)
             _write_lines(staging / DROPPED, lines)
         write_json(staging / "prepare_report.json", report)
-        for track in tracks:
-            (out_dir / track).mkdir(exist_ok=True)
-        for path in sorted(staging.rglob("*.json*")):
-            os.replace(path, out_dir / path.relative_to(staging))
-        stale = [out_dir / track / f"{name}.jsonl" for track in tracks for name, part in report["splits"][track].items() if not part["rows"]]
-        for path in [*stale, *([] if dropped else [out_dir / DROPPED])]:
-            path.unlink(missing_ok=True)
+        _put_in_place(staging, out_dir, report["splits"], bool(dropped))
     return report
+
+
+def _put_in_place(staging: Path, out_dir: Path, splits: dict[str, dict[str, dict]], dropped: bool) -> None:
+    """What was written beside goes where it belongs; what an earlier run left for a split or a list without rows goes."""
+    for track in splits:
+        (out_dir / track).mkdir(exist_ok=True)
+    for path in sorted(staging.rglob("*.json*")):
+        os.replace(path, out_dir / path.relative_to(staging))
+    empty = [f"{track}/{name}.jsonl" for track, parts in splits.items() for name, part in parts.items() if not part["rows"]]
+    for name in [*empty, *([] if dropped else [DROPPED])]:
+        (out_dir / name).unlink(missing_ok=True)
 
 
 def _other_track(item: Row | Dropped, tracks: list[str]) -> Row | Dropped:
@@ -156,7 +161,7 @@ def _split_tracks(
         try:
             made, unused = split(whole, sizes, seed, unseen_tools, by_time)
         except UserError as error:
-            failed.append(error)
+            failed.append(error if len(parts) == 1 else UserError(f"{named[0]}: {error}"))
             left_out += [Dropped(row.id, row.where, "too_few", f"{named[0]}: {error}") for row in found]
             continue
         left_out += unused

@@ -18,7 +18,8 @@ REASONS = {  # why a reply makes no row, in the order in which it is looked at
     "several_replies": "more than one reply to one request",
     "several_turns": "several turns whose calls hang on what the earlier ones gave (BFCL's multi_turn)",
     "several_answers": "more than one call (with --calls one)",
-    "no_call": "no call is due (with --calls one)",
+    "no_call_due": "no call is due (with --calls one)",
+    "no_call": "a completion without a call",
     "several_calls": "a completion with more than one call",
     "no_answer": "no gold for it",
     "plain_text": "a text without JSON where no tool was on offer: nothing here measures it",
@@ -40,6 +41,7 @@ REASONS = {  # why a reply makes no row, in the order in which it is looked at
     "unused": "no split asked for it",
 }
 NO_REPLIES = frozenset(("no_reply", "not_trained"))  # these count no reply of production
+BY_CHOICE = frozenset(("other_track", "several_answers", "no_call_due"))  # replies that could be measured, and a flag leaves out
 
 
 class Unusable(Exception):

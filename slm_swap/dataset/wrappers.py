@@ -23,7 +23,7 @@ def request_turns(asked: Any) -> list[Turn]:
         messages = [{"role": "user", "content": messages}]
     if not isinstance(messages, list) or not messages:
         raise Unusable("no_request", "no messages that can be read")
-    system = [{"role": "system", "content": text_of(decoded(text))} for text in instructions]
+    system = [{"role": "system", "content": text_of(text)} for text in instructions]
     return read_turns([*system, *messages])
 
 

@@ -167,6 +167,11 @@ def test_other_ways_to_write_one_call(tmp_path, row):
     assert [tool["name"] for tool in made.record["tools"]] == ["weather"]
 
 
+def test_a_system_text_that_looks_like_json_is_a_text(tmp_path):
+    [made] = rows_of(tmp_path, {"system": '{"tone": "brief"}', "messages": [USER, called("{}")], "tools": [TOOL]})
+    assert made.record["messages"][0] == {"role": "system", "content": '{"tone": "brief"}'}
+
+
 def test_results_without_ids_answer_the_calls_in_order(tmp_path):
     two = {"role": "assistant", "tool_calls": [{"name": "weather", "arguments": {"city": city}} for city in ("Oslo", "Bergen")]}
     results = [{"role": "function", "name": "weather", "content": text} for text in ("rain", "sun")]

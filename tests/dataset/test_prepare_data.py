@@ -132,7 +132,7 @@ TEAM = [{"prompt": "p", "completion": '<tool_call name="f">{}</tool_call>'}]
     "words, rows, message",
     [
         (["--source", "xlam"], [], "rows.jsonl has no rows"),
-        (["--source", "xlam", "--calls", "one"], [GOOD[0] | {"answers": "[]"}], "none of 1 rows can be used (no_call 1)"),
+        (["--source", "xlam", "--calls", "one"], [GOOD[0] | {"answers": "[]"}], "none of 1 rows can be used (no_call_due 1)"),
         (["--source", "xlam", "--train-size", "99"], GOOD, "train 99 + val 2 + test 2 rows are wanted, 20 can be used"),
         (
             ["--source", "xlam"],
@@ -243,7 +243,8 @@ def test_chat_of_one_track_and_by_time(tmp_path):
     source = write(tmp_path / "rows.jsonl", [*rows, *extraction])
     flags = ("--source", "chat", "--track", "toolcall", "--calls", "one", "--split-by", "time", "--dataset-path", source)
     assert prepare(*flags, "--out-dir", tmp_path / "out") == 0
-    assert report_of(tmp_path / "out")["counts"] == {"read": 150, "kept": 40, "dropped": {"other_track": 30, "no_call": 80}}
+    assert report_of(tmp_path / "out")["counts"] == {"read": 150, "kept": 40, "dropped": {"other_track": 30, "no_call_due": 80}}
+    assert report_of(tmp_path / "out")["replies"]["share"] == 1.0, "what a flag leaves out could be measured"
     ids = [int(e.group.rpartition(":")[2]) for e in read_examples(tmp_path / "out/toolcall/test.jsonl")]
     assert sorted(ids) == [37, 38, 39, 40] and not (tmp_path / "out/structured").exists()
 
