@@ -30,7 +30,7 @@ class Conversation:
     """What one row of a file, or one traced generation, holds.
 
     Replies stand at or behind `first`: turns before it are history only. `asked` is what was sent besides the messages (tools,
-    response_format, ...).
+    response_format, ...), `metadata` what a tracer has noted.
     """
 
     where: str
@@ -42,6 +42,7 @@ class Conversation:
     asked: Mapping[str, Any] = field(default_factory=dict)
     offered: list[dict] = field(default_factory=list)  # tools that stand elsewhere
     time: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
 def rows_of(conversation: Conversation) -> Iterator[Row | Dropped]:

@@ -41,6 +41,7 @@ def generation_conversation(generation: dict, where: str) -> Conversation:
     session, trace = _get(generation, "sessionId"), _get(generation, "traceId")
     made = _asked(generation.get("input"), metadata, decoded(_get(generation, "modelParameters")), where, ends_with=reply)
     made.turns.append(reply)
+    made.metadata = metadata
     made.id = str(generation.get("id") or "")
     made.group = str(session or trace or made.id or short(where))
     made.source = f"langfuse:{trace}" if trace else ""

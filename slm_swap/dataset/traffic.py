@@ -22,6 +22,8 @@ from slm_swap.scoring.tracks import TRACKS
 
 __all__ = ["REASONS", "Taken", "Unusable", "convert"]
 
+EVALUATION = {"slm_swap": "evaluation"}  # in the metadata of this program's own generations
+
 
 @dataclass(frozen=True)
 class Taken:
@@ -47,8 +49,9 @@ def convert(generation: dict[str, Any], tracks: Collection[str], regions: Collec
         if item.track not in tracks:
             raise Unusable("other_track", item.track)
         record, masked = _masked(item.record, regions)
-        own = _is_own(record)
-        row = _own_row(record) if own else record
+        in_words = _is_own(record)
+        row = _own_row(record) if in_words else record
+        own = in_words or EVALUATION.items() <= conversation.metadata.items()
         parse_example(row, row["id"])
     except (RecursionError, UserError):
         raise Unusable("unusable") from None

@@ -6,7 +6,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slm_swap.clients.chat_requests import request_body
 from slm_swap.clients.protocol import Client
+from slm_swap.dataset.traffic import EVALUATION
 from slm_swap.evaluating.row import Row
 from slm_swap.rows.prompts import request_of
 from slm_swap.scoring.tracks import TRACKS
@@ -26,11 +28,13 @@ def trace_rows(
     told = client.describe()
     for row in rows:
         reply, ended = row.reply, time.time_ns()
+        request = request_of(track_name, row.example)
         counts = reply.counts if client.kind == "azure" else None
         trace.generation(
             name=row.example.id,
             model=model_name(told),
-            messages=request_of(track_name, row.example).messages,
+            asked=request.messages if not request.native else request_body(request),
+            metadata=EVALUATION,
             reply=reply,
             scores=TRACKS[track_name].row_metrics(row.scored.strict) | {"error": row.scored.error or "none"},
             error=row.scored.error,

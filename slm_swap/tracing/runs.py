@@ -133,7 +133,7 @@ class RunTrace:
         self,
         name: str,
         model: str,
-        messages: "Messages",
+        asked: "Messages | dict[str, Any]",
         reply: "Reply",
         scores: dict[str, float | str] | None = None,
         error: str | None = None,
@@ -143,7 +143,8 @@ class RunTrace:
         attributes: Callable[[str], dict[str, str]] | None = None,
         ended: int | None = None,
     ) -> None:
-        """One row, whose span has the id `row_id(name)`; gone over where the trace has it already.
+        """One row, whose span has the id `row_id(name)`; gone over where the trace has it already. `asked` are its messages, or the whole
+        body of a request with tools.
 
         A failed request (`reply.error`) is level ERROR, a reply that misses (`error`) level WARNING. Without `cost` Langfuse may show
         a price of its own for a model that it knows by name. `attributes` gives, for the span's id, attributes of OpenTelemetry's own, such as an experiment's.
@@ -156,8 +157,8 @@ class RunTrace:
                 return []
             facts = {
                 "type": "generation",
-                "input": messages if self._content else _digest(messages),
-                "output": reply.text if self._content else _digest(reply.text),
+                "input": asked if self._content else _digest(asked),
+                "output": _answer(reply) if self._content else _digest(_answer(reply)),
                 "model.name": model,
                 "metadata": {"finish_reason": reply.finish_reason, "seconds": reply.seconds, "error": error, **(metadata or {})},
                 "level": "ERROR" if reply.error else "WARNING" if error else "DEFAULT",
@@ -265,6 +266,14 @@ def outbox_path(report: Path) -> Path:
 
 def _span_id(trace: str, name: str) -> str:
     return hashlib.blake2b(f"{trace}:{name}".encode("utf-8", "replace"), digest_size=8).hexdigest()
+
+
+def _answer(reply: "Reply") -> Any:
+    """A reply as Langfuse shows it: its text, or natively a message with its tool calls."""
+    if reply.calls is None:
+        return reply.text
+    calls = [{"id": f"call_{at}", "type": "function", "function": call} for at, call in enumerate(reply.calls)]
+    return {"role": "assistant", "content": reply.text or None} | ({"tool_calls": calls} if calls else {})
 
 
 def _digest(value: Any) -> dict[str, Any]:

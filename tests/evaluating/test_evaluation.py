@@ -233,7 +233,7 @@ def test_each_row_is_a_generation_of_the_trace():
         and first["error"] == "wrong_value"
         and first["scores"] == STRUCTURED.row_metrics(rows[1].scored.strict) | {"error": "wrong_value"}
     )
-    assert first["messages"][1]["content"] == "p1" and first["reply"] is rows[1].reply and first["cost"] == 320
+    assert first["asked"][1]["content"] == "p1" and first["reply"] is rows[1].reply and first["cost"] == 320
     client.kind = "slm"
     trace_rows(trace, "structured", client, rows[:1])
     assert trace.calls[-1]["cost"] is None

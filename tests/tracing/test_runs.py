@@ -9,6 +9,7 @@ import sys
 import threading
 import uuid
 from pathlib import Path
+from types import SimpleNamespace
 
 import langfuse
 import pytest
@@ -16,6 +17,11 @@ import pytest
 from slm_swap.clients.protocol import Reply
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import ROOT, Settings
+from slm_swap.dataset.traffic import convert
+from slm_swap.evaluating.row import score_row
+from slm_swap.evaluating.row_traces import trace_rows
+from slm_swap.rows.examples import parse_example
+from slm_swap.scoring.tracks import TRACKS
 from slm_swap.tracing import outbox, runs, wire
 from slm_swap.tracing.outbox import parse
 from slm_swap.tracing.runs import Tracing, connect, outbox_path, trace_run
@@ -144,6 +150,23 @@ def test_a_run_is_one_trace_with_its_rows_scores_and_event(server, traced):
     assert root.json("output") == {"args_exact_rate": 0.5}
     assert plain(spans["decision"].attributes["langfuse.observation.metadata.verdict"]) == "SWAP"
     assert trace.url == f"{server.url}/project/project-1/traces/{trace.id}"
+
+
+def test_a_native_row_carries_its_tools_and_calls_and_is_known_as_this_programs_own(server, traced):
+    tools = [{"name": "book", "description": "Book a table", "parameters": {"type": "object", "properties": {"day": {"type": "string"}}, "required": []}}]
+    row = {"id": "r", "messages": [{"role": "user", "content": "A table for Monday, please"}], "tools": tools, "calls": []}
+    example = parse_example(row, "rows.jsonl:1")
+    reply = Reply("", calls=[{"name": "book", "arguments": '{"day": "Monday"}'}])
+    with traced(settings_for(server)) as trace:
+        trace_rows(trace, "toolcall", SimpleNamespace(kind="slm", describe=lambda: {"path": "phi"}), [score_row(TRACKS["toolcall"], example, reply)])
+    span = by_name(server)["r"]
+    asked, answer = span.json("input"), span.json("output")
+    assert asked["messages"] == example.messages and asked["tools"] == [{"type": "function", "function": tools[0]}]
+    assert answer["tool_calls"][0]["function"] == reply.calls[0] and answer["content"] is None
+    generation = {"id": "r", "traceId": "t", "input": asked, "output": answer, "metadata": {"slm_swap": span.json("metadata.slm_swap")}}
+    taken = convert(generation, ("toolcall",), None)
+    assert taken.own and taken.row["calls"] == [{"name": "book", "arguments": {"day": "Monday"}}] and taken.row["tools"] == tools
+    assert not convert(generation | {"metadata": {}}, ("toolcall",), None).own
 
 
 def test_a_row_carries_messages_reply_usage_cost_level_and_duration(server, traced):
