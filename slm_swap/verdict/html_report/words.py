@@ -12,7 +12,7 @@ TOO_SLOW = "Not yet: good enough, but too slow"
 SCOPES = {"these": "for the tools of these rows, at their mix", "others": "for other tools like these"}
 VERDICTS = {SWAP: "Swap", FINE_TUNE: "Not yet", NEED_MORE_DATA: "More rows needed"}
 METRICS = {  # a metric's name, and what it is the share of
-    "json_valid_rate": ("Valid JSON", "replies that are one JSON object and nothing else"),
+    "json_valid_rate": ("Valid JSON", "replies that are one JSON value and nothing else"),
     "exact_match_rate": ("Fully right reply", "replies that equal the reference in every field"),
     "field_precision": ("Field precision", "the given fields that are right, averaged over rows"),
     "field_recall": ("Field recall", "the wanted fields that are given and right, averaged over rows"),
