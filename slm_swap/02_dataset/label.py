@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
         told |= {"cost": labelling.spent, "replies_without_usage": labelling.unknown}
         write_json(report, told)
         journal.remove()
-    print(f"{len(kept)} of {len(rows)} rows: {needed} of {args.samples} samples agree; they cost {labelling.spent:.4g}")
+    print(f"{len(kept)} of {len(rows)} rows: {needed} of {args.samples} samples agree; they cost {labelling.spent:.4g} {client.prices.currency or ''}".rstrip())
     print(f"{'labelled: ' + display_path(out) if kept else 'nothing is labelled'}\nto review: {display_path(review)} ({len(left)} rows with their votes)")
     return 0
 

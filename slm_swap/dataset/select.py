@@ -89,6 +89,8 @@ def _named(row: Row, name: str) -> Row:
 
 
 def _none_left(dropped: list[Dropped]) -> str:
+    if not dropped:  # of all files, a batch's input alone has rows that hold no reply and are no fault
+        return "a batch's input has no replies: give the batch's output file beside it to --dataset-path"
     reasons = ", ".join(f"{reason} {count}" for reason, count in Counter(drop.reason for drop in dropped).items())
     first = next(((drop.where, drop.why) for drop in dropped if drop.why), None)
     said = f"none of {len(dropped)} rows can be used ({reasons})" + (f"; {first[0]}: {first[1]}" if first else "")

@@ -3,10 +3,11 @@
     python demo/azure_simulator.py --references 02_dataset/toolcall/test.jsonl --key local --mistake-rate 0.1
     python demo/azure_simulator.py --references FILE --port 8099 --rate-limit 0.2 --unsupported-parameters seed,temperature
 
-The first line of its output is the URL (for AZURE_ENDPOINT); GET /simulator/stats counts the requests by outcome. A reply is
-the completion of the reference whose prompt equals the last user message (the first one where several do), spoilt for a share
-of `mistake_rate` of the prompts. A prompt without a reference gets the text UNKNOWN_PROMPT. Everything drawn depends on the
-seed and the prompt alone (and, for faults of the transport, on the attempt): not on the order of requests.
+The first line of its output is the URL (for AZURE_ENDPOINT); its /v1 is an OpenAI-compatible server (for SLM_BASE_URL).
+GET /simulator/stats counts the requests by outcome. A reply is that of the reference whose prompt is the last user message, or whose
+conversation is the one that was asked, in text or native form (the first one where several are); a request with `tools` is answered
+by `tool_calls`. A share of `mistake_rate` of the replies is spoilt. What has no reference gets the text UNKNOWN_PROMPT. Everything
+drawn depends on the seed and on what is asked alone (and, for faults of the transport, on the attempt): not on the order of requests.
 A token is estimated as 4 bytes of UTF-8, rounded up; of a prompt, every message counts as its role, its content and two line ends.
 """
 
@@ -352,7 +353,7 @@ def _written(item: dict[str, Any]) -> str:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--references", type=Path, nargs="+", required=True, metavar="FILE", help="jsonl rows with `prompt` and `completion`")
+    add("--references", type=Path, nargs="+", required=True, metavar="FILE", help="rows, such as a split that prepare_data.py wrote")
     add("--port", type=not_negative, default=0, help="0 is any free port")
     add("--key", default="simulator-key", help="the key that is accepted")
     add("--deployment", default="simulator", help="the deployment's name")

@@ -287,3 +287,8 @@ def tool_of(row: dict[str, Any], track: Track) -> str | None:
         return None
     name = parsed.name or (parsed.value.get("tool_name") if isinstance(parsed.value, dict) else None)
     return name if isinstance(name, str) else None
+
+
+def shown_tool(row: dict[str, Any], track: Track) -> str:
+    """The tool as tables show it: rows whose reference calls none stand together."""
+    return tool_of(row, track) or ("no call due" if track.name else "no tool named")

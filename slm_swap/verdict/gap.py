@@ -8,7 +8,7 @@ from slm_swap.scoring.measured import unmeasured
 from slm_swap.scoring.several import answer
 from slm_swap.scoring.tracks import Track
 from slm_swap.verdict.decision import Decision
-from slm_swap.verdict.evaluations import cluster_labels, values_of
+from slm_swap.verdict.evaluations import cluster_labels, shown_tool, values_of
 
 KINDS = {  # what went wrong, and the errors of metrics.ERRORS that say so
     "format": ("no_json", "bad_json", "extra_text", "wrong_shape"),
@@ -94,13 +94,15 @@ def _kind(row: dict) -> str | None:
 def by_group(azure: Sequence[dict], slm: Sequence[dict], track: Track, by: Sequence[str], alpha: float) -> dict[str, Any] | None:
     """Each group's or tool's difference in the exact metric, shrunk towards the mean where its rows are few; the worst first.
 
-    `by` is group or tool, the first of them that the rows have; None where they have none.
+    `by` is group or tool, the first of them that the rows have; None where they have none. Rows of no tool are one group.
     """
     from slm_swap.verdict.stats.shrink import shrink
 
     by, labels = next(((own, labels) for own in by if (labels := cluster_labels(azure, track, own))), (None, None))
     if not labels:
         return None
+    if by == "tool":
+        labels = [f"={shown_tool(row, track)}" for row in azure]
     members: dict[str, list[int]] = defaultdict(list)
     for index, label in enumerate(labels):
         members[label].append(index)

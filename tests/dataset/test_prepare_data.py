@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from slm_swap.cli import run
+from slm_swap.common.errors import UserError
 from slm_swap.common.settings import ROOT
 from slm_swap.rows.examples import read_examples
 from slm_swap.rows.json_schema import call_violations
@@ -254,6 +255,12 @@ def test_a_track_with_too_few_rows_ends_no_import(tmp_path, capsys):
     source = write(tmp_path / "rows.jsonl", [*rows, *extraction[:1]])
     assert prepare("--source", "chat", "--dataset-path", source, "--out-dir", tmp_path / "out") == 0
     assert report_of(tmp_path / "out")["counts"]["dropped"] == {"too_few": 1} and "no splits of structured" in capsys.readouterr().out
+
+
+def test_a_batchs_input_alone_names_what_is_missing(tmp_path):
+    with pytest.raises(UserError, match="has no replies: give the batch's output file"):
+        prepare("--source", "chat", "--dataset-path", ROOT / "tests/data/batch_input.jsonl", "--out-dir", tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "tests/data").glob("*.[jc]s*") if path.name != "batch_input.jsonl"))

@@ -9,6 +9,7 @@ import pytest
 from slm_swap.clients.pricing import HostedPrices, LocalPrices, Prices
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import rows_path
+from slm_swap.rows.examples import parse_example
 from slm_swap.scoring.metrics import ERRORS
 from slm_swap.scoring.tracks import TRACKS
 from slm_swap.verdict.comparison import examine, examine_means
@@ -120,6 +121,13 @@ def test_groups_by_known_means_the_worst_first(sides):
     ]  # fmt: skip
     bad, good = groups["all"]
     assert bad["interval"][0] <= bad["shrunk"] <= bad["interval"][1] and good["shrunk"] < groups["mean"] < bad["shrunk"] <= 1
+
+
+def test_rows_in_which_no_call_is_due_stand_together(sides):
+    talk = {"messages": [{"role": "user", "content": "Thank you."}], "calls": [], "content": "You are welcome."}
+    silent = [parse_example(talk | {"id": f"talk-{number}", "tools": calls(1)[0].tools}, "rows.jsonl") for number in range(3)]
+    told = look(sides([*calls(6), *silent], slm=["right"]))["groups"]
+    assert (told["by"], {own["group"]: own["rows"] for own in told["all"]}) == ("tool", {"book": 6, "no call due": 3})
 
 
 def test_few_rows_are_shrunk_more(sides):

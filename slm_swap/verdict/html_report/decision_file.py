@@ -15,7 +15,7 @@ from slm_swap.rows.conversations import conversation_text, normalized
 from slm_swap.rows.lines import read_jsonl, text_hash
 from slm_swap.scoring.tracks import TRACKS
 from slm_swap.verdict.decision import EXIT_CODES
-from slm_swap.verdict.evaluations import QUESTIONS, tool_of
+from slm_swap.verdict.evaluations import QUESTIONS, shown_tool, tool_of
 from slm_swap.verdict.html_report.text import all_visible, visible, word_diff
 
 MADE_BY = "03_compare/compare.py"
@@ -295,7 +295,9 @@ class Rows:
 
     def group(self, row: dict[str, Any]) -> str:
         """The row's group; the tool that its reference calls where tools are what is compared, or no group is given."""
-        return (tool_of(row, self.track) if self.by_tool or not row.get("group") else None) or row.get("group") or ""
+        if self.by_tool:
+            return shown_tool(row, self.track)
+        return row.get("group") or tool_of(row, self.track) or ""
 
     def side(self, row: dict[str, Any]) -> dict[str, Any]:
         """What one model did: whether it was right, the error, and the difference between its reply and the reference."""

@@ -12,12 +12,12 @@ TOO_SLOW = "Not yet: good enough, but too slow"
 SCOPES = {"these": "for the tools of these rows, at their mix", "others": "for other tools like these"}
 VERDICTS = {SWAP: "Swap", FINE_TUNE: "Not yet", NEED_MORE_DATA: "More rows needed"}
 METRICS = {  # a metric's name, and what it is the share of
-    "json_valid_rate": ("Valid JSON", "replies that are one JSON object and nothing else"),
+    "json_valid_rate": ("Valid JSON", "replies that are one JSON value and nothing else"),
     "exact_match_rate": ("Fully right reply", "replies that equal the reference in every field"),
     "field_precision": ("Field precision", "the given fields that are right, averaged over rows"),
     "field_recall": ("Field recall", "the wanted fields that are given and right, averaged over rows"),
     "field_f1": ("Field F1", "precision and recall in one number (harmonic mean)"),
-    "valid_call_rate": ("Well-formed call", "replies that are exactly one call, in the form that was asked for"),
+    "valid_call_rate": ("Well-formed call", "replies in the form that was asked for, whose calls can be read"),
     "decision_match_rate": ("Call or no call", "replies that call a tool exactly where a call is due"),
     "name_match_rate": ("Right tool", "replies that call the right tool"),
     "args_exact_rate": ("Fully right call", "replies with the right tool and every argument right"),
@@ -28,7 +28,7 @@ METRICS = {  # a metric's name, and what it is the share of
 ERROR_KINDS = {  # the kinds of the decision's gap, then the errors of single rows
     "format": "Wrong form",
     "calls": "Call or no call",
-    "unwanted_call": "Call where none is due",
+    "unwanted_call": "Unwanted call",
     "no_call": "No call",
     "missing_call": "Too few calls",
     "extra_call": "Too many calls",
