@@ -19,11 +19,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+from slm_swap.clients.chat_requests import request_body
 from slm_swap.common.errors import UserError
 from slm_swap.common.exact_json import ExactEncoder
 from slm_swap.common.settings import Settings
 from slm_swap.rows.examples import Example
-from slm_swap.rows.lines import text_hash
+from slm_swap.rows.lines import dump_json, text_hash
 from slm_swap.rows.prompts import request_of
 from slm_swap.tracing.api import LangfuseApi
 
@@ -45,9 +46,22 @@ def make_item(dataset: str, track: str, example: Example) -> dict[str, Any]:
     """The item of a row; `metadata.content_hash` is over all that it holds, so a changed system prompt changes it too."""
     row = example.to_json()
     metadata = {name: row[name] for name in ("id", "group", "source", "tools", "schema", "accept") if name in row}
-    body = {"input": request_of(track, example).messages, "expectedOutput": example.completion, "metadata": metadata}
+    request = request_of(track, example)
+    asked = request_body(request) if request.native else request.messages
+    body = {"input": asked, "expectedOutput": _expected(example), "metadata": metadata}
     metadata["content_hash"] = text_hash(json.dumps(body, sort_keys=True, ensure_ascii=False, cls=ExactEncoder))
     return {"id": item_id(dataset, example.id), "datasetName": dataset, "status": "ACTIVE", **body}
+
+
+def _expected(example: Example) -> Any:
+    """The reply wanted: a conversation's calls, or what is said where none is due, as a message; any other as its text."""
+    if example.calls is None:
+        return example.completion
+    calls = [
+        {"id": f"call_{at}", "type": "function", "function": {"name": call["name"], "arguments": dump_json(call["arguments"])}}
+        for at, call in enumerate(example.calls)
+    ]
+    return {"role": "assistant", "content": example.content} | ({"tool_calls": calls} if calls else {})
 
 
 # -- Push ------------------------------------------------------------------------------------------------------------------------

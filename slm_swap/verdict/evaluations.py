@@ -291,4 +291,4 @@ def tool_of(row: dict[str, Any], track: Track) -> str | None:
 
 def shown_tool(row: dict[str, Any], track: Track) -> str:
     """The tool as tables show it: rows whose reference calls none stand together."""
-    return tool_of(row, track) or ("no call due" if track.name else "no tool named")
+    return tool_of(row, track) or (NO_CALL if track.name else "no tool named")

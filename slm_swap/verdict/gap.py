@@ -33,7 +33,7 @@ REMEDIES = (
     ("evaluate again: requests failed", ("failed",), None),
     ("a larger --max-new-tokens", ("limit",), None),
     ("a shorter prompt, or a model with a longer context", ("prompt_too_long",), None),
-    ("the prompt's wording, or the model's native tool format", FORM, "lenient"),
+    ("how the model is asked: the prompt's wording, --ask text or native", FORM, "lenient"),
     ("a few examples in the prompt (few-shot)", (*FORM, *COUNT, *CALL, "wrong_value"), "schema"),
     ("constrained decoding by the JSON Schema", (*FORM, *CALL, "truncated"), "schema"),
     ("the content filter's settings, or those rows to the other model", ("filtered", "refused"), None),

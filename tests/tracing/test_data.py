@@ -15,6 +15,8 @@ from slm_swap.cli import run
 from slm_swap.common.errors import UserError
 from slm_swap.common.exact_json import EXACT
 from slm_swap.common.settings import PACKAGE, load_settings
+from slm_swap.dataset.chat import chat
+from slm_swap.dataset.sources import Seen
 from slm_swap.rows.examples import Example, parse_example
 from slm_swap.rows.prompts import SYSTEM_PROMPTS, toolcall_completion
 from slm_swap.scoring.tracks import TRACKS
@@ -148,6 +150,20 @@ def test_a_pushed_row_is_what_the_model_is_sent_and_what_it_should_say(server, p
     assert item["expectedOutput"] == '{"number":1}'
     told = {"id": "a", "group": "g", "source": "s", "schema": {"type": "object"}}
     assert item["metadata"] == told | {"content_hash": item["metadata"]["content_hash"]}
+
+
+@pytest.mark.parametrize("wanted", [[{"name": "book", "arguments": {"day": "Monday"}}], []])
+def test_a_pushed_conversation_is_read_back_as_the_row_that_it_was(tmp_path, wanted):
+    """Tools, options and calls as production has them: an export of the dataset is a log like any other."""
+    tools = [{"name": "book", "description": "Book a table", "parameters": {"type": "object", "properties": {"day": {"type": "string"}}, "required": ["day"]}}]
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "A table for Monday, please"}]
+    row = {"id": "a", "messages": messages, "tools": tools, "calls": wanted, "options": {"parallel_tool_calls": False}}
+    example = parse_example(row | ({} if wanted else {"content": "For how many?"}), "rows.jsonl:1")
+    item = make_item("d", "toolcall", example)
+    (tmp_path / "items.jsonl").write_text(json.dumps(item) + "\n")
+    [read] = chat([tmp_path / "items.jsonl"], Seen())
+    assert (read.record["messages"], read.record["tools"], read.record["calls"]) == (messages, tools, wanted)
+    assert read.record["options"] == row["options"] and read.record.get("content") == example.content
 
 
 def test_pushing_again_changes_only_what_has_changed(server, push):
