@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from slm_swap.cli import run
 from tests.support import processes
@@ -20,6 +21,11 @@ sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # A job that a shell starts in the background ignores Ctrl-C, and so do its children: the tests that interrupt need it back.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("slm_swap", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("slm_swap")
 
 
 def pytest_configure(config: pytest.Config) -> None:

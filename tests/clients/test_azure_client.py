@@ -373,11 +373,11 @@ def test_a_wait_of_more_than_two_minutes_ends_the_row():
     [
         (Faults(server_error=1.0), "500 after 3 tries: The server had an error while processing your request"),
         (Faults(cut_off=1.0), "connection error after 3 tries: "),
-        (Faults(slow=1.0, slow_seconds=5.0), "time-out after 3 tries: ReadTimeout"),
+        (Faults(slow=1.0, slow_seconds=60.0), "time-out after 3 tries: ReadTimeout"),
     ],
 )
 def test_an_exhausted_retry_is_a_reply(faults, error):
-    with talking(client={"max_retries": 2, "timeout": 0.1 if faults.slow else 10.0}, faults=faults) as (server, client):
+    with talking(client={"max_retries": 2, "timeout": 2.0 if faults.slow else 10.0}, faults=faults) as (server, client):
         replies = client.generate(chat(*ROWS[:3]))
         assert sum(server.counts.values()) == 9
     assert all(reply.error.startswith(error) and reply.finish_reason == "error" for reply in replies)

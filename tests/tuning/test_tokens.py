@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from slm_swap.clients.loading import encode_prompt
@@ -51,6 +51,7 @@ def taught(tokenizer, example: Example, track: str = "toolcall") -> tuple[list[i
 
 @given(arguments=st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), JSON, max_size=3))
 def test_a_call_is_taught_as_evaluation_reads_it(tokenizer, arguments):
+    assume(not any(token in json.dumps(arguments, ensure_ascii=False) for token in tokenizer.get_added_vocab()))  # an end inside is not taught
     example = row([call(**{}) | {"arguments": arguments}])
     prompt, completion = taught(tokenizer, example)
     request = request_of("toolcall", example)

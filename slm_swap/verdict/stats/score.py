@@ -88,10 +88,13 @@ def make_sample(
     return Sample(np.bincount(index, given), sizes, low, 1.0, exact=yes_no and len(sizes) == len(given))
 
 
-def tilted_variance(y: np.ndarray, counts: np.ndarray, low: float, high: float) -> np.ndarray:
+def tilted_variance(
+    y: np.ndarray, counts: np.ndarray, low: np.ndarray | float, high: np.ndarray | float
+) -> np.ndarray:
     """Variance under the maximum-likelihood distribution of mean 0 on the values y and the two ends low < 0 < high.
 
-    `y` has shape (units,), `counts` (..., units): how often each value was seen, of one sample or of many at once. By Lagrange the
+    `y` has shape (units,) or (..., units), `counts` (..., units): how often each value was seen, of one sample or of many at once; the
+    ends may be one for each sample. By Lagrange the
     weight of a value is its share / (1 + multiplier * y). Where no multiplier gives mean 0, what is missing lies on one end.
     """
     share = counts / counts.sum(-1, keepdims=True)
@@ -102,16 +105,16 @@ def tilted_variance(y: np.ndarray, counts: np.ndarray, low: float, high: float) 
     return (weights * y * y).sum(-1) - mean * np.where(mean < 0, high, low)
 
 
-def _multiplier(y: np.ndarray, share: np.ndarray, least: float, most: float) -> np.ndarray:
+def _multiplier(y: np.ndarray, share: np.ndarray, least: np.ndarray | float, most: np.ndarray | float) -> np.ndarray:
     """Where the mean of y under the tilted weights is 0, to the last bits, shape (...); the nearer bound where it is nowhere between them.
 
     The mean falls as the multiplier rises, from one pole to another. Newton's steps are those of the mean times the distances from the
     poles of the outermost values: of two values that is a line. A step that leaves the bracket, or is more than half of the one before, is
     to the bracket's middle instead.
     """
-    bounds = np.array([least, most])
-    ends = share @ (y / (1 + np.multiply.outer(bounds, y))).T
-    low, high = np.where(ends[..., 1] >= 0, most, least), np.where(ends[..., 0] <= 0, least, most)
+    least, most = (np.broadcast_to(bound, share.shape[:-1]) for bound in (least, most))
+    at_least, at_most = ((share * (y / (1 + bound[..., None] * y))).sum(-1) for bound in (least, most))
+    low, high = np.where(at_most >= 0, most, least), np.where(at_least <= 0, least, most)
     here, before = np.clip(0.0, low, high), high - low
     close = 1e-16 * (most - least)
     for _ in range(128):  # some 6 are needed; of halvings alone 64 reach the last bit
