@@ -7,7 +7,9 @@ import platform
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -119,8 +121,13 @@ def sha256_file(path: str | Path) -> str:
 
 
 def code_version() -> dict[str, Any]:
-    """The checkout's commit and whether tracked files differ from it; None where git does not know."""
+    """The checkout's commit and whether tracked files differ from it, when this process first asked; None where git does not know."""
+    commit, dirty = _checkout()
+    return {"commit": commit, "dirty": dirty}
 
+
+@cache
+def _checkout() -> tuple[str | None, bool | None]:
     def git(*words: str) -> str | None:
         try:
             done = subprocess.run(("git", "-C", str(ROOT), *words), capture_output=True, text=True, timeout=20)
@@ -130,20 +137,23 @@ def code_version() -> dict[str, Any]:
 
     code = (str(PACKAGE), f":(exclude){PACKAGE / 'prices.toml'}")  # prices filled in are no change of the code
     changed = git("status", "--porcelain", "--untracked-files=no", "--", *code)
-    return {"commit": git("rev-parse", "HEAD"), "dirty": None if changed is None else bool(changed)}
+    return git("rev-parse", "HEAD"), None if changed is None else bool(changed)
 
 
 def package_versions() -> dict[str, str]:
     """The versions of the packages that decide results; those not installed are left out."""
+    return {"python": platform.python_version(), **_packages()}
+
+
+@cache
+def _packages() -> dict[str, str]:
     from importlib import metadata
 
-    versions = {"python": platform.python_version()}
+    found = {}
     for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def hardware() -> dict[str, Any]:

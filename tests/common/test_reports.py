@@ -136,22 +136,35 @@ def repository(tmp_path, monkeypatch):
     return root
 
 
-def test_code_version(repository):
-    clean = code_version()
+@pytest.fixture
+def asked_anew():
+    """A function that gives the code's version as a new process sees it."""
+
+    def ask():
+        reports._checkout.cache_clear()
+        return code_version()
+
+    yield ask
+    reports._checkout.cache_clear()
+
+
+def test_code_version(repository, asked_anew):
+    clean = asked_anew()
     assert len(clean["commit"]) == 40 and clean["dirty"] is False
     (repository / "notes.txt").write_text("beside the code\n")
     (repository / "slm_swap/prices.toml").write_text("[local]\nhour = 2.2\n")
-    assert code_version() == clean
+    assert asked_anew() == clean
     (repository / "slm_swap/code.py").write_text("a = 2\n")
-    assert code_version() == clean | {"dirty": True}
+    assert code_version() == clean, "a process runs the code that it has read"
+    assert asked_anew() == clean | {"dirty": True}
 
 
-def test_code_version_without_git(tmp_path, monkeypatch):
+def test_code_version_without_git(tmp_path, monkeypatch, asked_anew):
     monkeypatch.setattr(reports, "ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert code_version() == {"commit": None, "dirty": None}
+    assert asked_anew() == {"commit": None, "dirty": None}
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert code_version() == {"commit": None, "dirty": None}
+    assert asked_anew() == {"commit": None, "dirty": None}
 
 
 def test_packages_and_hardware_are_json():
