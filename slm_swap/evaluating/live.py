@@ -55,9 +55,9 @@ def side_by_side(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def row_of(example: Example) -> dict[str, Any]:
+def row_of(track: Track, example: Example) -> dict[str, Any]:
     """What `evaluations.units` goes by, of a row that is not answered yet."""
-    return {"id": example.id, "group": example.group, "reference": example.completion}
+    return {"id": example.id, "group": example.group, "tool": track.reference(example).tool, "reference": example.completion}
 
 
 class EarlyStop:
@@ -71,7 +71,7 @@ class EarlyStop:
     def __init__(self, track: Track, examples: list[Example], delta: float, alpha: float, seed: int, question: str = "these"):
         from slm_swap.verdict.stats.betting import random_clusters
 
-        _, labels = units([row_of(example) for example in examples], track, question)
+        _, labels = units([row_of(track, example) for example in examples], track, question)
         require_tools(labels, question)
         clusters = random_clusters(labels or [None] * len(examples), seed)
         self.track, self.delta, self.alpha, self.question = track, delta, alpha, question

@@ -16,6 +16,7 @@ from slm_swap.scoring.json_values import leaves, objects_in, parse_json, size
 from slm_swap.scoring.metrics import ERRORS, UNSCORED, Match, Reference, Scored, compared
 from slm_swap.scoring.replies import InvalidReply, Parsed, native_calls, parse_calls, tries_to_call
 
+TOOLS_BETWEEN = ", "  # the names of tools that one row calls
 NOTHING_DUE = 1  # leaf: that no call is due
 
 
@@ -32,7 +33,7 @@ class Calls:
     @property
     def tool(self) -> str | None:
         """The tool that the gold calls; several by their names, each once; None where no call is due."""
-        return ", ".join(dict.fromkeys(part.parsed.name or "" for part in self.parts)) or None
+        return TOOLS_BETWEEN.join(dict.fromkeys(part.parsed.name or "" for part in self.parts)) or None
 
     @property
     def expected(self) -> int:

@@ -8,7 +8,7 @@ from slm_swap.scoring.metrics import MATCHERS
 from slm_swap.scoring.tracks import Track
 from slm_swap.verdict.cautions import cautions
 from slm_swap.verdict.decision import NEED_MORE_DATA, SWAP, Decision, point_decision
-from slm_swap.verdict.evaluations import QUESTIONS, Evaluation, aligned, model_of, tool_of
+from slm_swap.verdict.evaluations import QUESTIONS, Evaluation, aligned, model_of, tools_of
 from slm_swap.verdict.gap import by_group, gains, gap, gold_audit
 from slm_swap.verdict.judge import Gate, Judge
 from slm_swap.verdict.sentence import sentence
@@ -44,7 +44,7 @@ def examine(track: Track, sides: dict[str, Evaluation], gate: Gate, prices: Pric
     found |= {
         "question": gate.question,
         "questions": {question: judge.answer(question, decision) for question in QUESTIONS},
-        "tools": len({tool for row in rows["azure"] if (tool := tool_of(row, track))}) or None,
+        "tools": len(tools_of(rows["azure"], track)) or None,
         "clusters": {"by": by} | found["clusters"],
         "unmeasured": told,
         "filtered": without_filtered(rows, judge, decision),

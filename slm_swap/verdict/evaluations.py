@@ -10,10 +10,12 @@ from slm_swap.common.reports import read_json, rows_path, sha256_file
 from slm_swap.common.settings import display_path, find_path
 from slm_swap.rows.lines import read_jsonl
 from slm_swap.scoring.metrics import ERRORS, MATCHERS, InvalidReply
+from slm_swap.scoring.several import TOOLS_BETWEEN
 from slm_swap.scoring.tracks import Track
 from slm_swap.verdict.decision import Values
 
 MADE_BY = "01_eval/eval.py"
+NO_CALL = "no call due"  # stands for the tool of rows in which none is to be called
 QUESTIONS = ("these", "others")  # what a verdict is about: the tools of the rows, or other tools like them
 
 
@@ -222,6 +224,8 @@ def cluster_labels(rows: Sequence[dict[str, Any]], track: Track, by: str) -> lis
     names = [tool_of(row, track) if by == "tool" else row["group"] for row in rows]
     if not any(names):
         return None
+    if by == "tool" and track.name:  # a row in which no call is due says nothing of any one tool
+        names = [name or NO_CALL for name in names]
     return [f"={name}" if name else f"#{row['id']}" for name, row in zip(names, rows, strict=True)]
 
 
@@ -234,10 +238,33 @@ def units(rows: Sequence[dict[str, Any]], track: Track, question: str) -> tuple[
     """(by, labels) of the independent units of a question: for these tools the row, or the `group` where rows have one; for other
     tools the tool."""
     if question == "others":
-        by, labels = "tool", cluster_labels(rows, track, "tool")
+        by, labels = "tool", _joined(cluster_labels(rows, track, "tool"))
     else:
         by, labels = "group", None if groups_are_tools(rows, track) else cluster_labels(rows, track, "group")
     return (by, labels) if labels else ("row", None)
+
+
+def _joined(labels: list[str] | None) -> list[str] | None:
+    """Tools that are called together in one row are one unit, and so are those that hang together by others."""
+    if labels is None or not any(TOOLS_BETWEEN in label for label in labels):
+        return labels
+    root: dict[str, str] = {}
+
+    def find(name: str) -> str:
+        while (above := root.setdefault(name, name)) != name:
+            name = above
+        return name
+
+    for label in dict.fromkeys(labels):
+        first, *others = label[1:].split(TOOLS_BETWEEN)
+        for other in others:
+            root[find(other)] = find(first)
+    return [f"={find(label[1:].split(TOOLS_BETWEEN)[0])}" for label in labels]
+
+
+def tools_of(rows: Sequence[dict[str, Any]], track: Track) -> set[str]:
+    """The tools that the references call."""
+    return {name for row in rows for name in (tool_of(row, track) or "").split(TOOLS_BETWEEN) if name}
 
 
 def require_tools(labels: Sequence[str] | None, question: str) -> None:
@@ -251,7 +278,7 @@ def require_tools(labels: Sequence[str] | None, question: str) -> None:
 
 
 def tool_of(row: dict[str, Any], track: Track) -> str | None:
-    """The tool that a row's reference calls."""
+    """The tool that a row's reference calls; several with TOOLS_BETWEEN them."""
     if isinstance(row.get("tool"), str):
         return row["tool"]
     try:

@@ -13,7 +13,7 @@ from slm_swap.scoring.metrics import ERRORS
 from slm_swap.scoring.tracks import TRACKS
 from slm_swap.verdict.comparison import examine, examine_means
 from slm_swap.verdict.decision import clusters_if_identical
-from slm_swap.verdict.evaluations import QUESTIONS, aligned, cluster_labels, read_evaluation, require_same, units
+from slm_swap.verdict.evaluations import QUESTIONS, aligned, cluster_labels, read_evaluation, require_same, tools_of, units
 from slm_swap.verdict.gap import KINDS, REMEDIES, gap
 from slm_swap.verdict.judge import Gate
 from slm_swap.verdict.sentence import points
@@ -515,3 +515,20 @@ def test_other_rows_are_refused_and_named(tmp_path):
 
 
 CALL_OF_ANOTHER = '<tool_call name="book">{}</tool_call>'
+
+
+def test_tools_that_are_called_together_are_one_unit_of_the_question_about_other_tools():
+    def rows(*tools):
+        return [{"id": str(at), "group": None, "tool": tool, "reference": "none"} for at, tool in enumerate(tools)]
+
+    def alike(*tools):
+        by, labels = units(rows(*tools), TRACK, "others")
+        assert by == "tool"
+        return [labels.index(label) for label in labels]
+
+    assert alike("a", "b", "a") == [0, 1, 0]
+    assert alike("a", "b", "a, b", "c") == [0, 0, 0, 3]
+    assert alike("a, b", "b, c", "d", "c") == [0, 0, 2, 0]
+    assert alike("a", None, None, "b") == [0, 1, 1, 3], "rows in which no call is due are no tools of their own"
+    assert units(rows(None, None), TRACK, "others") == ("row", None)
+    assert tools_of(rows("a, b", "b", None), TRACK) == {"a", "b"}
