@@ -15,7 +15,7 @@ from slm_swap.rows.conversations import conversation_text, normalized
 from slm_swap.rows.lines import read_jsonl, text_hash
 from slm_swap.scoring.tracks import TRACKS
 from slm_swap.verdict.decision import EXIT_CODES
-from slm_swap.verdict.evaluations import QUESTIONS, tool_of
+from slm_swap.verdict.evaluations import NO_CALL, QUESTIONS, tool_of
 from slm_swap.verdict.html_report.text import all_visible, visible, word_diff
 
 MADE_BY = "03_compare/compare.py"
@@ -295,6 +295,8 @@ class Rows:
 
     def group(self, row: dict[str, Any]) -> str:
         """The row's group; the tool that its reference calls where tools are what is compared, or no group is given."""
+        if self.by_tool and self.track.name:
+            return tool_of(row, self.track) or NO_CALL
         return (tool_of(row, self.track) if self.by_tool or not row.get("group") else None) or row.get("group") or ""
 
     def side(self, row: dict[str, Any]) -> dict[str, Any]:
