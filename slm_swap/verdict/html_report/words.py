@@ -28,7 +28,7 @@ METRICS = {  # a metric's name, and what it is the share of
 ERROR_KINDS = {  # the kinds of the decision's gap, then the errors of single rows
     "format": "Wrong form",
     "calls": "Call or no call",
-    "unwanted_call": "Call where none is due",
+    "unwanted_call": "Unwanted call",
     "no_call": "No call",
     "missing_call": "Too few calls",
     "extra_call": "Too many calls",
