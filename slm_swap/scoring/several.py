@@ -57,7 +57,7 @@ def score_calls(gold: Calls, text: str, finish_reason: str = "stop", calls: list
         found = _loosely(text) if calls is None else None
         schema, lenient = strict, _matches(gold, _in_order(found))[2] if found else strict
     else:
-        silent = not made and _says_nothing(text)
+        silent = not made and says_nothing(text)
         if not gold.due and not made and tries_to_call(text):
             strict = schema = lenient = _missed(gold, False)
             error = "unwanted_call"
@@ -100,7 +100,7 @@ def _in_order(calls: tuple[Parsed, ...]) -> tuple[Parsed, ...]:
     return calls if len(calls) < 2 else tuple(sorted(calls, key=lambda call: (call.name or "", dump_json(call.value))))
 
 
-def _says_nothing(text: str) -> bool:
+def says_nothing(text: str) -> bool:
     """Whether a reply without calls has no word of an answer: it is empty, or all of it is a thought that does not end."""
     said = text.strip()
     return not said or (said.startswith("<think>") and "</think>" not in said)
