@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slm_swap.common.settings import Settings, display_path
+from slm_swap.rows.prompts import OWN_RUN
 from slm_swap.tracing.outbox import SUFFIX, Outbox
 from slm_swap.tracing.wire import NoLangfuse, Server, as_text
 
@@ -133,7 +134,7 @@ class RunTrace:
         self,
         name: str,
         model: str,
-        messages: "Messages",
+        messages: "Messages | dict[str, Any]",
         reply: "Reply",
         scores: dict[str, float | str] | None = None,
         error: str | None = None,
@@ -157,9 +158,9 @@ class RunTrace:
             facts = {
                 "type": "generation",
                 "input": messages if self._content else _digest(messages),
-                "output": reply.text if self._content else _digest(reply.text),
+                "output": _output(reply) if self._content else _digest(reply.shown),
                 "model.name": model,
-                "metadata": {"finish_reason": reply.finish_reason, "seconds": reply.seconds, "error": error, **(metadata or {})},
+                "metadata": {OWN_RUN: True, "finish_reason": reply.finish_reason, "seconds": reply.seconds, "error": error, **(metadata or {})},
                 "level": "ERROR" if reply.error else "WARNING" if error else "DEFAULT",
                 "status_message": reply.error or error,
                 "usage_details": _usage(reply),
@@ -265,6 +266,14 @@ def outbox_path(report: Path) -> Path:
 
 def _span_id(trace: str, name: str) -> str:
     return hashlib.blake2b(f"{trace}:{name}".encode("utf-8", "replace"), digest_size=8).hexdigest()
+
+
+def _output(reply: "Reply") -> Any:
+    """A reply's text; with calls of its own the message that an API would have given."""
+    if not reply.calls:
+        return reply.text
+    calls = [{"id": f"call_{number}", "type": "function", "function": dict(call)} for number, call in enumerate(reply.calls)]
+    return {"role": "assistant", "content": reply.text or None, "tool_calls": calls}
 
 
 def _digest(value: Any) -> dict[str, Any]:
