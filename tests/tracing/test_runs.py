@@ -723,7 +723,7 @@ def test_batches_and_retries_are_spans_with_the_rows_under_them(server, traced):
 
 def test_a_native_row_is_told_with_its_tools_and_calls_and_known_as_our_own():
     """Without them the trace would show an empty reply, and a pull would take it for production's."""
-    tools = [{"name": "f", "description": "d", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}]
+    tools = [{"name": "f", "description": "d", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": []}}]
     row = {"messages": [{"role": "user", "content": "do it"}], "tools": tools, "calls": []}
     native = parse_example(row, "x")
     reply = Reply("", calls=[{"name": "f", "arguments": '{"a": 1}'}])
