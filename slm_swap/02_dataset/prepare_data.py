@@ -29,6 +29,7 @@ from slm_swap.dataset.row import Dropped, Row
 from slm_swap.dataset.sources import Seen
 from slm_swap.dataset.splits import Sizes
 from slm_swap.dataset.summary import remarks, summary
+from slm_swap.rows.lines import writable
 from slm_swap.rows.schema_parts import unread_patterns
 from slm_swap.scoring.tracks import TRACKS
 
@@ -78,11 +79,11 @@ def main(argv: list[str] | None = None) -> int:
         "args": {name: _shown(value) for name, value in vars(args).items()},
         "code": code_version(),
         "inputs": [_input(path, counts, seen) for path in (*args.dataset_path, *(args.answers or ()))],
-        "unknown_fields": dict(seen.unknown),
+        "unknown_fields": {writable(name): count for name, count in seen.unknown.items()},
         "notes": dict(seen.notes),
     }
     if seen.unknown:
-        named = ", ".join(f"{name} ({count} rows)" for name, count in seen.unknown.most_common(12))
+        named = ", ".join(f"{writable(name)} ({count} rows)" for name, count in seen.unknown.most_common(12))
         warn(f"fields that nothing reads: {named}: a slip in a name loses what stands there")
     sizes = Sizes(args.train_size, args.val_size, args.test_size)
     tracks = (args.track,) if args.track else tuple(TRACKS)

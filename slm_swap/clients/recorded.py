@@ -44,7 +44,8 @@ def read_recorded(line: Any, where: str, decode: Callable[[bytes], Any] = json.l
     if not isinstance(line, dict):
         raise UserError(f"{where}: a line is a JSON object with `prediction` and `id` or `prompt`")
     name = next((name for name in FIELDS if name in line), None)
-    said = _read(line if name is None else line[name], decode)
+    own = name == "reply" and "scores" in line and isinstance(line["reply"], str)  # a rows file has the text as it came, whatever it says
+    said = _Said(line["reply"]) if own else _read(line if name is None else line[name], decode)
     if said is None:
         raise UserError(
             f"{where}: `{name or FIELDS[0]}` must be a text, the model's reply as it came (empty where there was none), or a message, a list "

@@ -17,7 +17,7 @@ from slm_swap.dataset.row import BY_CHOICE, NO_REPLIES, Dropped, Row
 from slm_swap.dataset.select import select
 from slm_swap.dataset.splits import SPLITS, Sizes, split
 from slm_swap.rows.examples import Example
-from slm_swap.rows.lines import dump_json
+from slm_swap.rows.lines import dump_json, writable
 from slm_swap.rows.prompts import structured_prompt, structured_schema, toolcall_completion, toolcall_prompt
 from slm_swap.scoring.tracks import TRACKS
 
@@ -179,7 +179,8 @@ def _shown(dropped: list[Dropped]) -> dict[str, list[dict[str, str]]]:
     shown: dict[str, list] = {}
     for drop in dropped:
         if len(examples := shown.setdefault(drop.reason, [])) < EXAMPLES:
-            examples.append({"id": drop.id, "where": drop.where, "why": drop.why})
+            texts = {"id": drop.id, "where": drop.where, "why": drop.why}
+            examples.append({name: writable(text) for name, text in texts.items()})
     return shown
 
 

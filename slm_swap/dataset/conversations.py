@@ -14,11 +14,12 @@ from typing import Any
 from slm_swap.common.exact_json import EXACT, ExactEncoder, number
 from slm_swap.dataset.checks import check_calls, check_value
 from slm_swap.dataset.keys import Keys, record_keys
-from slm_swap.dataset.messages import Turn, decoded, dumped, json_value
+from slm_swap.dataset.messages import Turn, decoded, dumped, json_value, read_turns
 from slm_swap.dataset.near import FEW_WORDS
 from slm_swap.dataset.row import Dropped, Row, Unusable
 from slm_swap.rows.lines import dump_json, nested_too_deeply, text_hash
 from slm_swap.rows.toolschema import json_schema_of, openai_tool
+from slm_swap.scoring.replies import tries_to_call
 
 FILTERED, TRUNCATED = {"content_filter", "refusal", "safety"}, {"length", "max_tokens", "max_output_tokens"}
 OPTIONS = ("tool_choice", "parallel_tool_calls", "response_format")
@@ -124,6 +125,8 @@ def _row(
     calls = calls_of(turn)
     text = turn.message.get("content") or ""
     wants_json = schema is not None
+    if tools and not calls and not wants_json and tries_to_call(text):
+        calls = _written_calls(text, {tool["name"] for tool in tools})
     if calls or (tools and not wants_json):
         check_calls(calls, tools)
         record["calls"] = calls
@@ -197,6 +200,20 @@ def calls_of(turn: Turn) -> list[dict[str, Any]]:
             raise Unusable("not_json", f"{name}: its arguments are no JSON object: {text[:80]}")
         calls.append({"name": name, "arguments": arguments})
     return calls
+
+
+def _written_calls(text: str, offered: set[str]) -> list[dict[str, Any]]:
+    """The calls of a reply that is their JSON alone: one of `{"name", "arguments"}`, or a list of such.
+
+    Raises:
+        Unusable: it is not. Taken for words, it would say that no call was due.
+    """
+    given = decoded(text.strip())
+    listed = given if isinstance(given, list) else [given]
+    named = [one for one in listed if isinstance(one, dict) and one.get("name") in offered and {"arguments", "parameters"} & one.keys()]
+    if not named or len(named) < len(listed):
+        raise Unusable("other_form", f"a call that stands in the reply's text in a form that is not read: {text[:80]}")
+    return calls_of(read_turns([{"role": "assistant", "tool_calls": named}])[0])
 
 
 def _value(text: str, wants_json: bool) -> Any:

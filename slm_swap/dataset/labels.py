@@ -9,7 +9,8 @@ from slm_swap.common.errors import UserError
 from slm_swap.rows.conversations import call_text, reply_text
 from slm_swap.rows.examples import Example, parse_example
 from slm_swap.rows.json_schema import call_violations, violations
-from slm_swap.scoring.several import answer, answer_json
+from slm_swap.scoring.replies import tries_to_call
+from slm_swap.scoring.several import answer, answer_json, says_nothing
 
 TEACHER = "teacher:"  # in front of the deployment, in a labelled row's `source`: such a row measures agreement, not accuracy
 
@@ -71,7 +72,14 @@ def _vote(track: str, example: Example, replies: list[Reply]) -> Vote:
     gold = {"calls": wanted} if track == "toolcall" else {"object": wanted}
     if gold == {"calls": []}:
         gold["content"] = reply.text
-    return Vote(len(replies), gold, _fault(track, example, wanted))
+    return Vote(len(replies), gold, _fault(track, example, wanted) or (_no_words(reply.text) if not wanted and track == "toolcall" else None))
+
+
+def _no_words(text: str) -> str | None:
+    """Why a reply without calls does not say that none is due; None where it does."""
+    if says_nothing(text):
+        return "it is empty"
+    return "a call stands in its text in a form that is not read" if tries_to_call(text) else None
 
 
 def _fault(track: str, example: Example, wanted: Any) -> str | None:

@@ -123,10 +123,27 @@ class Transcript:
             texts = [one if isinstance(one, str) else dump_json(one) for one in listed] if alike else []
         for at, text in enumerate(texts or [content]):
             call = str(name) if name is not None and at == 0 else self._next_id()
+            self._join_calls(call)
             if call in self.pending:
                 self.pending.remove(call)
             message = {"role": "tool", "tool_call_id": call, "content": text}
             self.turns.append(Turn(message | ({"name": raw["name"]} if isinstance(raw.get("name"), str) else {})))
+
+    def _join_calls(self, call: str) -> None:
+        """Calls on turns of their own are one reply where the first of them has its result only behind the last: nobody had it between."""
+        run: list[Turn] = []
+        for turn in reversed(self.turns):
+            if "tool_calls" not in turn.message or (run and "content" in run[0].message):
+                break
+            run.insert(0, turn)
+        known = [any(one["id"] == call for one in turn.message["tool_calls"]) for turn in run]
+        if len(run) < 2 or not any(known[:-1]):
+            return
+        first, *others = run[known.index(True) :]
+        first.message["tool_calls"] = [one for turn in (first, *others) for one in turn.message["tool_calls"]]
+        first.trained = all(turn.trained for turn in (first, *others))
+        first.finish = others[-1].finish or first.finish
+        del self.turns[-len(others) :]
 
     def _next_id(self) -> str:
         if self.pending:
@@ -158,12 +175,13 @@ class Transcript:
             message["tool_calls"] = made
         refused = raw.get("refusal") or any(isinstance(part, dict) and part.get("type") == "refusal" for part in parts)
         finish = "refusal" if refused else str(raw.get("finish_reason") or raw.get("stop_reason") or "").lower()
+        trained = raw.get("weight", raw.get("loss_weight")) not in (0, False)
         before = self.turns[-1] if self.turns else None
         if made and not text.strip() and before and before.message["role"] == "assistant" and "tool_calls" not in before.message:
             before.message["tool_calls"] = made  # a text and then its calls are one reply
-            before.finish = finish or before.finish
+            before.finish, before.trained = finish or before.finish, before.trained and trained
         else:
-            self.turns.append(Turn(message, raw.get("weight", raw.get("loss_weight")) not in (0, False), finish))
+            self.turns.append(Turn(message, trained, finish))
 
     def _call(self, raw: Any) -> dict[str, Any]:
         """One call of any of the forms, as OpenAI writes it. Its arguments may be no JSON: only where it is a reply does that count."""

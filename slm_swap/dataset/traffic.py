@@ -17,12 +17,10 @@ from slm_swap.dataset.masking import mask
 from slm_swap.dataset.row import REASONS, Dropped, Unusable
 from slm_swap.rows.examples import Example, parse_example
 from slm_swap.rows.lines import dump_json
-from slm_swap.rows.prompts import SYSTEM_PROMPTS, toolcall_completion
+from slm_swap.rows.prompts import CONVERSATION_PROMPTS, OWN_RUN, SYSTEM_PROMPTS, toolcall_completion
 from slm_swap.scoring.tracks import TRACKS
 
 __all__ = ["REASONS", "Taken", "Unusable", "convert"]
-
-EVALUATION = {"slm_swap": "evaluation"}  # in the metadata of this program's own generations
 
 
 @dataclass(frozen=True)
@@ -49,9 +47,11 @@ def convert(generation: dict[str, Any], tracks: Collection[str], regions: Collec
         if item.track not in tracks:
             raise Unusable("other_track", item.track)
         record, masked = _masked(item.record, regions)
+        if _is_own_text(record):
+            raise Unusable("other_form", "an evaluation of this program's own, in text form: its rows are in its dataset")
         in_words = _is_own(record)
         row = _own_row(record) if in_words else record
-        own = in_words or EVALUATION.items() <= conversation.metadata.items()
+        own = in_words or OWN_RUN in conversation.metadata
         parse_example(row, row["id"])
     except (RecursionError, UserError):
         raise Unusable("unusable") from None
@@ -112,6 +112,12 @@ def _text(arguments: Any) -> str:
 def _is_own(record: dict[str, Any]) -> bool:
     """Whether one of this program's own system prompts stood in front: an evaluation, no production traffic."""
     return any(message["role"] == "system" and message["content"] in SYSTEM_PROMPTS.values() for message in record["messages"])
+
+
+def _is_own_text(record: dict[str, Any]) -> bool:
+    """Whether a conversation was asked in text form: what was on offer stands in a message, and no tools beside it."""
+    texts = [message["content"] for message in record["messages"] if message["role"] == "system"]
+    return any(text.startswith(tuple(CONVERSATION_PROMPTS.values())) for text in texts)
 
 
 def _own_row(record: dict[str, Any]) -> dict[str, Any]:

@@ -53,16 +53,17 @@ class Labelling:
         for sample in range(self.samples):
             client = make(sample)
             with closing(client):
-                self._count(client, journal, sample)
+                if not sample:
+                    self._count(client, journal)
                 complete &= self._sample(client, journal, sample, outage, on_reply)
                 self.model = client.describe()
         return complete
 
-    def _count(self, client: Client, journal: Journal, sample: int) -> None:
-        """Count what the samples of earlier sessions cost."""
-        for row, request in enumerate(self.requests):
-            if (index := sample * len(self.requests) + row) in journal:
-                self._pay(client, request, read_reply(json.loads(journal.line(index))))
+    def _count(self, client: Client, journal: Journal) -> None:
+        """Count what all samples of earlier sessions cost, before anything is asked."""
+        for index in range(self.samples * len(self.requests)):
+            if index in journal:
+                self._pay(client, self.requests[index % len(self.requests)], read_reply(json.loads(journal.line(index))))
 
     def _pay(self, client: Client, request: Request, reply: Reply) -> None:
         cost = client.cost(*reply.counts, reply.seconds) if reply.counts else None

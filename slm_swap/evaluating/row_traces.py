@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from slm_swap.clients.chat_requests import request_body
 from slm_swap.clients.protocol import Client
-from slm_swap.dataset.traffic import EVALUATION
 from slm_swap.evaluating.row import Row
-from slm_swap.rows.prompts import request_of
+from slm_swap.rows.prompts import Request, request_of
 from slm_swap.scoring.tracks import TRACKS
 
 if TYPE_CHECKING:
@@ -28,13 +27,11 @@ def trace_rows(
     told = client.describe()
     for row in rows:
         reply, ended = row.reply, time.time_ns()
-        request = request_of(track_name, row.example)
         counts = reply.counts if client.kind == "azure" else None
         trace.generation(
             name=row.example.id,
             model=model_name(told),
-            asked=request.messages if not request.native else request_body(request),
-            metadata=EVALUATION,
+            asked=_as_told(request_of(track_name, row.example)),
             reply=reply,
             scores=TRACKS[track_name].row_metrics(row.scored.strict) | {"error": row.scored.error or "none"},
             error=row.scored.error,
@@ -46,6 +43,12 @@ def trace_rows(
         for begun, seconds, status in reply.retries:
             start = ended - int((reply.seconds - begun) * 1e9)
             trace.span("retry", start, start + int(seconds * 1e9), {"status": status}, parent=trace.row_id(row.example.id), level="WARNING")
+
+
+def _as_told(request: Request) -> Any:
+    """What a row was asked: the messages, natively with what was sent besides, as an API's request has it."""
+    body = request_body(request)
+    return request.messages if body.keys() == {"messages"} else body
 
 
 class RowTracer:

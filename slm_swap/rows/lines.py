@@ -86,3 +86,8 @@ def read_lines(path: str | Path) -> Iterator[tuple[str, int, Any]]:
                 start += len(line)
     except OSError as error:
         raise UserError(f"cannot read {shown} ({error.strerror}): check the path") from None
+
+
+def writable(text: str) -> str:
+    """The text with an escape for each half of a surrogate pair, which no file and no console can hold."""
+    return text.encode("utf-8", "backslashreplace").decode()

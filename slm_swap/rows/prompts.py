@@ -13,6 +13,7 @@ from slm_swap.rows.examples import Example
 from slm_swap.rows.lines import dump_json
 
 ASKS = ("text", "native")
+OWN_RUN = "slm_swap_run"  # in a generation's metadata: this program's own, no production traffic
 Messages = list[dict[str, Any]]
 
 SYSTEM_PROMPTS = {

@@ -14,8 +14,8 @@ A miss has the first of these errors that holds:
 - `bad_json`: a `{` stands in the text, but no whole JSON object (syntax, a duplicate key, NaN, nested too deeply, cut off).
 - `extra_text`: a whole reply stands in the text, and so does something else: prose, a code fence, a second object or call.
 - `wrong_shape`: JSON, but no whole reply: not an object, or no wrapper or another one around it.
-- `unwanted_call`: a call where none is due; `no_call`: none where one is due; `missing_call`, `extra_call`: fewer or more than are
-  due. (Where a row is `{prompt, completion}`, exactly one call is due; plain text is `no_json` then, and a second call `extra_text`.)
+- `unwanted_call`: a call where none is due, in the text in whatever form; `no_call`: none where one is due; `missing_call`,
+  `extra_call`: fewer or more than are due. (Where a row is `{prompt, completion}`, exactly one call is due; plain text is `no_json` then, and a second call `extra_text`.)
 - `wrong_tool`, then the differences between the two objects: `missing_argument` and `extra_argument` (keys, at any depth),
   `wrong_type` (another JSON type) and `wrong_value` (also a list of another length).
 """

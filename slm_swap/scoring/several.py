@@ -14,7 +14,7 @@ from slm_swap.common.exact_json import EXACT
 from slm_swap.rows.lines import dump_json
 from slm_swap.scoring.json_values import leaves, objects_in, parse_json, size
 from slm_swap.scoring.metrics import ERRORS, UNSCORED, Match, Reference, Scored, compared
-from slm_swap.scoring.replies import InvalidReply, Parsed, native_calls, parse_calls
+from slm_swap.scoring.replies import InvalidReply, Parsed, native_calls, parse_calls, tries_to_call
 
 TOOLS_BETWEEN = ", "  # the names of tools that one row calls
 NOTHING_DUE = 1  # leaf: that no call is due
@@ -43,6 +43,7 @@ class Calls:
 def score_calls(gold: Calls, text: str, finish_reason: str = "stop", calls: list[dict[str, str]] | None = None) -> Scored:
     """Score one reply; `calls` are a native reply's, else they stand in `text`.
 
+    Where no call is due, a text that holds one in a form that is not read is as wrong as a call: it is no answer in words.
     A filtered, refused or failed reply scores 0, and so does one without a call that the limit cut before a word of the answer. A
     longer one that was cut counts as it stands: the model had decided to talk.
     """
@@ -50,14 +51,17 @@ def score_calls(gold: Calls, text: str, finish_reason: str = "stop", calls: list
         missed = _missed(gold, False)
         return Scored(missed, missed, missed, UNSCORED[finish_reason])
     try:
-        made = parse_calls(text) if calls is None else native_calls(calls)
+        made = _in_order(parse_calls(text) if calls is None else native_calls(calls))
     except InvalidReply as invalid:  # it tried to call
         strict, error = _missed(gold, gold.due), invalid.error
         found = _loosely(text) if calls is None else None
-        schema, lenient = strict, _matches(gold, found)[2] if found else strict
+        schema, lenient = strict, _matches(gold, _in_order(found))[2] if found else strict
     else:
-        silent = not made and _says_nothing(text)
-        if silent or (gold.due and not made):
+        silent = not made and says_nothing(text)
+        if not gold.due and not made and tries_to_call(text):
+            strict = schema = lenient = _missed(gold, False)
+            error = "unwanted_call"
+        elif silent or (gold.due and not made):
             strict = schema = lenient = _missed(gold, False)
             error = "no_json" if silent else "wrong_shape" if objects_in(text) else "no_call"
         else:
@@ -91,7 +95,12 @@ def answer_json(track: str, text: str, calls: list[dict[str, str]] | None = None
     return [{"name": call.name, "arguments": json.loads(dump_json(call.value), **EXACT)} for call in made]
 
 
-def _says_nothing(text: str) -> bool:
+def _in_order(calls: tuple[Parsed, ...]) -> tuple[Parsed, ...]:
+    """Calls in an order of their own, so that no score depends on the one in which they were made."""
+    return calls if len(calls) < 2 else tuple(sorted(calls, key=lambda call: (call.name or "", dump_json(call.value))))
+
+
+def says_nothing(text: str) -> bool:
     """Whether a reply without calls has no word of an answer: it is empty, or all of it is a thought that does not end."""
     said = text.strip()
     return not said or (said.startswith("<think>") and "</think>" not in said)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slm_swap.common.settings import Settings, display_path
+from slm_swap.rows.prompts import OWN_RUN
 from slm_swap.tracing.outbox import SUFFIX, Outbox
 from slm_swap.tracing.wire import NoLangfuse, Server, as_text
 
@@ -160,7 +161,7 @@ class RunTrace:
                 "input": asked if self._content else _digest(asked),
                 "output": _answer(reply) if self._content else _digest(_answer(reply)),
                 "model.name": model,
-                "metadata": {"finish_reason": reply.finish_reason, "seconds": reply.seconds, "error": error, **(metadata or {})},
+                "metadata": {OWN_RUN: True, "finish_reason": reply.finish_reason, "seconds": reply.seconds, "error": error, **(metadata or {})},
                 "level": "ERROR" if reply.error else "WARNING" if error else "DEFAULT",
                 "status_message": reply.error or error,
                 "usage_details": _usage(reply),
@@ -269,11 +270,11 @@ def _span_id(trace: str, name: str) -> str:
 
 
 def _answer(reply: "Reply") -> Any:
-    """A reply as Langfuse shows it: its text, or natively a message with its tool calls."""
-    if reply.calls is None:
+    """A reply's text; with calls of its own the message that an API would have given."""
+    if not reply.calls:
         return reply.text
     calls = [{"id": f"call_{at}", "type": "function", "function": call} for at, call in enumerate(reply.calls)]
-    return {"role": "assistant", "content": reply.text or None} | ({"tool_calls": calls} if calls else {})
+    return {"role": "assistant", "content": reply.text or None, "tool_calls": calls}
 
 
 def _digest(value: Any) -> dict[str, Any]:

@@ -145,3 +145,9 @@ def test_an_evaluation_warns_of_empty_replies(run_script, eval_script, write_row
     words = ["--track", "structured", "--model-kind", "replay", "--dataset", write_rows("rows.jsonl", rows), "--replies", replies]
     code, _, said = run_script(eval_script, *words, "--out", tmp_path / "out.json")
     assert code == 0 and "warning: 1 of 3 recorded replies are empty: was the recording complete?" in said
+
+
+@pytest.mark.parametrize("text", ['{"tool_calls": [{"name": "f", "arguments": "{}"}]}', '{"role": "assistant", "content": "hi"}', "a\n", ""])
+def test_a_rows_file_gives_back_the_text_that_came(text):
+    """A model that wrote what looks like an API's reply was not right, and is not by being replayed."""
+    assert read_recorded({"id": "1", "reply": text, "calls": None, "scores": {"valid_call": 0.0}}, "w") == Reply(text)

@@ -181,6 +181,42 @@ def test_results_without_ids_answer_the_calls_in_order(tmp_path):
         assert [(a["tool_call_id"], a["content"]) for a in answers] == [(c["id"], t) for c, t in zip(calls["tool_calls"], ("rain", "sun"), strict=True)]
 
 
+@pytest.mark.parametrize("ids", [True, False])
+def test_calls_on_turns_of_their_own_are_one_reply_where_the_results_follow_them_all(tmp_path, ids):
+    """As ShareGPT and some loggers write parallel calls: the first call alone would be half of the reply."""
+    calls = [called(json.dumps({"city": city})) for city in ("Oslo", "Bergen")]
+    for number, call in enumerate(calls):
+        call["tool_calls"][0]["id"] = f"c{number}"
+    results = [{"role": "tool", "content": text} | ({"tool_call_id": f"c{at}"} if ids else {}) for at, text in enumerate(("rain", "sun"))]
+    first, last = rows_of(tmp_path, {"messages": [USER, *calls, *results, {"role": "assistant", "content": "Both."}], "tools": [TOOL]})
+    assert [call["arguments"]["city"] for call in first.record["calls"]] == ["Oslo", "Bergen"]
+    assert [message["role"] for message in last.record["messages"]] == ["user", "assistant", "tool", "tool"]
+    # a call that hangs on the result of the one before stays a reply of its own
+    first, second = rows_of(tmp_path, {"messages": [USER, calls[0], results[0], calls[1], results[1]], "tools": [TOOL]})
+    assert len(first.record["calls"]) == len(second.record["calls"]) == 1
+
+
+def test_a_turn_of_two_messages_is_trained_on_where_both_are(tmp_path):
+    text, call = {"role": "assistant", "content": "Let me see."}, called("{}")
+    [dropped] = rows_of(tmp_path, {"messages": [USER, text, call | {"weight": 0}], "tools": [TOOL]})
+    assert dropped.reason == "not_trained"
+
+
+CALL_JSON = '{"name": "weather", "arguments": {"city": "Oslo"}}'
+
+
+@pytest.mark.parametrize("said", [CALL_JSON, f"[{CALL_JSON}]"])
+def test_calls_that_are_the_json_of_a_text_are_calls(tmp_path, said):
+    [row] = rows_of(tmp_path, {"messages": [USER, {"role": "assistant", "content": said}], "tools": [TOOL]})
+    assert row.record["calls"] == [{"name": "weather", "arguments": {"city": "Oslo"}}]
+
+
+@pytest.mark.parametrize("said", [f"I call {CALL_JSON}", f"<functioncall> {CALL_JSON}", f"[TOOL_CALLS][{CALL_JSON}]", 'weather(city="Oslo")'])
+def test_a_call_in_an_unknown_form_does_not_say_that_none_is_due(tmp_path, said):
+    [dropped] = rows_of(tmp_path, {"messages": [USER, {"role": "assistant", "content": said}], "tools": [TOOL]})
+    assert dropped.reason == "other_form"
+
+
 @pytest.mark.parametrize(
     ("reason", "row"),
     [

@@ -5,9 +5,16 @@ from dataclasses import replace
 
 import pytest
 
+from slm_swap.clients.protocol import Reply
 from slm_swap.common.reports import read_json
+from slm_swap.dataset.labels import labelled, unlabelled, votes_of
+from slm_swap.evaluating.journal import Journal
+from slm_swap.evaluating.labelling import Labelling
+from slm_swap.evaluating.outage import Outage
+from slm_swap.evaluating.row import score_row
 from slm_swap.rows.examples import Example, parse_example
 from slm_swap.rows.lines import read_jsonl
+from slm_swap.scoring.tracks import TRACKS
 from tests.support.scripted import DOWN, Scripted, plain
 from tests.support.scripts import load_script
 
@@ -162,3 +169,43 @@ def test_a_report_on_such_rows_says_agreement(run_script, eval_script, label, se
     )
     assert code == 0 and printed.startswith("agreement, not accuracy: 12 of 12 references are replies of simulator"), error
     assert json.loads(out.read_text())["references_by_teacher"] == {"simulator": 12}
+
+
+@pytest.mark.parametrize(
+    "text", ["", " \n", '{"name": "order_status", "arguments": {"order": 1}}', '<tool_call>\n{"name": "order_status"}\n</tool_call>', "<think>Hm"]
+)
+def test_neither_silence_nor_an_unread_call_says_that_no_call_is_due(text):
+    example = unlabelled(row(1), "toolcall", "rows.jsonl:1")
+    votes = votes_of("toolcall", example, [Reply(text, calls=[])] * 3)
+    assert votes[0].count == 3 and votes[0].fault and labelled(row(1), "toolcall", example, votes, 3, "t") is None
+    votes = votes_of("toolcall", example, [Reply("Which order?", calls=[])] * 3)
+    assert labelled(row(1), "toolcall", example, votes, 3, "t")["calls"] == []
+
+
+def test_what_later_samples_cost_counts_before_the_first_is_asked(tmp_path):
+    """A hole in the first sample is filled within what the others have left of the budget."""
+    examples = [unlabelled(row(number), "toolcall", "rows.jsonl") for number in (1, 2)]
+    asked = []
+
+    class Client:
+        def cost(self, *counts):
+            return 1.0
+
+        def stream(self, rows, answered=()):
+            for at, _ in rows:
+                asked.append(at)
+                yield at, Reply("ok", "stop", 1, 1, 0, calls=[])
+
+        def describe(self):
+            return {}
+
+        def close(self): ...
+
+    with Journal(tmp_path / "labels.rows.jsonl.part") as journal:
+        journal.begin({"run": 1}, 4)
+        for index in (1, 2, 3):
+            reply = Reply("ok", "stop", 1, 1, 0, calls=[])
+            journal.add(index, score_row(TRACKS["toolcall"], examples[index % 2], reply).line(TRACKS["toolcall"]), reply, 0.0)
+        labelling = Labelling("toolcall", examples, 2, 8, 3.5)
+        assert not labelling.ask(lambda sample: Client(), journal, Outage(), lambda: None)
+        assert asked == [] and labelling.spent == 3.0

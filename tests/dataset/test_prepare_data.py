@@ -239,6 +239,16 @@ def test_chat_end_to_end(tmp_path, capsys):
     assert report["near_duplicates"]["largest"] == 3, "a preamble and short last words join no conversations"
 
 
+def test_half_of_a_surrogate_pair_in_a_dropped_row_ends_no_import(tmp_path, capsys):
+    rows, _ = chat_rows(20)
+    rows[0]["messages"][1]["content"] = rows[0]["\ud800"] = rows[1]["id"] = "cut \ud83d"
+    rows[2]["messages"][2]["tool_calls"][0]["function"]["arguments"] = '{"item": "\ud83d'
+    source = write(tmp_path / "rows.jsonl", rows)
+    assert prepare("--source", "chat", "--dataset-path", source, "--out-dir", tmp_path / "out") == 0
+    capsys.readouterr().out.encode()
+    assert report_of(tmp_path / "out")["counts"]["dropped"] == {"unusable": 8, "not_json": 1}
+
+
 def test_chat_of_one_track_and_by_time(tmp_path):
     rows, extraction = chat_rows(40)
     source = write(tmp_path / "rows.jsonl", [*rows, *extraction])

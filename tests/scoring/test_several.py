@@ -234,3 +234,37 @@ def test_scores_are_shares_and_exact_means_equal(gold, reply):
         assert match.exact <= match.name and match.exact == (match.exact and match.f1 == 1)
     key = lambda calls: sorted(json.dumps(call, sort_keys=True) for call in calls)  # noqa: E731
     assert scored.strict.exact == (key(gold) == key(reply)) == (scored.error is None)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        '{"name": "f", "arguments": {"a": 1}}',
+        '```json\n{"name": "f", "parameters": {}}\n```',
+        '{"type": "function", "function": {"name": "f", "arguments": "{}"}}',
+        '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>',
+        '[TOOL_CALLS][{"name": "f", "arguments": {"a": 1}}]',
+        'functools[{"name": "f", "arguments": {"a": 1}}]',
+        '<|tool_call|>[{"name": "f", "arguments": {"a": 1}}]<|/tool_call|>',
+        '<function=f>{"a": 1}</function>',
+        "[f(a=1)]",
+        '{"name": "f", "arguments": {"a": ',
+    ],
+)
+def test_a_call_in_another_form_is_no_answer_where_none_is_due(written):
+    """A server that reads no calls leaves them in the text: on such rows it would be right every time."""
+    for calls in (None, []):
+        scored = TOOLCALL.score(due(), written, "stop", calls)
+        assert scored.error and not (scored.strict.exact or scored.lenient.exact or scored.strict.decided)
+        assert not TOOLCALL.score(due(F1), written, "stop", calls).strict.exact
+
+
+@pytest.mark.parametrize("said", ["Your name and the arguments are noted (a=1).", '{"name": "Ana"}', "The function f(x) = 2x grows.", "[]", "Ok."])
+def test_words_are_no_call(said):
+    assert both(due(), said=said).error is None
+
+
+def test_no_number_depends_on_the_order_of_calls():
+    gold = due(("f", {}), ("f", {"b": True, "c": [1]}), ("f", {}))
+    one, two = ("f", {"c": None}), ("f", {})
+    assert both(gold, one, two) == both(gold, two, one)

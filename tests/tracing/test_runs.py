@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,14 +18,15 @@ import pytest
 from slm_swap.clients.protocol import Reply
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import ROOT, Settings
-from slm_swap.dataset.traffic import convert
+from slm_swap.dataset.traffic import Unusable, convert
 from slm_swap.evaluating.row import score_row
-from slm_swap.evaluating.row_traces import trace_rows
+from slm_swap.evaluating.row_traces import _as_told, trace_rows
 from slm_swap.rows.examples import parse_example
+from slm_swap.rows.prompts import OWN_RUN, request_of
 from slm_swap.scoring.tracks import TRACKS
 from slm_swap.tracing import outbox, runs, wire
 from slm_swap.tracing.outbox import parse
-from slm_swap.tracing.runs import Tracing, connect, outbox_path, trace_run
+from slm_swap.tracing.runs import Tracing, _answer, connect, outbox_path, trace_run
 from tests.support.langfuse_server import LangfuseServer, scores_of, spans_of
 from tests.support.processes import PATIENCE, wait_until
 from tests.support.scripts import load_script
@@ -163,7 +165,7 @@ def test_a_native_row_carries_its_tools_and_calls_and_is_known_as_this_programs_
     asked, answer = span.json("input"), span.json("output")
     assert asked["messages"] == example.messages and asked["tools"] == [{"type": "function", "function": tools[0]}]
     assert answer["tool_calls"][0]["function"] == reply.calls[0] and answer["content"] is None
-    generation = {"id": "r", "traceId": "t", "input": asked, "output": answer, "metadata": {"slm_swap": span.json("metadata.slm_swap")}}
+    generation = {"id": "r", "traceId": "t", "input": asked, "output": answer, "metadata": {OWN_RUN: span.json(f"metadata.{OWN_RUN}")}}
     taken = convert(generation, ("toolcall",), None)
     assert taken.own and taken.row["calls"] == [{"name": "book", "arguments": {"day": "Monday"}}] and taken.row["tools"] == tools
     assert not convert(generation | {"metadata": {}}, ("toolcall",), None).own
@@ -737,3 +739,19 @@ def test_batches_and_retries_are_spans_with_the_rows_under_them(server, traced):
     assert spans["row"].parent == spans["batch 1"].id and spans["retry"].parent == spans["row"].id
     assert (spans["batch 1"].kind, spans["batch 1"].start, spans["batch 1"].end) == ("span", 10**18, 10**18 + 5)
     assert spans["retry"].attributes["langfuse.observation.level"] == "WARNING" and spans["retry"].json("metadata.status") == 429
+
+
+def test_a_native_row_is_told_with_its_tools_and_calls_and_known_as_our_own():
+    """Without them the trace would show an empty reply, and a pull would take it for production's."""
+    tools = [{"name": "f", "description": "d", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": []}}]
+    row = {"messages": [{"role": "user", "content": "do it"}], "tools": tools, "calls": []}
+    native = parse_example(row, "x")
+    reply = Reply("", calls=[{"name": "f", "arguments": '{"a": 1}'}])
+    told = {"id": "g", "traceId": "t", "type": "GENERATION", "startTime": "2026-01-01T00:00:00Z", "metadata": {OWN_RUN: True}}
+    told |= {"input": _as_told(request_of("toolcall", native)), "output": _answer(reply)}
+    taken = convert(json.loads(json.dumps(told)), ("toolcall",), None)
+    assert taken.own and taken.row["tools"] == tools and taken.row["calls"] == [{"name": "f", "arguments": {"a": 1}}]
+    text = _as_told(request_of("toolcall", replace(native, ask="text")))
+    with pytest.raises(Unusable, match="other_form"):
+        convert(told | {"input": text, "output": '<tool_call name="f">{"a": 1}</tool_call>'}, ("toolcall",), None)
+    assert _answer(Reply("Hello", calls=[])) == "Hello"
