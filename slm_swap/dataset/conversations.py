@@ -142,6 +142,7 @@ def _row(
         raise Unusable("unusable", "null, or nested too deeply")
     record |= {"options": options} if options else {}
     record |= {"group": conversation.group} if conversation.group else {}
+    record |= {"time": conversation.time} if conversation.time else {}
     record["source"] = conversation.source or short(conversation.where)
     track = "toolcall" if "calls" in record else "structured"
     return Row(

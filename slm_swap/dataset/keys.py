@@ -6,7 +6,7 @@ from typing import Any
 from slm_swap.rows.lines import dump_json, text_hash
 
 # what stands beside a reply in a row and is neither asked nor wanted
-_BESIDE = frozenset(("id", "group", "source", "request", "content", "calls", "object", "completion", "accept", "messages", "tools"))
+_BESIDE = frozenset(("id", "group", "source", "time", "request", "content", "calls", "object", "completion", "accept", "messages", "tools"))
 _KEPT = 4096
 
 Keys = tuple[str, str]

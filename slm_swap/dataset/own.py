@@ -20,7 +20,7 @@ from slm_swap.scoring.tracks import TRACKS
 
 FIELDS = ("id", "tools", "schema", "accept", "group", "source", "request")
 ADVICE = "write the row as `messages`, `tools` and `calls`"
-_TIMES = ("created_at", "startTime", "timestamp")
+_TIMES = ("time", "created_at", "startTime", "timestamp")
 
 
 def jsonl(paths: Iterable[Path], track: str | None, seen: Seen | None = None) -> Iterator[Row | Dropped]:

@@ -24,7 +24,7 @@ from slm_swap.rows.toolschema import kept_tool
 
 OPTIONAL_FIELDS = {
     "id": str, "tools": list, "schema": dict, "accept": (dict, list), "group": str, "source": str, "request": str,
-    "content": str, "options": dict,
+    "content": str, "options": dict, "time": str,
 }  # fmt: skip
 FIELDS = {"prompt", "completion", "messages", "calls", "object", *OPTIONAL_FIELDS}
 
@@ -42,7 +42,7 @@ class Example:
     `tools` are `{"name", "description", "parameters": JSON Schema}`; `schema` is the wanted value's JSON Schema; `accept` maps an
     argument to its acceptable values (`""`: may be left out), for several calls a list of such maps; `content` is what production
     said where no call is due, for training alone; `options` is what production sent besides (tool_choice, parallel_tool_calls,
-    response_format). `group` is the one thing that rows come from which are not independent (conversation, session, document), never
+    response_format), `time` when it was answered. `group` is the one thing that rows come from which are not independent (conversation, session, document), never
     the tool; `request` is the part of the prompt that is this row's own. `ask` is how this run asks the row
     (see `prompts.request_of`), `where` is "file:line", for messages only; neither is a part of the row.
     """
@@ -61,6 +61,7 @@ class Example:
     value: Any = None
     content: str | None = None
     options: dict[str, Any] | None = None
+    time: str | None = None
     ask: str | None = field(default=None, compare=False)
     where: str = field(default="", compare=False)
 
