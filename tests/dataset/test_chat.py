@@ -202,6 +202,22 @@ def test_a_turn_of_two_messages_is_trained_on_where_both_are(tmp_path):
     assert dropped.reason == "not_trained"
 
 
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ({"type": "any"}, "required"),
+        ({"type": "auto", "disable_parallel_tool_use": True}, "auto"),
+        ({"type": "tool", "name": "weather"}, {"type": "function", "function": {"name": "weather"}}),
+        ({"type": "function", "name": "weather"}, {"type": "function", "function": {"name": "weather"}}),
+        ({"type": "function", "function": {"name": "weather"}}, {"type": "function", "function": {"name": "weather"}}),
+        ("required", "required"),
+    ],
+)
+def test_a_choice_of_tools_is_kept_in_the_form_in_which_it_is_sent(tmp_path, given, kept):
+    [row] = rows_of(tmp_path, {"messages": [USER, called("{}")], "tools": [TOOL], "tool_choice": given})
+    assert row.record["options"]["tool_choice"] == kept
+
+
 CALL_JSON = '{"name": "weather", "arguments": {"city": "Oslo"}}'
 
 
