@@ -1,5 +1,6 @@
 """The forms in which teams keep conversations: each file of tests/data gives the very rows that its conversations have."""
 
+import csv
 import gzip
 import importlib.util
 import json
@@ -316,3 +317,13 @@ def test_no_fault_in_a_row_ends_an_import(tmp_path, seed):
             assert parse_example(item.record, item.where)
         else:
             assert item.reason in REASONS
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_line_ends_inside_a_cell_stay(tmp_path, encoding):
+    path = tmp_path / "rows.csv"
+    with open(path, "w", encoding=encoding, newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerows([["instruction", "output"], ["first\r\nsecond\rthird\nfourth", '{"a": 1}']])
+    [row] = read(path)[0]
+    assert row.record["messages"][0]["content"] == "first\r\nsecond\rthird\nfourth"
