@@ -85,10 +85,20 @@ def _hash(conversation: Conversation) -> str:
 def _shared(conversation: Conversation) -> tuple[list[dict] | None, dict | None, dict]:
     """(tools, the wanted schema, options) of all of a conversation's replies."""
     options = {name: decoded(conversation.asked[name]) for name in OPTIONS if conversation.asked.get(name) is not None}
+    if "tool_choice" in options:
+        options["tool_choice"] = _tool_choice(options["tool_choice"])
     schema, asked = wanted_schema(conversation.asked)
     if asked is not None:
         options["response_format"] = asked
     return tools_of(conversation.asked, conversation.offered), schema, options
+
+
+def _tool_choice(given: Any) -> Any:
+    """A choice of tools in the chat API's form, also where Anthropic's or the Responses API's was sent."""
+    kind = given.get("type") if isinstance(given, dict) else None
+    if kind in ("tool", "function") and isinstance(given.get("name"), str):
+        return {"type": "function", "function": {"name": given["name"]}}
+    return {"auto": "auto", "any": "required", "none": "none"}.get(kind, given) if isinstance(kind, str) else given
 
 
 def _texts(messages: list[dict]) -> list[str] | None:

@@ -72,7 +72,7 @@ def _rows(stream: IO[bytes], path: Path, shown: str) -> Iterator[tuple[str, Any]
     stream.seek(0)
     if head == b"PAR1" or kind == ".parquet":
         return _numbered(_parquet(stream, shown), shown)
-    text = io.TextIOWrapper(stream, "utf-16") if head[:2] in (b"\xff\xfe", b"\xfe\xff") else None
+    text = io.TextIOWrapper(stream, "utf-16", newline="") if head[:2] in (b"\xff\xfe", b"\xfe\xff") else None
     if kind == ".csv":
         return _numbered(_csv(text or io.TextIOWrapper(stream, "utf-8-sig", newline="")), shown)
     lines = (line.encode("utf-8", "surrogatepass") for line in text) if text else stream

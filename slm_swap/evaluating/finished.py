@@ -113,7 +113,8 @@ class Finished:
         """
         path = rows_path(self.out)
         try:
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+            # not splitlines(): a reply may hold a line separator of Unicode's, which JSON leaves as it is
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] if path.is_file() else []
         except (OSError, ValueError, RecursionError):
             rows = []
         if len(rows) != self.report["counts"]["rows"]:

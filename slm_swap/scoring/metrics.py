@@ -166,14 +166,15 @@ def score(
         missed = _missed(reference)
         return Scored(missed, missed, missed, UNSCORED[finish_reason])
     gold = reference.parsed
+    written = calls is None or (gold.name is None and not calls)  # a JSON value stands in the text in either form
     try:
-        if calls is None or (gold.name is None and not calls):
+        if written:
             parsed = gold if text == reference.text else parse(text, like=gold.value)
         else:
             parsed = _one_call(parse, gold, text, calls)
     except InvalidReply as invalid:
         strict, error = _missed(reference), invalid.error
-        parsed = _leniently(parse, text, gold) if calls is None else None
+        parsed = _leniently(parse, text, gold) if written else None
         schema, lenient = strict, _loose_matches(parsed, reference)[1] if parsed else strict
     else:
         strict, schema, lenient, error = compared(parsed, reference)

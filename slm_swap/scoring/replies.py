@@ -28,7 +28,7 @@ _ANY_OPEN = re.compile(r"<tool_call\b", re.IGNORECASE)
 _LOOSE_CLOSE = re.compile(r"\s*</tool_call\s*>", re.IGNORECASE)
 # How models write calls where nobody reads them as such: chat formats' own marks, Python's form alone in a text, and JSON.
 _CALL_MARKS = re.compile(
-    r"<\|?/?tool_calls?\b|<functioncall>|<\|tool_calls|<｜tool▁calls?|<function[=_ ]|functools\s*\[|\[TOOL_CALLS\]|<\|python_tag\|>|<invoke\b|\bto=functions\.",
+    r"<\|?/?tool_calls?\b|<functioncall>|<\|tool_calls|<｜tool▁calls?|<function=|<function_calls?>|functools\s*\[|\[TOOL_CALLS\]|<\|python_tag\|>|<invoke\b|\bto=functions\.",
     re.IGNORECASE,
 )
 _PYTHON_CALL = re.compile(r"\A\s*\[?\s*[A-Za-z_][\w.]*\(\s*(?:[A-Za-z_]\w*\s*=[^=].*)?\)\s*\]?\s*\Z", re.DOTALL)

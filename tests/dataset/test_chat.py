@@ -1,5 +1,6 @@
 """The forms in which teams keep conversations: each file of tests/data gives the very rows that its conversations have."""
 
+import csv
 import gzip
 import importlib.util
 import json
@@ -202,6 +203,22 @@ def test_a_turn_of_two_messages_is_trained_on_where_both_are(tmp_path):
     assert dropped.reason == "not_trained"
 
 
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ({"type": "any"}, "required"),
+        ({"type": "auto", "disable_parallel_tool_use": True}, "auto"),
+        ({"type": "tool", "name": "weather"}, {"type": "function", "function": {"name": "weather"}}),
+        ({"type": "function", "name": "weather"}, {"type": "function", "function": {"name": "weather"}}),
+        ({"type": "function", "function": {"name": "weather"}}, {"type": "function", "function": {"name": "weather"}}),
+        ("required", "required"),
+    ],
+)
+def test_a_choice_of_tools_is_kept_in_the_form_in_which_it_is_sent(tmp_path, given, kept):
+    [row] = rows_of(tmp_path, {"messages": [USER, called("{}")], "tools": [TOOL], "tool_choice": given})
+    assert row.record["options"]["tool_choice"] == kept
+
+
 CALL_JSON = '{"name": "weather", "arguments": {"city": "Oslo"}}'
 
 
@@ -300,3 +317,13 @@ def test_no_fault_in_a_row_ends_an_import(tmp_path, seed):
             assert parse_example(item.record, item.where)
         else:
             assert item.reason in REASONS
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_line_ends_inside_a_cell_stay(tmp_path, encoding):
+    path = tmp_path / "rows.csv"
+    with open(path, "w", encoding=encoding, newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerows([["instruction", "output"], ["first\r\nsecond\rthird\nfourth", '{"a": 1}']])
+    [row] = read(path)[0]
+    assert row.record["messages"][0]["content"] == "first\r\nsecond\rthird\nfourth"

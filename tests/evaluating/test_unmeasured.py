@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slm_swap.clients.protocol import Reply
-from slm_swap.evaluating.finished import again_command
+from slm_swap.common.reports import rows_path, write_json, write_jsonl
+from slm_swap.evaluating.finished import Finished, again_command
 from slm_swap.evaluating.journal import Journal, journal_path
 from slm_swap.evaluating.row import cut_of, score_row
 from slm_swap.rows.examples import Example
@@ -300,3 +301,11 @@ def test_plain_answers_are_all_measured(hosted):
     hosted.server.script = plain
     code, printed, error = hosted.run()
     assert (code, error) == (0, "") and hosted.report()["tokens"]["rows"] == 24 and "not measured" not in printed
+
+
+def test_a_reply_with_a_line_separator_of_unicodes_is_one_line(tmp_path):
+    report = tmp_path / "report.json"
+    write_json(report, {"stage": "eval", "counts": {"rows": 2}})
+    lines = [{"id": "1", "reply": "one\u2028two\u0085three"}, {"id": "2", "reply": "\r\n\x0c"}]
+    write_jsonl(rows_path(report), lines)
+    assert Finished(report).lines() == lines

@@ -268,3 +268,10 @@ def test_no_number_depends_on_the_order_of_calls():
     gold = due(("f", {}), ("f", {"b": True, "c": [1]}), ("f", {}))
     one, two = ("f", {"c": None}), ("f", {})
     assert both(gold, one, two) == both(gold, two, one)
+
+
+@pytest.mark.parametrize("said", ['```json\n{"a": 1}\n```', 'Here: {"a": 1}', '{"a": "1"}', '{"a": 2}', "no"])
+def test_a_json_value_scores_alike_in_both_forms(said):
+    row = {"messages": [{"role": "user", "content": "do"}], "object": {"a": 1}, "schema": NUMBER}
+    gold = STRUCTURED.reference(parse_example(row, "rows.jsonl:1"))
+    assert STRUCTURED.score(gold, said, "stop", []) == STRUCTURED.score(gold, said)
