@@ -23,7 +23,7 @@ from slm_swap.cli import Parser, positive, run
 from slm_swap.common.reports import code_version, hardware, now, write_json
 from slm_swap.common.settings import ROOT, display_path
 from slm_swap.dataset.build import make_example
-from slm_swap.dataset.importers import Row, xlam
+from slm_swap.dataset.readers.importers import Row, xlam
 from slm_swap.demo import make_sample_data
 from slm_swap.evaluating.evaluation import references
 from slm_swap.rows.examples import Example

@@ -29,11 +29,11 @@ from slm_swap.cli import Parser, positive, run
 from slm_swap.common.reports import code_version, hardware, now, write_json, write_jsonl
 from slm_swap.common.settings import ROOT
 from slm_swap.dataset.build import build
-from slm_swap.dataset.chat import chat
-from slm_swap.dataset.importers import xlam
 from slm_swap.dataset.near import components
+from slm_swap.dataset.readers.chat import chat
+from slm_swap.dataset.readers.importers import xlam
+from slm_swap.dataset.readers.sources import Seen
 from slm_swap.dataset.row import Row
-from slm_swap.dataset.sources import Seen
 from slm_swap.dataset.splits import Sizes
 from slm_swap.demo import make_sample_data
 from slm_swap.rows.lines import read_jsonl

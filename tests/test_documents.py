@@ -8,9 +8,9 @@ import pytest
 
 from slm_swap.common.reports import read_json
 from slm_swap.common.settings import PACKAGE, ROOT
-from slm_swap.dataset.chat import chat
+from slm_swap.dataset.readers.chat import chat
+from slm_swap.dataset.readers.sources import Seen
 from slm_swap.dataset.row import REASONS
-from slm_swap.dataset.sources import Seen
 from slm_swap.demo.azure_simulator import AzureSimulator
 from slm_swap.rows.examples import FIELDS, read_examples
 from slm_swap.scoring.metrics import ERRORS

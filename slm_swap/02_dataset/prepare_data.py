@@ -20,13 +20,13 @@ from slm_swap.cli import Parser, not_negative, run, warn
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import SCHEMA_VERSION, code_version, now, sha256_file
 from slm_swap.common.settings import display_path, find_path
-from slm_swap.dataset import importers
 from slm_swap.dataset.build import build
-from slm_swap.dataset.chat import chat, forms_seen
-from slm_swap.dataset.files import read_rows
-from slm_swap.dataset.own import jsonl
+from slm_swap.dataset.readers import importers
+from slm_swap.dataset.readers.chat import chat, forms_seen
+from slm_swap.dataset.readers.files import read_rows
+from slm_swap.dataset.readers.own import jsonl
+from slm_swap.dataset.readers.sources import Seen
 from slm_swap.dataset.row import Dropped, Row
-from slm_swap.dataset.sources import Seen
 from slm_swap.dataset.splits import Sizes
 from slm_swap.dataset.summary import remarks, summary
 from slm_swap.rows.lines import writable

@@ -11,9 +11,9 @@ from typing import Any
 
 from slm_swap.common.errors import UserError
 from slm_swap.common.exact_json import EXACT
-from slm_swap.dataset.conversations import rows_of
-from slm_swap.dataset.langfuse import generation_conversation
 from slm_swap.dataset.masking import mask
+from slm_swap.dataset.readers.conversations import rows_of
+from slm_swap.dataset.readers.langfuse import generation_conversation
 from slm_swap.dataset.row import REASONS, Dropped, Unusable
 from slm_swap.rows.examples import Example, parse_example
 from slm_swap.rows.lines import dump_json

@@ -15,8 +15,8 @@ from slm_swap.cli import run
 from slm_swap.common.errors import UserError
 from slm_swap.common.exact_json import EXACT
 from slm_swap.common.settings import PACKAGE, load_settings
-from slm_swap.dataset.chat import chat
-from slm_swap.dataset.sources import Seen
+from slm_swap.dataset.readers.chat import chat
+from slm_swap.dataset.readers.sources import Seen
 from slm_swap.rows.examples import Example, parse_example
 from slm_swap.rows.prompts import SYSTEM_PROMPTS, toolcall_completion
 from slm_swap.scoring.tracks import TRACKS

@@ -4,12 +4,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from slm_swap.common.settings import display_path
-from slm_swap.dataset.conversations import rows_of
-from slm_swap.dataset.files import Bad, read_rows
-from slm_swap.dataset.forms import batch_request, form_of
-from slm_swap.dataset.own import is_conversation, own_row
+from slm_swap.dataset.readers.conversations import rows_of
+from slm_swap.dataset.readers.files import Bad, read_rows
+from slm_swap.dataset.readers.forms import batch_request, form_of
+from slm_swap.dataset.readers.own import is_conversation, own_row
+from slm_swap.dataset.readers.sources import Seen, read_source, row_id
 from slm_swap.dataset.row import Dropped, Row, Unusable
-from slm_swap.dataset.sources import Seen, read_source, row_id
 
 OWN = "conversation rows of this program"
 

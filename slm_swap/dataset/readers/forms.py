@@ -4,11 +4,11 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from slm_swap.dataset.conversations import Conversation, short
-from slm_swap.dataset.langfuse import generation_conversation, is_item, is_observation, item_conversation
-from slm_swap.dataset.messages import Transcript, decoded, read_turns
+from slm_swap.dataset.readers.conversations import Conversation, short
+from slm_swap.dataset.readers.langfuse import generation_conversation, is_item, is_observation, item_conversation
+from slm_swap.dataset.readers.messages import Transcript, decoded, read_turns
+from slm_swap.dataset.readers.wrappers import read_reply, request_turns
 from slm_swap.dataset.row import Unusable
-from slm_swap.dataset.wrappers import read_reply, request_turns
 
 REFERENCES = ("reference_answer", "reference", "expected_output", "expected", "ground_truth", "answer", "output", "completion")
 _TOOLS_TAG = re.compile(r"<tools>(.*?)</tools>", re.DOTALL)

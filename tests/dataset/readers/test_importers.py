@@ -9,8 +9,8 @@ from slm_swap.common.errors import UserError
 from slm_swap.common.exact_json import exact
 from slm_swap.common.reports import write_jsonl
 from slm_swap.dataset.build import make_conversation, make_example
-from slm_swap.dataset.files import Bad, read_rows
-from slm_swap.dataset.importers import bfcl, xlam
+from slm_swap.dataset.readers.files import Bad, read_rows
+from slm_swap.dataset.readers.importers import bfcl, xlam
 from slm_swap.dataset.row import Dropped, Row
 from slm_swap.rows.examples import Dataset
 from slm_swap.scoring.tracks import TRACKS

@@ -12,10 +12,10 @@ from functools import lru_cache
 from typing import Any
 
 from slm_swap.common.exact_json import EXACT, ExactEncoder, number
-from slm_swap.dataset.checks import check_calls, check_value
 from slm_swap.dataset.keys import Keys, record_keys
-from slm_swap.dataset.messages import Turn, decoded, dumped, json_value, read_turns
 from slm_swap.dataset.near import FEW_WORDS
+from slm_swap.dataset.readers.checks import check_calls, check_value
+from slm_swap.dataset.readers.messages import Turn, decoded, dumped, json_value, read_turns
 from slm_swap.dataset.row import Dropped, Row, Unusable
 from slm_swap.rows.lines import dump_json, nested_too_deeply, text_hash
 from slm_swap.rows.toolschema import json_schema_of, openai_tool

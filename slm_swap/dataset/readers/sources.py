@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from slm_swap.common.errors import UserError
-from slm_swap.dataset.files import Bad, read_rows
-from slm_swap.dataset.forms import form_of, other_source
+from slm_swap.dataset.readers.files import Bad, read_rows
+from slm_swap.dataset.readers.forms import form_of, other_source
 from slm_swap.dataset.row import Dropped, Row, Unusable
 from slm_swap.rows.lines import text_hash
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from slm_swap.dataset.messages import Transcript, Turn, decoded, dumped, read_turns, text_of
+from slm_swap.dataset.readers.messages import Transcript, Turn, decoded, dumped, read_turns, text_of
 from slm_swap.dataset.row import Unusable
 
 MESSAGE_MARKS = {"tool_calls", "function_call", "refusal"}  # a message without a role has one of these

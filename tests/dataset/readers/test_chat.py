@@ -11,9 +11,9 @@ import pytest
 
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import ROOT
-from slm_swap.dataset.chat import chat
+from slm_swap.dataset.readers.chat import chat
+from slm_swap.dataset.readers.sources import Seen
 from slm_swap.dataset.row import REASONS, Dropped, Row
-from slm_swap.dataset.sources import Seen
 from slm_swap.rows.examples import parse_example
 
 DATA = ROOT / "tests/data"

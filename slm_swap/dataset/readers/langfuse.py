@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from slm_swap.dataset.conversations import Conversation, short
-from slm_swap.dataset.messages import decoded
+from slm_swap.dataset.readers.conversations import Conversation, short
+from slm_swap.dataset.readers.messages import decoded
+from slm_swap.dataset.readers.wrappers import read_reply, request_turns
 from slm_swap.dataset.row import Unusable
-from slm_swap.dataset.wrappers import read_reply, request_turns
 
 
 def _get(row: dict, camel: str, *others: str) -> Any:

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from slm_swap.common.errors import UserError
-from slm_swap.dataset.checks import check_accept, check_calls, check_value
-from slm_swap.dataset.conversations import calls_of, near_text, short
-from slm_swap.dataset.messages import decoded, read_turns
+from slm_swap.dataset.readers.checks import check_accept, check_calls, check_value
+from slm_swap.dataset.readers.conversations import calls_of, near_text, short
+from slm_swap.dataset.readers.messages import decoded, read_turns
+from slm_swap.dataset.readers.sources import Seen, read_source, row_id
+from slm_swap.dataset.readers.wrappers import read_reply
 from slm_swap.dataset.row import Dropped, Row, Unusable
-from slm_swap.dataset.sources import Seen, read_source, row_id
-from slm_swap.dataset.wrappers import read_reply
 from slm_swap.rows.examples import Example, parse_example
 from slm_swap.rows.lines import dump_json
 from slm_swap.rows.toolschema import json_schema_of, openai_tool

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from slm_swap.common.errors import UserError
-from slm_swap.dataset.own import jsonl
+from slm_swap.dataset.readers.own import jsonl
+from slm_swap.dataset.readers.sources import Seen
 from slm_swap.dataset.row import Dropped, Row
-from slm_swap.dataset.sources import Seen
 from slm_swap.rows.examples import parse_example
 
 PARAMETERS = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": []}

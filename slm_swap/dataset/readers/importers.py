@@ -14,10 +14,10 @@ from referencing.exceptions import Unresolvable
 
 from slm_swap.common.errors import UserError
 from slm_swap.common.exact_json import EXACT, ExactEncoder
-from slm_swap.dataset.checks import check_calls
-from slm_swap.dataset.files import Bad, read_rows
+from slm_swap.dataset.readers.checks import check_calls
+from slm_swap.dataset.readers.files import Bad, read_rows
+from slm_swap.dataset.readers.sources import Seen, read_source, row_id
 from slm_swap.dataset.row import Dropped, Row, Unusable
-from slm_swap.dataset.sources import Seen, read_source, row_id
 from slm_swap.rows.json_schema import violations
 from slm_swap.rows.lines import dump_json
 from slm_swap.rows.schema_parts import item_schema, property_schema
