@@ -58,7 +58,7 @@ def _warn_of_unmeasured(report: dict[str, Any], argv: Sequence[str], warn: Calla
         print(f"not measured: {causes}")
         return
     remedy = "record those replies again" if report["model"].get("kind") == "replay" else f"ask exactly these again: {again_command(argv, list(found), limit)}"
-    warn(f"{total} of {rows} rows are not measured and count as misses ({causes}): {remedy}")
+    warn(f"{total} of {rows} rows are not measured, and the metrics count them as they stand ({causes}): {remedy}")
 
 
 def _latency(latency: dict[str, Any]) -> str | None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from slm_swap.clients.protocol import Client, Reply
+from slm_swap.common.errors import UserError
 from slm_swap.evaluating.outage import Outage
 from slm_swap.evaluating.report import Tally
 from slm_swap.evaluating.row import Row, make_row, read_reply, score_row
@@ -61,12 +62,18 @@ def check_rows(track_name: str, examples: Iterable[Example]) -> Tally:
     """Look at every row's gold before a model is asked anything: the tally that `evaluate_rows` goes on with.
 
     Raises:
-        UserError: as `references`.
+        UserError: as `references`; or rows of two forms that have no metric in common.
     """
-    tally = Tally(track_name)
+    tally, due = Tally(track_name), set()
     for example in examples:
-        tally.track.reference(example)
+        gold = tally.track.reference(example)
+        due.add(gold.due if isinstance(gold, Calls) else None)
         tally.expect(example)
+    if due >= {None, False}:
+        raise UserError(
+            "some rows are `{prompt, completion}`, and in some conversations no call is due: whether a model calls when it should cannot "
+            "be measured over both; write all rows as conversations, or evaluate them apart"
+        )
     return tally
 
 

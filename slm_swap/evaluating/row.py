@@ -28,7 +28,8 @@ class Row:
 
     def unmeasured(self, hosted: bool) -> str | None:
         """Why the row says nothing of the model: see `scoring.measured`."""
-        return unmeasured({"finish_reason": self.reply.finish_reason, "error": self.scored.error, "cut": self.reply.cut}, hosted)
+        told = {"finish_reason": self.reply.finish_reason, "error": self.scored.error, "cut": self.reply.cut, "tool": self.tool}
+        return unmeasured(told | {"scores": {"decision_match": self.scored.strict.decided}}, hosted)
 
     def to_json(self, track: Track) -> dict[str, Any]:
         """What the rows file says of it."""

@@ -55,7 +55,7 @@ def gap(azure: Sequence[dict], slm: Sequence[dict], track: Track) -> dict[str, A
     exact = {side: (n - sum(count[kind] for kind in KINDS)) / n for side, count in counts.items()}
     remedies = []
     for remedy, errors, matcher in REMEDIES:
-        rows = [row for row in slm if _error(row) in errors or ("limit" in errors and unmeasured(row, hosted=False) == "truncated")]
+        rows = [row for row in slm if _error(row) in errors or ("limit" in errors and row["error"] and unmeasured(row, hosted=False) == "truncated")]
         if rows:
             already = matcher and sum(row["scores_by_matcher"][matcher][track.exact] for row in rows) / n
             kinds = list(filter({_kind(row) for row in rows}.__contains__, KINDS))

@@ -8,11 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slm_swap.clients.protocol import Reply
+from slm_swap.common.errors import UserError
 from slm_swap.common.reports import rows_path, write_json, write_jsonl
+from slm_swap.evaluating.evaluation import check_rows
 from slm_swap.evaluating.finished import Finished, again_command
 from slm_swap.evaluating.journal import Journal, journal_path
-from slm_swap.evaluating.row import cut_of, score_row
-from slm_swap.rows.examples import Example
+from slm_swap.evaluating.row import cut_of, make_row, score_row
+from slm_swap.rows.examples import Example, parse_example
+from slm_swap.scoring.measured import unmeasured
 from slm_swap.scoring.tracks import TRACKS
 from tests.evaluating.conftest import ROWS
 from tests.support.scripted import DOWN, NO_ROOM, TOO_LONG, plain, reasoned, with_usage
@@ -43,7 +46,7 @@ def test_replies_that_reasoning_has_eaten_are_not_measured_and_the_command_says_
     assert {line["id"] for line in lines if line["cut"]} == {row.id for row in ROWS[::3]}
     assert lines[0]["cut"] == {"limit": 256, "reference_tokens": None, "thinking": True}
     assert lines[0]["tokens"] == {"input": 100, "cached": 0, "output": 256, "reasoning": 256} and lines[1]["cut"] is None
-    assert error.startswith("warning: 8 of 24 rows are not measured and count as misses (8 truncated, cut by --max-new-tokens 256): ask")
+    assert error.startswith("warning: 8 of 24 rows are not measured, and the metrics count them as they stand (8 truncated, cut by --max-new-tokens 256): ask")
     command = shlex.split(error.partition("ask exactly these again: ")[2])
     assert command[:2] == ["python", "01_eval/eval.py"] and command[-4:] == ["--again", "truncated", "--max-new-tokens", "1024"]
     hosted.requests()
@@ -295,6 +298,34 @@ def test_rows_files_of_before_are_still_replayed(hosted, run_script, eval_script
     assert [line["cut"] for line in found["new"]] == [line["cut"] for line in lines]
     assert found["old"][0]["cut"] == {"limit": None, "reference_tokens": None, "thinking": False}
     assert [line["reply"] for line in found["old"]] == [line["reply"] for line in lines]
+
+
+def test_a_reply_that_was_cut_while_it_talked_may_have_called_behind_the_cut():
+    """Where no call is due it counts as right, but a verdict must not rest on it: unless the limit left the small model room enough."""
+    row = {"messages": [{"role": "user", "content": "Thanks"}], "tools": [{"name": "f", "parameters": {}}], "calls": [], "content": "You are welcome"}
+    example, cut = parse_example(row, "rows.jsonl:1"), {"limit": 8, "reference_tokens": 4, "thinking": False}
+
+    def found(text="You are", calls=(), cut=cut, finish="length"):
+        told = make_row(TRACKS["toolcall"], example, TRACKS["toolcall"].reference(example), Reply(text, finish, calls=list(calls), cut=cut))
+        line = told.to_json(TRACKS["toolcall"])
+        assert [unmeasured(line, hosted) for hosted in (True, False)] == [told.unmeasured(hosted) for hosted in (True, False)]
+        return told.scored.error, told.unmeasured(True), told.unmeasured(False)
+
+    assert found() == (None, "truncated", "truncated")
+    assert found(cut=cut | {"limit": 16}) == (None, "truncated", None)
+    assert found(finish="stop") == (None, None, None)
+    assert found(text="", cut=cut | {"thinking": True}) == ("truncated", "truncated", "truncated")
+
+
+def test_prompts_and_conversations_without_a_call_are_not_measured_together():
+    talk = {"messages": [{"role": "user", "content": "Thanks"}], "calls": []}
+    call = {"messages": [{"role": "user", "content": "Thanks"}], "calls": [{"name": "f", "arguments": {}}]}
+    prompt = {"prompt": "p", "completion": '<tool_call name="f">{}</tool_call>'}
+    rows = {name: parse_example(row, "rows.jsonl:1") for name, row in (("talk", talk), ("call", call), ("prompt", prompt))}
+    with pytest.raises(UserError, match="cannot be measured over both"):
+        check_rows("toolcall", [rows["prompt"], rows["call"], rows["talk"]])
+    for some in (["talk", "call"], ["prompt", "call"]):
+        check_rows("toolcall", [rows[name] for name in some])
 
 
 def test_plain_answers_are_all_measured(hosted):
