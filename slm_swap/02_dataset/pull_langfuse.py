@@ -72,14 +72,9 @@ def region(text: str) -> str:
     return text.upper()
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    tracks = [args.track] if args.track else list(TRACKS)
-    out = args.out or PACKAGE / "02_dataset/traffic.jsonl"
-    outs = {track: out if args.track else out.with_stem(f"{out.stem}_{track}") for track in tracks}
-    report_path, journal = out.with_suffix(".report.json"), out.with_suffix(".part")
-    check_out(*outs.values(), report_path, journal)
-    query = Query(
+def query_of(args: argparse.Namespace, tracks: list[str]) -> Query:
+    """Which generations are asked for."""
+    return Query(
         start=args.start.isoformat(),
         end=args.end and args.end.isoformat(),
         name=args.name,
@@ -89,6 +84,16 @@ def main(argv: list[str] | None = None) -> int:
         tracks=tracks,
         regions=None if args.no_mask else args.phone_regions,
     )
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    tracks = [args.track] if args.track else list(TRACKS)
+    out = args.out or PACKAGE / "02_dataset/traffic.jsonl"
+    outs = {track: out if args.track else out.with_stem(f"{out.stem}_{track}") for track in tracks}
+    report_path, journal = out.with_suffix(".report.json"), out.with_suffix(".part")
+    check_out(*outs.values(), report_path, journal)
+    query = query_of(args, tracks)
     with LangfuseApi(load_settings()) as api, progress("pull", args.limit) as bar:
         pulled = read(api, query, journal, args.end or datetime.now(timezone.utc), bar.update)
         entries, dropped = pulled.entries, pulled.dropped

@@ -1,36 +1,23 @@
 """What servers other than Azure's own say, each in its own words over a real socket: to a good client they are all the same model."""
 
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 
-from slm_swap.azure_client import AzureClient
 from slm_swap.clients.completions import content_text, read_completion, refusal_reason, rejected_parameter
 from slm_swap.common.errors import UserError
-from slm_swap.common.settings import Settings
 from slm_swap.demo.azure_simulator import Answer
 from slm_swap.rows.examples import Example
 from slm_swap.rows.prompts import Request
-from tests.support.scripted import Scripted
+from tests.support import scripted
 
 KEY = "abcdef0123456789-of-no-server"
 ROWS = [Example(f"row {n}", f'<tool_call name="f">{{"n":{n}}}</tool_call>') for n in range(40)]
 NO_RETRY = {"x-should-retry": "false"}
 
 
-@contextmanager
 def served(script, **options):
-    """(server, client) of a server that answers as `script` says."""
-    with Scripted(ROWS, script, key=KEY) as server:
-        settings = Settings(
-            azure_endpoint=server.url, azure_deployment="simulator", azure_api_key=KEY, azure_api_version="2024-10-21"
-        )
-        client = AzureClient(settings, **options)
-        try:
-            yield server, client
-        finally:
-            client.close()
+    return scripted.served(ROWS, script, KEY, **options)
 
 
 def chat(rows):

@@ -1,22 +1,20 @@
 """Rows asked as production asks: tools, options and formats as they are, calls read back; over real sockets."""
 
 import json
-from contextlib import contextmanager
 from dataclasses import replace
 from decimal import Decimal
 
 import pytest
 
-from slm_swap.azure_client import AzureClient
 from slm_swap.clients.chat_requests import length, request_body
 from slm_swap.clients.completions import read_completion
 from slm_swap.clients.protocol import Reply
 from slm_swap.common.errors import UserError
-from slm_swap.common.settings import Settings
 from slm_swap.demo.azure_simulator import Answer
 from slm_swap.demo.simulator_replies import NO_CALL
 from slm_swap.rows.examples import Example, parse_example
 from slm_swap.rows.prompts import Request, request_of
+from tests.support import scripted
 from tests.support.scripted import Scripted
 
 KEY = "0123456789abcdef-of-no-server"
@@ -65,17 +63,8 @@ def plain(prompt, before, asked, answer):
     return answer
 
 
-@contextmanager
 def served(script=plain, rows=ROWS, **options):
-    with Scripted(rows, script, key=KEY) as server:
-        settings = Settings(
-            azure_endpoint=server.url, azure_deployment="simulator", azure_api_key=KEY, azure_api_version="2024-10-21"
-        )
-        client = AzureClient(settings, **options)
-        try:
-            yield server, client
-        finally:
-            client.close()
+    return scripted.served(rows, script, KEY, **options)
 
 
 def asked(track="toolcall", rows=ROWS):

@@ -2,10 +2,13 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+from slm_swap.azure_client import AzureClient
+from slm_swap.common.settings import Settings
 from slm_swap.demo.azure_simulator import Answer, AzureSimulator
 
 # (the row's prompt, how often it was asked before, the request's body, the simulator's answer) -> the answer that is sent
@@ -25,6 +28,18 @@ class Scripted(AzureSimulator):
         before = self.asked[prompt]
         self.asked[prompt] += 1
         return self.script(prompt, before, body, super().answer(request, raw))
+
+
+@contextmanager
+def served(rows: Any, script: Script, key: str, **options: Any) -> Iterator[tuple[Scripted, AzureClient]]:
+    """(server, client) of a server that answers as `script` says; `options` are the client's."""
+    with Scripted(rows, script, key=key) as server:
+        settings = Settings(azure_endpoint=server.url, azure_deployment="simulator", azure_api_key=key, azure_api_version="2024-10-21")
+        client = AzureClient(settings, **options)
+        try:
+            yield server, client
+        finally:
+            client.close()
 
 
 def plain(prompt: str, before: int, asked: dict[str, Any], answer: Answer) -> Answer:
