@@ -130,6 +130,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         for kind in args.models:
             sides.append(Side(make_client(kind, settings, args.track, examples, seed=args.seed, **client_options(args))))
+            if told := getattr(sides[-1].client, "warning", None):
+                warn(told)
         if args.save and is_finished(args, asked, name, sides):
             places = ", ".join(display_path(report_path(args, kind, name)) for kind in args.models)
             print(f"nothing to ask: both reports are finished (--overwrite asks anew): {places}")
