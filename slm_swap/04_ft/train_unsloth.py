@@ -89,7 +89,8 @@ def main(argv: list[str] | None = None) -> int:
     rows, inputs = read_rows(args)
     given = {field.name: getattr(args, field.name) for field in fields(Hyperparameters) if hasattr(args, field.name)}
     parameters = Hyperparameters(**PRESETS[args.preset] | given)
-    parameters.check_metric(args.track)
+    track = TRACKS[args.track]
+    parameters.check_metric(track.for_gold([track.reference(example) for example in rows["val"][: parameters.eval_generate]]))
     backend = choose_backend(args.backend, parameters.packing)
     deepspeed = choose_deepspeed(args.deepspeed_config, launch)
     if not has_gpu(launch):

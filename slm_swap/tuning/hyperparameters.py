@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from slm_swap.common.errors import UserError
-from slm_swap.scoring.tracks import TRACKS
+from slm_swap.scoring.tracks import Track
 
 BACKENDS = ("auto", "unsloth", "trl")
 COMPILE = ("auto", "yes", "no")
@@ -49,15 +49,15 @@ class Hyperparameters:
                 f"rows of up to {self.max_length} tokens do not fit into packs of {self.pack_length}: raise --pack-length or lower --max-length"
             )
 
-    def check_metric(self, track: str) -> None:
-        """Refuse a `best_by` that the track does not have.
+    def check_metric(self, track: Track) -> None:
+        """Refuse a `best_by` that the track, for the rows that are generated for, does not have (see `Track.for_gold`).
 
         Raises:
             UserError: so.
         """
-        known = ("loss", *TRACKS[track].gate)
+        known = ("loss", *track.gate)
         if self.best_by not in known:
-            raise UserError(f"--best-by {self.best_by} is no metric of {track}: choose one of {', '.join(known)}")
+            raise UserError(f"--best-by {self.best_by} is no metric of these {track.title} rows: choose one of {', '.join(known)}")
 
     @property
     def compiled(self) -> bool:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import ROOT
 from slm_swap.rows.examples import read_examples
+from slm_swap.scoring.tracks import TRACKS
 from slm_swap.tuning.checks import check_test_split, length_report, memory_needed, memory_warning
 from slm_swap.tuning.hyperparameters import PRESETS, Hyperparameters
 from slm_swap.tuning.record import plot
@@ -88,9 +89,13 @@ def test_hyperparameters_of_evaluations_need_evaluations():
     with pytest.raises(UserError, match="add --eval-generate N"):
         Hyperparameters(eval_steps=5, best_by="exact_match_rate")
     chosen = Hyperparameters(eval_steps=5, eval_generate=5, best_by="exact_match_rate")
-    chosen.check_metric("structured")
-    with pytest.raises(UserError, match="no metric of toolcall: choose one of loss, valid_call_rate"):
-        chosen.check_metric("toolcall")
+    chosen.check_metric(TRACKS["structured"])
+    with pytest.raises(UserError, match="no metric of these toolcall rows: choose one of loss, valid_call_rate"):
+        chosen.check_metric(TRACKS["toolcall"])
+    decided = Hyperparameters(eval_steps=5, eval_generate=5, best_by="decision_match_rate")
+    decided.check_metric(TRACKS["toolcall"].with_metrics(["decision_match_rate"]))  # rows with a call due and rows without
+    with pytest.raises(UserError, match="no metric of these toolcall rows"):
+        decided.check_metric(TRACKS["toolcall"])
 
 
 def test_the_plot_shows_losses_and_metrics(tmp_path, monkeypatch):
