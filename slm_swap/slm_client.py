@@ -125,7 +125,7 @@ class SLMClient:
         if name == "vllm":
             from slm_swap.clients.engines.vllm_engine import VllmEngine
 
-            self.engine: Engine = VllmEngine(self.path, self.precision, self.adapter, engine_start, workload, trust_remote_code)
+            self.engine: Engine = VllmEngine(self.path, self.precision, self.adapter, engine_start, workload, trust_remote_code, self.tokenizer)
             self._parameters = {"max_new_tokens": self.max_new_tokens, "do_sample": False}
         else:
             from slm_swap.clients.engines.transformers_engine import TransformersEngine

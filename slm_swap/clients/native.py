@@ -23,6 +23,7 @@ from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 
+from slm_swap.clients.endings import require_ending
 from slm_swap.clients.native_replies import (
     PHI_CALLS,
     TAGGED_CALLS,
@@ -174,7 +175,7 @@ class ChatFormat:
         if lost := [name for name in ("call", "key", "value", "result") if _PROBE[name] not in shown]:
             what = "tool results" if lost == ["result"] else "calls"
             raise UserError(f"{where}: its chat template leaves out earlier {what}: {ADVICE}")
-        self.end = self.tokenizer.decode([end_token(tokenizer)])
+        self.end = self.tokenizer.decode([require_ending(tokenizer).id])
         self.read = self._reader(asked, turn, tools)
 
     def _tried(self, messages: list[dict], tools: list[dict]) -> str:
@@ -271,15 +272,6 @@ def prefilled_thinking(tokenizer: Any) -> bool:
         return False
 
 
-def end_token(tokenizer: Any) -> int:
-    """The token that ends a turn in the tokenizer's own chat format: what stands behind the last message's text."""
-    mark = "\x00"
-    messages = [{"role": "user", "content": _PROBE["user"]}, {"role": "assistant", "content": mark}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
-    behind = tokenizer(text.split(mark, 1)[1], add_special_tokens=False)["input_ids"] if mark in text else []
-    return behind[0] if behind else tokenizer.eos_token_id
-
-
 def completion_of(prompt: str, whole: str, end: str) -> str:
     """What a whole conversation has behind its prompt, up to and with the last end token.
 
@@ -334,7 +326,7 @@ def native_turn(tokenizer: Any, request: Request, content: str, calls: list[dict
     if made or uses_tools(request):
         return chat_format(tokenizer).turn(messages, request.tools, message)
     prompt, whole = (_render(tokenizer, told, open_turn) for told, open_turn in ((messages, True), ([*messages, message], False)))
-    return prompt, completion_of(prompt, whole, tokenizer.decode([end_token(tokenizer)]))
+    return prompt, completion_of(prompt, whole, tokenizer.decode([require_ending(tokenizer).id]))
 
 
 def read_reply(tokenizer: Any, request: Request, tokens: list[int], stopped: bool) -> tuple[str, list[Call] | None, str]:

@@ -9,6 +9,7 @@ from slm_swap.common.settings import display_path, find_path
 from slm_swap.evaluating.finished import again_command
 
 WORTH_A_WARNING = 0.01  # share of rows that are not measured
+NEARLY_ALL = 0.9  # share of replies that ran to the limit
 CAUSES = {"failed": "their requests failed: reply_error says why", "truncated": "cut by --max-new-tokens {limit}"}
 
 
@@ -26,6 +27,12 @@ def show(report: dict[str, Any], out: Path, argv: Sequence[str], warn: Callable[
         if line:
             print(line)
     _warn_of_unmeasured(report, argv, warn)
+    cut = counts["errors"]["truncated"]
+    if report["model"].get("kind") == "slm" and cut >= NEARLY_ALL * counts["rows"]:
+        warn(
+            f"{cut} of {counts['rows']} replies ran to the limit: this model does not end its replies. Raise --max-new-tokens if they are long; "
+            "else the checkpoint names the wrong end (generation_config.json, chat template), or its training taught none"
+        )
     if counts["prompt_too_long"]:
         warn(
             f"{counts['prompt_too_long']} of {counts['rows']} prompts do not fit in the model's context and count as misses: a larger "

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from slm_swap.clients.endings import reply_ends
 from slm_swap.clients.loading import files_hash, load_model, load_tokenizer, require_base, with_adapter
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import code_version, now, read_json, sha256_file, write_json
@@ -35,8 +36,11 @@ def merge_adapter(base: Path, adapter: Path, out: Path, dtype: str) -> dict[str,
     try:
         staged.mkdir(parents=True)  # first: a place that cannot be written is told of at once
         model = with_adapter(load_model(base, dtype, device_map={"": "cpu"}), adapter, base).merge_and_unload(safe_merge=True)
+        tokenizer = load_tokenizer(base)
+        # other servers go by this file alone
+        model.generation_config.eos_token_id = sorted(reply_ends(tokenizer, model.generation_config.eos_token_id, getattr(model.config, "eos_token_id", None)))
         model.save_pretrained(staged)
-        load_tokenizer(base).save_pretrained(staged)
+        tokenizer.save_pretrained(staged)
         info["merged"] = {
             "created_at": now(),
             "adapter": {"path": display_path(adapter), "sha256": sha256_file(weights)},

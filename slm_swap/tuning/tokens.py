@@ -4,8 +4,9 @@ import json
 from collections import Counter
 from typing import Any, NamedTuple
 
+from slm_swap.clients.endings import Ending, require_ending
 from slm_swap.clients.loading import prompt_text
-from slm_swap.clients.native import CannotShow, end_token, native_turn, read_reply
+from slm_swap.clients.native import CannotShow, native_turn, read_reply
 from slm_swap.common.exact_json import EXACT, same
 from slm_swap.rows.examples import Example
 from slm_swap.rows.prompts import request_of
@@ -13,6 +14,7 @@ from slm_swap.scoring.tracks import TRACKS
 from slm_swap.tuning.packing import IGNORED
 
 NOTHING_SAID = "no call is due, and the row has no `content` that says what to reply instead"
+END_INSIDE = "the token that ends a reply stands inside it"
 NOT_READ_BACK = "its calls would not be read back from what the chat template writes"
 
 
@@ -39,7 +41,7 @@ def tokenize(tokenizer: Any, track: str, examples: list[Example], max_length: in
             can be taught.
     """
     told = Tokenized([], [], Counter())
-    end = end_token(tokenizer)
+    end = require_ending(tokenizer)
     for example in examples:
         if example.messages is None:  # a conversation was checked when it was read
             TRACKS[track].reference(example)
@@ -55,8 +57,8 @@ def tokenize(tokenizer: Any, track: str, examples: list[Example], max_length: in
     return told
 
 
-def lesson(tokenizer: Any, track: str, example: Example, end: int) -> tuple[list[int], list[int]]:
-    """The token ids of a row's prompt and of its completion, which ends with `end`.
+def lesson(tokenizer: Any, track: str, example: Example, end: Ending) -> tuple[list[int], list[int]]:
+    """The token ids of a row's prompt and of its completion, which ends with `end`, white space in front of it included.
 
     Raises:
         CannotTeach: there is no reply to learn, or not one that would be read as the row's.
@@ -66,14 +68,16 @@ def lesson(tokenizer: Any, track: str, example: Example, end: int) -> tuple[list
         raise CannotTeach(NOTHING_SAID)
     request = request_of(track, example)
     if not request.native:
-        prompt, completion = tokenizer([prompt_text(tokenizer, request), example.completion], add_special_tokens=False)["input_ids"]
-        return prompt, [*completion, end]
+        prompt, completion = tokenizer([prompt_text(tokenizer, request), example.completion + end.text], add_special_tokens=False)["input_ids"]
+        if end.id in completion[:-1]:
+            raise CannotTeach(END_INSIDE)
+        return prompt, completion
     calls = wanted_calls(track, example)
     content = "" if calls else (example.completion if calls is None else example.content)
     texts = native_turn(tokenizer, request, content, calls or [])
     prompt, completion = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     text, made, _ = read_reply(tokenizer, request, completion[:-1], stopped=True)
-    whole = completion[-1] == end and end not in completion[:-1]
+    whole = completion[-1] == end.id and end.id not in completion[:-1]
     if not whole or not same_calls(made, calls or []) or (not calls and text.strip() != content.strip()):
         raise CannotTeach(NOT_READ_BACK)
     return prompt, completion

@@ -5,8 +5,9 @@ import json
 import pytest
 
 from slm_swap import slm_client
+from slm_swap.clients.endings import require_ending
 from slm_swap.clients.loading import encode_prompts
-from slm_swap.clients.native import SCHEMA_SENTENCE, CannotShow, chat_format, end_token, native_prompt, native_turn, read_reply
+from slm_swap.clients.native import SCHEMA_SENTENCE, CannotShow, chat_format, native_prompt, native_turn, read_reply
 from slm_swap.clients.native_replies import TemplateReader
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import Settings
@@ -69,7 +70,7 @@ def test_what_the_template_writes_is_read_back(tokenizer, calls):
         assert "single tool-calls" in str(reason) and len(calls) > 1
         return
     tokens = ids(tokenizer, completion)
-    assert tokens[-1] == end_token(tokenizer) and prompt == native_prompt(tokenizer, asked())
+    assert tokens[-1] == require_ending(tokenizer).id and prompt == native_prompt(tokenizer, asked())
     text, made, _ = read_reply(tokenizer, asked(), tokens[:-1], stopped=True)
     assert text == "" and [(call["name"], json.loads(call["arguments"])) for call in made] == [("get_weather", told) for told in calls]
 
@@ -219,7 +220,7 @@ def test_the_local_client_answers_native_and_text_requests_together(client):
 
 def test_a_reply_with_calls_and_thinking_becomes_a_reply(client, monkeypatch):
     text = '<think>hm</think><|tool_call|>[{"name": "f", "arguments": {"a": 1}}]<|/tool_call|>'
-    end, made = end_token(client.tokenizer), ids(client.tokenizer, text)
+    end, made = require_ending(client.tokenizer).id, ids(client.tokenizer, text)
 
     def decode(batch):
         return [[*made, end] for _ in batch]

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from slm_swap.clients.endings import require_ending
 from slm_swap.clients.loading import encode_prompt
-from slm_swap.clients.native import chat_format, completion_of, end_token, read_reply
+from slm_swap.clients.native import chat_format, completion_of, read_reply
 from slm_swap.common.errors import UserError
 from slm_swap.common.exact_json import EXACT
 from slm_swap.rows.examples import Example, parse_example
@@ -55,7 +56,7 @@ def test_a_call_is_taught_as_evaluation_reads_it(tokenizer, arguments):
     example = row([call(**{}) | {"arguments": arguments}])
     prompt, completion = taught(tokenizer, example)
     request = request_of("toolcall", example)
-    assert prompt == encode_prompt(tokenizer, request) and completion[-1] == end_token(tokenizer)
+    assert prompt == encode_prompt(tokenizer, request) and completion[-1] == require_ending(tokenizer).id
     text, made, _ = read_reply(tokenizer, request, completion[:-1], stopped=True)
     assert text == "" and [(told["name"], json.loads(told["arguments"], **EXACT)) for told in made] == [("paint", arguments)]
 

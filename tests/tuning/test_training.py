@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
+from slm_swap.clients.endings import require_ending
 from slm_swap.clients.loading import encode_prompt, load_tokenizer
-from slm_swap.clients.native import end_token
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import PACKAGE, Settings
 from slm_swap.rows.examples import parse_example
@@ -49,7 +49,7 @@ def test_rows_that_are_too_long_are_left_out_whole(tokenizer):
 
 
 def test_a_turn_ends_as_the_chat_format_ends_it(tokenizer):
-    assert tokenizer.decode([end_token(tokenizer)]) == "<|end|>"
+    assert tokenizer.decode([require_ending(tokenizer).id]) == "<|end|>"
 
 
 def test_training_lowers_the_loss_and_tells_how_it_was_done(trained):

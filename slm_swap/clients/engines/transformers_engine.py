@@ -10,6 +10,7 @@ from collections.abc import Container, Generator, Iterable, Sequence
 from itertools import islice
 from typing import Any
 
+from slm_swap.clients.endings import reply_ends
 from slm_swap.clients.engines import Generated, Prompt
 from slm_swap.clients.engines.captured import CACHE_ROUND, CapturedDecoder, can_capture, positions_of
 from slm_swap.common.errors import UserError
@@ -38,8 +39,7 @@ class TransformersEngine:
         self.model, self.tokenizer = model, tokenizer
         use_grouped_attention(model.get_base_model() if hasattr(model, "get_base_model") else model)
         self.context = model.config.max_position_embeddings
-        ends = model.generation_config.eos_token_id
-        self.ends = set(ends if isinstance(ends, list) else [ends])
+        self.ends = reply_ends(tokenizer, model.generation_config.eos_token_id, getattr(model.config, "eos_token_id", None))
         self.batch_size = None if batch_size == "auto" else batch_size
         self.halved = 0
         self._batches = 0

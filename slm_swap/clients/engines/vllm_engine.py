@@ -11,6 +11,7 @@ from collections.abc import Container, Generator, Iterable
 from pathlib import Path
 from typing import Any
 
+from slm_swap.clients.endings import reply_ends
 from slm_swap.clients.engines import Generated, Prompt, Workload
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import display_path
@@ -72,6 +73,7 @@ class VllmEngine:
         start: str = "auto",
         workload: Workload | None = None,
         trust_remote_code: bool = False,
+        tokenizer: Any = None,
     ):
         if adapter and precision == "fp32":
             raise UserError("the vllm engine has no adapters in fp32: use --precision bf16 or --engine transformers")
@@ -83,7 +85,7 @@ class VllmEngine:
         self.start = start if start != "auto" else start_for(workload.rows if workload else 1)
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         context = min(config.max_position_embeddings, workload.longest if workload else FIRST_CONTEXT)
-        self._ends = end_tokens(path, config)
+        self._ends = end_tokens(path, config, tokenizer)
         graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": CAPTURED}
         self._sampling = SamplingParams
         self._lora = LoRARequest("adapter", 1, str(adapter)) if adapter else None
@@ -164,15 +166,15 @@ class VllmEngine:
             shutdown()
 
 
-def end_tokens(path: Path, config: Any) -> list[int]:
-    """The tokens that end a reply, as transformers' generation goes by."""
+def end_tokens(path: Path, config: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end a reply: as `endings.reply_ends`."""
     from transformers import GenerationConfig
 
     try:
         ends = GenerationConfig.from_pretrained(path).eos_token_id
     except OSError:  # a checkpoint without generation_config.json
-        ends = config.eos_token_id
-    return ends if isinstance(ends, list) else [ends]
+        ends = None
+    return sorted(reply_ends(tokenizer, ends, getattr(config, "eos_token_id", None)))
 
 
 def lora_rank(adapter: Path) -> int:

@@ -1,0 +1,99 @@
+"""Where a reply ends: one answer for both engines, for training and for merging.
+
+A chat template ends a turn with a token of its own, perhaps behind white space. generation_config, config and tokenizer name ends
+too, and each may lack the others': a reply that is not ended by all of them runs on to the limit.
+"""
+
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from slm_swap.common.errors import UserError
+
+_ASKED, _SAID, _NEXT = "probe asked 7d1f", "probe said 7d1f", "probe next 7d1f"
+
+
+class Ending(NamedTuple):
+    """What a chat template writes behind a reply's text: `text` up to and with the token `id` that ends it."""
+
+    text: str
+    id: int
+
+
+def reply_ends(tokenizer: Any, *named: int | Iterable[int] | None) -> set[int]:
+    """Every token that ends a reply: the chat template's, the tokenizer's, and those `named` by generation_config and config.
+
+    Raises:
+        UserError: there is none.
+    """
+    ends = {tokenizer.eos_token_id}
+    for given in named:
+        ends.update([given] if isinstance(given, int) or given is None else given)
+    ending = turn_ending(tokenizer)
+    ends.update([ending.id] if ending else ())
+    ends.discard(None)
+    if not ends:
+        raise UserError("nothing ends a reply: neither the chat template nor generation_config, config or tokenizer name an end: use an instruct checkpoint")
+    return ends
+
+
+def require_ending(tokenizer: Any) -> Ending:
+    """`turn_ending` where there has to be one.
+
+    Raises:
+        UserError: the chat template has none.
+    """
+    ending = turn_ending(tokenizer)
+    if ending is None:
+        raise UserError("the chat template ends a reply with no token of its own, so that a model could not learn to stop: use an instruct checkpoint")
+    return ending
+
+
+def turn_ending(tokenizer: Any) -> Ending | None:
+    """How the chat template ends a reply; None where it writes no token of its own behind one."""
+    return _turn_ending(_Key(tokenizer, tokenizer.chat_template))
+
+
+class _Key(NamedTuple):
+    """A tokenizer with its present template: tests and users may give it another."""
+
+    tokenizer: Any
+    template: Any
+
+    def __hash__(self) -> int:
+        return hash((id(self.tokenizer), str(self.template)))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Key) and self.tokenizer is other.tokenizer and self.template == other.template
+
+
+@lru_cache(maxsize=8)
+def _turn_ending(key: _Key) -> Ending | None:
+    from jinja2 import TemplateError
+
+    tokenizer = key.tokenizer
+    turn = [{"role": "user", "content": _ASKED}, {"role": "assistant", "content": _SAID}]
+    try:
+        last = tokenizer.apply_chat_template(turn, tokenize=False)
+        inside = tokenizer.apply_chat_template([*turn, {"role": "user", "content": _NEXT}], tokenize=False)
+    except TemplateError as error:
+        raise UserError(f"the chat template cannot show a question and its answer ({str(error).splitlines()[0][:150]}): use an instruct checkpoint") from None
+    if not all(probe in last for probe in (_ASKED, _SAID)):
+        raise UserError("the chat template leaves out what is asked or said: use an instruct checkpoint")
+    own = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
+    ending = _first(tokenizer, last.split(_SAID, 1)[1], own)
+    # some write it between two turns alone, in front of what opens the user's
+    return ending or _first(tokenizer, inside.split(_SAID, 1)[1].split(_NEXT, 1)[0], own, inside.split(_ASKED, 1)[0])
+
+
+def _first(tokenizer: Any, text: str, own: set[int], opening: str = "") -> Ending | None:
+    """The first of the tokens `own` in a text, with what stands in front of it; the tokens with which `opening` ends are left out."""
+    ids, opened = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (text, opening))
+    while ids and opened and ids[-1] == opened[-1]:
+        ids, opened = ids[:-1], opened[:-1]
+    found = next((token for token in ids if token in own), None)
+    if found is None:
+        return None
+    mark = tokenizer.convert_ids_to_tokens(found)
+    at = text.find(mark)
+    return Ending(text[: at + len(mark)], found) if at >= 0 else None
