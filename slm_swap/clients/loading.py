@@ -154,13 +154,11 @@ def prompt_text(tokenizer: Any, request: Request) -> str:
     """What a model is shown for one row, as text: the same in evaluation and in training.
 
     Raises:
-        UserError: the chat template cannot show a native request: see `native.native_prompt`.
+        UserError: the chat template cannot show the request: see `native.native_prompt`.
     """
-    if request.native:
-        from slm_swap.clients.native import native_prompt
+    from slm_swap.clients.native import native_prompt, text_prompt
 
-        return native_prompt(tokenizer, request)
-    return tokenizer.apply_chat_template(request.messages, tokenize=False, add_generation_prompt=True)
+    return native_prompt(tokenizer, request) if request.native else text_prompt(tokenizer, request)
 
 
 def encode_prompt(tokenizer: Any, request: Request) -> list[int]:

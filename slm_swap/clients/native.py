@@ -34,6 +34,7 @@ from slm_swap.clients.native_replies import (
     cut_thinking,
     read_marked,
 )
+from slm_swap.clients.system_role import fitted
 from slm_swap.common.errors import UserError
 from slm_swap.common.exact_json import EXACT, ExactEncoder
 from slm_swap.common.settings import display_path
@@ -142,7 +143,8 @@ def _render(tokenizer: Any, messages: list[dict], open_turn: bool, **options: An
     from jinja2 import TemplateError
 
     try:
-        return _revealed(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_turn, **options))
+        shown = fitted(tokenizer, messages)
+        return _revealed(tokenizer.apply_chat_template(shown, tokenize=False, add_generation_prompt=open_turn, **options))
     except (TemplateError, TypeError, ValueError, KeyError) as error:  # each template has its own way to refuse
         reason = str(error).strip().split("\n")[0][:120]
         raise CannotShow(f"the chat template cannot show this conversation ({reason}): {ADVICE}, or leave the row out") from None
@@ -297,6 +299,21 @@ def check_requests(tokenizer: Any, request: Request) -> None:
     """
     if request.native and uses_tools(request):
         chat_format(tokenizer)
+
+
+def text_prompt(tokenizer: Any, request: Request) -> str:
+    """What the model is shown for one request in text form.
+
+    Raises:
+        CannotShow: the template refuses the conversation.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(fitted(tokenizer, request.messages), tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        reason = str(error).strip().split("\n")[0][:120]
+        raise CannotShow(f"the chat template cannot show this conversation ({reason}): leave the row out, or take another checkpoint") from None
 
 
 def native_prompt(tokenizer: Any, request: Request) -> str:

@@ -1,0 +1,71 @@
+"""Chat templates that refuse a system message or leave it out: its text goes in front of the user's, in evaluation and in training."""
+
+import shutil
+
+import pytest
+
+from slm_swap.clients.loading import encode_prompt, load_tokenizer
+from slm_swap.clients.native import CannotShow
+from slm_swap.clients.system_role import fitted, takes_system
+from slm_swap.common.settings import PACKAGE, Settings
+from slm_swap.rows.examples import Example, parse_example
+from slm_swap.rows.prompts import Request, build_messages, request_of, text_request
+from slm_swap.slm_client import SLMClient
+from slm_swap.tuning.tokens import tokenize
+
+BASE = PACKAGE / "models/phi-tiny"
+TURN = "{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}"
+OPEN = "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+REFUSES = "{% if m.role == 'system' %}{{ raise_exception('no system role here') }}{% endif %}"
+ALTERNATES = "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
+TEMPLATES = {
+    "refuses": f"{{% for m in messages %}}{REFUSES}{TURN}{{% endfor %}}{OPEN}",
+    "alternates": f"{{% for m in messages %}}{ALTERNATES}{TURN}{{% endfor %}}{OPEN}",
+    "leaves out": f"{{% for m in messages %}}{{% if m.role != 'system' %}}{TURN}{{% endif %}}{{% endfor %}}{OPEN}",
+}
+
+
+@pytest.fixture(params=TEMPLATES)
+def tokenizer(request):
+    made = load_tokenizer(BASE)
+    made.chat_template = TEMPLATES[request.param]
+    return made
+
+
+def test_the_system_text_goes_in_front_of_the_users(tokenizer):
+    assert not takes_system(tokenizer) and takes_system(load_tokenizer(BASE))
+    system, user = (message["content"] for message in build_messages("toolcall", "Hello"))
+    shown = tokenizer.decode(encode_prompt(tokenizer, text_request("toolcall", "Hello")))
+    assert shown == f"<|user|>{system}\n\n{user}<|end|><|assistant|>"
+
+
+def test_a_conversation_keeps_its_turns(tokenizer):
+    row = {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "One"}, {"role": "assistant", "content": "Two"}]}
+    example = parse_example(row | {"messages": [*row["messages"], {"role": "user", "content": "Three"}], "object": {"a": 1}}, "rows.jsonl:1")
+    shown = tokenizer.decode(encode_prompt(tokenizer, request_of("structured", example)))
+    assert shown == "<|user|>Be brief.\n\nOne<|end|><|assistant|>Two<|end|><|user|>Three<|end|><|assistant|>"
+
+
+def test_training_shows_what_evaluation_shows(tokenizer):
+    [row] = tokenize(tokenizer, "structured", [Example("Hello", '{"a":1}')], 1000).rows
+    prompt = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label < 0]
+    assert prompt == encode_prompt(tokenizer, text_request("structured", "Hello"))
+
+
+def test_messages_that_a_template_takes_stay_as_they_are():
+    messages = build_messages("toolcall", "Hello")
+    assert fitted(load_tokenizer(BASE), messages) is messages
+
+
+def test_what_a_template_refuses_all_the_same_is_that_rows_error(tmp_path):
+    """Two user messages in a row where roles must alternate: no traceback, and the other row is answered."""
+    shutil.copytree(BASE, tmp_path / "model")
+    (tmp_path / "model/chat_template.jinja").write_text(TEMPLATES["alternates"])
+    client = SLMClient(Settings(slm_model_path=str(tmp_path / "model")), precision="fp32", max_new_tokens=4)
+    odd = Request([{"role": "user", "content": "One"}, {"role": "user", "content": "Two"}])
+    with pytest.raises(CannotShow, match="roles must alternate"):
+        encode_prompt(client.tokenizer, odd)
+    refused, answered = client.generate([odd, text_request("structured", "Hello")])
+    assert refused.finish_reason == "error" and "roles must alternate" in refused.error and answered.error is None
+    assert client.describe()["system_text"] == "in front of the first user message"
+    client.close()
