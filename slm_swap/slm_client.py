@@ -29,7 +29,7 @@ from slm_swap.clients.loading import (
 from slm_swap.clients.native import CannotShow, chat_format, read_reply, uses_tools
 from slm_swap.clients.pricing import load_prices, to_float
 from slm_swap.clients.protocol import Client, Reply
-from slm_swap.clients.system_role import takes_system
+from slm_swap.clients.templates import particulars
 from slm_swap.common.reports import sha256_file
 from slm_swap.common.seeds import set_seed
 from slm_swap.common.settings import Settings, display_path
@@ -206,7 +206,7 @@ class SLMClient:
             "adapter": display_path(self.adapter) if self.adapter else None,
             "training_seconds": self.training_seconds,
             "parameters": self._parameters,
-            **({} if takes_system(self.tokenizer) else {"system_text": "in front of the first user message"}),
+            **particulars(self.tokenizer),
             **self.engine.describe(),
         }
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from slm_swap.clients.templates import apply
 from slm_swap.common.errors import UserError
 
 _ASKED, _SAID, _NEXT = "probe asked 7d1f", "probe said 7d1f", "probe next 7d1f"
@@ -74,8 +75,8 @@ def _turn_ending(key: _Key) -> Ending | None:
     tokenizer = key.tokenizer
     turn = [{"role": "user", "content": _ASKED}, {"role": "assistant", "content": _SAID}]
     try:
-        last = tokenizer.apply_chat_template(turn, tokenize=False)
-        inside = tokenizer.apply_chat_template([*turn, {"role": "user", "content": _NEXT}], tokenize=False)
+        last = apply(tokenizer, turn, open_turn=False)
+        inside = apply(tokenizer, [*turn, {"role": "user", "content": _NEXT}], open_turn=False)
     except TemplateError as error:
         raise UserError(f"the chat template cannot show a question and its answer ({str(error).splitlines()[0][:150]}): use an instruct checkpoint") from None
     if not all(probe in last for probe in (_ASKED, _SAID)):

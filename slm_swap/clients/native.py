@@ -34,7 +34,7 @@ from slm_swap.clients.native_replies import (
     cut_thinking,
     read_marked,
 )
-from slm_swap.clients.system_role import fitted
+from slm_swap.clients.templates import apply
 from slm_swap.common.errors import UserError
 from slm_swap.common.exact_json import EXACT, ExactEncoder
 from slm_swap.common.settings import display_path
@@ -143,8 +143,7 @@ def _render(tokenizer: Any, messages: list[dict], open_turn: bool, **options: An
     from jinja2 import TemplateError
 
     try:
-        shown = fitted(tokenizer, messages)
-        return _revealed(tokenizer.apply_chat_template(shown, tokenize=False, add_generation_prompt=open_turn, **options))
+        return _revealed(apply(tokenizer, messages, open_turn, **options))
     except (TemplateError, TypeError, ValueError, KeyError) as error:  # each template has its own way to refuse
         reason = str(error).strip().split("\n")[0][:120]
         raise CannotShow(f"the chat template cannot show this conversation ({reason}): {ADVICE}, or leave the row out") from None
@@ -310,7 +309,7 @@ def text_prompt(tokenizer: Any, request: Request) -> str:
     from jinja2 import TemplateError
 
     try:
-        return tokenizer.apply_chat_template(fitted(tokenizer, request.messages), tokenize=False, add_generation_prompt=True)
+        return apply(tokenizer, request.messages, open_turn=True)
     except TemplateError as error:
         reason = str(error).strip().split("\n")[0][:120]
         raise CannotShow(f"the chat template cannot show this conversation ({reason}): leave the row out, or take another checkpoint") from None

@@ -1,4 +1,4 @@
-"""Chat templates that refuse a system message or leave it out: its text goes in front of the user's, in evaluation and in training."""
+"""Chat templates that refuse a system message, leave it out, or write a date: evaluation and training show the same."""
 
 import shutil
 
@@ -6,7 +6,7 @@ import pytest
 
 from slm_swap.clients.loading import encode_prompt, load_tokenizer
 from slm_swap.clients.native import CannotShow
-from slm_swap.clients.system_role import fitted, takes_system
+from slm_swap.clients.templates import fitted, particulars, takes_system
 from slm_swap.common.settings import PACKAGE, Settings
 from slm_swap.rows.examples import Example, parse_example
 from slm_swap.rows.prompts import Request, build_messages, request_of, text_request
@@ -50,6 +50,21 @@ def test_training_shows_what_evaluation_shows(tokenizer):
     [row] = tokenize(tokenizer, "structured", [Example("Hello", '{"a":1}')], 1000).rows
     prompt = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label < 0]
     assert prompt == encode_prompt(tokenizer, text_request("structured", "Hello"))
+
+
+DATED = "{% set today = strftime_now('%d %b %Y') if strftime_now is defined else 'none' %}" + f"{{{{ today }}}}{{% for m in messages %}}{TURN}{{% endfor %}}{OPEN}"
+
+
+def test_a_prompt_does_not_change_at_midnight():
+    """The date is one that stays: for a run that goes on the next day, a cache, and the training before it."""
+    tokenizer = load_tokenizer(BASE)
+    tokenizer.chat_template = DATED
+    request = text_request("structured", "Hello")
+    assert tokenizer.decode(encode_prompt(tokenizer, request)).startswith("01 Jan 2026<|system|>")
+    [row] = tokenize(tokenizer, "structured", [Example("Hello", '{"a":1}')], 1000).rows
+    prompt = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label < 0]
+    assert prompt == encode_prompt(tokenizer, request)
+    assert particulars(tokenizer) == {"template_date": "2026-01-01"} and particulars(load_tokenizer(BASE)) == {}
 
 
 def test_messages_that_a_template_takes_stay_as_they_are():

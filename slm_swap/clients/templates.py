@@ -1,0 +1,66 @@
+"""Chat templates as every prompt goes through them: with a system text where they have no system role, and with a date that stays.
+
+Some templates write today's date (Llama 3.2, SmolLM3, gpt-oss). A prompt would then change at midnight: within a run that goes on,
+between a cache and the run that reads it, between training and evaluation. So they are told one date, always the same.
+"""
+
+from datetime import datetime
+from functools import lru_cache
+from typing import Any
+
+DATE = datetime(2026, 1, 1)
+_SYSTEM, _USER = "probe system 7d1f", "probe user 7d1f"
+
+
+def apply(tokenizer: Any, messages: list[dict[str, Any]], open_turn: bool, **options: Any) -> str:
+    """A conversation as text, with the beginning of a reply behind it where the turn is `open_turn`."""
+    fixed = {"strftime_now": DATE.strftime}
+    return tokenizer.apply_chat_template(fitted(tokenizer, messages), tokenize=False, add_generation_prompt=open_turn, **fixed, **options)
+
+
+def particulars(tokenizer: Any) -> dict[str, str]:
+    """What a report says of how prompts were written; empty for a template that takes all messages and writes no date."""
+    told = {} if takes_system(tokenizer) else {"system_text": "in front of the first user message"}
+    return told | ({"template_date": f"{DATE:%Y-%m-%d}"} if _writes_date(tokenizer, tokenizer.chat_template) else {})
+
+
+@lru_cache(maxsize=8)
+def _writes_date(tokenizer: Any, template: str) -> bool:
+    """Whether a prompt depends on the date."""
+    from jinja2 import TemplateError
+
+    messages = [{"role": "user", "content": _USER}]
+    days = (DATE, datetime(1999, 12, 31))
+    try:
+        first, second = (tokenizer.apply_chat_template(messages, tokenize=False, strftime_now=day.strftime) for day in days)
+    except TemplateError:
+        return False
+    return first != second
+
+
+def fitted(tokenizer: Any, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages as the tokenizer's chat template takes them: as they are, or with the system texts in front of the first user's."""
+    if not any(message["role"] == "system" for message in messages) or takes_system(tokenizer):
+        return messages
+    system = "\n\n".join(message["content"] for message in messages if message["role"] == "system" and message["content"])
+    kept = [message for message in messages if message["role"] != "system"]
+    first = next((at for at, message in enumerate(kept) if message["role"] == "user"), None)
+    if first is None or not system:
+        return kept
+    return [message | {"content": f"{system}\n\n{message['content']}"} if at == first else message for at, message in enumerate(kept)]
+
+
+def takes_system(tokenizer: Any) -> bool:
+    """Whether the chat template shows a system message; found by trying, as some refuse it and some leave it out."""
+    return _takes_system(tokenizer, tokenizer.chat_template)
+
+
+@lru_cache(maxsize=8)
+def _takes_system(tokenizer: Any, template: str) -> bool:
+    from jinja2 import TemplateError
+
+    messages = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": _USER}]
+    try:
+        return _SYSTEM in tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except TemplateError:
+        return False
