@@ -5,7 +5,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 . ./setup_env.sh
 "$PYTHON" -m ruff check .
 "$(dirname "$PYTHON")/lint-imports" --no-logo --no-cache
-# One thread a process and a process a core: torch's threads would wait for each other on a busy machine.
+# One thread a process: torch's threads would wait for each other on a busy machine.
 cores=$(nproc)  # before the next line, which nproc heeds
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
-exec "$PYTHON" -m pytest -n "$cores" --dist worksteal "$@"
+# One worker more than cores: many tests wait for a server or a process and leave theirs idle.
+exec "$PYTHON" -m pytest -n "$((cores + 1))" --dist worksteal "$@"
