@@ -51,7 +51,7 @@ def require_ending(tokenizer: Any) -> Ending:
 
 
 def turn_ending(tokenizer: Any) -> Ending | None:
-    """How the chat template ends a reply; None where it writes no token of its own behind one."""
+    """How the chat template ends a reply; None where it writes no token of its own behind one, or does not show a question and its answer."""
     return _turn_ending(_Key(tokenizer, tokenizer.chat_template))
 
 
@@ -77,10 +77,10 @@ def _turn_ending(key: _Key) -> Ending | None:
     try:
         last = apply(tokenizer, turn, open_turn=False)
         inside = apply(tokenizer, [*turn, {"role": "user", "content": _NEXT}], open_turn=False)
-    except TemplateError as error:
-        raise UserError(f"the chat template cannot show a question and its answer ({str(error).splitlines()[0][:150]}): use an instruct checkpoint") from None
-    if not all(probe in last for probe in (_ASKED, _SAID)):
-        raise UserError("the chat template leaves out what is asked or said: use an instruct checkpoint")
+    except TemplateError:
+        return None
+    if not all(probe in shown for shown in (last, inside) for probe in (_ASKED, _SAID)):
+        return None  # it shows the last message alone, or nothing of what is said
     own = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
     ending = _first(tokenizer, last.split(_SAID, 1)[1], own)
     # some write it between two turns alone, in front of what opens the user's

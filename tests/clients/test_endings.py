@@ -62,6 +62,14 @@ def test_a_template_without_an_end_is_refused_for_training(tokenizer):
     assert reply_ends(tokenizer) == {tokenizer.eos_token_id}
 
 
+@pytest.mark.parametrize("written", ["<|user|>{{ messages[-1].content }}", "{{ raise_exception('one message alone') }}", "{{ messages[0].content }}<|end|>"])
+def test_a_template_that_shows_no_answer_ends_by_what_else_is_named(tokenizer, written):
+    tokenizer.chat_template = written
+    assert turn_ending(tokenizer) is None and reply_ends(tokenizer, 7) == {tokenizer.eos_token_id, 7}
+    with pytest.raises(UserError, match="could not learn to stop"):
+        require_ending(tokenizer)
+
+
 def test_all_that_name_an_end_are_heard(tokenizer):
     eos = tokenizer.eos_token_id
     assert reply_ends(tokenizer) == {END, eos}
