@@ -290,16 +290,6 @@ def completion_of(prompt: str, whole: str, end: str) -> str:
 # -- Requests and replies --------------------------------------------------------------------------------------------------------
 
 
-def check_requests(tokenizer: Any, request: Request) -> None:
-    """Refuse a checkpoint that cannot be asked as a request wants it.
-
-    Raises:
-        UserError: as `ChatFormat`.
-    """
-    if request.native and uses_tools(request):
-        chat_format(tokenizer)
-
-
 def text_prompt(tokenizer: Any, request: Request) -> str:
     """What the model is shown for one request in text form.
 

@@ -28,7 +28,7 @@ def alone_rows(rows: int, wanted: int, seed: int) -> list[int]:
     return sample("alone", seed, rows, min(wanted, max(1, rows // MOST)))
 
 
-def messages_of(track: str, examples: Iterable[Example], indices: Collection[int]) -> dict[int, Request]:
+def requests_of(track: str, examples: Iterable[Example], indices: Collection[int]) -> dict[int, Request]:
     """What the rows of those indices are asked, by their index."""
     chosen = set(indices)
     return {index: request_of(track, example) for index, example in enumerate(examples) if index in chosen}
@@ -61,7 +61,7 @@ def local_latency(
     if not alone:
         return no_latency("--latency-rows 0")
     burst = sample("burst", seed, rows, concurrency)
-    asked = messages_of(track, examples, {*alone, *burst})
+    asked = requests_of(track, examples, {*alone, *burst})
     client.generate([asked[alone[0]]])
     client.forget()
     single = [seconds for index in alone for seconds in _arrivals(client, [asked[index]])]
