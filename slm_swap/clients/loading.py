@@ -127,7 +127,7 @@ def load_model(path: Path, precision: str, device_map: Any = "auto", trust_remot
         ) from None
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(
-            f"cannot load {display_path(path)} ({_first_line(error)}): check the checkpoint or download it again"
+            f"cannot load {display_path(path)} ({first_line(error)}): check the checkpoint or download it again"
         ) from None
 
 
@@ -142,7 +142,7 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, padding_side="left")
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot load the tokenizer of {display_path(path)} ({_first_line(error)}): download it again") from None
+        raise UserError(f"cannot load the tokenizer of {display_path(path)} ({first_line(error)}): download it again") from None
     if not tokenizer.chat_template:
         raise UserError(f"the tokenizer of {display_path(path)} has no chat template: use an instruct checkpoint")
     if tokenizer.pad_token is None:
@@ -212,7 +212,7 @@ def with_adapter(model: Any, adapter: Path, base: Path) -> Any:
         return PeftModel.from_pretrained(model, str(adapter))
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(
-            f"the adapter {display_path(adapter)} does not fit the model {display_path(base)} ({_first_line(error)}): "
+            f"the adapter {display_path(adapter)} does not fit the model {display_path(base)} ({first_line(error)}): "
             "train it again on this model"
         ) from None
 
@@ -236,5 +236,5 @@ def _block_hash(block: tuple[Path, int]) -> str:
         return hashlib.sha256(file.read(HASH_BLOCK)).hexdigest()
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0][:200]
