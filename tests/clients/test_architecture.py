@@ -37,7 +37,7 @@ def test_without_a_context_the_tokenizers_counts_where_it_is_one():
     made = config("mamba2")
     assert usable_context(made, SimpleNamespace(model_max_length=8192)) == 8192
     assert usable_context(config("llama", max_position_embeddings=512), SimpleNamespace(model_max_length=int(1e30))) == 512
-    with pytest.raises(UserError, match='mamba2 model says how many tokens it may read: put "max_position_embeddings" into its config.json'):
+    with pytest.raises(UserError, match=r'mamba2 model says how many tokens it may read: put "max_position_embeddings" into its config\.json'):
         usable_context(made, SimpleNamespace(model_max_length=int(1e30)))
     assert usable_context(config("mamba2", max_position_embeddings=2048), SimpleNamespace(model_max_length=int(1e30))) == 2048
 

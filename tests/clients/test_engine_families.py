@@ -12,7 +12,6 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImage
 
 from slm_swap.clients.engines import Prompt
 from slm_swap.clients.engines import captured as captured_module
-from slm_swap.clients.engines import transformers_engine as module
 from slm_swap.clients.engines.attention import GROUPED
 from slm_swap.clients.engines.captured import CapturedDecoder, can_capture
 from slm_swap.clients.engines.transformers_engine import TransformersEngine, cache_bytes
