@@ -7,7 +7,7 @@ import pytest
 
 from slm_swap.common.reports import rows_path, sha256_file
 from slm_swap.common.settings import ROOT
-from slm_swap.evaluating.report import hash_of_hashes
+from slm_swap.evaluating.report import Digests
 from slm_swap.scoring.tracks import TRACKS
 from tests.support.evaluated import AZURE, SLM, TUNED, calls, replies, write_report
 
@@ -373,7 +373,7 @@ def test_what_is_no_report(refused, make, tmp_path, content):
 
 def test_different_files_with_the_same_rows_are_the_same_data(compare, refused, make):
     azure, slm = make("azure"), make("slm", changes={"inputs.sha256": "e" * 64})
-    expected = hash_of_hashes(bytes.fromhex(row.content_hash) for row in calls(200))
+    expected = Digests(row.content_hash for row in calls(200)).together()
     assert read(azure)["inputs"]["rows_sha256"] == read(slm)["inputs"]["rows_sha256"] == expected
     assert compare(azure, slm)[0] == 0
     for path in (azure, slm):
