@@ -43,6 +43,7 @@ FAMILIES = {
     "deepseek_v2": TEXT | dict(num_key_value_heads=4, head_dim=8, kv_lora_rank=16, q_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=24, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, moe_intermediate_size=32, n_shared_experts=1),
     "llama": TEXT | dict(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
 }  # fmt: skip
+MOE = ("qwen3_moe", "deepseek_v2")  # whose experts in fp32 are counted on the host
 HYBRID = ("lfm2", "qwen3_5_text", "qwen3_next", "granitemoehybrid", "falcon_h1", "nemotron_h")
 LENGTHS, LIMITS = (5, 33, 60, 90, 2, 31, 70, 120), (24, 4, 17, 9, 20, 30, 2, 12)
 PROMPTS = [
@@ -233,7 +234,7 @@ def test_what_has_no_plain_cache_is_not_captured(monkeypatch):
 def on_gpu(family: str) -> TransformersEngine:
     """With its own end tokens instead of the tokenizer's, which the captured step knows too."""
     model(family).set_attn_implementation("sdpa")
-    made = TransformersEngine(copy.deepcopy(model(family)).to("cuda"), tokenizer(), 8)
+    made = TransformersEngine(copy.deepcopy(model(family)).to("cuda"), tokenizer(), 2)
     made.ends = made._captured.ends = ENDS
     return made
 
@@ -242,9 +243,19 @@ def on_gpu(family: str) -> TransformersEngine:
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in HYBRID])
 def test_captured_steps_are_right(family):
     made = on_gpu(family)
-    found, steps_kept = replies(made), made._captured and made._captured._steps
-    assert made.capture_error is None and any(step.graph for step in steps_kept.values())
-    assert wrong(family, found, "eager") == []
+    assert wrong(family, replies(made), "eager") == []
+    if family in MOE:
+        assert made._captured is None and "during CUDA graph capture" in made.capture_error
+    else:
+        assert made.capture_error is None and any(step.graph for step in made._captured._steps.values())
+
+
+@gpu
+@pytest.mark.parametrize("family", MOE)
+def test_experts_in_16_bits_are_captured(family):
+    made = on_gpu(family)
+    made.model.to(torch.bfloat16)
+    assert replies(made) and made.capture_error is None and any(step.graph for step in made._captured._steps.values())
 
 
 @gpu
