@@ -126,6 +126,8 @@ def load_model(path: Path, precision: str, device_map: Any = "auto", trust_remot
     config = load_config(path, trust_remote_code)
     require_precision(path, config, precision)
     known = [auto for auto in (AutoModelForCausalLM, AutoModelForImageTextToText) if type(config) in auto._model_mapping]
+    wanted = None if quantized_by(config) else quantization(precision)
+    options = {"quantization_config": wanted} if wanted else {}  # given as None, it would hide the checkpoint's own from transformers
     auto = known[0] if known else AutoModelForCausalLM  # code of the checkpoint's own is no part of either
     try:
         with without_load_report():
@@ -133,10 +135,10 @@ def load_model(path: Path, precision: str, device_map: Any = "auto", trust_remot
                 path,
                 dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
                 device_map=device_map,
-                quantization_config=quantization(precision),
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # refused below, by name
+                **options,
             )
     except torch.OutOfMemoryError:
         raise UserError(
@@ -169,11 +171,13 @@ def quantized_by(config: Any) -> dict[str, Any]:
 
 
 def require_precision(path: Path, config: Any, precision: str) -> None:
-    """Refuse to quantize weights again, or to call those of bitsandbytes what they are not.
+    """Refuse to quantize weights again, to call those of bitsandbytes what they are not, and to read those of an unknown kind.
 
     Raises:
         UserError: so, with the precision that loads them as they are.
     """
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
     given = quantized_by(config)
     if not given:
         return
@@ -182,6 +186,8 @@ def require_precision(path: Path, config: Any, precision: str) -> None:
     own = next((name for key, name in bits.items() if given.get(key)), None)
     if (own and precision != own) or (not own and precision in ("int8", "nf4", "fp8") and precision != method):
         raise UserError(f"{display_path(path)} is quantized already ({method}): use --precision {own or 'bf16'}, which loads its weights as they are")
+    if not own and method not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # transformers would take them for plain ones
+        raise UserError(f"{display_path(path)} is quantized in a way that transformers does not know ({method}): pip install -U transformers, or use --engine vllm")
 
 
 def require_whole(path: Path, told: dict[str, Any]) -> None:
