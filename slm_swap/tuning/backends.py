@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from slm_swap.clients.loading import load_model, quiet_int8
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import PACKAGE, Launch, display_path, find_path
 from slm_swap.tuning.hyperparameters import Hyperparameters
+from slm_swap.tuning.untrained import start_rows, token_indices
 
 
 def choose_backend(wanted: str, packing: bool = False) -> str:
@@ -63,21 +65,34 @@ def choose_deepspeed(given: str | None, launch: Launch) -> Path | None:
     return path
 
 
-def load_trainable(path: Path, parameters: Hyperparameters, backend: str, device: Any) -> Any:
-    """The base model on `device` (a torch.device), frozen, with fresh LoRA weights on all linear layers."""
+def load_trainable(
+    path: Path, parameters: Hyperparameters, backend: str, device: Any, find_untrained: Callable[[Any], dict[int, int | None]] = lambda _: {}
+) -> Any:
+    """The base model on `device` (a torch.device), frozen, with fresh LoRA weights on all linear layers.
+
+    The rows of the tokens that `find_untrained` finds in the base model are trained, too.
+
+    Raises:
+        UserError: the model cannot be loaded, or the back end cannot train those tokens.
+    """
     if backend == "unsloth":
-        return _load_unsloth(path, parameters)
+        return _load_unsloth(path, parameters, find_untrained)
     from peft import LoraConfig, get_peft_model
 
     model = load_model(path, parameters.precision, device_map={"": device})
+    tokens = find_untrained(model)
     lora = LoraConfig(
         r=parameters.lora_r,
         lora_alpha=parameters.lora_alpha,
         lora_dropout=parameters.lora_dropout,
         target_modules=linear_names(model),
         task_type="CAUSAL_LM",
+        trainable_token_indices=token_indices(model, tokens),
     )
-    return get_peft_model(model, lora)
+    tuned = get_peft_model(model, lora)
+    if tokens:
+        start_rows(tuned, tokens)
+    return tuned
 
 
 def import_unsloth(generated: Path, rank: int) -> None:
@@ -92,7 +107,7 @@ def import_unsloth(generated: Path, rank: int) -> None:
     import unsloth  # noqa: F401
 
 
-def _load_unsloth(path: Path, parameters: Hyperparameters) -> Any:
+def _load_unsloth(path: Path, parameters: Hyperparameters, find_untrained: Callable[[Any], dict[int, int | None]]) -> Any:
     import torch
     from transformers import AutoConfig
 
@@ -113,6 +128,8 @@ def _load_unsloth(path: Path, parameters: Hyperparameters) -> Any:
     if model.get_input_embeddings().weight.shape[0] != vocabulary:
         # Where padding and the end of a text are one token, Unsloth adds a row for another: the checkpoint has none.
         model.resize_token_embeddings(vocabulary)
+    if find_untrained(model):
+        raise UserError(f"{display_path(path)} never learned to end a reply, and Unsloth does not train its end token: use --backend trl")
     return FastLanguageModel.get_peft_model(
         model,
         r=parameters.lora_r,

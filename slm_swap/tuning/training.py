@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from slm_swap.tuning.hyperparameters import Hyperparameters
 from slm_swap.tuning.record import peak_memory_gib, save_adapter
 from slm_swap.tuning.tokens import Tokenized, tokenize
 from slm_swap.tuning.trainer import make_trainer, trainer_arguments
+from slm_swap.tuning.untrained import say_trained, untrained_tokens
 from slm_swap.tuning.validation import GenerationSample
 
 
@@ -95,7 +97,9 @@ def train(
     try:
         arguments = trainer_arguments(parameters, backend, str(checkpoints.folder), deepspeed)
         warn_of_memory(base, parameters, lengths[-1], arguments.device, say)
-        model = load_together(lambda: load_trainable(base, parameters, backend, arguments.device), launch.world)
+        learn = partial(untrained_tokens, tokenizer=tokenizer, rows=rows)
+        model = load_together(lambda: load_trainable(base, parameters, backend, arguments.device, learn), launch.world)
+        say_trained(model, tokenizer, say)
         trainer = make_trainer(model, tokenizer, arguments, rows, held_out, parameters, backend)
         sample = GenerationSample(trainer, tokenizer, track, val_rows[: parameters.eval_generate], backend)
         told, log = run_trainer(trainer, parameters, sample, checkpoints, save_steps, clock, say)

@@ -121,7 +121,7 @@ def test_two_processes_that_are_killed_go_on_to_the_same_adapter(two_processes, 
 def train_as_unsloth(rank: int, out: Path, deepspeed: Path | None, processes: int) -> dict:
     """With what Unsloth's trainer is made of, TRL's, on a model that PEFT made: a stand-in, as Unsloth needs a GPU."""
     sys.modules["unsloth"] = types.ModuleType("unsloth")
-    backends._load_unsloth = lambda path, parameters: backends.load_trainable(path, parameters, "trl", "cpu")
+    backends._load_unsloth = lambda path, parameters, _: backends.load_trainable(path, parameters, "trl", "cpu")
     launch = Launch(rank, 2, rank) if processes == 2 else Launch()
     parameters = replace(QUICK, batch_size=1, gradient_accumulation=4 // processes, epochs=2, eval_steps=3, lora_dropout=0.0)
     told = train("structured", BASE, ROWS, ROWS[:5], out, parameters, "unsloth", INPUTS, deepspeed=deepspeed, launch=launch)
