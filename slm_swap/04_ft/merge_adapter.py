@@ -32,6 +32,9 @@ def main(argv: list[str] | None = None) -> int:
     named = read_json(adapter / "adapter_config.json", "train_unsloth.py").get("base_model_name_or_path")
     base = model_path(load_settings(), args.model or named)
     info = merge_adapter(base, adapter, args.out, args.dtype)
+    if left_out := info["merged"]["generation_config_left_out"]:
+        told = ", ".join(f"{name} {value}" for name, value in left_out.items())
+        print(f"generation_config.json is without {told}: they are invalid there, and the base model is run without them")
     print(f"{info['merged']['adapter']['path']} merged into {display_path(base)}, {args.dtype}: {display_path(args.out)}")
     return 0
 
