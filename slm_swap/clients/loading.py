@@ -72,13 +72,18 @@ def trained_ask(model: Path) -> str | None:
     return _training_info(model, "ask")
 
 
+def trained_base(model: Path) -> str | None:
+    """The `files_hash` of the weights that an adapter, or a merged model, was trained on; None where its `training_info.json` does not say."""
+    return _training_info(model, "base_model", "files_sha256")
+
+
 def require_base(adapter: Path, base: Path, files_sha256: str, advice: str) -> None:
     """Refuse an adapter over other weights than those that it was trained on, where it says which; `files_sha256` is the base's.
 
     Raises:
         UserError: so, with the advice.
     """
-    if _training_info(adapter, "base_model", "files_sha256") not in (None, files_sha256):
+    if trained_base(adapter) not in (None, files_sha256):
         raise UserError(f"{display_path(adapter)} was trained on other weights than {display_path(base)}: {advice}")
 
 

@@ -66,6 +66,25 @@ def test_the_merged_model_replies_as_the_adapter_does(adapter, tmp_path, script,
     assert told["hyperparameters"]["epochs"] == 2
 
 
+def test_a_report_says_which_weights_were_trained_or_that_it_is_not_proven(adapter, adapter_of, tmp_path, eval_script, run_script, monkeypatch):
+    merge_adapter(BASE, adapter, tmp_path / "merged", "bf16")
+    settings, base = Settings(slm_model_path=str(BASE)), files_hash(BASE)
+    for given, known in ({"adapter": adapter}, base), ({"model": tmp_path / "merged"}, base), ({"adapter": adapter_of(BASE)}, None):
+        told = SLMClient(settings, precision="fp32", **given).describe()
+        assert told["trained_on_sha256"] == known
+    assert "trained_on_sha256" not in SLMClient(settings, precision="fp32").describe()
+    monkeypatch.setenv("SLM_MODEL_PATH", str(BASE))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": row.prompt, "completion": row.completion}) + "\n" for row in ROWS[:2]))
+    for given, lines in ((adapter, 0), (adapter_of(BASE), 1)):
+        code, _, error = run_script(
+            eval_script, "--track", "structured", "--model-kind", "slm", "--dataset", rows, "--adapter", given, "--precision", "fp32",
+            "--max-new-tokens", "8", "--latency-rows", "0", "--out", tmp_path / "report.json", "--overwrite",
+        )  # fmt: skip
+        assert code == 0 and error.count("not proven") == lines, error
+    assert json.loads((tmp_path / "report.json").read_text())["model"]["trained_on_sha256"] is None
+
+
 def test_it_is_evaluated_only_over_the_weights_that_it_was_trained_on(adapter, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(BASE, other)
