@@ -8,6 +8,7 @@ from slm_swap.evaluating.report import summary
 from slm_swap.rows.examples import Example
 from slm_swap.scoring.tracks import TRACKS
 from slm_swap.slm_client import SLMClient
+from slm_swap.tuning.backends import attending_by
 from slm_swap.tuning.packing import IGNORED
 
 MAX_NEW_TOKENS = 256  # as eval.py
@@ -71,16 +72,15 @@ class GenerationSample:
         from accelerate.utils import gather_object
 
         model, arguments = self.trainer.model, self.trainer.args
-        base, share = model.get_base_model(), self.examples[arguments.process_index :: arguments.world_size]
-        attention, training = base.config._attn_implementation, model.training
-        base.set_attn_implementation("sdpa")  # that of packed rows knows no cache
-        try:
-            with torch.compiler.set_stance("force_eager"):
-                client = LiveClient(model.eval(), self.tokenizer)
-                rows = evaluate(self.track, client, share, references(TRACKS[self.track], share), BATCH)
-        finally:
-            base.set_attn_implementation(attention)
-            model.train(training)
+        share, training = self.examples[arguments.process_index :: arguments.world_size], model.training
+        # That of packed rows knows no cache; the one that the model came with knows all that the model asks of it.
+        with attending_by(model.get_base_model(), self.trainer.own_attention):
+            try:
+                with torch.compiler.set_stance("force_eager"):
+                    client = LiveClient(model.eval(), self.tokenizer)
+                    rows = evaluate(self.track, client, share, references(TRACKS[self.track], share), BATCH)
+            finally:
+                model.train(training)
         return summary(TRACKS[self.track], gather_object(rows))["metrics"]
 
 
