@@ -27,7 +27,6 @@ from slm_swap.tuning.trainer import make_trainer, trainer_arguments
 from slm_swap.tuning.untrained import say_trained, untrained_tokens
 from slm_swap.tuning.validation import GenerationSample
 
-
 BACKENDS_PACKAGES = ("accelerate", "bitsandbytes", "deepspeed", "peft", "transformers", "trl", "unsloth", "unsloth_zoo")
 
 
@@ -131,7 +130,7 @@ def train(
         for line in reach_report(reach):
             say(line)
         trainer = load_together(lambda: make_trainer(model, tokenizer, arguments, rows, held_out, parameters, backend), launch.world)
-        sample = GenerationSample(trainer, tokenizer, track, val_rows[: parameters.eval_generate], backend)
+        sample = GenerationSample(trainer, tokenizer, track, val_rows[: parameters.eval_generate], backend, say)
         told, log = run_trainer(trainer, parameters, sample, checkpoints, save_steps, clock, say)
         info = {
             "preset": preset,

@@ -11,6 +11,7 @@ from slm_swap.common.errors import UserError
 from slm_swap.common.settings import Settings
 from slm_swap.rows.prompts import text_request
 from slm_swap.slm_client import SLMClient
+from slm_swap.tuning.checkpoints import Checkpoints
 from slm_swap.tuning.merging import merge_adapter
 from slm_swap.tuning.tokens import tokenize
 from slm_swap.tuning.training import train
@@ -181,3 +182,56 @@ def test_a_head_with_a_bias_is_refused():
     with pytest.raises(UserError, match="a bias, with which PEFT does not train it: use an instruct checkpoint"):
         token_indices(model, [3])
     assert token_indices(model, []) is None
+
+
+# -- Said where it is not enough ------------------------------------------------------------------------------------------------
+
+
+def test_tuned_replies_that_do_not_end_are_said_once_at_the_first_evaluation(tmp_path, monkeypatch):
+    """As where nobody noticed; a learning rate of next to nothing teaches no end."""
+    monkeypatch.setattr("slm_swap.tuning.training.untrained_tokens", lambda *_, **__: {})
+    monkeypatch.setattr("slm_swap.tuning.validation.MAX_NEW_TOKENS", 40)
+    base, parameters = untaught_end(tmp_path / "base"), replace(QUICK, epochs=2, learning_rate=1e-9, eval_steps=2, eval_generate=2)
+    said = []
+    train("structured", base, ROWS, ROWS[:2], tmp_path / "adapter", parameters, "trl", INPUTS, say=said.append)
+    (line,) = [line for line in said if "ran to the limit" in line]
+    assert line.startswith("warning: after step 2, 2 of 2 replies ran to the limit of 40 tokens") and "\n" not in line
+
+
+@pytest.mark.parametrize("cut, said", [(9, True), (8, False), (0, False)])
+def test_nearly_all_is_nine_in_ten(cut, said):
+    from slm_swap.tuning.validation import endless
+
+    assert bool(endless({"rows": 10, "errors": {"truncated": cut}}, 5)) == said
+
+
+# -- Resumed and in several processes -------------------------------------------------------------------------------------------
+
+
+def test_a_killed_run_ends_in_the_same_rows(base, tmp_path):
+    """To the bit: the row is in the checkpoints, its optimizer's state too."""
+    import multiprocessing
+    import os
+
+    parameters = replace(PARAMETERS, epochs=3, lora_dropout=0.1)
+
+    def run(out, resume=False):
+        train("structured", base, ROWS, ROWS[:2], out, parameters, "trl", INPUTS, save_steps=2, resume=resume)
+
+    def killed():
+        complete = Checkpoints.complete
+
+        def then_die(self, step, *given):
+            complete(self, step, *given)
+            os._exit(9)
+
+        Checkpoints.complete = then_die
+        run(tmp_path / "again")
+
+    run(tmp_path / "whole")
+    child = multiprocessing.get_context("fork").Process(target=killed)
+    child.start()
+    child.join(120)
+    assert child.exitcode == 9 and Checkpoints(tmp_path / "again").steps() == [2]
+    run(tmp_path / "again", resume=True)
+    assert (tmp_path / "again/adapter_model.safetensors").read_bytes() == (tmp_path / "whole/adapter_model.safetensors").read_bytes()
