@@ -348,7 +348,9 @@ def with_adapter(model: Any, adapter: Path, base: Path) -> Any:
         with warnings.catch_warnings():
             # layers of the model for which the adapter has no weights would stay as they are
             warnings.filterwarnings("error", message=".*missing adapter keys")
-            return PeftModel.from_pretrained(model, str(adapter))
+            tuned = PeftModel.from_pretrained(model, str(adapter))
+        put_rows_in_place(tuned)
+        return tuned
     except torch.OutOfMemoryError:
         raise UserError(f"the adapter {display_path(adapter)} does not fit in memory: use --precision nf4 or a larger GPU") from None
     except ImportError as error:
@@ -358,6 +360,18 @@ def with_adapter(model: Any, adapter: Path, base: Path) -> Any:
             f"the adapter {display_path(adapter)} does not fit the model {display_path(base)} ({first_line(error)}): "
             "train it again on this model"
         ) from None
+
+
+def put_rows_in_place(tuned: Any) -> None:
+    """Write the rows of embedding and head that an adapter has trained into those matrices.
+
+    PEFT would copy both matrices as a whole for each token: 1.2 GB twice for Phi-4-mini's vocabulary.
+    """
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+
+    for module in tuned.modules():
+        if isinstance(module, TrainableTokensLayer):
+            module.merge()
 
 
 def files_hash(folder: Path) -> str:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from slm_swap.clients.loading import load_model, load_tokenizer
+from slm_swap.clients.loading import load_model, load_tokenizer, with_adapter
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import Settings
 from slm_swap.rows.prompts import text_request
@@ -158,6 +158,21 @@ def test_tuned_replies_stop(trained, base):
     tuned = replies(base, trained[0])
     assert {reason for _, reason in tuned} == {"stop"}
     assert sum(text == row.completion for (text, _), row in zip(tuned, ROWS, strict=True)) >= 6
+
+
+def test_the_rows_are_in_place_as_peft_would_have_them(trained, base):
+    """In the head, and where weights are tied in the embedding: the logits are those of PEFT's own way, without its copies."""
+    import torch
+    from peft import PeftModel
+
+    own = PeftModel.from_pretrained(load_model(base, "fp32", {"": "cpu"}), str(trained[0])).eval()
+    placed = with_adapter(load_model(base, "fp32", {"": "cpu"}), trained[0], base).eval()
+    ids = torch.tensor([[5, END, 6, 7]])
+    with torch.no_grad():
+        logits = [model(input_ids=ids).logits for model in (placed, own)]
+    assert torch.equal(logits[0], logits[1])
+    row = placed.get_base_model().get_output_embeddings().original_module.weight[END]
+    assert torch.equal(row, own.get_base_model().get_output_embeddings().token_adapter.trainable_tokens_delta["default"][0])
 
 
 def test_batches_give_what_rows_alone_give(trained, base):
