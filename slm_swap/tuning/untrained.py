@@ -12,8 +12,8 @@ A token counts as untrained where both hold:
 - Where a reply of the training rows has the token next, the model prefers some unused token to it, or gives both the same logit. An
   instruct checkpoint that learned its end does not, however near the row still lies.
 
-Gemma 3 270M (base, tied head, 6,242 <unusedN> of which a third are in use) in these units: unused tokens 0.013 (median), its
-<end_of_turn> 0.10, its <start_of_turn> 0.27, ordinary tokens 0.63 (the nearest 1%; 0.4% are tokens that never occurred), <eos> 1.15. At the
+Gemma 3 270M (base, tied head, 6,242 <unusedN> of which a third are in use) in these units: unused tokens 0.015 (median), its
+<end_of_turn> 0.12, its <start_of_turn> 0.31, ordinary tokens 0.64 (the nearest 1%; 0.4% are tokens that never occurred), <eos> 1.35. At the
 end of a reply 4,116 or more of the 4,134 unused tokens near the middle have a higher logit than <end_of_turn>, in each of 8 rows; <eos>
 is 25 nats above it. Rows that are all equal, zero included (reserved tokens, rows beyond the tokenizer), are 0 apart, and so is the end.
 """

@@ -2,7 +2,9 @@
 
 import json
 import re
+import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -11,6 +13,7 @@ from slm_swap.common.errors import UserError
 from slm_swap.common.settings import Settings
 from slm_swap.rows.prompts import text_request
 from slm_swap.slm_client import SLMClient
+from slm_swap.tuning.backends import load_trainable
 from slm_swap.tuning.checkpoints import Checkpoints
 from slm_swap.tuning.merging import merge_adapter
 from slm_swap.tuning.tokens import tokenize
@@ -185,6 +188,19 @@ def test_the_merged_checkpoint_has_the_row(trained, base, tmp_path):
     model = load_model(tmp_path / "merged", "fp32", {"": "cpu"})
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert tied == model.config.tie_word_embeddings == ("tied" in base.name and "un" not in base.name)
+
+
+def test_unsloth_is_refused(base, tokenizer, rows, monkeypatch):
+    """Its loader stands in by ours, as it needs a GPU."""
+    import types
+
+    loader = types.SimpleNamespace(from_pretrained=lambda **given: (load_model(base, "fp32", {"": "cpu"}), None), get_peft_model=None)
+    unsloth = types.ModuleType("unsloth")
+    unsloth.FastLanguageModel = loader
+    monkeypatch.setitem(sys.modules, "unsloth", unsloth)
+    monkeypatch.setenv("UNSLOTH_BLOCK_COMPILE", "0")
+    with pytest.raises(UserError, match="never learned to end a reply, and Unsloth does not train its end token: use --backend trl"):
+        load_trainable(base, PARAMETERS, "unsloth", "cpu", partial(untrained_tokens, tokenizer=tokenizer, rows=rows))
 
 
 def test_a_head_with_a_bias_is_refused():
