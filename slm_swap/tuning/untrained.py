@@ -145,7 +145,7 @@ def start_rows(model: Any, tokens: dict[int, int | None]) -> None:
     if adapter is None:
         raise UserError(f"{UNTRAINED}, and PEFT cannot train it there: {INSTEAD}")
     weight = adapter.base_layer.weight.detach()
-    rows = [weight.float().mean(0) if source is None else weight[source].float() for source in tokens.values()]
+    rows = [weight.mean(0, dtype=torch.float32) if source is None else weight[source].float() for source in tokens.values()]
     adapter.trainable_tokens_delta["default"].data = torch.stack(rows)  # in 32 bits: in 16, steps would be lost
 
 
