@@ -74,13 +74,18 @@ def trained_as(model: Path) -> tuple[str | None, str | None]:
     return _training_info(model, "ask"), _training_info(model, "thinking")
 
 
+def trained_base(model: Path) -> str | None:
+    """The `files_hash` of the weights that an adapter, or a merged model, was trained on; None where its `training_info.json` does not say."""
+    return _training_info(model, "base_model", "files_sha256")
+
+
 def require_base(adapter: Path, base: Path, files_sha256: str, advice: str) -> None:
     """Refuse an adapter over other weights than those that it was trained on, where it says which; `files_sha256` is the base's.
 
     Raises:
         UserError: so, with the advice.
     """
-    if _training_info(adapter, "base_model", "files_sha256") not in (None, files_sha256):
+    if trained_base(adapter) not in (None, files_sha256):
         raise UserError(f"{display_path(adapter)} was trained on other weights than {display_path(base)}: {advice}")
 
 
@@ -353,7 +358,9 @@ def with_adapter(model: Any, adapter: Path, base: Path) -> Any:
         with warnings.catch_warnings():
             # layers of the model for which the adapter has no weights would stay as they are
             warnings.filterwarnings("error", message=".*missing adapter keys")
-            return PeftModel.from_pretrained(model, str(adapter))
+            tuned = PeftModel.from_pretrained(model, str(adapter))
+        put_rows_in_place(tuned)
+        return tuned
     except torch.OutOfMemoryError:
         raise UserError(f"the adapter {display_path(adapter)} does not fit in memory: use --precision nf4 or a larger GPU") from None
     except ImportError as error:
@@ -363,6 +370,18 @@ def with_adapter(model: Any, adapter: Path, base: Path) -> Any:
             f"the adapter {display_path(adapter)} does not fit the model {display_path(base)} ({first_line(error)}): "
             "train it again on this model"
         ) from None
+
+
+def put_rows_in_place(tuned: Any) -> None:
+    """Write the rows of embedding and head that an adapter has trained into those matrices.
+
+    PEFT would copy both matrices as a whole for each token: 1.2 GB twice for Phi-4-mini's vocabulary.
+    """
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+
+    for module in tuned.modules():
+        if isinstance(module, TrainableTokensLayer):
+            module.merge()
 
 
 def files_hash(folder: Path) -> str:

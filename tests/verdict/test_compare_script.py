@@ -172,6 +172,29 @@ def test_before(compare, make, decision, refused):
     assert "no before.rows.jsonl" in refused(azure, slm, "--before", bare(before)).replace(str(before.parent) + "/", "")
 
 
+@pytest.mark.parametrize(
+    ("tuned", "before", "fits"),
+    [
+        (TUNED | {"files_sha256": ["a", "adapter"]}, SLM | {"files_sha256": ["a"]}, True),
+        (TUNED | {"files_sha256": ["a", "adapter"]}, SLM | {"files_sha256": ["b"]}, False),
+        (TUNED | {"files_sha256": ["a", "adapter"]}, TUNED | {"files_sha256": ["a", "older"]}, True),
+        (TUNED | {"files_sha256": ["a", "adapter"]}, TUNED | {"files_sha256": ["b", "older"]}, False),
+        (SLM | {"files_sha256": ["merged"], "trained_on_sha256": "a"}, SLM | {"files_sha256": ["a"]}, True),
+        (SLM | {"files_sha256": ["merged"], "trained_on_sha256": "a"}, SLM | {"files_sha256": ["b"]}, False),
+        (SLM | {"files_sha256": ["tuned elsewhere"]}, SLM | {"files_sha256": ["b"]}, True),
+        (TUNED, SLM | {"files_sha256": ["b"]}, True),
+    ],
+)
+def test_what_was_gained_is_over_the_weights_that_were_trained(compare, refused, make, tuned, before, fits):
+    """Over others it would be the difference between two models, and a price would be paid for it."""
+    azure, slm, before = make("azure"), make("slm", BAD, tuned), make("before", ["no_json"], before)
+    if fits:
+        assert compare(azure, slm, "--before", before)[0] == 10
+    else:
+        assert "is of other weights" in (error := refused(azure, slm, "--before", before)) and "leave --before out" in error
+    assert compare(azure, slm)[0] == 10, "without it the verdict is about the tuned model alone"
+
+
 def bare(report):
     rows_path(report).unlink()
     return report
