@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from slm_swap.clients.templates import require_text
+from slm_swap.clients.thinking import use_thinking
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import Settings, display_path, find_path
 from slm_swap.rows.lines import text_hash
@@ -60,9 +62,9 @@ def _training_info(adapter: Path, *place: str) -> Any:
     return told
 
 
-def trained_ask(model: Path) -> str | None:
-    """How the rows were asked on which an adapter or merged model was trained; None where its `training_info.json` does not say."""
-    return _training_info(model, "ask")
+def trained_as(model: Path) -> tuple[str | None, str | None]:
+    """(ask, thinking) of the prompts on which an adapter or merged model was trained; None for what its `training_info.json` does not say."""
+    return _training_info(model, "ask"), _training_info(model, "thinking")
 
 
 def require_base(adapter: Path, base: Path, files_sha256: str, advice: str) -> None:
@@ -131,11 +133,11 @@ def load_model(path: Path, precision: str, device_map: Any = "auto", trust_remot
         ) from None
 
 
-def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
-    """The checkpoint's tokenizer, padding on the left, with a chat template.
+def load_tokenizer(path: Path, trust_remote_code: bool = False, thinking: str | None = None) -> Any:
+    """The checkpoint's tokenizer, padding on the left, with a chat template that asks for thinking or not: see `use_thinking`.
 
     Raises:
-        UserError: there is none, or it has no chat template.
+        UserError: there is none, it has no chat template, or one that cannot ask so.
     """
     from transformers import AutoTokenizer
 
@@ -147,6 +149,8 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
         raise UserError(f"the tokenizer of {display_path(path)} has no chat template: use an instruct checkpoint")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    require_text(tokenizer)
+    use_thinking(tokenizer, thinking)
     return tokenizer
 
 
