@@ -175,6 +175,10 @@ def measure(
 
         evaluate_rows(tally, client, dataset, journal, cache, on_row, alone, concurrency, outage)
     tell.finish()
+    if damage := journal.told_of_damage():
+        warn(damage)
+    if cache and cache.damaged:
+        warn(f"{cache.damaged} replies of {display_path(cache.path)} were damaged: they were asked again")
     repeat, cost = repeat_rows(tally.track, client, dataset, journal, args.repeat, args.repeat_rows, args.seed, outage)
     measured = client.kind == "slm" and old and old.report.get("latency")
     latency = None if measured else latency_of(client, tally, dataset, journal, args.latency_rows, args.seed, args.concurrency)
