@@ -5,10 +5,11 @@
 
 A folder has what a published checkpoint has: weights, config, generation_config, tokenizer, chat template. The templates are our own
 and bear the published ones' quirks. Weights are random and large, so that greedy replies are chaotic and any numeric error shows, and
-one token in sixteen is a further end in generation_config, so that replies end at different times as in life.
+one token in ten is a further end in generation_config, so that replies end at different times as in life.
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -19,7 +20,7 @@ from tests.models.rows import TEXTS
 
 TEMPLATES = Path(__file__).parent / "templates"
 VOCABULARY = 640  # tokens besides a family's own marks
-EVERY = 16  # one token of so many is a further end
+EVERY = 10  # one token of so many is a further end
 SPREAD = 0.2  # standard deviation of the weights: more than 1 / sqrt(hidden size)
 SIZES = {
     "hidden_size": 64,
@@ -30,6 +31,7 @@ SIZES = {
     "max_position_embeddings": 1024,
     "initializer_range": SPREAD,
 }
+FAINT = 0.1  # the embeddings' share of that: what a layer adds is to count for more than the last token, or replies repeat it
 WINDOW = 32  # of sliding attention: a fraction of every prompt
 MAMBA = {"mamba_n_heads": 4, "mamba_n_groups": 1, "mamba_d_state": 16, "mamba_d_conv": 4, "mamba_chunk_size": 32}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
@@ -65,6 +67,12 @@ class Family:
     vision: dict[str, Any] = field(default_factory=dict)  # of a model with images, whose `sizes` are in text_config
     tokens: dict[str, str] = field(default_factory=dict)  # further fields of the configuration that name a token
     generation: dict[str, Any] = field(default_factory=dict)  # of generation_config, besides tokens
+    refused: dict[str, str] = field(default_factory=dict)  # what the program says in columns of the table; several with spaces between
+
+    def cells(self, columns: Iterable[str]) -> dict[str, str]:
+        """What stands in those columns of the table: "ok", or "refused: " and a line."""
+        lines = {column: line for named, line in self.refused.items() for column in named.split()}
+        return {column: f"refused: {lines[column]}" if column in lines else "ok" for column in columns}
 
 
 CHATML = "<|endoftext|> <|im_start|> <|im_end|>"
@@ -137,7 +145,7 @@ _ALL = [
             },
         },
     ),
-    Family("Llama 2", "LlamaConfig", "llama2", **MISTRAL, taught="{} </s>", generation={"temperature": 0.9, "top_p": 0.6}),
+    Family("Llama 2", "LlamaConfig", "llama2", **MISTRAL, taught=" {} </s>", generation={"temperature": 0.9, "top_p": 0.6}),
     Family("Gemma 2", "Gemma2Config", "gemma2", **GEMMA, sizes=GEMMA_SIZES | {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 8.0}),
     Family("Gemma 3 1B", "Gemma3TextConfig", "gemma3", **GEMMA, generation={"do_sample": True, "top_k": 64, "top_p": 0.95}, sizes=GEMMA_SIZES),
     Family(
@@ -147,7 +155,7 @@ _ALL = [
     ),
     Family("Mistral v0.1", "MistralConfig", "mistral1", **MISTRAL, taught="{}</s>", sizes={"sliding_window": WINDOW}),
     Family(
-        "Mistral v0.3", "MistralConfig", "mistral3", **MISTRAL | {"marks": "<unk> <s> </s> [INST] [/INST]"}, taught="{} </s>",
+        "Mistral v0.3", "MistralConfig", "mistral3", **MISTRAL | {"marks": "<unk> <s> </s> [INST] [/INST]"}, taught=" {} </s>",
         sizes={"sliding_window": None, "head_dim": 32},
     ),
     Family(
@@ -197,7 +205,7 @@ _ALL = [
         "Nemotron-H", "NemotronHConfig", "nemotron_h", "<unk> <s> </s> <SPECIAL_10> <SPECIAL_11> <SPECIAL_12>", "<SPECIAL_12>",
         "</s> <SPECIAL_11> <SPECIAL_12>", "{}\n<SPECIAL_12>", "<s>", generation=SAMPLED,
         sizes={
-            "layers_block_type": ["linear_attention", "mlp", "full_attention"], "num_hidden_layers": 3, "head_dim": 16, "mamba_num_heads": 4,
+            "layers_block_type": ["linear_attention", "full_attention", "mlp"], "num_hidden_layers": 3, "head_dim": 16, "mamba_num_heads": 4,
             "mamba_head_dim": 32, "ssm_state_size": 16, "n_groups": 1, "chunk_size": 32,
         },
     ),
@@ -265,8 +273,11 @@ def make_model(config: Any) -> Any:
     recurrence = ("A_log", "dt_bias", ".D")  # its own initial values keep it stable
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim == 1 and not name.endswith(recurrence):  # norms, biases, sinks: else all 0 or 1
+            if parameter.ndim > 1:
+                parameter.normal_(0, SPREAD)
+            elif not name.endswith(recurrence):  # norms, biases, sinks: else all 0 or 1
                 parameter.add_(SPREAD * torch.randn_like(parameter))
+        model.get_input_embeddings().weight.mul_(FAINT)
     return model
 
 
