@@ -6,6 +6,7 @@ Each gives nothing if all is right, raises UserError if the program refuses, and
 import io
 import json
 import os
+import re
 import traceback
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout, suppress
@@ -88,7 +89,9 @@ class Trial:
         return plain_model(self.base)
 
     def train(self, out: Path, parameters: Hyperparameters, **options: Any) -> dict[str, Any]:
-        return train(TRACK, self.base, LEARNED[: 3 if parameters.packing else None], HELD_OUT, out, parameters, "trl", INPUTS, **options)
+        rows = LEARNED[: 3 if parameters.packing else None]
+        with mock.patch("slm_swap.tuning.record.plot"):  # a picture takes as long as a step
+            return train(TRACK, self.base, rows, HELD_OUT, out, parameters, "trl", INPUTS, **options)
 
     def loss_alone(self, rows: list[Example]) -> float:
         """The mean loss of the rows' completions, each row computed alone by transformers' own model."""
@@ -263,11 +266,11 @@ COLUMNS = {check.__name__: check for check in (infer, batches, forward, labels, 
 
 
 def cell(trial: Trial, check: Callable[[Trial], None]) -> str:
-    """"ok"; "refused: " and the program's line, with MODEL for the checkpoint's folder; or "fault: " and what is wrong."""
+    """"ok"; "refused: " and the program's line, with MODEL for the checkpoint's folder and ... for measured numbers; or "fault: " and what is wrong."""
     try:
         check(trial)
     except UserError as error:
-        line = str(error).replace(str(trial.base), "MODEL")
+        line = re.sub(r"\d+\.\d+", "...", str(error).replace(str(trial.base), "MODEL"))
         return f"fault: more than a line: {line}" if "\n" in line else f"refused: {line}"
     except Exception as error:
         traceback.print_exc()

@@ -44,6 +44,8 @@ DELTA = {  # Qwen's linear attention
     "linear_value_head_dim": 16,
 }
 IMAGES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+# What is not kept apart in a pack: states of convolutions and recurrences; gpt-oss' masks go without position ids.
+TOGETHER = {"packed": "packed rows see each other in this model (they move one's hidden states by ...%): use --no-packing, or --preset documented"}
 SAMPLED = {"do_sample": True, "temperature": 0.6, "top_p": 0.95}
 
 
@@ -117,12 +119,12 @@ _ALL = [
     Family("Qwen3 MoE", "Qwen3MoeConfig", "chatml", **QWEN, plain_marks=THINK, sizes=EXPERTS | {"head_dim": 16, "num_experts": 4}),
     Family(
         "Qwen3-Next", "Qwen3NextConfig", "chatml", **QWEN, plain_marks=THINK,
-        sizes=DELTA | EXPERTS | {"num_experts": 4, "shared_expert_intermediate_size": 32},
+        refused=TOGETHER, sizes=DELTA | EXPERTS | {"num_experts": 4, "shared_expert_intermediate_size": 32},
     ),
     Family(
         "Qwen3.5, with images", "Qwen3_5Config", "chatml_prefilled", **QWEN | {"marks": f"{CHATML} <|vision_start|> <|vision_end|> <|image_pad|> <|video_pad|>"},
         plain_marks=THINK,
-        sizes=DELTA | {
+        refused=TOGETHER, sizes=DELTA | {
             "tie_word_embeddings": True,
             "rope_parameters": {
                 "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25, "mrope_section": [2, 1, 1], "mrope_interleaved": True,
@@ -170,7 +172,7 @@ _ALL = [
     Family("Granite 3", "GraniteConfig", **GRANITE, sizes=GRANITE_SIZES | {"tie_word_embeddings": True}),
     Family(
         "Granite 4 hybrid", "GraniteMoeHybridConfig", **GRANITE,
-        sizes=GRANITE_SIZES | MAMBA | {
+        refused=TOGETHER, sizes=GRANITE_SIZES | MAMBA | {
             "layer_types": ["mamba", "attention"], "mamba_d_head": 32, "mamba_expand": 2, "position_embedding_type": "nope",
             "num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 64, "tie_word_embeddings": True,
         },
@@ -191,12 +193,12 @@ _ALL = [
     ),
     Family(
         "LFM2", "Lfm2Config", "chatml", f"<|pad|> <|startoftext|> {CHATML}", "<|im_end|>", "<|im_end|>", "{}<|im_end|>", "<|startoftext|>", "<|pad|>",
-        adds_bos=True, sizes={"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+        adds_bos=True, refused=TOGETHER, sizes={"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
     ),
     Family(
         "Falcon-H1", "FalconH1Config", "chatml", "<|pad|> <|end_of_text|> <|im_start|> <|im_end|>", "<|end_of_text|>", "<|end_of_text|> <|im_end|>",
         "{}<|im_end|>", pad="<|pad|>",
-        sizes=MAMBA | {
+        refused=TOGETHER, sizes=MAMBA | {
             "mamba_d_ssm": 64, "mamba_d_head": 16, "lm_head_multiplier": 0.5, "embedding_multiplier": 2.0, "key_multiplier": 0.5,
             "attention_out_multiplier": 0.8, "ssm_multipliers": [0.5, 1.0, 1.5, 1.0, 0.8], "mlp_multipliers": [0.8, 0.6],
         },
@@ -204,7 +206,7 @@ _ALL = [
     Family(
         "Nemotron-H", "NemotronHConfig", "nemotron_h", "<unk> <s> </s> <SPECIAL_10> <SPECIAL_11> <SPECIAL_12>", "<SPECIAL_12>",
         "</s> <SPECIAL_11> <SPECIAL_12>", "{}\n<SPECIAL_12>", "<s>", generation=SAMPLED,
-        sizes={
+        refused=TOGETHER, sizes={
             "layers_block_type": ["linear_attention", "full_attention", "mlp"], "num_hidden_layers": 3, "head_dim": 16, "mamba_num_heads": 4,
             "mamba_head_dim": 32, "ssm_state_size": 16, "n_groups": 1, "chunk_size": 32,
         },
@@ -213,7 +215,7 @@ _ALL = [
         "gpt-oss", "GptOssConfig", "gpt_oss", "<|startoftext|> <|endoftext|> <|return|> <|channel|> <|start|> <|end|> <|message|> <|call|>",
         "<|return|>", "<|return|> <|endoftext|> <|call|>", "<|channel|>final<|message|>{}<|return|>", "<|startoftext|>", "<|endoftext|>",
         generation={"do_sample": True},
-        sizes={
+        refused=TOGETHER, sizes={
             "head_dim": 16, "sliding_window": WINDOW, "num_local_experts": 4, "num_experts_per_tok": 2,
             "rope_parameters": {
                 "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
