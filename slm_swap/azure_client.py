@@ -42,7 +42,7 @@ class AzureClient(ChatClient):
         token = None if key else entra_token()
         missing = () if key or token else ("AZURE_API_KEY (or pip install azure-identity)",)
         names = settings.azure_endpoint, settings.azure_deployment, settings.azure_api_version
-        endpoint = parse_endpoint(*names, missing, key=bool(key))
+        endpoint = parse_endpoint(*names, missing, bool(key), settings.secrets)
         if endpoint.form == "openai":
             token = None  # a token of Azure's is nothing to show to another server
         identity = {

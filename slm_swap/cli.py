@@ -12,7 +12,8 @@ from slm_swap.clients.engines import ENGINES, PRECISIONS, STARTS
 from slm_swap.clients.thinking import THINKING
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import code_version, sha256_file
-from slm_swap.common.settings import PACKAGE, Settings, display_path, find_path, load_launch
+from slm_swap.common.secrets import hide_in_tracebacks
+from slm_swap.common.settings import PACKAGE, Settings, display_path, find_path, load_launch, load_settings
 from slm_swap.rows.examples import Dataset, Example
 from slm_swap.rows.prompts import ASKS
 from slm_swap.scoring.tracks import TRACKS
@@ -231,6 +232,7 @@ def run(main: Callable[[], int], launched: bool = False) -> NoReturn:
     `launched` scripts can be started as several processes; of those, the first one of a machine speaks for all.
     """
     launch = load_launch()
+    hide_in_tracebacks(lambda: load_settings().secrets)
     try:
         if launch.world > 1 and not launched:
             raise UserError("this script is one process: start it by python, not by accelerate launch or torchrun")

@@ -23,6 +23,7 @@ from slm_swap.clients.loading import (
     placement,
     prompt_text,
     require_base,
+    trained_base,
     training_seconds,
     with_adapter,
 )
@@ -115,6 +116,10 @@ class SLMClient:
         self._files_sha256 = hashes.result()
         if self.adapter:
             require_base(self.adapter, self.path, self._files_sha256[0], "set SLM_MODEL_PATH to its base, or train it again on this model")
+        self.trained_on = trained_base(self.adapter or self.path)
+        self.warning = None
+        if self.adapter and self.trained_on is None:
+            self.warning = f"{display_path(self.adapter)} has no training_info.json that names its base by hash: that it was trained on {display_path(self.path)} is not proven"
         self.load_seconds = time.perf_counter() - started
 
     def _load(
@@ -225,7 +230,8 @@ class SLMClient:
         self.engine.restore(state)
 
     def describe(self) -> dict[str, Any]:
-        return self.identity | self.state()
+        trained = {"trained_on_sha256": self.trained_on} if self.adapter or self.trained_on else {}
+        return self.identity | trained | self.state()
 
     def cost(self, input_tokens: int, cached_tokens: int, output_tokens: int, seconds: float) -> float | None:
         """The machine's price an hour times the seconds that it worked."""

@@ -10,8 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
-from slm_swap.cli import Parser, run
-from slm_swap.clients.loading import adapter_path, model_path
+from slm_swap.cli import Parser, run, warn
+from slm_swap.clients.loading import adapter_path, model_path, trained_base
 from slm_swap.common.reports import read_json
 from slm_swap.common.settings import display_path, load_settings
 from slm_swap.tuning.merging import DTYPES, merge_adapter
@@ -32,6 +32,11 @@ def main(argv: list[str] | None = None) -> int:
     named = read_json(adapter / "adapter_config.json", "train_unsloth.py").get("base_model_name_or_path")
     base = model_path(load_settings(), args.model or named)
     info = merge_adapter(base, adapter, args.out, args.dtype)
+    if trained_base(adapter) is None:
+        warn(f"{display_path(adapter)} does not say by hash what it was trained on: that it was {display_path(base)} is not proven")
+    if left_out := info["merged"]["generation_config_left_out"]:
+        told = ", ".join(f"{name} {value}" for name, value in left_out.items())
+        print(f"generation_config.json is without {told}: they are invalid there, and the base model is run without them")
     print(f"{info['merged']['adapter']['path']} merged into {display_path(base)}, {args.dtype}: {display_path(args.out)}")
     return 0
 

@@ -25,6 +25,7 @@ from slm_swap.clients.protocol import Reply
 from slm_swap.clients.quota import Quota
 from slm_swap.clients.tries import AskedRow, Try
 from slm_swap.common.errors import UserError
+from slm_swap.common.secrets import scrub
 from slm_swap.common.settings import Settings
 from slm_swap.rows.prompts import Request
 
@@ -35,7 +36,6 @@ LOOK_SECONDS = 0.05  # between two looks at the quota: answers that come meanwhi
 TYPICAL_CHARACTERS, TYPICAL_TOKENS = 4000, 1000  # of English prompts, until the answers tell
 DENIED_FIRST, DENIED_LATER = 5, 20  # rows in a row that got a 403, before any and after some were answered, until the key is looked at
 HARMLESS = Request([{"role": "user", "content": "Reply with the word yes."}])
-SHORTEST_SECRET = 16  # in replies: "test" as a key must not be cut out of a model's text; Azure's keys have 32 or 84 characters
 PLAIN_HEADERS = re.compile("host|accept|accept-encoding|connection|content-.*|user-agent|x-stainless-.*")
 
 
@@ -289,7 +289,7 @@ class ChatClient:
 
     def _clean(self, text: str) -> str:
         """What a model wrote as any file can hold it: through UTF-16, halves of surrogate pairs join or become U+FFFD."""
-        return self._scrub(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), SHORTEST_SECRET)
+        return scrub(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), self._secrets, data=True)
 
     def _drop_rejected(self, refusal: Refusal, sent: dict[str, Any]) -> bool:
         """Drop or swap the parameter that the server did not take: True to ask again. Another row may have done it already.
@@ -366,10 +366,8 @@ class ChatClient:
             return f"this deployment does not take such requests; choose another {named.model}"
         return None
 
-    def _scrub(self, text: str, shortest: int = 1) -> str:
-        for secret in self._secrets:
-            text = text.replace(secret, "***") if len(secret) >= shortest else text
-        return text
+    def _scrub(self, text: str) -> str:
+        return scrub(text, self._secrets)
 
     def _one_line(self, what: object) -> str:
         return " ".join(self._scrub(str(what)).encode("utf-8", "replace").decode().split())[:300]

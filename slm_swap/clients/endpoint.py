@@ -2,11 +2,13 @@
 
 import ipaddress
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 from slm_swap.common.errors import UserError
+from slm_swap.common.secrets import looks_like_key
 
 FORMS = (
     "https://R.openai.azure.com, .../openai/deployments/NAME, .../openai/v1, or https://R.services.ai.azure.com/models; "
@@ -81,7 +83,12 @@ def is_loopback(host: str) -> bool:
 
 
 def parse_endpoint(
-    endpoint: str | None, deployment: str | None, api_version: str | None, missing: tuple[str, ...] = (), key: bool = True
+    endpoint: str | None,
+    deployment: str | None,
+    api_version: str | None,
+    missing: tuple[str, ...] = (),
+    key: bool = True,
+    secrets: Sequence[str] = (),
 ) -> Endpoint:
     """AZURE_ENDPOINT as the portal shows it, in any of the forms of FORMS, with or without /chat/completions?api-version=...
 
@@ -89,13 +96,14 @@ def parse_endpoint(
     as /v1, is an OpenAI-compatible server, and so is any other path in front of /chat/completions. `/openai/v1` is Azure's on Azure's
     hosts, on this machine, and where an api-version is given; elsewhere (Groq) it is OpenAI-compatible. A dated api-version is left out
     of the v1 form, which refuses it (400). `missing` are variables that the caller misses besides, for Azure's forms; `key` is whether
-    one would be sent.
+    one would be sent. `secrets` are in no part of it.
 
     Raises:
         UserError: variables are missing (all are named), the URL has no known form, it would carry the key in clear over a
-            network, or it says otherwise than AZURE_DEPLOYMENT or AZURE_API_VERSION.
+            network, a part of it or the deployment is a key, or it says otherwise than AZURE_DEPLOYMENT or AZURE_API_VERSION.
     """
-    parts = _take_apart(endpoint, AZURE, key) if endpoint else None
+    _check_name(deployment, AZURE, secrets)
+    parts = _take_apart(endpoint, AZURE, key, secrets) if endpoint else None
     base, form, name, version = _azure_form(parts, bool(api_version)) if parts else ("", "deployments", None, None)
     if parts and parts.clear and form != "openai":
         raise UserError(_in_clear(AZURE, parts.host))
@@ -116,13 +124,14 @@ def parse_endpoint(
     return Endpoint(base + path, name, form, {"api-version": version} if version else {})
 
 
-def parse_base_url(url: str, model: str, key: bool = True) -> Endpoint:
-    """SLM_BASE_URL: the base URL of an OpenAI-compatible server, with or without /chat/completions.
+def parse_base_url(url: str, model: str, key: bool = True, secrets: Sequence[str] = ()) -> Endpoint:
+    """SLM_BASE_URL: the base URL of an OpenAI-compatible server, with or without /chat/completions. `secrets` are in no part of it.
 
     Raises:
-        UserError: it is no such URL, or it would carry the key in clear over a network.
+        UserError: it is no such URL, it would carry the key in clear over a network, or a part of it or the model's name is a key.
     """
-    parts = _take_apart(url, SERVED, key)
+    _check_name(model, SERVED, secrets)
+    parts = _take_apart(url, SERVED, key, secrets)
     path = parts.path.removesuffix(CHAT)
     if not (COMPATIBLE_PATH.fullmatch(path) or parts.path.endswith(CHAT)):
         wanted = f"write {parts.origin}/v1" if not path else f"write the path that ends with /v1, as in {COMPATIBLE}"
@@ -163,7 +172,12 @@ def _azure_form(parts: _Parts, versioned: bool) -> tuple[str, str, str | None, s
     raise UserError(f"AZURE_ENDPOINT has the path {parts.shown!r} at {host}, none of the known forms: set it to {FORMS}")
 
 
-def _take_apart(endpoint: str, named: Variables, key: bool) -> _Parts:
+def _check_name(name: str | None, named: Variables, secrets: Sequence[str]) -> None:
+    if name and looks_like_key(name, secrets):
+        raise UserError(f"{named.model} looks like a key: set it to the name of the {'deployment' if named is AZURE else 'model'}, and the key as {named.key}")
+
+
+def _take_apart(endpoint: str, named: Variables, key: bool, secrets: Sequence[str]) -> _Parts:
     """A URL's parts; messages never show more of it than its host and path."""
     try:
         url = urlsplit(endpoint)
@@ -174,6 +188,9 @@ def _take_apart(endpoint: str, named: Variables, key: bool) -> _Parts:
         raise UserError(f"{named.url} is not a URL: set it to {FORMS if named is AZURE else COMPATIBLE}")
     if url.username is not None or url.password is not None:
         raise UserError(f"{named.url} ({host}) has a user or password inside: take it out and set {named.key}")
+    said = [*map(unquote, url.path.split("/")), *(value for _, value in parse_qsl(url.query))]
+    if any(looks_like_key(part, secrets, bool(AZURE_HOST.fullmatch(host))) for part in said):
+        raise UserError(f"{named.url} ({host}) has what looks like a key in its path or parameters: take it out and set {named.key}")
     clear = url.scheme == "http" and not is_loopback(host)
     if clear and key:
         raise UserError(_in_clear(named, host))

@@ -74,13 +74,18 @@ def trained_as(model: Path) -> tuple[str | None, str | None]:
     return _training_info(model, "ask"), _training_info(model, "thinking")
 
 
+def trained_base(model: Path) -> str | None:
+    """The `files_hash` of the weights that an adapter, or a merged model, was trained on; None where its `training_info.json` does not say."""
+    return _training_info(model, "base_model", "files_sha256")
+
+
 def require_base(adapter: Path, base: Path, files_sha256: str, advice: str) -> None:
     """Refuse an adapter over other weights than those that it was trained on, where it says which; `files_sha256` is the base's.
 
     Raises:
         UserError: so, with the advice.
     """
-    if _training_info(adapter, "base_model", "files_sha256") not in (None, files_sha256):
+    if trained_base(adapter) not in (None, files_sha256):
         raise UserError(f"{display_path(adapter)} was trained on other weights than {display_path(base)}: {advice}")
 
 
@@ -126,6 +131,8 @@ def load_model(path: Path, precision: str, device_map: Any = "auto", trust_remot
     config = load_config(path, trust_remote_code)
     require_precision(path, config, precision)
     known = [auto for auto in (AutoModelForCausalLM, AutoModelForImageTextToText) if type(config) in auto._model_mapping]
+    wanted = None if quantized_by(config) else quantization(precision)
+    options = {"quantization_config": wanted} if wanted else {}  # given as None, it would hide the checkpoint's own from transformers
     auto = known[0] if known else AutoModelForCausalLM  # code of the checkpoint's own is no part of either
     try:
         with without_load_report():
@@ -133,10 +140,10 @@ def load_model(path: Path, precision: str, device_map: Any = "auto", trust_remot
                 path,
                 dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
                 device_map=device_map,
-                quantization_config=quantization(precision),
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # refused below, by name
+                **options,
             )
     except torch.OutOfMemoryError:
         raise UserError(
@@ -169,11 +176,13 @@ def quantized_by(config: Any) -> dict[str, Any]:
 
 
 def require_precision(path: Path, config: Any, precision: str) -> None:
-    """Refuse to quantize weights again, or to call those of bitsandbytes what they are not.
+    """Refuse to quantize weights again, to call those of bitsandbytes what they are not, and to read those of an unknown kind.
 
     Raises:
         UserError: so, with the precision that loads them as they are.
     """
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
     given = quantized_by(config)
     if not given:
         return
@@ -182,6 +191,8 @@ def require_precision(path: Path, config: Any, precision: str) -> None:
     own = next((name for key, name in bits.items() if given.get(key)), None)
     if (own and precision != own) or (not own and precision in ("int8", "nf4", "fp8") and precision != method):
         raise UserError(f"{display_path(path)} is quantized already ({method}): use --precision {own or 'bf16'}, which loads its weights as they are")
+    if not own and method not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # transformers would take them for plain ones
+        raise UserError(f"{display_path(path)} is quantized in a way that transformers does not know ({method}): pip install -U transformers, or use --engine vllm")
 
 
 def require_whole(path: Path, told: dict[str, Any]) -> None:
@@ -347,7 +358,9 @@ def with_adapter(model: Any, adapter: Path, base: Path) -> Any:
         with warnings.catch_warnings():
             # layers of the model for which the adapter has no weights would stay as they are
             warnings.filterwarnings("error", message=".*missing adapter keys")
-            return PeftModel.from_pretrained(model, str(adapter))
+            tuned = PeftModel.from_pretrained(model, str(adapter))
+        put_rows_in_place(tuned)
+        return tuned
     except torch.OutOfMemoryError:
         raise UserError(f"the adapter {display_path(adapter)} does not fit in memory: use --precision nf4 or a larger GPU") from None
     except ImportError as error:
@@ -357,6 +370,18 @@ def with_adapter(model: Any, adapter: Path, base: Path) -> Any:
             f"the adapter {display_path(adapter)} does not fit the model {display_path(base)} ({first_line(error)}): "
             "train it again on this model"
         ) from None
+
+
+def put_rows_in_place(tuned: Any) -> None:
+    """Write the rows of embedding and head that an adapter has trained into those matrices.
+
+    PEFT would copy both matrices as a whole for each token: 1.2 GB twice for Phi-4-mini's vocabulary.
+    """
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+
+    for module in tuned.modules():
+        if isinstance(module, TrainableTokensLayer):
+            module.merge()
 
 
 def files_hash(folder: Path) -> str:

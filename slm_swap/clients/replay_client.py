@@ -14,7 +14,7 @@ from slm_swap.common.reports import sha256_file
 from slm_swap.common.settings import display_path
 from slm_swap.rows.conversations import conversation_text, normalized
 from slm_swap.rows.examples import FIELDS, OPTIONAL_FIELDS, Example
-from slm_swap.rows.lines import decode_line, read_jsonl, read_lines
+from slm_swap.rows.lines import decode_line, read_jsonl, read_lines, short_hash
 from slm_swap.rows.prompts import Request
 
 
@@ -35,8 +35,8 @@ class ReplayClient:
 
     def __init__(self, path: str | Path, examples: Iterable[Example]):
         self.path = path
-        ids = {example.id for example in examples}
-        by_id: dict[str, int] = {}
+        places = {short_hash(example.id): index for index, example in enumerate(examples)}
+        self._starts = array("q", [-1]) * len(places)
         by_prompt: dict[bytes, list[int]] = {}
         empty: set[int] = set()  # where a reply begins that says nothing
         for where, start, line in read_lines(path):
@@ -47,21 +47,20 @@ class ReplayClient:
             name = str(name) if isinstance(name, (str, int)) and name != "" else None
             if name is None and not isinstance(prompt, str):
                 raise UserError(f"{where}: neither `id` nor `prompt` or `messages`: say which row the reply belongs to")
-            if name in by_id:
+            place = None if name is None else places.get(short_hash(name))
+            if place is not None and self._starts[place] >= 0:
                 raise UserError(f"{where}: a second reply for id {name!r}: keep one")
-            if name in ids:
-                by_id[name] = start
+            if place is not None:
+                self._starts[place] = start
             elif isinstance(prompt, str):
                 by_prompt.setdefault(_key(prompt), []).append(start)
         self.identity = {"kind": self.kind, "path": display_path(path), "sha256": sha256_file(path)}
-        self._starts, rows, missing = array("q"), 0, []
-        for example in examples:
-            rows += 1
-            if example.id in by_id:
-                self._starts.append(by_id[example.id])
-            elif by_prompt.get(key := _key(example.prompt)):
-                self._starts.append(by_prompt[key].pop(0))
-            else:
+        rows, missing = len(places), []
+        del places
+        for index, example in enumerate(examples if -1 in self._starts else ()):
+            if self._starts[index] < 0 and by_prompt.get(key := _key(example.prompt)):
+                self._starts[index] = by_prompt[key].pop(0)
+            elif self._starts[index] < 0:
                 missing.append(example.id)
         if missing:
             raise UserError(

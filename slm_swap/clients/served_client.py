@@ -27,7 +27,7 @@ class ServedClient(ChatClient):
         self, settings: Settings, max_new_tokens: int = 256, seed: int = 42, concurrency: int = 32, thinking: str | None = None, **options: Any
     ) -> None:
         key = settings.slm_api_key
-        endpoint = parse_base_url(settings.slm_base_url or "", settings.slm_model_name or "", key=bool(key))
+        endpoint = parse_base_url(settings.slm_base_url or "", settings.slm_model_name or "", bool(key), settings.secrets)
         name = endpoint.deployment or served_model(endpoint, key)
         endpoint = Endpoint(endpoint.base_url, name, endpoint.form)
         identity = {

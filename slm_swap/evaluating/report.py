@@ -1,5 +1,6 @@
 """What a report says of the rows of one evaluation."""
 
+import hashlib
 import math
 from array import array
 from collections import Counter, defaultdict
@@ -20,6 +21,30 @@ from slm_swap.scoring.tracks import TRACKS, Track
 ANSWERED = ("stop", "length", "refusal", "content_filter")  # what says how long the model takes: not a failure, not a prompt that is too long
 
 
+class Digests:
+    """sha256 digests, 32 bytes each and no more: a million rows are to be counted, too."""
+
+    def __init__(self, digests: Iterable[str] = ()):
+        self._bytes = bytearray()
+        for digest in digests:
+            self.add(digest)
+
+    def __len__(self) -> int:
+        return len(self._bytes) // 32
+
+    def add(self, digest: str) -> None:
+        """`digest` in hex."""
+        self._bytes += bytes.fromhex(digest)
+
+    def together(self) -> str:
+        """One digest for all of them, in hex, whatever order they came in: of their lines of hex, sorted."""
+        digests = sorted(bytes(self._bytes[at : at + 32]) for at in range(0, len(self._bytes), 32))
+        whole = hashlib.sha256()
+        for number, digest in enumerate(digests):
+            whole.update(f"{chr(10) if number else ''}{digest.hex()}".encode())
+        return whole.hexdigest()
+
+
 class Tally:
     """What a report says of rows, without the rows: of each, some 200 bytes are kept.
 
@@ -36,8 +61,7 @@ class Tally:
         self.counted = 0  # rows of which all three counts of tokens are known: the sums are over these
         self.tokens = {"input": 0, "cached": 0, "output": 0}
         self.seconds: defaultdict[int, array] = defaultdict(lambda: array("d"))  # of answered rows, by how many were asked at a time
-        self.contents: list[bytes] = []
-        self.prompts: list[bytes] = []
+        self.contents, self.prompts = Digests(), Digests()
         self.asks: set[str] = set()
         self.teachers: Counter[str] = Counter()  # of rows whose gold is a model's own reply
 
@@ -46,9 +70,9 @@ class Tally:
 
     def expect(self, example: Example) -> None:
         """Note what a row says and asks; its reply comes with `add`."""
-        self.contents.append(bytes.fromhex(example.content_hash))
+        self.contents.add(example.content_hash)
         request = request_of(self.track.title, example)
-        self.prompts.append(bytes.fromhex(text_hash(str(request.key()))))
+        self.prompts.add(text_hash(str(request.key())))
         self.asks.add("native" if request.native else "text")
         if (example.source or "").startswith(TEACHER):
             self.teachers[(example.source or "").removeprefix(TEACHER)] += 1
@@ -61,7 +85,7 @@ class Tally:
     @property
     def prompt_sha256(self) -> str:
         """One hash for all messages, in any order."""
-        return hash_of_hashes(self.prompts)
+        return self.prompts.together()
 
     def add(self, row: Row) -> None:
         reply, scored = row.reply, row.scored
@@ -165,7 +189,7 @@ def make_report(
         "packages": package_versions(),
         "hardware": hardware(),
         "model": client.describe(),
-        "inputs": inputs | {"rows": count, "rows_sha256": hash_of_hashes(tally.contents)},
+        "inputs": inputs | {"rows": count, "rows_sha256": tally.contents.together()},
         # What was said to a model whose replies were recorded elsewhere is not known.
         "prompt_sha256": None if client.kind == "replay" else tally.prompt_sha256,
         "ask": None if client.kind == "replay" else tally.ask,
@@ -200,8 +224,3 @@ def _cost(client: Client, tally: Tally, seconds: float, repeat: float | None) ->
         "repeat": repeat,
         "total": cost + (repeat or 0.0) if known else None,
     }
-
-
-def hash_of_hashes(hashes: Iterable[bytes]) -> str:
-    """One hash for a set of hashes, such as the rows' contents, whatever order they came in."""
-    return text_hash("\n".join(digest.hex() for digest in sorted(hashes)))

@@ -19,7 +19,7 @@ from slm_swap.common.errors import UserError
 from slm_swap.common.exact_json import ExactEncoder
 from slm_swap.common.settings import display_path
 from slm_swap.rows.conversations import conversation_text, normalized, reply_text
-from slm_swap.rows.lines import MAX_DEPTH, nested_too_deeply, read_jsonl, text_hash
+from slm_swap.rows.lines import MAX_DEPTH, nested_too_deeply, read_jsonl, short_hash, text_hash
 from slm_swap.rows.toolschema import kept_tool
 
 OPTIONAL_FIELDS = {
@@ -237,14 +237,19 @@ def _packed(row: dict[str, Any]) -> bytes:
 def parse_examples(lines: Iterable[tuple[str, Any]], path: str | Path, limit: int | None = None) -> Iterator[Example]:
     """Decoded lines with their "file:line" as Examples: see `read_examples`."""
     number = 0
-    seen: dict[str, str] = {}
+    seen: dict[int, int | str] = {}  # by hashes of ids: a million rows are to be read, too
     for where, row in lines:
         example = parse_example(row, where)
-        if example.id in seen and row.get("id") not in (None, ""):
-            raise UserError(f"{where}: id {example.id!r} stands at {seen[example.id]} already: ids must be unique")
-        if example.id in seen:  # two equal rows without ids: both stay, told apart by their place
+        known = short_hash(example.id)
+        if known in seen and row.get("id") not in (None, ""):
+            first = seen[known]
+            place = first if isinstance(first, str) else f"{where.rpartition(':')[0]}:{first}"
+            raise UserError(f"{where}: id {example.id!r} stands at {place} already: ids must be unique")
+        if known in seen:  # two equal rows without ids: both stay, told apart by their place
             example = replace(example, id=f"{example.id}-{number}")
-        seen[example.id] = where
+            known = short_hash(example.id)
+        line = where.rpartition(":")[2]
+        seen[known] = int(line) if line.isdecimal() else where
         yield example
         number += 1
         if number == limit:

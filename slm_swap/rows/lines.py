@@ -22,6 +22,11 @@ def text_hash(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
+def short_hash(text: str) -> int:
+    """A number of 128 bits for a text: what an index of a million ids holds in their place."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest())
+
+
 def dump_json(value: Any) -> str:
     """Compact JSON as it stands in completions: no spaces, no NaN, non-ASCII text as itself, a Decimal by its own digits."""
     return _COMPACT.encode(value)

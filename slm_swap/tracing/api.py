@@ -20,6 +20,7 @@ from urllib.parse import quote
 
 from slm_swap.common.errors import UserError
 from slm_swap.common.exact_json import EXACT, ExactEncoder
+from slm_swap.common.secrets import scrub
 from slm_swap.common.settings import Settings
 from slm_swap.tracing.wire import address
 
@@ -199,9 +200,7 @@ class LangfuseApi:
 
     def _reason(self, answer: dict) -> str:
         text = " ".join(str(answer.get("message") or answer.get("error") or json.dumps(answer, cls=ExactEncoder)).split())
-        for secret in self._secrets:
-            text = text.replace(secret, "***")
-        return text[:200]
+        return scrub(text, self._secrets)[:200]
 
     def _strange(self, path: str, status: int = 200) -> UserError:
         return UserError(f"{self.host} does not answer {path} like Langfuse (HTTP {status}): mend LANGFUSE_BASE_URL")

@@ -1,8 +1,13 @@
 """What trains: Unsloth or TRL with PEFT, DeepSpeed or not, and the base model with fresh LoRA weights."""
 
 import atexit
+import inspect
 import os
+import re
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +15,7 @@ from slm_swap.clients.loading import load_model, quiet_int8
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import PACKAGE, Launch, display_path, find_path
 from slm_swap.tuning.hyperparameters import Hyperparameters
+from slm_swap.tuning.untrained import start_rows, token_indices
 
 
 def choose_backend(wanted: str, packing: bool = False) -> str:
@@ -63,21 +69,34 @@ def choose_deepspeed(given: str | None, launch: Launch) -> Path | None:
     return path
 
 
-def load_trainable(path: Path, parameters: Hyperparameters, backend: str, device: Any) -> Any:
-    """The base model on `device` (a torch.device), frozen, with fresh LoRA weights on all linear layers."""
+def load_trainable(
+    path: Path, parameters: Hyperparameters, backend: str, device: Any, find_untrained: Callable[[Any], dict[int, int | None]] = lambda _: {}
+) -> Any:
+    """The base model on `device` (a torch.device), frozen, with fresh LoRA weights on all linear layers.
+
+    The rows of the tokens that `find_untrained` finds in the base model are trained, too.
+
+    Raises:
+        UserError: the model cannot be loaded, or the back end cannot train those tokens.
+    """
     if backend == "unsloth":
-        return _load_unsloth(path, parameters)
+        return _load_unsloth(path, parameters, find_untrained)
     from peft import LoraConfig, get_peft_model
 
     model = load_model(path, parameters.precision, device_map={"": device})
+    tokens = find_untrained(model)
     lora = LoraConfig(
         r=parameters.lora_r,
         lora_alpha=parameters.lora_alpha,
         lora_dropout=parameters.lora_dropout,
         target_modules=linear_names(model),
         task_type="CAUSAL_LM",
+        trainable_token_indices=token_indices(model, tokens),
     )
-    return get_peft_model(model, lora)
+    tuned = get_peft_model(model, lora)
+    if tokens:
+        start_rows(tuned, tokens)
+    return tuned
 
 
 def import_unsloth(generated: Path, rank: int) -> None:
@@ -92,7 +111,7 @@ def import_unsloth(generated: Path, rank: int) -> None:
     import unsloth  # noqa: F401
 
 
-def _load_unsloth(path: Path, parameters: Hyperparameters) -> Any:
+def _load_unsloth(path: Path, parameters: Hyperparameters, find_untrained: Callable[[Any], dict[int, int | None]]) -> Any:
     import torch
     from transformers import AutoConfig
 
@@ -113,6 +132,8 @@ def _load_unsloth(path: Path, parameters: Hyperparameters) -> Any:
     if model.get_input_embeddings().weight.shape[0] != vocabulary:
         # Where padding and the end of a text are one token, Unsloth adds a row for another: the checkpoint has none.
         model.resize_token_embeddings(vocabulary)
+    if find_untrained(model):
+        raise UserError(f"{display_path(path)} never learned to end a reply, and Unsloth does not train its end token: use --backend trl")
     return FastLanguageModel.get_peft_model(
         model,
         r=parameters.lora_r,
@@ -124,9 +145,73 @@ def _load_unsloth(path: Path, parameters: Hyperparameters) -> Any:
     )
 
 
-def linear_names(model: Any) -> list[str]:
-    """The names of a decoder's linear layers, without the output head: what LoRA goes onto."""
+def linear_names(model: Any) -> list[str] | str:
+    """What LoRA goes onto: a text decoder's linear layers, without the output head. PEFT's `target_modules`.
+
+    Names where they name no other layer, else a regular expression of whole names: a vision tower may have layers of the same names.
+    """
     from torch import nn
 
-    names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    return sorted(names - {"lm_head"})
+    inside = {id(module) for module in decoder_of(model).modules()} - {id(model.get_output_embeddings())}
+    linear = {name: id(module) in inside for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linear |= dict.fromkeys(unfit_layers(model), False)
+    wanted, others = ({name for name, taken in linear.items() if taken is kind} for kind in (True, False))
+    names = {name.rsplit(".", 1)[-1] for name in wanted}
+    if names.isdisjoint(name.rsplit(".", 1)[-1] for name in others):
+        return sorted(names)
+    return "|".join(sorted({re.sub(r"\b\d+\b", r"\\d+", re.escape(name)) for name in wanted}))
+
+
+def decoder_of(model: Any) -> Any:
+    """The text decoder of a causal language model, which ends where the output head begins.
+
+    Raises:
+        UserError: none can be found.
+    """
+    found = model.get_decoder()
+    if found is model:  # Llama 4's is called otherwise than its class says
+        found = getattr(model, "model", model)
+    if found is model:
+        raise UserError(f"cannot find the text decoder in {type(model).__name__}: use another model")
+    return found
+
+
+@contextmanager
+def attending_by(model: Any, implementation: str) -> Iterator[None]:
+    """Within it a causal language model's text decoder attends by another of transformers' implementations."""
+    decoder = decoder_of(model)
+    before = decoder.config._attn_implementation
+    decoder.set_attn_implementation(implementation)
+    try:
+        yield
+    finally:
+        decoder.set_attn_implementation(before)
+
+
+def unfit_layers(model: Any) -> list[str]:
+    """The names of linear layers that LoRA, which changes what a layer gives when it is called, does not fit.
+
+    A model's code may use the weights itself, as Mamba's kernels do: LoRA would do nothing. Or a layer gives more than a product, as Llama
+    4's routers do: LoRA would break it.
+    """
+    from torch import nn
+
+    found = []
+    for name, parent in model.named_modules():
+        for child, layer in parent.named_children():
+            if not isinstance(layer, nn.Linear):
+                continue
+            special = type(layer).__module__.startswith("transformers") and type(layer).forward is not nn.Linear.forward
+            if special or _uses_weight(type(parent), child):
+                found.append(f"{name}.{child}" if name else child)
+    return found
+
+
+@cache
+def _uses_weight(parent: type, child: str) -> bool:
+    """Whether a module's code reads a layer's weight for more than its device, type or shape."""
+    try:
+        source = inspect.getsource(parent)
+    except (OSError, TypeError):  # made while the program runs
+        return False
+    return re.search(rf"self\.{child}\.weight\b(?!\.(device|dtype|shape))", source) is not None

@@ -6,7 +6,7 @@ Imports torch and TRL: import it inside functions, and after Unsloth where that 
 import inspect
 from functools import cache
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.attention.varlen import varlen_attn
@@ -15,12 +15,16 @@ from transformers.modeling_outputs import CausalLMOutput
 from trl import SFTTrainer
 
 from slm_swap.common.errors import UserError
+from slm_swap.tuning.backends import decoder_of
+from slm_swap.tuning.checks import OTHER_HEAD, UNPACKED, head_options
 from slm_swap.tuning.packing import IGNORED
 from slm_swap.tuning.validation import ExactEvaluation
 
 VARLEN = "slm_swap_varlen"  # the name under which transformers knows varlen_attention
 CHUNK = 1024  # targets whose logits are in memory at once: 0.8 GiB in fp32 with 200,064 tokens in the vocabulary
 GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}  # without the flag it just works
+LARGEST_HEAD = 256  # FlashAttention's limit
+HARMLESS = {"cu_seq_lens_k", "max_length_k", "position_ids", "use_cache", "output_attentions", "output_hidden_states", "return_dict"}
 
 
 def varlen_attention(
@@ -31,15 +35,30 @@ def varlen_attention(
     attention_mask: None,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    is_causal: bool | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int = 0,
-    **_: Any,
+    **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each row of a pack, by torch's FlashAttention kernels (CUDA, half precision).
 
     query (1, heads, tokens, size); key and value may have fewer heads. Gives (1, tokens, heads, size). No mask exists: transformers
     builds none for an attention that has no mask function registered.
+
+    Raises:
+        UserError: the model asks for something that these kernels do not do. It would be left out without a word.
     """
+    asked = sorted(name for name, wanted in options.items() if name not in HARMLESS and is_set(wanted))
+    if attention_mask is not None:
+        asked.append("a mask of its own")
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        asked.append("sight of later tokens")
+    if query.shape[-1] > LARGEST_HEAD:
+        asked.append(f"heads of {query.shape[-1]} (more than {LARGEST_HEAD})")
+    if value.shape[-1] != key.shape[-1]:
+        asked.append(f"values of {value.shape[-1]} with keys of {key.shape[-1]}")
+    if asked:
+        raise UserError(f"the model's attention has {', '.join(asked)}, which packed rows do not get on a GPU: {UNPACKED}")
     query, key, value = (part[0].transpose(0, 1).contiguous() for part in (query, key, value))
     local = sliding_window is not None and sliding_window < max_length_q
     window = (sliding_window - 1, 0) if local else (-1, 0)
@@ -47,23 +66,61 @@ def varlen_attention(
     return varlen_attn(query, key, value, *lengths, scale=scaling, window_size=window, **GQA)[None], None
 
 
+def is_set(option: Any) -> bool:
+    """Whether an option of an attention changes something: anything but None, False and 0, tensors included."""
+    return option is not None and (torch.is_tensor(option) or bool(option))
+
+
 AttentionInterface.register(VARLEN, varlen_attention)
 
 
+class Head(NamedTuple):
+    """What a model makes its logits of: cap * tanh(scale * (hidden @ weight.T + bias) / cap), all of it frozen.
+
+    `places` (trained,) are the rows of `weight` in whose place others are trained.
+    """
+
+    weight: torch.Tensor  # (vocabulary, size)
+    bias: torch.Tensor | None = None  # (vocabulary,)
+    scale: float = 1.0
+    cap: float | None = None
+    places: torch.Tensor | None = None
+
+
 def chunk_loss(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, with_gradient: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Sum of the cross-entropy of `targets` (tokens,) after `hidden` (tokens, size), and its gradient for `hidden`."""
-    logits = (hidden @ weight.t()).float()
+    hidden: torch.Tensor, rows: torch.Tensor | None, head: Head, targets: torch.Tensor, with_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Sum of the cross-entropy of `targets` (tokens,) after `hidden` (tokens, size), and its gradients for `hidden` and for the
+    trained `rows` (trained, size) of the head.
+    """
+    logits = hidden @ head.weight.t()
+    if rows is not None:
+        logits = logits.index_copy(1, head.places, hidden @ rows.t())
+    if head.bias is not None:
+        logits = logits + head.bias
+    logits = logits.float()
+    if head.scale != 1:
+        logits = logits * head.scale
+    if head.cap:
+        logits = torch.tanh(logits / head.cap) * head.cap
     carries = targets != IGNORED
     token = targets.clamp(min=0)[:, None]
     normalizer = logits.logsumexp(-1, keepdim=True)
     loss = ((normalizer - logits.gather(1, token)).squeeze(1) * carries).sum()
     if not with_gradient:
-        return loss, None
+        return loss, None, None
     hit = torch.arange(logits.shape[1], device=logits.device) == token
     gradient = ((logits - normalizer).exp() - hit.float()) * carries[:, None]
-    return loss, (gradient.to(weight.dtype) @ weight).to(hidden.dtype)
+    if head.cap:
+        gradient = gradient * (1 - (logits / head.cap) ** 2)
+    if head.scale != 1:
+        gradient = gradient * head.scale
+    gradient = gradient.to(head.weight.dtype)
+    if rows is None:
+        return loss, (gradient @ head.weight).to(hidden.dtype), None
+    trained = gradient.index_select(1, head.places)
+    through = gradient.index_fill(1, head.places, 0) @ head.weight + trained @ rows
+    return loss, through.to(hidden.dtype), (trained.t() @ hidden).float()
 
 
 @cache
@@ -72,26 +129,66 @@ def compiled_chunk_loss() -> Any:
 
 
 class CompletionLoss(torch.autograd.Function):
-    """Sum of the cross-entropy through a frozen output head, CHUNK targets at a time.
+    """Sum of the cross-entropy through an output head, CHUNK targets at a time; `rows` of it may be trained, the rest is frozen.
 
-    The gradient is made together with the loss, while a chunk's logits are there; backward only scales it.
+    The gradients are made together with the loss, while a chunk's logits are there; backward only scales them.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, function):
-        total, gradients = hidden.new_zeros((), dtype=torch.float32), []
-        for part, wanted in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
-            loss, gradient = function(part, weight, wanted, ctx.needs_input_grad[0])
+    def forward(ctx, hidden, rows, head, targets, function):
+        total, gradients, of_rows = hidden.new_zeros((), dtype=torch.float32), [], None
+        wanted = any(ctx.needs_input_grad[:2])
+        if wanted and rows is not None:
+            of_rows = torch.zeros_like(rows, dtype=torch.float32)
+        for part, following in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
+            loss, gradient, of_part = function(part, rows, head, following, wanted)
             total += loss
             gradients.append(gradient)
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(torch.cat(gradients))
+            if of_rows is not None:
+                of_rows += of_part
+        if wanted:
+            ctx.save_for_backward(torch.cat(gradients), of_rows)
         return total
 
     @staticmethod
     def backward(ctx, scale):
-        (gradient,) = ctx.saved_tensors
-        return (gradient * scale).to(gradient.dtype), None, None, None
+        gradient, of_rows = ctx.saved_tensors
+        rows = None if of_rows is None else of_rows * scale
+        return (gradient * scale).to(gradient.dtype), rows, None, None, None
+
+
+class OutputHead:
+    """A model's output head as this loss uses it: frozen, except for rows that PEFT's TrainableTokens trains.
+
+    Raises:
+        UserError: it is no linear layer, or the configuration has something about logits that this loss does not know.
+    """
+
+    def __init__(self, model: Any, compiled: bool = False):
+        module = model.get_output_embeddings()
+        self.adapter = getattr(module, "token_adapter", None)  # of PEFT's TrainableTokensWrapper
+        module = self.adapter.base_layer if self.adapter else module
+        if not isinstance(module, torch.nn.Linear) or not module.weight.is_floating_point():
+            raise UserError(f"the model's output head is of a kind ({type(module).__name__}) that --backend trl does not know: {OTHER_HEAD}")
+        places = None
+        if self.adapter:
+            indices = [place for name in self.adapter.active_adapters for place in self.adapter.token_indices[name]]
+            places = torch.tensor(indices, device=module.weight.device)
+        self.module, self.places, self.options = module, places, head_options(model.config)
+        self.function = compiled_chunk_loss() if compiled else chunk_loss
+
+    def loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Sum of the cross-entropy of `targets` (tokens,), IGNORED ones left out, after `hidden` (tokens, size)."""
+        head, rows = Head(self.module.weight, self.module.bias, *self.options, self.places), None
+        if self.adapter:
+            deltas = self.adapter.trainable_tokens_delta
+            rows = torch.cat([deltas[name] for name in self.adapter.active_adapters]).to(head.weight.dtype)
+        return CompletionLoss.apply(hidden, rows, head, targets, self.function)
+
+
+def last_hidden(model: Any, input_ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
+    """What a causal language model's head is given, (rows, tokens, size): of the text decoder alone, images or none."""
+    return decoder_of(model)(input_ids=input_ids, **inputs | {"use_cache": False}).last_hidden_state
 
 
 def give_completion_loss(model: Any, compiled: bool = False) -> None:
@@ -102,26 +199,28 @@ def give_completion_loss(model: Any, compiled: bool = False) -> None:
     Raises:
         UserError: the model does something to its logits that this loss does not know.
     """
-    settings, head, plain = model.config.get_text_config(), model.get_output_embeddings(), model.forward
-    changed = [name for name in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(settings, name, None)]
-    if changed or head.bias is not None:
-        raise UserError(f"the model's output head has {', '.join(changed) or 'a bias'}, which --backend trl does not know: use another model")
-    function = compiled_chunk_loss() if compiled else chunk_loss
+    head, plain = OutputHead(model, compiled), model.forward
 
     def forward(self, input_ids=None, labels=None, targets=None, target_index=None, **inputs):
         inputs = {name: value for name, value in inputs.items() if value is not None}
         if labels is None:
             return plain(input_ids=input_ids, **inputs)
-        hidden = self.base_model(input_ids=input_ids, **inputs | {"use_cache": False}).last_hidden_state
-        picked = hidden.flatten(0, 1).index_select(0, target_index)
-        return CausalLMOutput(loss=CompletionLoss.apply(picked, head.weight, targets, function))
+        hidden = last_hidden(self, input_ids, **inputs)
+        return CausalLMOutput(loss=head.loss(hidden.flatten(0, 1).index_select(0, target_index), targets))
 
     model.forward = MethodType(forward, model)
 
 
 def compile_layers(model: Any) -> None:
-    """Compile the decoder's layers, one graph for all of them: all of the model at once would take many times as long."""
-    for layer in model.get_decoder().layers:
+    """Compile the decoder's layers, one graph for all of them: all of the model at once would take many times as long.
+
+    Raises:
+        UserError: the decoder has no list of layers.
+    """
+    stacks = [part for part in decoder_of(model).children() if isinstance(part, torch.nn.ModuleList)]
+    if not stacks:
+        raise UserError(f"the layers of {type(model).__name__} are in no list and cannot be compiled one by one: use --compile no")
+    for layer in max(stacks, key=len):
         layer.compile(dynamic=False)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from slm_swap.common.reports import write_json, write_jsonl
 from slm_swap.common.settings import display_path
 from slm_swap.tuning.checkpoints import Checkpoints
+from slm_swap.tuning.untrained import trained_tokens
 
 INFO, LOG, PLOT = "training_info.json", "training_log.jsonl", "training_log.png"
 
@@ -53,6 +54,7 @@ def save_adapter(model: Any, tokenizer: Any, out: Path, info: dict, log: list[di
     model.peft_config["default"].base_model_name_or_path = display_path(base)
     model.save_pretrained(staged, save_embedding_layers=False)  # LoRA changes none; PEFT would guess
     tokenizer.save_pretrained(staged)
+    info["trained_tokens"] = trained_tokens(model, tokenizer)
     write_json(staged / INFO, info)
     write_jsonl(staged / LOG, (dict(sorted(entry.items())) for entry in log))
     plot(log, staged / PLOT)

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from slm_swap.tuning.backends import decoder_of
 from slm_swap.tuning.hyperparameters import Hyperparameters
 from slm_swap.tuning.packing import PackCollator, add_targets, packed_rows
 from slm_swap.tuning.validation import ExactEvaluation
@@ -60,9 +61,14 @@ def make_trainer(
     parameters: Hyperparameters,
     backend: str,
 ) -> Any:
-    """A trainer for rows of {"input_ids", "labels"}, packed where that is wanted; its `train` and `evaluate` are ready to be called."""
+    """A trainer for rows of {"input_ids", "labels"}, packed where that is wanted; its `train` and `evaluate` are ready to be called.
+
+    Raises:
+        UserError: the TRL back end's loss or packed attention is not the model's own: see model_checks.
+    """
     from datasets import Dataset
 
+    rows = [row["input_ids"] for row in train_rows]
     if parameters.packing:
         train_rows, val_rows = (packed_rows(rows, parameters.pack_length, parameters.seed) for rows in (train_rows, val_rows))
     given = {
@@ -81,20 +87,28 @@ def make_trainer(
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     from slm_swap.tuning.fast_training import CHUNK, VARLEN, CompletionTrainer, compile_layers, give_completion_loss
+    from slm_swap.tuning.model_checks import check_loss, check_packing
 
     base, compiled = model.get_base_model(), parameters.compiled
+    decoder = decoder_of(base)
+    own_attention = decoder.config._attn_implementation
+    check_loss(base, min((ids for ids in rows if len(ids) > 1), key=len))
+    if parameters.packing:
+        if model.device.type == "cuda" and parameters.precision != "fp32":
+            decoder.set_attn_implementation(VARLEN)
+        check_packing(base, rows, parameters.pack_length, own_attention)
     give_completion_loss(base, compiled)
     if compiled:
         compile_layers(base)
     if parameters.packing:
         multiple_of = CHUNK if compiled else 1
         collator = PackCollator.for_packs([*train_rows, *val_rows], parameters.pack_length, tokenizer.pad_token_id, multiple_of)
-        if model.device.type == "cuda" and parameters.precision != "fp32":
-            base.set_attn_implementation(VARLEN)
     else:
         pad = DataCollatorForLanguageModeling(tokenizer.pad_token_id)
 
         def collator(rows: list[dict]) -> dict:
             return add_targets(pad(rows))
 
-    return CompletionTrainer(**given, data_collator=collator)
+    trainer = CompletionTrainer(**given, data_collator=collator)
+    trainer.own_attention = own_attention
+    return trainer

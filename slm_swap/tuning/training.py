@@ -1,7 +1,10 @@
 """QLoRA fine-tuning: rows to token ids, the trainer of either back end, and an adapter that says how it was made."""
 
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +20,27 @@ from slm_swap.rows.examples import Example
 from slm_swap.rows.prompts import asked_natively
 from slm_swap.tuning.backends import import_unsloth, load_trainable
 from slm_swap.tuning.checkpoints import Checkpoints
-from slm_swap.tuning.checks import length_report, memory_needed, memory_warning
+from slm_swap.tuning.checks import head_options, length_report, lora_reach, memory_needed, memory_warning, reach_report
 from slm_swap.tuning.hyperparameters import Hyperparameters
 from slm_swap.tuning.record import peak_memory_gib, save_adapter
 from slm_swap.tuning.tokens import Tokenized, tokenize
 from slm_swap.tuning.trainer import make_trainer, trainer_arguments
+from slm_swap.tuning.untrained import say_trained, untrained_tokens
 from slm_swap.tuning.validation import GenerationSample
+
+BACKENDS_PACKAGES = ("accelerate", "bitsandbytes", "deepspeed", "peft", "transformers", "trl", "unsloth", "unsloth_zoo")
 
 
 def load_together(load: Callable[[], Any], processes: int) -> Any:
     """`load()`; where it fails on one of several ranks, all end with that rank's error.
 
     Raises:
-        UserError: as `load`, on whichever rank.
+        UserError: as `load`, on whichever rank; or a package refused this model or these settings.
     """
     loaded = error = None
     try:
-        loaded = load()
+        with packages_refuse():
+            loaded = load()
     except UserError as reason:
         error = str(reason)
     errors = [error]
@@ -46,6 +53,24 @@ def load_together(load: Callable[[], Any], processes: int) -> Any:
         if reason:
             raise UserError(f"rank {rank}: {reason}" if rank else reason)
     return loaded
+
+
+@contextmanager
+def packages_refuse() -> Iterator[None]:
+    """Make what a package says against a model or its settings a UserError; an error of our own code stays what it is.
+
+    Raises:
+        UserError: so.
+    """
+    try:
+        yield
+    except (ValueError, RuntimeError, NotImplementedError, ImportError) as error:
+        modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+        *_, package = (name.partition(".")[0] for name in modules if not name.startswith("torch."))
+        if isinstance(error, UserError) or package not in BACKENDS_PACKAGES:
+            raise
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(f"{package} does not train this model ({first[:300]}): use another model, --precision or --backend") from None
 
 
 def train(
@@ -72,9 +97,12 @@ def train(
     checkpoint beside `out`, from the last of which `resume` goes on, and there `run_id` is kept. Gives what `training_info.json` holds.
 
     Raises:
-        UserError: no row is short enough, or a completion is not a reply of the track; the model or the checkpoints do not fit.
+        UserError: no row is short enough, or a completion is not a reply of the track; the model or the checkpoints do not fit, or
+            the back end cannot train this model right.
     """
     clock = Stopwatch()
+    if backend == "trl":
+        head_options(read_config(base))
     if backend == "unsloth":
         import_unsloth(out.with_name(f"{out.name}.unsloth"), launch.rank)
     set_seed(parameters.seed)
@@ -96,15 +124,21 @@ def train(
     try:
         arguments = trainer_arguments(parameters, backend, str(checkpoints.folder), deepspeed)
         warn_of_memory(base, parameters, lengths[-1], arguments.device, say)
-        model = load_together(lambda: load_trainable(base, parameters, backend, arguments.device), launch.world)
-        trainer = make_trainer(model, tokenizer, arguments, rows, held_out, parameters, backend)
-        sample = GenerationSample(trainer, tokenizer, track, val_rows[: parameters.eval_generate], backend)
+        learn = partial(untrained_tokens, tokenizer=tokenizer, rows=rows)
+        model = load_together(lambda: load_trainable(base, parameters, backend, arguments.device, learn), launch.world)
+        say_trained(model, tokenizer, say)
+        reach = lora_reach(model)
+        for line in reach_report(reach):
+            say(line)
+        trainer = load_together(lambda: make_trainer(model, tokenizer, arguments, rows, held_out, parameters, backend), launch.world)
+        sample = GenerationSample(trainer, tokenizer, track, val_rows[: parameters.eval_generate], backend, say)
         told, log = run_trainer(trainer, parameters, sample, checkpoints, save_steps, clock, say)
         info = {
             "preset": preset,
             "run_id": run_id,
             **run,
             "base_model": {"path": display_path(base), **run.get("base_model", {})},
+            "lora": reach,
         }
         info |= {"inputs": inputs, "rows": {"train": len(rows), "val": len(held_out), "too_long": len(too_long), "untaught": untaught.total()}}
         info |= {"ending": require_ending(tokenizer)._asdict(), "thinking": thinking(tokenizer)} | told | account(trainer.state, log, lengths, too_long, told["seconds"]["train"])
@@ -156,16 +190,34 @@ def account(state: Any, log: list[dict], lengths: list[int], too_long: list[int]
     }
 
 
-def warn_of_memory(base: Path, parameters: Hyperparameters, longest: int, device: Any, say: Callable) -> None:
-    """Say so where the GPU's free memory is less than what training is estimated to take."""
-    import torch
+def read_config(base: Path) -> Any:
+    """A checkpoint's configuration, as transformers reads it.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     from transformers import AutoConfig
 
-    if device.type == "cuda":
-        needed = memory_needed(AutoConfig.from_pretrained(base), parameters, longest)
-        warning = memory_warning(needed, torch.cuda.mem_get_info(device)[0] / 2**30, parameters)
-        if warning:
-            say(f"warning: {warning}")
+    try:
+        return AutoConfig.from_pretrained(base)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"cannot read {display_path(base / 'config.json')} ({str(error).strip().splitlines()[0][:200]}): download it again") from None
+
+
+def warn_of_memory(base: Path, parameters: Hyperparameters, longest: int, device: Any, say: Callable) -> None:
+    """Say so where the GPU's free memory is less than what training is estimated to take, or where there is no estimate."""
+    import torch
+
+    if device.type != "cuda":
+        return
+    try:
+        needed = memory_needed(read_config(base), parameters, longest)
+    except AttributeError as missing:
+        say(f"no estimate of the memory that training takes: the model's configuration lacks {missing.name or missing}")
+        return
+    warning = memory_warning(needed, torch.cuda.mem_get_info(device)[0] / 2**30, parameters)
+    if warning:
+        say(f"warning: {warning}")
 
 
 def identity(

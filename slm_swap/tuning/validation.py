@@ -1,13 +1,16 @@
 """What is measured while a model is being trained: the loss on the validation rows, and the track's own metrics on generated replies."""
 
+from collections.abc import Callable
 from typing import Any
 
 from slm_swap.common.errors import UserError
+from slm_swap.evaluating.console import NEARLY_ALL
 from slm_swap.evaluating.evaluation import evaluate, references
 from slm_swap.evaluating.report import summary
 from slm_swap.rows.examples import Example
 from slm_swap.scoring.tracks import TRACKS
 from slm_swap.slm_client import SLMClient
+from slm_swap.tuning.backends import attending_by
 from slm_swap.tuning.packing import IGNORED
 
 MAX_NEW_TOKENS = 256  # as eval.py
@@ -55,14 +58,17 @@ class ExactEvaluation:
 class GenerationSample:
     """Called, it lets a trainer's model reply to some rows, each rank to its share, and gives the metrics of eval.py's report.
 
+    At the first evaluation of a tuned model it says so, where nearly all replies ran to the limit.
+
     Raises:
         UserError: the back end's model cannot generate while it is trained.
     """
 
-    def __init__(self, trainer: Any, tokenizer: Any, track: str, examples: list[Example], backend: str):
+    def __init__(self, trainer: Any, tokenizer: Any, track: str, examples: list[Example], backend: str, say: Callable[[str], object]):
         if examples and backend == "unsloth":
             raise UserError("--eval-generate does not work with Unsloth's model: use --backend trl, or drop it")
         self.trainer, self.tokenizer, self.track, self.examples = trainer, tokenizer, track, examples
+        self.say, self.tuned = say, 0
 
     def __call__(self) -> dict[str, float]:
         if not self.examples:
@@ -71,17 +77,31 @@ class GenerationSample:
         from accelerate.utils import gather_object
 
         model, arguments = self.trainer.model, self.trainer.args
-        base, share = model.get_base_model(), self.examples[arguments.process_index :: arguments.world_size]
-        attention, training = base.config._attn_implementation, model.training
-        base.set_attn_implementation("sdpa")  # that of packed rows knows no cache
-        try:
-            with torch.compiler.set_stance("force_eager"):
-                client = LiveClient(model.eval(), self.tokenizer)
-                rows = evaluate(self.track, client, share, references(TRACKS[self.track], share), BATCH)
-        finally:
-            base.set_attn_implementation(attention)
-            model.train(training)
-        return summary(TRACKS[self.track], gather_object(rows))["metrics"]
+        share, training = self.examples[arguments.process_index :: arguments.world_size], model.training
+        # That of packed rows knows no cache; the one that the model came with knows all that the model asks of it.
+        with attending_by(model.get_base_model(), self.trainer.own_attention):
+            try:
+                with torch.compiler.set_stance("force_eager"):
+                    client = LiveClient(model.eval(), self.tokenizer)
+                    rows = evaluate(self.track, client, share, references(TRACKS[self.track], share), BATCH)
+            finally:
+                model.train(training)
+        told = summary(TRACKS[self.track], gather_object(rows))
+        self.tuned += self.trainer.state.global_step > 0
+        if self.tuned == 1 and (warning := endless(told["counts"], self.trainer.state.global_step)):
+            self.say(warning)
+        return told["metrics"]
+
+
+def endless(counts: dict[str, Any], step: int) -> str | None:
+    """What to say of a tuned model after some steps of which nearly all replies ran to the limit; None where they did not."""
+    rows, cut = counts["rows"], counts["errors"]["truncated"]
+    if cut < NEARLY_ALL * rows:
+        return None
+    return (
+        f"warning: after step {step}, {cut} of {rows} replies ran to the limit of {MAX_NEW_TOKENS} tokens: the tuned model does not end them. If the "
+        "references are shorter and the next evaluation finds no more that end, stop, and train longer, at a higher --learning-rate, or an instruct checkpoint"
+    )
 
 
 class LiveClient(SLMClient):

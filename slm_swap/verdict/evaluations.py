@@ -167,8 +167,8 @@ def fit_together(sides: dict[str, Evaluation], sequential: bool, question: str) 
     """Refuse evaluations (`azure`, `slm`, perhaps `before`) that no verdict can be made of; gives what to be warned of.
 
     Raises:
-        UserError: as `require_same`; a model stands on the wrong side, or against itself; or a run was stopped early, and the rule or
-            the question is another one.
+        UserError: as `require_same` and `require_same_base`; a model stands on the wrong side, or against itself; or a run was stopped
+            early, and the rule or the question is another one.
     """
     kinds = {name: model_of(side.report).get("kind") for name, side in sides.items()}
     if kinds["azure"] == "slm":  # the difference, and so the verdict, would be the wrong way round
@@ -180,6 +180,8 @@ def fit_together(sides: dict[str, Evaluation], sequential: bool, question: str) 
         for right in names[at + 1 :]:
             if sides[left].report == sides[right].report:
                 raise UserError(f"--{left} and --{right} are the same report: a model cannot be compared with itself")
+    if "before" in sides:
+        require_same_base(sides["before"], sides["slm"])
     warnings: list[str] = []
     for side in list(sides.values())[1:]:
         warnings += [text for text in require_same(sides["azure"], side) if text not in warnings]
@@ -199,6 +201,30 @@ def fit_together(sides: dict[str, Evaluation], sequential: bool, question: str) 
         if stopped and (drawn := stopped.get("tools", "these")) != question:
             raise UserError(f"{shown} was stopped early for the question --tools {drawn}: pass --tools {drawn}")
     return warnings
+
+
+def base_weights(report: dict[str, Any]) -> str | None:
+    """The hash of the weights under a local model's training: those below its adapter, those that a merged model was trained on, or its
+    own where it was not trained here; None where the report does not say."""
+    model = model_of(report)
+    files = model.get("files_sha256")
+    own = files[0] if isinstance(files, list) and files else None
+    return own if model.get("adapter") else model.get("trained_on_sha256") or own
+
+
+def require_same_base(before: Evaluation, after: Evaluation) -> None:
+    """Refuse, as what was gained by fine-tuning, the difference between a tuned model and other weights than it was trained on.
+
+    Raises:
+        UserError: both reports say which weights, and they are not the same.
+    """
+    model = model_of(after.report)
+    weights = [base_weights(side.report) for side in (before, after)]
+    if (model.get("adapter") or model.get("trained_on_sha256")) and None not in weights and weights[0] != weights[1]:
+        raise UserError(
+            f"the --before report is of other weights ({before.label}) than those that {after.label} was trained on, so their difference is not "
+            f"what training gained: evaluate its own base with {MADE_BY}, or leave --before out"
+        )
 
 
 def token_limit(report: dict[str, Any]) -> int | None:

@@ -193,7 +193,7 @@ def test_vllm_starts_for_its_workload(client, tmp_path):
     assert [start_for(rows) for rows in (1, 512, 2_500, 3_000, 200_000)] == ["eager", "eager", "eager", "graphs", "graphs"]
     lengths = [len(encode_prompt(client.tokenizer, messages)) for messages in BATCH]
     assert measure_workload(client.tokenizer, iter(BATCH), 7) == Workload(len(BATCH), max(lengths) + 7)
-    assert set(end_tokens(PACKAGE / "models/phi-tiny", None, client.tokenizer)) == client.engine.ends
+    assert set(end_tokens(PACKAGE / "models/phi-tiny", client.engine.model.config, client.tokenizer)) == client.engine.ends
     for rank, wanted in ((4, 8), (8, 8), (64, 64), (65, 128)):
         (tmp_path / "adapter_config.json").write_text(f'{{"r": 1, "rank_pattern": {{"q": {rank}}}}}')
         assert lora_rank(tmp_path) == wanted

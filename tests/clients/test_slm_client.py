@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from slm_swap import slm_client
 from slm_swap.clients import replicas
@@ -206,7 +207,7 @@ def test_eight_bit_runs_on_a_cpu(caplog):
 
 
 def test_a_model_takes_one_gpu_where_it_fits_and_all_of_them_only_alone(tmp_path, monkeypatch):
-    (tmp_path / "model.safetensors").write_bytes(bytes(1000))
+    save_file({"model.layers.0.mlp.up_proj.weight": torch.zeros(20, 25, dtype=torch.bfloat16)}, tmp_path / "model.safetensors")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for free, precision, processes, placed in ((1300, "bf16", 4, {"": 0}), (1100, "bf16", 1, "auto"), (700, "int8", 4, {"": 0}), (0, "nf4", 1, "auto")):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 9999))

@@ -11,7 +11,7 @@ from slm_swap.clients.protocol import Reply
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import json_line
 from slm_swap.evaluating.evaluation import Stopwatch, evaluate, references, score_replies
-from slm_swap.evaluating.report import hash_of_hashes, make_report, percentile, summary
+from slm_swap.evaluating.report import Digests, make_report, percentile, summary
 from slm_swap.evaluating.row import Row
 from slm_swap.evaluating.row_traces import model_name, trace_rows
 from slm_swap.rows.examples import Example
@@ -186,7 +186,7 @@ def test_what_a_replayed_model_was_asked_is_not_known():
 
 
 def rows_hash(rows):
-    return hash_of_hashes(bytes.fromhex(row.content_hash) for row in rows)
+    return Digests(row.content_hash for row in rows).together()
 
 
 def test_rows_hash():

@@ -1,5 +1,7 @@
 """A random model and random rows, small enough to compare training's gradients one by one."""
 
+from typing import Any
+
 import torch
 
 from slm_swap.tuning.packing import IGNORED
@@ -32,3 +34,59 @@ def some_rows(count: int = 7) -> list[dict[str, list[int]]]:
         ids = torch.randint(3, VOCABULARY, (size,)).tolist()
         rows.append({"input_ids": ids, "labels": [IGNORED] * prompt + ids[prompt:]})
     return rows
+
+
+
+SIZES = {
+    "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2, "tie_word_embeddings": False,
+}  # fmt: skip
+MAMBA = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_chunk_size": 8}
+LINEAR = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {  # the configuration's class, and what it has besides SIZES
+    "llama": ("LlamaConfig", {}),
+    "mistral": ("MistralConfig", {"sliding_window": 8}),
+    "granite": ("GraniteConfig", {"logits_scaling": 8.0, "embedding_multiplier": 12.0, "residual_multiplier": 0.22}),
+    "hyperclovax": ("HyperCLOVAXConfig", {"logits_scaling": 0.25}),
+    "cohere2": ("Cohere2Config", {"logit_scale": 0.0625, "sliding_window": 8}),
+    "gemma2": ("Gemma2Config", {"final_logit_softcapping": 5.0, "attn_logit_softcapping": 5.0, "sliding_window": 8, "head_dim": 16}),
+    "gemma3": ("Gemma3TextConfig", {"sliding_window": 8, "head_dim": 16}),
+    "phi": ("PhiConfig", {}),
+    "gpt_neox": ("GPTNeoXConfig", {}),
+    "gpt_neox_japanese": ("GPTNeoXJapaneseConfig", {}),
+    "falcon_h1": ("FalconH1Config", {"lm_head_multiplier": 0.3} | MAMBA),
+    "lfm2": ("Lfm2Config", {"layer_types": ["conv", "full_attention"]}),
+    "qwen3_5": ("Qwen3_5TextConfig", {"layer_types": ["linear_attention", "full_attention"], "head_dim": 16} | LINEAR),
+    "qwen3_moe": ("Qwen3MoeConfig", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}),
+    "gpt_oss": ("GptOssConfig", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 8}),
+    "llama4": ("Llama4TextConfig", {"num_local_experts": 2, "intermediate_size_mlp": 96, "attention_chunk_size": 24, "head_dim": 16, "no_rope_layers": [1, 0]}),
+}  # fmt: skip
+
+
+def tiny_config(family: str, **changed: Any):
+    """A configuration of one of FAMILIES."""
+    import transformers
+
+    kind, special = FAMILIES[family]
+    return getattr(transformers, kind)(**SIZES | special | changed)
+
+
+def tiny_family(family: str, **changed: Any):
+    """A random causal language model of one of FAMILIES, in fp32."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(family, **changed), dtype=torch.float32)
+    if (bias := getattr(model.get_output_embeddings(), "bias", None)) is not None:
+        torch.nn.init.normal_(bias)
+    return model
+
+
+def tiny_gemma3_with_vision():
+    """Gemma 3 of 4B and more, tiny: a text decoder beside a vision tower that has layers of the same names."""
+    from transformers import AutoModelForCausalLM, Gemma3Config
+
+    torch.manual_seed(0)
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    text = tiny_config("gemma3").to_dict()
+    return AutoModelForCausalLM.from_config(Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=90, boi_token_index=91, eoi_token_index=92), dtype=torch.float32)

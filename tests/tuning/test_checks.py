@@ -2,24 +2,36 @@
 
 import json
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, Gemma3Config, Mamba2Config, Phi3Config
 
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import ROOT
 from slm_swap.rows.examples import read_examples
 from slm_swap.scoring.tracks import TRACKS
-from slm_swap.tuning.checks import check_test_split, length_report, memory_needed, memory_warning
+from slm_swap.tuning.backends import linear_names
+from slm_swap.tuning.checks import (
+    check_test_split,
+    head_options,
+    length_report,
+    lora_reach,
+    memory_needed,
+    memory_warning,
+    reach_report,
+)  # fmt: skip
 from slm_swap.tuning.hyperparameters import PRESETS, Hyperparameters
 from slm_swap.tuning.record import plot
-from tests.support.training_rows import ROWS
+from slm_swap.tuning.training import packages_refuse, train, warn_of_memory
+from tests.support.tiny_training import VOCABULARY, tiny_config, tiny_family
+from tests.support.training_rows import BASE, INPUTS, QUICK, ROWS
 
-PHI4_MINI = SimpleNamespace(
+PHI4_MINI = Phi3Config(
     hidden_size=3072, intermediate_size=8192, num_hidden_layers=32, num_attention_heads=24, num_key_value_heads=8, vocab_size=200_064,
-    tie_word_embeddings=True,
+    tie_word_embeddings=True, pad_token_id=0,
 )  # fmt: skip
 FAST = Hyperparameters(**PRESETS["fast"])
 
@@ -49,6 +61,101 @@ def test_the_estimate_counts_phi4_minis_weights():
     assert needed["weights"] == pytest.approx(3.836e9 * 2 / 2**30, rel=0.01)
     assert needed["LoRA"] == pytest.approx(92.27e6 * 16 / 2**30, rel=0.01)
     assert memory_needed(PHI4_MINI, replace(FAST, precision="int8"), 600)["weights"] < 0.7 * needed["weights"]
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "gemma3", "gpt_neox", "qwen3_5", "lfm2"])
+def test_the_estimate_counts_the_weights_of_other_families(family):
+    """Sizes at which what the estimate leaves out (norms, biases, convolutions, routers) is little; experts stay in 16 bits."""
+    config = tiny_config(family, hidden_size=512, intermediate_size=1024, head_dim=128)
+    with torch.device("meta"):
+        real = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
+    needed = memory_needed(config, FAST, 600)
+    assert needed["weights"] * 2**30 / 2 == pytest.approx(real, rel=0.2)
+
+
+def test_experts_are_not_quantized():
+    config = tiny_config("qwen3_moe", num_experts=64)
+    halved = memory_needed(config, replace(FAST, precision="int8"), 600)["weights"] / memory_needed(config, FAST, 600)["weights"]
+    assert 0.9 < halved < 1
+
+
+def test_the_estimate_looks_into_a_larger_configuration():
+    text = tiny_config("gemma3")
+    whole = Gemma3Config(text_config=text.to_dict())
+    assert memory_needed(whole, FAST, 600) == memory_needed(text, FAST, 600)
+
+
+def test_no_estimate_is_said(monkeypatch, tmp_path):
+    Mamba2Config(hidden_size=64, num_heads=8, head_dim=16).save_pretrained(tmp_path)
+    said = []
+    warn_of_memory(tmp_path, FAST, 600, torch.device("cuda"), said.append)
+    assert said == ["no estimate of the memory that training takes: the model's configuration lacks intermediate_size"]
+
+
+@pytest.mark.parametrize(
+    ("family", "changed", "wanted"),
+    [
+        ("llama", {}, (1.0, None)),
+        ("granite", {"logits_scaling": 4.0}, (0.25, None)),
+        ("hyperclovax", {"logits_scaling": 4.0}, (4.0, None)),
+        ("cohere2", {}, (0.0625, None)),
+        ("falcon_h1", {}, (0.3, None)),
+        ("gemma2", {}, (1.0, 5.0)),
+        ("gpt_oss", {"output_router_logits": True}, (1.0, None)),
+    ],
+)
+def test_a_configuration_tells_what_becomes_of_logits(family, changed, wanted):
+    assert head_options(tiny_config(family, **changed)) == wanted
+
+
+def test_an_unknown_head_is_refused_before_the_model_is_loaded(tmp_path):
+    """There are no weights that could be loaded."""
+    tiny_config("llama", final_logits_power=2.0, num_logits_to_keep=5).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"^the model's output head has final_logits_power, which --backend trl does not know: use --backend unsloth"):
+        train("structured", tmp_path, ROWS, ROWS[:1], tmp_path / "adapter", QUICK, "trl", INPUTS)
+
+
+def test_a_package_that_refuses_is_one_line():
+    from peft import LoraConfig, get_peft_model
+
+    with pytest.raises(UserError, match=r"^peft does not train this model \(Target modules .* not found in the base model"), packages_refuse():
+        get_peft_model(tiny_family("llama"), LoraConfig(target_modules=["nothing"]))
+    with pytest.raises(ValueError, match="our own"), packages_refuse():
+        raise ValueError("our own")
+
+
+def lora_on(model):
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(r=2, target_modules=linear_names(model), task_type="CAUSAL_LM"))
+
+
+def test_what_lora_reaches_is_said():
+    dense = lora_reach(lora_on(tiny_family("llama")))
+    layers = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 96)
+    assert dense == {
+        "modules": ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"], "left_out": [], "experts": 0.0,
+        "share": round(layers / (layers + 2 * VOCABULARY * 64 + 5 * 64), 4),
+    }  # fmt: skip
+    assert reach_report(dense) == []
+    reach = lora_reach(lora_on(tiny_family("qwen3_moe")))
+    experts, attention = 2 * 4 * 3 * 64 * 32, 2 * 2 * (64 * 64 + 64 * 32)
+    total = experts + attention + 2 * VOCABULARY * 64 + 5 * 64 + 2 * 4 * 64 + 2 * 2 * 16
+    assert reach["experts"] == round(experts / total, 4) and reach["share"] == round(attention / total, 4)
+    (line,) = reach_report(reach)
+    assert line == (
+        f"LoRA reaches k_proj, o_proj, q_proj, v_proj, {attention / total:.1%} of the weights: the experts, {experts / total:.1%} of them, are no "
+        "linear layers and stay as they are"
+    )
+
+
+@pytest.mark.parametrize(("family", "left"), [("falcon_h1", "out_proj"), ("llama4", "router")])
+def test_layers_that_lora_does_not_fit_are_left_out_and_said(family, left):
+    model = tiny_family(family)
+    assert left not in linear_names(model)
+    reach = lora_reach(lora_on(model))
+    assert reach["left_out"] == [left]
+    assert reach_report(reach)[-1].startswith(f"LoRA leaves {left} as they are")
 
 
 RESULTS = (ROOT / "benchmarks/results").glob("train*.json")
@@ -117,8 +224,6 @@ def test_the_plot_shows_losses_and_metrics(tmp_path, monkeypatch):
 
 def test_an_adapters_folder_tells_how_it_was_made(tmp_path):
     from slm_swap.clients.loading import files_hash
-    from slm_swap.tuning.training import train
-    from tests.support.training_rows import BASE, INPUTS, QUICK
 
     said = []
     out = tmp_path / "adapter"

@@ -2,13 +2,17 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from slm_swap.common.errors import UserError
 from slm_swap.tuning import fast_training
-from slm_swap.tuning.fast_training import CompletionLoss, chunk_loss, compile_layers, give_completion_loss
-from slm_swap.tuning.packing import IGNORED, PackCollator, packed_rows
-from tests.support.tiny_training import VOCABULARY, some_rows, tiny_model
+from slm_swap.tuning.backends import linear_names
+from slm_swap.tuning.fast_training import CompletionLoss, Head, chunk_loss, compile_layers, give_completion_loss
+from slm_swap.tuning.model_checks import check_loss
+from slm_swap.tuning.packing import IGNORED, PackCollator, add_targets, packed_rows
+from tests.support.tiny_training import VOCABULARY, some_rows, tiny_family, tiny_gemma3_with_vision, tiny_model
 
 
 def gradients(model, loss: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -58,7 +62,7 @@ def test_the_chunked_loss_is_the_cross_entropy(monkeypatch, chunk):
     targets[[3, 11]] = IGNORED
     plain = cross_entropy(hidden @ weight.t(), targets, ignore_index=IGNORED, reduction="sum") * 0.25
     (wanted,) = torch.autograd.grad(plain, hidden)
-    loss = CompletionLoss.apply(hidden, weight, targets, chunk_loss) * 0.25
+    loss = CompletionLoss.apply(hidden, None, Head(weight), targets, chunk_loss) * 0.25
     (found,) = torch.autograd.grad(loss, hidden)
     torch.testing.assert_close(loss, plain)
     torch.testing.assert_close(found, wanted)
@@ -66,7 +70,7 @@ def test_the_chunked_loss_is_the_cross_entropy(monkeypatch, chunk):
 
 def test_large_logits_give_a_finite_loss():
     hidden, weight = torch.tensor([[100.0, 0.0], [0.0, 100.0]], requires_grad=True), torch.eye(2) * 100
-    loss = CompletionLoss.apply(hidden, weight, torch.tensor([0, 0]), chunk_loss)
+    loss = CompletionLoss.apply(hidden, None, Head(weight), torch.tensor([0, 0]), chunk_loss)
     (gradient,) = torch.autograd.grad(loss, hidden)
     assert loss.item() == 10_000 and gradient.tolist() == [[0, 0], [-100, 100]]
 
@@ -80,11 +84,81 @@ def test_a_model_without_labels_works_as_before():
     assert model.generate(input_ids=ids, max_new_tokens=3, do_sample=False).shape == (1, 6)
 
 
+def with_lora(model, **more):
+    """(PEFT model, causal LM inside), with LoRA weights that change something."""
+    torch.manual_seed(3)
+    lora = LoraConfig(r=4, target_modules=linear_names(model), init_lora_weights=False, task_type="CAUSAL_LM", **more)
+    tuned = get_peft_model(model, lora)
+    return tuned, tuned.get_base_model()
+
+
+def compare_losses(tuned, base, rtol: float = 1e-3) -> None:
+    """The fast loss and its gradients are those of the cross-entropy of the model's own logits, in a padded batch."""
+    rows = some_rows(3)
+    batch = DataCollatorForLanguageModeling(0)([dict(row) for row in rows])
+    logits = tuned.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    plain = cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")
+    wanted = gradients(tuned, plain)
+    give_completion_loss(base)
+    loss = tuned(**add_targets(batch)).loss
+    torch.testing.assert_close(loss, plain, rtol=1e-5, atol=1e-5)
+    found = gradients(tuned, loss)
+    assert sum(gradient.norm() for gradient in wanted.values()) > 0.1
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=rtol, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["granite", "hyperclovax", "cohere2", "gemma2", "falcon_h1", "phi", "gpt_neox", "gpt_neox_japanese", "llama4"])
+def test_the_loss_knows_what_a_model_does_to_its_logits(monkeypatch, family):
+    monkeypatch.setattr(fast_training, "CHUNK", 7)
+    tuned, base = with_lora(tiny_family(family))
+    check_loss(base, some_rows()[0]["input_ids"])
+    compare_losses(tuned, base)
+
+
+def test_a_model_that_sees_is_trained_on_its_text_alone():
+    tuned, base = with_lora(tiny_gemma3_with_vision())
+    assert {name.split(".")[3] for name, weight in tuned.named_parameters() if weight.requires_grad} == {"language_model"}
+    compare_losses(tuned, base)
+    give_completion_loss(base)
+    tuned.train()  # transformers' own loss wants token_type_ids here
+    assert tuned(**add_targets(DataCollatorForLanguageModeling(0)([dict(row) for row in some_rows(2)]))).loss.isfinite()
+
+
+@pytest.mark.parametrize(("family", "tied"), [("llama", False), ("llama", True), ("gemma3", True), ("granite", True)])
+def test_trained_rows_of_the_head_take_part(monkeypatch, family, tied):
+    """An end token that the base never learned: PEFT trains its rows of the embedding and of the head."""
+    monkeypatch.setattr(fast_training, "CHUNK", 7)
+    ends = [2, 50, 61]
+    tuned, base = with_lora(tiny_family(family, tie_word_embeddings=tied), trainable_token_indices=ends if tied else {"embed_tokens": ends, "lm_head": ends})
+    with torch.no_grad():
+        for name, weight in tuned.named_parameters():
+            if "trainable_tokens_delta" in name:
+                weight.add_(torch.randn_like(weight))
+    check_loss(base, [*some_rows()[0]["input_ids"], *ends])
+    compare_losses(tuned, base)
+    trained = {name: weight.grad.norm() for name, weight in tuned.named_parameters() if "trainable_tokens_delta" in name}
+    assert len(trained) == (1 if tied else 2) and min(trained.values()) > 0
+
+
 def test_a_head_that_does_more_is_refused():
-    _, base = tiny_model()
-    base.config.final_logit_softcapping = 30.0
-    with pytest.raises(UserError, match="final_logit_softcapping"):
-        give_completion_loss(base)
+    model = tiny_family("llama")
+    model.config.logits_power = 2.0
+    with pytest.raises(UserError, match=r"output head has logits_power, which --backend trl does not know: use --backend unsloth on a GPU"):
+        give_completion_loss(model)
+    model = tiny_family("llama")
+    model.lm_head = torch.nn.Sequential(model.lm_head, torch.nn.Linear(VOCABULARY, VOCABULARY))
+    with pytest.raises(UserError, match=r"of a kind \(Sequential\) that --backend trl does not know"):
+        give_completion_loss(model)
+
+
+def test_what_no_configuration_tells_is_found_on_the_loaded_model():
+    model = tiny_family("llama")
+    row = some_rows()[0]["input_ids"]
+    check_loss(model, row)
+    model.lm_head.register_forward_hook(lambda module, given, logits: logits * 1.01)
+    with pytest.raises(UserError, match=r"the loss of --backend trl is not this model's own .* use --backend unsloth on a GPU, or another model"):
+        check_loss(model, row)
 
 
 def test_compiled_layers_share_graphs_and_give_the_same_gradients(monkeypatch):

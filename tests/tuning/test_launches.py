@@ -24,6 +24,7 @@ from slm_swap.tuning.checkpoints import Checkpoints
 from slm_swap.tuning.training import load_together, train
 from tests.support.processes import PATIENCE, children_of, commands_path, free_port, wait_until
 from tests.support.training_rows import BASE, INPUTS, QUICK, ROWS
+from tests.support.untaught_end import untaught_end
 
 CONFIGS = PACKAGE / "accelerate_config"
 ZERO2 = CONFIGS / "deepspeed_zero2.json"
@@ -61,10 +62,10 @@ def on_two_ranks(work, *args, killed: bool = False) -> list:
     return [] if killed else sorted(results.get() for _ in children)
 
 
-def train_rank(rank: int, out: Path, parameters) -> dict:
+def train_rank(rank: int, out: Path, parameters, base: Path = BASE) -> dict:
     said: list[str] = []
     told = train(
-        "structured", BASE, ROWS, ROWS[:3], out, parameters, "trl", INPUTS, launch=Launch(rank, 2, rank), say=said.append
+        "structured", base, ROWS, ROWS[:3], out, parameters, "trl", INPUTS, launch=Launch(rank, 2, rank), say=said.append
     )
     return {"eval_loss": told["eval_loss"], "metrics": told["metrics"], "said": said}
 
@@ -82,6 +83,21 @@ def test_two_processes_do_what_one_does_with_twice_the_accumulation(tmp_path, sh
         assert told["eval_loss"] == pytest.approx(alone["eval_loss"], rel=2e-3) and told["metrics"] == alone["metrics"]
     assert found[0][2] and not found[1][2], "only rank 0 prints"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"], "only rank 0 writes"
+
+
+def test_a_row_of_the_head_is_trained_in_two_processes_as_in_one(tmp_path):
+    from safetensors.torch import load_file
+
+    parameters, base = replace(QUICK, batch_size=1, epochs=1, lora_dropout=0.0), untaught_end(tmp_path / "base")
+    on_two_ranks(train_rank, tmp_path / "two", parameters, base)
+    train("structured", base, ROWS, [], tmp_path / "one", replace(parameters, gradient_accumulation=2), "trl", INPUTS)
+    rows = []
+    for name in ("one", "two"):
+        weights = load_file(tmp_path / name / "adapter_model.safetensors")
+        rows += [weight for key, weight in weights.items() if "trainable_tokens" in key]
+    began = load_file(base / "model.safetensors")["model.embed_tokens.weight"][0]
+    assert len(rows) == 2 and (rows[0] - began).norm() > 0.01, "it has moved from where it began, the end of a text"
+    assert (rows[0] - rows[1]).norm() < 0.05 * (rows[0] - began).norm()
 
 
 def train_resumably(rank: int, out: Path, deepspeed: Path | None, dies: bool = False) -> None:
@@ -121,7 +137,7 @@ def test_two_processes_that_are_killed_go_on_to_the_same_adapter(two_processes, 
 def train_as_unsloth(rank: int, out: Path, deepspeed: Path | None, processes: int) -> dict:
     """With what Unsloth's trainer is made of, TRL's, on a model that PEFT made: a stand-in, as Unsloth needs a GPU."""
     sys.modules["unsloth"] = types.ModuleType("unsloth")
-    backends._load_unsloth = lambda path, parameters: backends.load_trainable(path, parameters, "trl", "cpu")
+    backends._load_unsloth = lambda path, parameters, _: backends.load_trainable(path, parameters, "trl", "cpu")
     launch = Launch(rank, 2, rank) if processes == 2 else Launch()
     parameters = replace(QUICK, batch_size=1, gradient_accumulation=4 // processes, epochs=2, eval_steps=3, lora_dropout=0.0)
     told = train("structured", BASE, ROWS, ROWS[:5], out, parameters, "unsloth", INPUTS, deepspeed=deepspeed, launch=launch)

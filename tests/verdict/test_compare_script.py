@@ -7,7 +7,7 @@ import pytest
 
 from slm_swap.common.reports import rows_path, sha256_file
 from slm_swap.common.settings import ROOT
-from slm_swap.evaluating.report import hash_of_hashes
+from slm_swap.evaluating.report import Digests
 from slm_swap.scoring.tracks import TRACKS
 from tests.support.evaluated import AZURE, SLM, TUNED, calls, replies, write_report
 
@@ -170,6 +170,29 @@ def test_before(compare, make, decision, refused):
     assert "Before fine-tuning args_exact_rate was 0.0000: +0.5000 gained (" in printed and "100 rows better and 0 worse." in printed
     assert "different data" in refused(azure, slm, "--before", make("fewer", model=SLM, rows=100))
     assert "no before.rows.jsonl" in refused(azure, slm, "--before", bare(before)).replace(str(before.parent) + "/", "")
+
+
+@pytest.mark.parametrize(
+    ("tuned", "before", "fits"),
+    [
+        (TUNED | {"files_sha256": ["a", "adapter"]}, SLM | {"files_sha256": ["a"]}, True),
+        (TUNED | {"files_sha256": ["a", "adapter"]}, SLM | {"files_sha256": ["b"]}, False),
+        (TUNED | {"files_sha256": ["a", "adapter"]}, TUNED | {"files_sha256": ["a", "older"]}, True),
+        (TUNED | {"files_sha256": ["a", "adapter"]}, TUNED | {"files_sha256": ["b", "older"]}, False),
+        (SLM | {"files_sha256": ["merged"], "trained_on_sha256": "a"}, SLM | {"files_sha256": ["a"]}, True),
+        (SLM | {"files_sha256": ["merged"], "trained_on_sha256": "a"}, SLM | {"files_sha256": ["b"]}, False),
+        (SLM | {"files_sha256": ["tuned elsewhere"]}, SLM | {"files_sha256": ["b"]}, True),
+        (TUNED, SLM | {"files_sha256": ["b"]}, True),
+    ],
+)
+def test_what_was_gained_is_over_the_weights_that_were_trained(compare, refused, make, tuned, before, fits):
+    """Over others it would be the difference between two models, and a price would be paid for it."""
+    azure, slm, before = make("azure"), make("slm", BAD, tuned), make("before", ["no_json"], before)
+    if fits:
+        assert compare(azure, slm, "--before", before)[0] == 10
+    else:
+        assert "is of other weights" in (error := refused(azure, slm, "--before", before)) and "leave --before out" in error
+    assert compare(azure, slm)[0] == 10, "without it the verdict is about the tuned model alone"
 
 
 def bare(report):
@@ -373,7 +396,7 @@ def test_what_is_no_report(refused, make, tmp_path, content):
 
 def test_different_files_with_the_same_rows_are_the_same_data(compare, refused, make):
     azure, slm = make("azure"), make("slm", changes={"inputs.sha256": "e" * 64})
-    expected = hash_of_hashes(bytes.fromhex(row.content_hash) for row in calls(200))
+    expected = Digests(row.content_hash for row in calls(200)).together()
     assert read(azure)["inputs"]["rows_sha256"] == read(slm)["inputs"]["rows_sha256"] == expected
     assert compare(azure, slm)[0] == 0
     for path in (azure, slm):

@@ -72,6 +72,10 @@ class TransformersEngine:
             rows = self._decode(batch)
         except RuntimeError as error:
             if not out_of_memory(error):
+                if isinstance(error, torch.AcceleratorError):
+                    raise UserError(
+                        f"the device failed ({first_line(error)}): run the same command again; if it fails there again, use --engine vllm or another machine"
+                    ) from None
                 raise
         else:
             seconds = time.perf_counter() - started

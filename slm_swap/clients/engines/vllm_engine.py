@@ -7,7 +7,8 @@ has the seconds of both). The graphs are captured without compiling the model fi
 import json
 import os
 import time
-from collections.abc import Container, Generator, Iterable
+from collections.abc import Container, Generator, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -127,10 +128,13 @@ class VllmEngine:
                 while len(asked) < QUEUED and (prompt := next(prompts, None)):
                     name = str(prompt.index)
                     asked[name] = prompt, time.perf_counter()
-                    self._engine.add_request(name, {"prompt_token_ids": prompt.tokens}, self._limit(prompt), lora_request=self._lora)
+                    with said_in_one_line():
+                        self._engine.add_request(name, {"prompt_token_ids": prompt.tokens}, self._limit(prompt), lora_request=self._lora)
                 if not asked:
                     return
-                for output in self._engine.step():
+                with said_in_one_line():
+                    outputs = self._engine.step()
+                for output in outputs:
                     if output.finished:
                         prompt, began = asked.pop(output.request_id)
                         yield self._generated(prompt, output, time.perf_counter() - began)
@@ -172,6 +176,20 @@ class VllmEngine:
         shutdown = getattr(self._engine.engine_core, "shutdown", None)
         if shutdown:
             shutdown()
+
+
+@contextmanager
+def said_in_one_line() -> Iterator[None]:
+    """
+    Raises:
+        UserError: vLLM raised anything.
+    """
+    try:
+        yield
+    except Exception as error:  # vLLM's own, and those of what it runs
+        raise UserError(
+            f"vllm failed ({first_line(error)}): run the same command again; if it fails there again, use --engine transformers"
+        ) from None
 
 
 def end_tokens(path: Path, config: Any, tokenizer: Any) -> list[int]:

@@ -1,0 +1,231 @@
+"""Checkpoints that can be loaded, and the one line that is said of those that cannot: real files of tiny models."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+
+from slm_swap.clients.engines.vllm_engine import lora_rank
+from slm_swap.clients.loading import load_config, load_model, load_tokenizer, require_precision, weight_bytes, with_adapter
+from slm_swap.common.errors import UserError
+from slm_swap.common.settings import PACKAGE
+
+BASE = PACKAGE / "models/phi-tiny"
+TEXT = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16)
+VISION = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A copy of the embedded model."""
+    return shutil.copytree(BASE, tmp_path / "model")
+
+
+def refused(folder, match: str, precision: str = "fp32", load=load_model) -> str:
+    with pytest.raises(UserError, match=match) as error:
+        load(folder, precision)
+    said = str(error.value)
+    assert "\n" not in said and str(folder.name) in said and re.search(r": .*(use|pass|pip|download|install)", said)
+    return said
+
+
+def change(folder, **given) -> None:
+    """Other values in its config.json."""
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | given))
+
+
+@pytest.mark.parametrize(
+    ("config", "given"),
+    [
+        ("mistral3", dict(text_config=TEXT | {"model_type": "mistral"}, vision_config=VISION | {"model_type": "pixtral", "head_dim": 16})),
+        ("gemma3", dict(text_config=TEXT, vision_config=VISION)),
+    ],
+)  # fmt: skip
+def test_composite_checkpoints_are_loaded_whole(config, given, tmp_path):
+    """Mistral 3 is none of AutoModelForCausalLM's."""
+    torch.manual_seed(1)
+    made = AutoModelForImageTextToText.from_config(CONFIG_MAPPING[config](**given)).eval()
+    made.save_pretrained(tmp_path)
+    loaded, ids = load_model(tmp_path, "fp32"), torch.tensor([[5, 6, 7]])
+    with torch.inference_mode():
+        assert torch.equal(loaded.eval()(input_ids=ids).logits, made(input_ids=ids).logits)
+
+
+def test_weights_that_are_not_there_are_not_made_up(checkpoint, caplog, capsys):
+    file = checkpoint / "model.safetensors"
+    whole = load_file(file)
+    name = next(name for name in whole if name.endswith("down_proj.weight"))
+    save_file({other: weight for other, weight in whole.items() if other != name}, file, {"format": "pt"})
+    assert name in refused(checkpoint, r"lacks 1 weights .*, which would be random: download it again")
+    save_file(whole | {name: whole[name][:, :4].clone()}, file, {"format": "pt"})
+    assert re.search(r"\[\d+, 4\] instead of", refused(checkpoint, "has of other shapes than its config.json says 1 weights"))
+    save_file(whole | {"mtp.weight": torch.zeros(2)}, file, {"format": "pt"})
+    assert load_model(checkpoint, "fp32"), "what is left over does no harm"
+    assert "LOAD REPORT" not in caplog.text and not capsys.readouterr().err
+    save_file({"head": torch.zeros(1)}, file, {"format": "pt"})
+    refused(checkpoint, r"lacks \d\d weights \(.*, \.\.\.\), which would be random")
+
+
+def test_a_shard_that_is_not_there_is_said(checkpoint):
+    whole = load_file(checkpoint / "model.safetensors")
+    (checkpoint / "model.safetensors").unlink()
+    names = {name: f"model-0000{1 + number % 2}-of-00002.safetensors" for number, name in enumerate(whole)}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    save_file({name: whole[name] for name, shard in names.items() if "1-of" in shard}, checkpoint / "model-00001-of-00002.safetensors", {"format": "pt"})
+    refused(checkpoint, r"cannot load .*model-00002-of-00002.*: check the checkpoint or download it again")
+
+
+def test_a_model_that_transformers_does_not_know(checkpoint):
+    change(checkpoint, model_type="phi9", auto_map={})
+    said = refused(checkpoint, r"has model type `phi9`\): transformers \d+\.\d+\.\d+ does not know it: pip install -U transformers")
+    assert said.count("does not") == 1
+    change(checkpoint, model_type="vit")
+    refused(checkpoint, r"a vit model writes no text\): use an instruct checkpoint")
+
+
+def test_code_of_a_checkpoints_own_is_run_only_if_asked_for(checkpoint):
+    change(checkpoint, model_type="own", auto_map={"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"})
+    (checkpoint / "own.py").write_text(
+        "from transformers import PhiConfig, PhiForCausalLM\n"
+        "class OwnConfig(PhiConfig):\n    model_type = 'own'\n"
+        "class OwnModel(PhiForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    refused(checkpoint, "brings code of its own: read it, then pass --trust-remote-code to run it")
+    (checkpoint / "own.py").write_text("import a_package_that_nobody_has\n")
+    refused(checkpoint, r"a_package_that_nobody_has.*: install the package", load=lambda folder, precision: load_model(folder, precision, trust_remote_code=True))
+
+
+@pytest.mark.parametrize(
+    ("given", "precision", "said"),
+    [
+        ({"quant_method": "mxfp4"}, "int8", r"quantized already \(mxfp4\): use --precision bf16, which loads its weights as they are"),
+        ({"quant_method": "fp8"}, "nf4", r"\(fp8\): use --precision bf16"),
+        ({"quant_method": "awq", "bits": 4}, "int8", r"\(awq\): use --precision bf16"),
+        ({"quant_method": "gptq", "bits": 4}, "fp8", r"\(gptq\): use --precision bf16"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "int8", "use --precision nf4"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bf16", "use --precision nf4"),
+        ({"load_in_8bit": True}, "nf4", "use --precision int8"),
+        ({"quant_method": "mxfp4"}, "bf16", None),
+        ({"quant_method": "fp8"}, "fp8", None),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "nf4", None),
+    ],
+)
+def test_quantized_weights_are_loaded_as_they_are(given, precision, said, checkpoint):
+    change(checkpoint, quantization_config=given)
+    if said:
+        load = load_model if precision != "fp8" else lambda folder, name: require_precision(folder, load_config(folder), name)
+        assert "download" not in refused(checkpoint, said, precision, load)
+    else:
+        require_precision(checkpoint, load_config(checkpoint), precision)
+
+
+def test_quantized_weights_are_not_taken_for_plain_ones(checkpoint):
+    """8-bit floats that count only with the scale beside them, as FP8 checkpoints have them."""
+    file = checkpoint / "model.safetensors"
+    whole = load_file(file)
+    name = next(name for name in whole if name.endswith("down_proj.weight"))
+    scale = whole[name].abs().max().float() / 448
+    for key in [key for key in whole if re.search(r"layers.*proj.weight", key)]:
+        rows, columns = (-(-size // 128) for size in whole[key].shape)
+        whole[key.replace("weight", "weight_scale_inv")] = scale.expand(rows, columns).clone()
+        whole[key] = (whole[key].float() / scale).to(torch.float8_e4m3fn)
+    save_file(whole, file, {"format": "pt"})
+    change(checkpoint, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"})
+    loaded = load_model(checkpoint, "fp32").get_parameter(name).float()
+    torch.testing.assert_close(loaded, whole[name].float() * scale, atol=1e-3, rtol=1e-2)
+
+
+@pytest.mark.parametrize(("method", "said"), [("gptq", "cannot load .*optimum.*: install the package"), ("fp_quant", "its weights are quantized"), ("odd", "does not know .odd.: pip install -U")])
+def test_quantized_weights_that_cannot_be_read_here(method, said, checkpoint):
+    change(checkpoint, quantization_config={"quant_method": method, "bits": 4})
+    assert "download" not in refused(checkpoint, said, "bf16")
+
+
+def test_a_broken_tokenizer_is_said(checkpoint):
+    (checkpoint / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": {"type": "WordPiece"}}))
+    with pytest.raises(UserError, match=r"cannot load the tokenizer of .*: check the checkpoint or download it again") as error:
+        load_tokenizer(checkpoint)
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    made = get_peft_model(load_model(BASE, "fp32"), LoraConfig(r=2, target_modules=["o_proj"], task_type="CAUSAL_LM"))
+    made.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("fault", ["lacks weights", "other shapes", "other layers", "no weights", "cut", "another kind"])
+def test_an_adapter_that_does_not_fit_is_said(fault, adapter):
+    config, weights = adapter / "adapter_config.json", adapter / "adapter_model.safetensors"
+    told, whole = json.loads(config.read_text()), load_file(weights)
+    if fault == "lacks weights":  # PEFT warns, and goes on with half of the adapter
+        save_file(dict(list(whole.items())[1:]), weights)
+    elif fault == "other shapes":
+        save_file({name: weight[:, :3].clone() for name, weight in whole.items()}, weights)
+    elif fault == "other layers":
+        config.write_text(json.dumps(told | {"target_modules": ["query_key_value"]}))
+    elif fault == "no weights":
+        weights.unlink()
+    elif fault == "cut":
+        weights.write_bytes(weights.read_bytes()[:100])
+    else:
+        config.write_text(json.dumps(told | {"peft_type": "NO_SUCH_KIND"}))
+    with pytest.raises(UserError, match=r"the adapter .* does not fit the model .*: train it again on this model") as error:
+        with_adapter(load_model(BASE, "fp32"), adapter, BASE)
+    assert "\n" not in str(error.value)
+
+
+def test_an_adapter_that_fits(adapter):
+    assert with_adapter(load_model(BASE, "fp32"), adapter, BASE).peft_config["default"].r == 2
+
+
+@pytest.mark.parametrize(
+    ("more", "what"),
+    [
+        ({"trainable_token_indices": [7, 8]}, "trained tokens"),
+        ({"trainable_token_indices": {"embed_tokens": [7]}}, "trained tokens"),
+        ({"modules_to_save": ["lm_head"]}, "whole modules that were trained"),
+        ({"use_dora": True}, "DoRA"),
+        ({"trainable_token_indices": None, "modules_to_save": None, "use_dora": False}, None),
+    ],
+)
+def test_vllm_takes_lora_alone(more, what, tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 8} | more))
+    if what is None:
+        assert lora_rank(tmp_path) == 8
+    else:
+        with pytest.raises(UserError, match=f"vllm takes no adapters with {what}: merge .* by merge_adapter.py, or use --engine transformers"):
+            lora_rank(tmp_path)
+
+
+def test_the_memory_of_weights_is_that_of_their_kinds(tmp_path):
+    """Linear layers are quantized; embeddings, experts, norms and what is packed already are not."""
+    tensors = {
+        "model.embed_tokens.weight": torch.zeros(10, 10, dtype=torch.bfloat16),
+        "model.layers.0.q_proj.weight": torch.zeros(10, 20, dtype=torch.float32),
+        "model.layers.0.mlp.experts.3.up_proj.weight": torch.zeros(10, 30, dtype=torch.bfloat16),
+        "model.norm.weight": torch.zeros(10, dtype=torch.bfloat16),
+    }
+    save_file(tensors, tmp_path / "model-1.safetensors")
+    full = 2 * (100 + 300 + 10)
+    for precision, wanted in (("bf16", full + 400), ("int8", full + 200), ("nf4", full + 120), ("fp32", 2 * full + 800)):
+        assert weight_bytes(tmp_path, precision) == wanted
+    save_file({"model.layers.0.mlp.blocks": torch.zeros(10, 30, dtype=torch.uint8)}, tmp_path / "model-2.safetensors")
+    save_file({"model.layers.0.k_proj.weight": torch.zeros(10, 7).to(torch.float8_e4m3fn)}, tmp_path / "model-3.safetensors")
+    assert weight_bytes(tmp_path, "bf16") == full + 400 + 300 + 70
+    (tmp_path / "model-3.safetensors").write_bytes(b"cut")
+    with pytest.raises(UserError, match=r"cannot load .*model-3.safetensors .*: download it again"):
+        weight_bytes(tmp_path, "bf16")
+
+
+def test_pickled_shards_count(tmp_path):
+    for name, size in (("pytorch_model-00001-of-00002.bin", 600), ("pytorch_model-00002-of-00002.bin", 400), ("training_args.bin", 99)):
+        (tmp_path / name).write_bytes(bytes(size))
+    assert [weight_bytes(tmp_path, precision) for precision in ("bf16", "int8", "nf4", "fp32")] == [1000, 500, 300, 2000]
