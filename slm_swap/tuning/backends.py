@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from slm_swap.clients.architecture import text_config
 from slm_swap.clients.loading import load_model, quiet_int8
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import PACKAGE, Launch, display_path, find_path
@@ -114,16 +115,18 @@ def _load_unsloth(path: Path, parameters: Hyperparameters) -> Any:
         load_in_4bit=parameters.precision == "nf4",
         load_in_8bit=parameters.precision == "int8",
     )
-    vocabulary = AutoConfig.from_pretrained(path).vocab_size
+    vocabulary = text_config(AutoConfig.from_pretrained(path)).vocab_size
     if model.get_input_embeddings().weight.shape[0] != vocabulary:
         # Where padding and the end of a text are one token, Unsloth adds a row for another: the checkpoint has none.
         model.resize_token_embeddings(vocabulary)
+    if isinstance(names := linear_names(model), str):
+        raise UserError("--backend unsloth cannot keep LoRA to the text decoder of this model, which has more parts: use --backend trl")
     return FastLanguageModel.get_peft_model(
         model,
         r=parameters.lora_r,
         lora_alpha=parameters.lora_alpha,
         lora_dropout=parameters.lora_dropout,
-        target_modules=linear_names(model),
+        target_modules=names,
         use_gradient_checkpointing="unsloth" if parameters.gradient_checkpointing else False,
         random_state=parameters.seed,
     )

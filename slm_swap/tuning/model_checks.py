@@ -106,12 +106,13 @@ def attention_spans(config: Any) -> dict[str, int]:
 
 @contextmanager
 def _quietly(model: Any) -> Iterator[None]:
-    """Within it a model has no dropout and no gradients, nothing is compiled, and 8-bit products are made for each token alone.
+    """Within it a model has no dropout and no gradients, nothing is compiled, and products are exact or made for each token alone.
 
-    bitsandbytes makes them in 16 bits for the columns in which any token of the batch has an outlier: each token's rounding hangs on all.
+    Tensor cores round fp32 to ten bits, otherwise for other shapes (TF32). bitsandbytes makes them in 16 bits for the columns in which any token of the batch has an outlier: each token's rounding hangs on all.
     """
-    training = model.training
+    training, matmul = model.training, torch.get_float32_matmul_precision()
     model.eval()
+    torch.set_float32_matmul_precision("highest")
     states = [module.state for module in model.modules() if hasattr(getattr(module, "state", None), "threshold")]
     thresholds = [state.threshold for state in states]
     for state in states:
@@ -122,6 +123,7 @@ def _quietly(model: Any) -> Iterator[None]:
     finally:
         for state, threshold in zip(states, thresholds, strict=True):
             state.threshold = threshold
+        torch.set_float32_matmul_precision(matmul)
         model.train(training)
 
 
