@@ -29,7 +29,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere
 
 from own_process import in_own_process
-from phi_shape import SHAPES, lengths, make_checkpoint, write_rows
+from shapes import SHAPES, lengths, make_checkpoint, write_rows
 
 from slm_swap.cli import Parser, positive, run
 from slm_swap.common.reports import code_version, hardware, now, package_versions, write_json

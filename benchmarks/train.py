@@ -1,4 +1,4 @@
-"""Measure training speed: a model of Phi-4-mini's shape with random weights, LoRA r=64 on all linear layers, rows of ~210 tokens.
+"""Measure training speed: a model of Phi-4-mini's or another shape with random weights, LoRA r=64 on all linear layers, rows of ~210 tokens.
 
     python benchmarks/train.py
     python benchmarks/train.py --configs fast fast:processes=2 fast:processes=2,zero2=yes --out benchmarks/results/train_gpus.json
@@ -25,7 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere
 
 from own_process import in_own_process
-from phi_shape import SHAPES, lengths, make_checkpoint
+from shapes import SHAPES, lengths, make_checkpoint
 
 from slm_swap.cli import Parser, positive, run
 from slm_swap.clients.replicas import take_one_gpu

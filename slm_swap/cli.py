@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from slm_swap.clients.engines import ENGINES, PRECISIONS, STARTS
+from slm_swap.clients.thinking import THINKING
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import code_version, sha256_file
 from slm_swap.common.settings import PACKAGE, Settings, display_path, find_path, load_launch
@@ -16,6 +17,8 @@ from slm_swap.rows.examples import Dataset, Example
 from slm_swap.rows.prompts import ASKS
 from slm_swap.scoring.tracks import TRACKS
 from slm_swap.tracing.runs import Tracing
+
+MAX_NEW_TOKENS, MAX_WITH_THINKING = 256, 4096  # of a reply, where --max-new-tokens is not given
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,6 +32,12 @@ class Parser(argparse.ArgumentParser):
         if load_launch().local_rank:
             sys.exit(2)  # the first process of the machine says it
         self.exit(2, f"{self.prog}: {' '.join(message.split())}: see {self.prog} --help\n")
+
+    def parse_args(self, *given: Any, **named: Any) -> argparse.Namespace:
+        args = super().parse_args(*given, **named)
+        if getattr(args, "max_new_tokens", 0) is None:
+            args.max_new_tokens = MAX_WITH_THINKING if args.thinking == "on" else MAX_NEW_TOKENS
+        return args
 
     def add_track(self) -> None:
         self.add_argument("--track", required=True, choices=TRACKS, help="the task")
@@ -65,7 +74,9 @@ class Parser(argparse.ArgumentParser):
         defaults = ", ".join(f"{known[0]} for {engine}" for engine, known in PRECISIONS.items())
         self.add_argument("--precision", choices=precisions, help=f"weights of the local model (default: {defaults})")
         self.add_argument("--adapter", metavar="DIR", help="LoRA adapter for the local model")
-        self.add_argument("--max-new-tokens", type=positive, default=256, help="longest reply")
+        self.add_argument("--thinking", choices=THINKING, help="ask the small model to think before it replies (default: off, where its chat template can)")
+        limits = f"longest reply, thinking included (default: {MAX_NEW_TOKENS}; with --thinking on {MAX_WITH_THINKING})"
+        self.add_argument("--max-new-tokens", type=positive, help=limits)
         self.add_argument("--concurrency", type=positive, default=32, help="rows that the hosted model is asked at a time")
         if replay:
             self.add_argument("--replies", metavar="FILE", help="recorded replies, for replay")
@@ -155,7 +166,7 @@ def load_rows(args: argparse.Namespace, kinds: Sequence[str]) -> tuple[list[Exam
 
 def client_options(args: argparse.Namespace) -> dict[str, Any]:
     """The flags of `Parser.add_client` as options of `factory.make_client`."""
-    local = ("engine", "engine_start", "precision", "adapter", "max_new_tokens", "batch_size", "trust_remote_code")
+    local = ("engine", "engine_start", "precision", "adapter", "max_new_tokens", "batch_size", "trust_remote_code", "thinking")
     options = {name: getattr(args, name) for name in (*local, "replies", "concurrency") if getattr(args, name, None) is not None}
     return options | ({"replies": find_path(args.replies)} if options.get("replies") else {})
 

@@ -30,6 +30,7 @@ from slm_swap.clients.native import CannotShow, chat_format, read_reply, uses_to
 from slm_swap.clients.pricing import load_prices, to_float
 from slm_swap.clients.protocol import Client, Reply
 from slm_swap.clients.templates import particulars
+from slm_swap.clients.thinking import thinking as thinking_of
 from slm_swap.common.reports import sha256_file
 from slm_swap.common.seeds import set_seed
 from slm_swap.common.settings import Settings, display_path
@@ -75,7 +76,8 @@ class SLMClient:
         adapter: folder of a PEFT adapter.
         batch_size: rows in one batch of the transformers engine, or "auto".
         workload: what vLLM is started for.
-        tokenizer: the checkpoint's, where it is loaded already.
+        tokenizer: the checkpoint's, where it is loaded already, with that `thinking`.
+        thinking: whether prompts ask for thinking: see `thinking.use_thinking`.
 
     Raises:
         UserError: no checkpoint or adapter, one that does not fit the other, an engine that cannot run here, or prices that
@@ -97,6 +99,7 @@ class SLMClient:
         engine_start: str = "auto",
         workload: Workload | None = None,
         tokenizer: Any = None,
+        thinking: str | None = None,
     ):
         self.max_new_tokens = max_new_tokens
         self.prices = load_prices(settings.prices_file)
@@ -107,7 +110,7 @@ class SLMClient:
         folders = [self.path, *([self.adapter] if self.adapter else [])]
         with ThreadPoolExecutor(1) as background:  # while the model is loaded
             hashes = background.submit(lambda: [files_hash(folder) for folder in folders])
-            self.tokenizer = tokenizer or load_tokenizer(self.path, trust_remote_code)
+            self.tokenizer = tokenizer or load_tokenizer(self.path, trust_remote_code, thinking)
             self._load(name, batch_size, trust_remote_code, engine_start, workload, settings.launch.world)
         self._files_sha256 = hashes.result()
         if self.adapter:
@@ -207,6 +210,7 @@ class SLMClient:
             "training_seconds": self.training_seconds,
             "parameters": self._parameters,
             **particulars(self.tokenizer),
+            **({"thinking": asked} if (asked := thinking_of(self.tokenizer)) else {}),
             **self.engine.describe(),
         }
 
@@ -254,7 +258,7 @@ def local_client(settings: Settings, rows: Iterable[Request], max_new_tokens: in
 
     @cache
     def own_tokenizer() -> Any:
-        return load_tokenizer(model_path(settings, options.get("model")), options.get("trust_remote_code", False))
+        return load_tokenizer(model_path(settings, options.get("model")), options.get("trust_remote_code", False), options.get("thinking"))
 
     rows, workload = checked(rows, own_tokenizer), None
     if engine == "vllm":

@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     tally = check_rows(args.track, dataset)
     warn_of_unknown_fields(dataset)
     if args.model_kind == "slm":
-        warn_of_training(args.adapter or settings.slm_model_path, tally.ask, warn)
+        warn_of_training(args.adapter or settings.slm_model_path, tally.ask, args.thinking, warn)
     out = args.out = args.out or PACKAGE / f"01_eval/reports/{args.track}_{args.model_kind}_{name}.json"
     check_out(out, rows_path(out), journal_path(out), inputs=[inputs["path"], args.replies])
     asked = {"schema_version": SCHEMA_VERSION, "track": args.track, "dataset_sha256": inputs["sha256"]}
@@ -175,6 +175,10 @@ def measure(
 
         evaluate_rows(tally, client, dataset, journal, cache, on_row, alone, concurrency, outage)
     tell.finish()
+    if damage := journal.told_of_damage():
+        warn(damage)
+    if cache and cache.damaged:
+        warn(f"{cache.damaged} replies of {display_path(cache.path)} were damaged: they were asked again")
     repeat, cost = repeat_rows(tally.track, client, dataset, journal, args.repeat, args.repeat_rows, args.seed, outage)
     measured = client.kind == "slm" and old and old.report.get("latency")
     latency = None if measured else latency_of(client, tally, dataset, journal, args.latency_rows, args.seed, args.concurrency)

@@ -17,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
-from slm_swap.cli import Parser, check_out, positive, progress, run
+from slm_swap.cli import Parser, check_out, positive, progress, run, warn
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import SCHEMA_VERSION, code_version, now, sha256_file, write_json, write_jsonl
 from slm_swap.common.settings import PACKAGE, Settings, display_path, find_path, load_settings
@@ -112,6 +112,8 @@ def main(argv: list[str] | None = None) -> int:
     asked = {"schema_version": SCHEMA_VERSION, "track": args.track, "prompts_sha256": sha256_file(args.prompts), "samples": args.samples}
     with Journal(journal_path(out)) as journal:
         journal.begin(asked | {"ask": args.ask, "model": client.identity}, len(rows) * args.samples)
+        if damage := journal.told_of_damage():
+            warn(damage)
         confirm(args, labelling, client, journal.answered)
         with progress(f"{args.track} labels", len(journal)) as bar:
             bar.update(journal.answered)

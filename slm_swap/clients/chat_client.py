@@ -46,7 +46,7 @@ class ChatClient:
     """One model of a server, asked `concurrency` rows at a time; `timeout` in seconds counts per try.
 
     `named` are the variables that messages speak of, `identity` what the client is besides its parameters. A request carries `key`, or
-    the token that `token()` gives, or neither. Parameters that the server does not take are dropped for the whole run (the two names of
+    the token that `token()` gives, or neither. `template_variables` are for the server's chat template. Parameters that the server does not take are dropped for the whole run (the two names of
     the token limit are swapped first). A row that fails for good is a Reply with its error; a fault of the set-up ends the run.
 
     Raises:
@@ -72,6 +72,7 @@ class ChatClient:
         concurrency: int = 32,
         timeout: float = 60.0,
         max_retries: int = 6,
+        template_variables: dict[str, Any] | None = None,
     ) -> None:
         started = time.perf_counter()
         if key and not re.fullmatch(r"[!-~]+", key):
@@ -83,6 +84,7 @@ class ChatClient:
         # Every server knows `max_tokens` but OpenAI's and Azure's newest models; some ignore the newer name, and then nothing limits them.
         limit = "max_tokens" if endpoint.form == "openai" and endpoint.host != "api.openai.com" else "max_completion_tokens"
         self._parameters = {"temperature": temperature, "seed": seed, limit: max_new_tokens}
+        self._extra = {"chat_template_kwargs": template_variables} if template_variables else {}  # of vLLM, SGLang and llama.cpp
         self.identity = identity | {"parameters": dict(self._parameters)}
         self._dropped: list[str] = []
         self._served: dict[str, set[str]] = {"model": set(), "system_fingerprint": set()}
@@ -241,7 +243,7 @@ class ChatClient:
             body = {name: value for name, value in request_body(request).items() if name not in self._dropped}
             sent, failure = body | self._parameters, None
             try:
-                response = await create(model=self.endpoint.deployment, **sent)
+                response = await create(model=self.endpoint.deployment, **sent, extra_body=self._extra or None)
                 reply = self._accept(response.http_response.json(), request.native)
                 self._good, self._denied = request, 0
             except openai.OpenAIError as error:
@@ -293,11 +295,13 @@ class ChatClient:
         """Drop or swap the parameter that the server did not take: True to ask again. Another row may have done it already.
 
         Raises:
-            UserError: it is the tools, without which no call can be made.
+            UserError: it is the tools, without which no call can be made, or what switches thinking.
         """
         name = rejected_parameter(refusal.status, refusal.code, refusal.param, refusal.message, refusal.body)
         if "tools" in sent and (name == "tools" or takes_no_tools(refusal.status, refusal.message)):
             raise UserError(f"{self._where} takes no tools ({self._one_line(refusal.message)}): evaluate with --ask text, or choose another")
+        if name in self._extra:
+            raise UserError(f"{self._where} takes no {name} ({self._one_line(refusal.message)}): leave --thinking out, and switch it at the server")
         if name not in sent or name == "messages":
             return False
         if name in OPTIONS and name not in self._dropped:

@@ -8,6 +8,7 @@ import re
 from typing import Any, NamedTuple
 
 from slm_swap.clients.protocol import Reply
+from slm_swap.clients.thinking import cut_served_thinking
 from slm_swap.rows.lines import dump_json
 
 REJECTIONS = {"unsupported_parameter", "unsupported_value", "unknown_parameter"}
@@ -32,7 +33,6 @@ FILTERED = re.compile(
     re.IGNORECASE,
 )
 TOOLLESS = re.compile(r"does not support tools|tools? (?:use |calling )?(?:is|are) not supported|--enable-auto-tool-choice", re.IGNORECASE)
-THOUGHT = re.compile(r"\A\s*<think>.*?</think>\s*", re.DOTALL)  # of a server that does not take it out itself
 TEXT_PARTS, THINKING_PARTS = ("text", "output_text"), ("thinking", "reasoning", "redacted_thinking")
 CUT = ("length", "max_tokens", "model_length")  # finish reasons that mean a limit: OpenAI's, other servers', Mistral's
 
@@ -133,7 +133,7 @@ def _count(value: Any) -> int | None:
 def read_completion(body: Any, native: bool = False) -> Reply:
     """A chat completion's JSON as a Reply (seconds 0); anything else is an "error". A refusal outranks the finish_reason.
 
-    If it was asked for natively, it has its calls, and a text without the thinking in front.
+    Its text is without the thinking in front. If it was asked for natively, it has its calls.
     """
     try:
         choice = body["choices"][0]
@@ -142,7 +142,7 @@ def read_completion(body: Any, native: bool = False) -> Reply:
         tokens = read_usage(body.get("usage"))
         content, refused = content_text(message.get("content"))
         calls = read_calls(message) if native else None
-        content = THOUGHT.sub("", content) if native else content
+        content, _ = cut_served_thinking(content)
     except (KeyError, IndexError, TypeError, AttributeError):
         return Reply("", "error", error="the server's reply is not a chat completion")
     except ValueError:

@@ -5,16 +5,25 @@ import json
 import logging
 import math
 import os
+import re
+import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from slm_swap.clients.architecture import text_config
+from slm_swap.clients.templates import require_text
+from slm_swap.clients.thinking import use_thinking
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import Settings, display_path, find_path
 from slm_swap.rows.lines import text_hash
 from slm_swap.rows.prompts import Request
 
 HASH_BLOCK = 16 << 20
+# What bitsandbytes leaves in 16 bits besides vectors: embeddings, the head, and experts, which transformers fuses into one tensor a layer.
+FULL_WEIGHTS = re.compile(r"embed|lm_head|\.wte\.|\.experts\.|\.router\.")
 DOWNLOAD = "hf download microsoft/Phi-4-mini-instruct --local-dir slm_swap/models/phi-4-mini"
 
 
@@ -60,9 +69,9 @@ def _training_info(adapter: Path, *place: str) -> Any:
     return told
 
 
-def trained_ask(model: Path) -> str | None:
-    """How the rows were asked on which an adapter or merged model was trained; None where its `training_info.json` does not say."""
-    return _training_info(model, "ask")
+def trained_as(model: Path) -> tuple[str | None, str | None]:
+    """(ask, thinking) of the prompts on which an adapter or merged model was trained; None for what its `training_info.json` does not say."""
+    return _training_info(model, "ask"), _training_info(model, "thinking")
 
 
 def require_base(adapter: Path, base: Path, files_sha256: str, advice: str) -> None:
@@ -104,50 +113,151 @@ def quiet_int8() -> None:
 def load_model(path: Path, precision: str, device_map: Any = "auto", trust_remote_code: bool = False) -> Any:
     """A causal language model in one of transformers' precisions: the one loader of evaluation and training.
 
+    Of a checkpoint that also sees or hears, the whole model; it is asked by text alone.
+
     Raises:
-        UserError: the folder does not hold a model that transformers can load.
+        UserError: the folder does not hold a whole model that transformers can load, or not in that precision.
     """
     import torch
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    config = load_config(path, trust_remote_code)
+    require_precision(path, config, precision)
+    known = [auto for auto in (AutoModelForCausalLM, AutoModelForImageTextToText) if type(config) in auto._model_mapping]
+    auto = known[0] if known else AutoModelForCausalLM  # code of the checkpoint's own is no part of either
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
-            device_map=device_map,
-            quantization_config=quantization(precision),
-            trust_remote_code=trust_remote_code,
-        )
+        with without_load_report():
+            model, told = auto.from_pretrained(
+                path,
+                dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
+                device_map=device_map,
+                quantization_config=quantization(precision),
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, by name
+            )
     except torch.OutOfMemoryError:
         raise UserError(
             f"{display_path(path)} does not fit in memory in {precision}: use --precision nf4 or a larger GPU"
         ) from None
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(
-            f"cannot load {display_path(path)} ({_first_line(error)}): check the checkpoint or download it again"
-        ) from None
+    except Exception as error:  # of whatever package the checkpoint needs
+        raise _cannot_load(display_path(path), error, config) from None
+    require_whole(path, told)
+    return model
 
 
-def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
-    """The checkpoint's tokenizer, padding on the left, with a chat template.
+def load_config(path: Path, trust_remote_code: bool = False) -> Any:
+    """A checkpoint's transformers configuration.
 
     Raises:
-        UserError: there is none, or it has no chat template.
+        UserError: it cannot be read, or transformers does not know its type of model.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # the configuration may bring its own code
+        raise _cannot_load(display_path(path), error) from None
+
+
+def quantized_by(config: Any) -> dict[str, Any]:
+    """How a checkpoint's weights are quantized already; empty where they are not."""
+    given = getattr(config, "quantization_config", None) or getattr(text_config(config), "quantization_config", None) or {}
+    return given if isinstance(given, dict) else given.to_dict()
+
+
+def require_precision(path: Path, config: Any, precision: str) -> None:
+    """Refuse to quantize weights again, or to call those of bitsandbytes what they are not.
+
+    Raises:
+        UserError: so, with the precision that loads them as they are.
+    """
+    given = quantized_by(config)
+    if not given:
+        return
+    method = str(given.get("quant_method", "bitsandbytes"))
+    bits = {"load_in_8bit": "int8", "load_in_4bit": "nf4"}
+    own = next((name for key, name in bits.items() if given.get(key)), None)
+    if (own and precision != own) or (not own and precision in ("int8", "nf4", "fp8") and precision != method):
+        raise UserError(f"{display_path(path)} is quantized already ({method}): use --precision {own or 'bf16'}, which loads its weights as they are")
+
+
+def require_whole(path: Path, told: dict[str, Any]) -> None:
+    """Refuse a model of which weights were not in the checkpoint: transformers makes them up at random and goes on.
+
+    `told` is what transformers says of loading it.
+
+    Raises:
+        UserError: so.
+    """
+    missing = sorted(told["missing_keys"])
+    shapes = [f"{name} {list(found)} instead of {list(wanted)}" for name, found, wanted in sorted(told["mismatched_keys"])]
+    for names, said in ((missing, "lacks"), (shapes, "has of other shapes than its config.json says")):
+        if names:
+            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            raise UserError(
+                f"{display_path(path)} {said} {len(names)} weights ({shown}), which would be random: "
+                "download it again, or use a checkpoint that has them"
+            )
+
+
+@contextmanager
+def without_load_report() -> Iterator[None]:
+    """Without transformers' table of weights that a checkpoint lacks or has to spare: `require_whole` says what counts, in one line."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(_no_load_report)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_no_load_report)
+
+
+def _no_load_report(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in record.getMessage()
+
+
+def load_tokenizer(path: Path, trust_remote_code: bool = False, thinking: str | None = None) -> Any:
+    """The checkpoint's tokenizer, padding on the left, with a chat template that asks for thinking or not: see `use_thinking`.
+
+    Raises:
+        UserError: there is none, it has no chat template, or one that cannot ask so.
     """
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, padding_side="left")
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot load the tokenizer of {display_path(path)} ({_first_line(error)}): download it again") from None
+    except Exception as error:  # of the tokenizers package: a bare Exception
+        raise _cannot_load(f"the tokenizer of {display_path(path)}", error) from None
     if not tokenizer.chat_template:
         raise UserError(f"the tokenizer of {display_path(path)} has no chat template: use an instruct checkpoint")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    require_text(tokenizer)
+    use_thinking(tokenizer, thinking)
     return tokenizer
+
+
+def _cannot_load(what: str, error: Exception, config: Any = None) -> UserError:
+    """What a package raised while loading, in one line with what to do about it."""
+    text, shown = str(error), first_line(error)
+    if "trust_remote_code" in text:
+        return UserError(f"{what} brings code of its own: read it, then pass --trust-remote-code to run it")
+    if isinstance(error, ImportError):
+        advice = "install the package that it names with pip, or use --engine vllm"
+    elif "does not recognize this architecture" in text or "Unrecognized model" in text:
+        import transformers
+
+        shown = text.split(" but Transformers")[0].split("The checkpoint you are trying to load ")[-1].split(". Should")[0]
+        advice = f"transformers {transformers.__version__} does not know it: pip install -U transformers, or use another checkpoint"
+    elif "Unrecognized configuration class" in text:
+        shown, advice = f"a {config.model_type} model writes no text", "use an instruct checkpoint"
+    elif config is not None and (method := quantized_by(config).get("quant_method")):
+        advice = f"its weights are quantized ({method}): use --engine vllm, or a checkpoint that is not quantized"
+    else:
+        advice = "check the checkpoint or download it again"
+    return UserError(f"cannot load {what} ({shown}): {advice}")
 
 
 def prompt_text(tokenizer: Any, request: Request) -> str:
@@ -187,8 +297,7 @@ def placement(path: Path, precision: str, processes: int = 1) -> Any:
 
     if not torch.cuda.is_available():
         return "auto"
-    share = {"int8": 0.5, "nf4": 0.3, "fp32": 2.0}.get(precision, 1.0)  # of a checkpoint in 16 bits
-    weights = share * sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    weights = weight_bytes(path, precision)
     free = torch.cuda.mem_get_info(0)[0]
     if 1.2 * weights < free:
         return {"": 0}
@@ -200,19 +309,52 @@ def placement(path: Path, precision: str, processes: int = 1) -> Any:
     return "auto"
 
 
+def weight_bytes(path: Path, precision: str) -> float:
+    """How much memory a checkpoint's weights take in a precision, in bytes; quantized are the matrices of linear layers alone.
+
+    Raises:
+        UserError: a file of weights cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    full, linear = {"int8": (2, 1), "nf4": (2, 0.6), "fp32": (4, 4)}.get(precision, (2, 2))
+    total = 0.0
+    for file in sorted(path.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118  it is no mapping
+                    told = tensors.get_slice(name)
+                    shape, dtype = told.get_shape(), told.get_dtype()
+                    packed = dtype[0] in "IU" or dtype.startswith("F8")  # quantized already
+                    fits = len(shape) == 2 and not FULL_WEIGHTS.search(name)
+                    total += math.prod(shape) * (int(re.sub(r"^\D+|_.*", "", dtype)) / 8 if packed else linear if fits else full)
+        except SafetensorError as error:
+            raise UserError(f"cannot load {display_path(file)} ({first_line(error)}): download it again") from None
+    # pickled ones do not say what is in them without being loaded: most of them are matrices of linear layers in 16 bits
+    return total or linear / 2 * sum(file.stat().st_size for file in path.glob("pytorch_model*.bin"))
+
+
 def with_adapter(model: Any, adapter: Path, base: Path) -> Any:
     """A loaded model with an adapter on it; `base` is where it was loaded from.
 
     Raises:
         UserError: the two do not fit.
     """
+    import torch
     from peft import PeftModel
 
     try:
-        return PeftModel.from_pretrained(model, str(adapter))
-    except (RuntimeError, ValueError, OSError) as error:
+        with warnings.catch_warnings():
+            # layers of the model for which the adapter has no weights would stay as they are
+            warnings.filterwarnings("error", message=".*missing adapter keys")
+            return PeftModel.from_pretrained(model, str(adapter))
+    except torch.OutOfMemoryError:
+        raise UserError(f"the adapter {display_path(adapter)} does not fit in memory: use --precision nf4 or a larger GPU") from None
+    except ImportError as error:
+        raise UserError(f"the adapter {display_path(adapter)} needs a package ({first_line(error)}): install it with pip") from None
+    except Exception as error:  # of PEFT or what the adapter needs
         raise UserError(
-            f"the adapter {display_path(adapter)} does not fit the model {display_path(base)} ({_first_line(error)}): "
+            f"the adapter {display_path(adapter)} does not fit the model {display_path(base)} ({first_line(error)}): "
             "train it again on this model"
         ) from None
 
@@ -236,5 +378,6 @@ def _block_hash(block: tuple[Path, int]) -> str:
         return hashlib.sha256(file.read(HASH_BLOCK)).hexdigest()
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:200]
+def first_line(error: BaseException) -> str:
+    """What stands first in an error's message, cut to 200 characters; of one without a message, its class."""
+    return (str(error) or type(error).__name__).strip().split("\n")[0][:200]

@@ -17,24 +17,25 @@ prompt, and a call that the template writes must be read back as it was. A check
 import json
 import re
 import uuid
+from bisect import bisect_left
 from collections.abc import Callable
 from decimal import Decimal
 from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 
-from slm_swap.clients.endings import require_ending
+from slm_swap.clients.endings import call_ending, require_ending
 from slm_swap.clients.native_replies import (
     PHI_CALLS,
     TAGGED_CALLS,
-    THINK,
     Call,
     Spoken,
     TemplateReader,
-    cut_thinking,
+    read_channels,
     read_marked,
 )
 from slm_swap.clients.templates import apply
+from slm_swap.clients.thinking import cut_thinking, has_channels, prefilled
 from slm_swap.common.errors import UserError
 from slm_swap.common.exact_json import EXACT, ExactEncoder
 from slm_swap.common.settings import display_path
@@ -176,7 +177,8 @@ class ChatFormat:
         if lost := [name for name in ("call", "key", "value", "result") if _PROBE[name] not in shown]:
             what = "tool results" if lost == ["result"] else "calls"
             raise UserError(f"{where}: its chat template leaves out earlier {what}: {ADVICE}")
-        self.end = self.tokenizer.decode([require_ending(tokenizer).id])
+        ends = require_ending(tokenizer).id, (call_ending(tokenizer) or require_ending(tokenizer)).id
+        self.end, self.call_end = (self.tokenizer.decode([one]) for one in ends)
         self.read = self._reader(asked, turn, tools)
 
     def _tried(self, messages: list[dict], tools: list[dict]) -> str:
@@ -199,7 +201,7 @@ class ChatFormat:
             UserError: the two do not join, or the turn does not end as the chat format ends it.
         """
         prompt, whole = self.show(messages, tools), self.show([*messages, message], tools, open_turn=False)
-        return prompt, completion_of(prompt, whole, self.end)
+        return prompt, completion_of(prompt, whole, self.call_end if message.get("tool_calls") else self.end)
 
     def _reader(self, asked: list[dict], turn: dict, tools: list[dict]) -> Reader:
         """What reads back the call that the template writes.
@@ -211,8 +213,8 @@ class ChatFormat:
             return self._marked(PHI_CALLS)
         prompt, whole = self.show(asked, tools), self.show([*asked, turn], tools, open_turn=False)
         prefix, written = prompt.rsplit(_PROBE["user"], 1)[-1], whole.removeprefix(prompt)
-        if self.end in written:
-            written = written[: written.rindex(self.end)]
+        if self.call_end in written:
+            written = written[: written.rindex(self.call_end)]
 
         def proven(reader: Reader) -> bool:
             told = reader(written, True, tools)
@@ -223,6 +225,8 @@ class ChatFormat:
         tagged = self._marked(TAGGED_CALLS)
         if template is None and proven(tagged):
             return tagged
+        if has_channels(self.tokenizer) and proven(_channels):
+            return _channels
         template = template or _known_template(self.tokenizer.chat_template)
         try:
             reader = TemplateReader(self.tokenizer, template, prefix, self.end).read if template else None
@@ -237,10 +241,14 @@ class ChatFormat:
         """The reader of calls that stand as JSON behind a mark."""
 
         def read(text: str, stopped: bool, offered: list[dict] | None) -> Spoken:
-            rest, thinking = cut_thinking(text, prefilled_thinking(self.tokenizer))
+            rest, thinking = cut_thinking(text, prefilled(self.tokenizer))
             return Spoken(rest, [], thinking) if thinking == text else read_marked(rest, marks)._replace(thinking=thinking)
 
         return read
+
+
+def _channels(text: str, stopped: bool, offered: list[dict] | None) -> Spoken:
+    return read_channels(text)
 
 
 def _known_template(chat_template: Any) -> dict | None:
@@ -261,16 +269,6 @@ def chat_format(tokenizer: Any) -> ChatFormat:
         UserError: as `ChatFormat`.
     """
     return ChatFormat(tokenizer)
-
-
-@lru_cache(maxsize=8)
-def prefilled_thinking(tokenizer: Any) -> bool:
-    """Whether a prompt of the chat template ends with an open thinking tag, so that a reply begins inside of it."""
-    messages = [{"role": "user", "content": _PROBE["user"]}]
-    try:
-        return _render(tokenizer, messages, open_turn=True).rstrip().endswith(THINK)
-    except CannotShow:
-        return False
 
 
 def completion_of(prompt: str, whole: str, end: str) -> str:
@@ -341,9 +339,22 @@ def read_reply(tokenizer: Any, request: Request, tokens: list[int], stopped: boo
     `calls` is None in text form. A thinking block that the reply begins with is cut off; one that does not end stays in the text.
     """
     if not (request.native and uses_tools(request)):
-        text = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        rest, thinking = cut_thinking(text, prefilled_thinking(tokenizer))
-        return rest, [] if request.native else None, thinking
-    text = tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    spoken = chat_format(tokenizer).read(text, stopped, request.tools)
+        return _read_text(tokenizer, tokens, [] if request.native else None)
+    spoken = chat_format(tokenizer).read(_decoded(tokenizer, tokens), stopped, request.tools)
     return spoken.content, spoken.calls, spoken.thinking
+
+
+def _read_text(tokenizer: Any, tokens: list[int], calls: list[Call] | None) -> tuple[str, list[Call] | None, str]:
+    """`read_reply` of a reply that makes no calls in a form of the model's own. The marks around thinking may be special tokens."""
+    whole = _decoded(tokenizer, tokens)
+    rest, thinking = cut_thinking(whole, prefilled(tokenizer))
+    if thinking and thinking == whole:
+        return rest, calls, thinking
+    spent = bisect_left(range(len(tokens)), len(thinking), key=lambda count: len(_decoded(tokenizer, tokens[:count]))) if thinking else 0
+    if _decoded(tokenizer, tokens[:spent]).rstrip() == thinking.rstrip():
+        rest = tokenizer.decode(tokens[spent:], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return rest.lstrip() if thinking else rest, calls, thinking
+
+
+def _decoded(tokenizer: Any, tokens: list[int]) -> str:
+    return tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -9,13 +9,15 @@ import re
 from copy import deepcopy
 from typing import Any, NamedTuple
 
-THINK, END_THINK = "<think>", "</think>"
+from slm_swap.clients.thinking import THINK, channel_messages
+
 _SPACE = re.compile(r"[ \t\r\n]*")
 _DECODER = json.JSONDecoder(parse_float=str, parse_int=str, parse_constant=str)  # where a value ends is all that is asked
 _BEGUN = "{"  # arguments that were due and did not come: "" would be a call without any
 _KEPT = re.compile("\x00(\\d+)\x00")
 _NAME = re.compile(r'"name"\s*:\s*("(?:[^"\\\n]|\\.)*")')
 _ARGUMENTS = re.compile(r'"(?:arguments|parameters)"\s*:\s*')
+_RECIPIENT = re.compile(r"to=functions\.([^\s<]+)")
 PHI_CALLS = re.compile(r"<\|tool_call\|>|functools(?=\s*\[\s*[{\]])"), "<|/tool_call|>"
 TAGGED_CALLS = re.compile("<tool_call>"), "</tool_call>"
 
@@ -28,21 +30,6 @@ class Spoken(NamedTuple):
     content: str
     calls: list[Call]
     thinking: str = ""
-
-
-def cut_thinking(text: str, opened: bool = False) -> tuple[str, str]:
-    """(a reply without the thinking that it begins with, that thinking). `opened`: the prompt ended with the opening tag.
-
-    Thinking that does not end is a reply that was cut: it stays in the text, behind its opening tag.
-    """
-    begins = text.lstrip().startswith(THINK)
-    if not begins and not opened:
-        return text, ""
-    end = text.find(END_THINK)
-    if end < 0:
-        return (text if begins else THINK + text), text
-    end += len(END_THINK)
-    return text[end:].lstrip(), text[:end]
 
 
 # -- JSON as it is written -------------------------------------------------------------------------------------------------------
@@ -152,6 +139,19 @@ def _calls_at(text: str, at: int) -> tuple[list[Call] | None, int]:
         if not text.startswith(",", at):
             return found, at
         at += 1
+
+
+def read_channels(text: str) -> Spoken:
+    """A reply of gpt-oss: a message for a function is a call, one of the channel `analysis` is thinking, others are content."""
+    content, calls, thinking = [], [], []
+    for header, body, _ in channel_messages(text):
+        if recipient := _RECIPIENT.search(header):
+            calls.append({"name": recipient[1], "arguments": body.strip() or _BEGUN})
+        else:
+            (thinking if "analysis" in header else content).append(body)
+    if thinking and not content and not calls:
+        return Spoken(THINK + thinking[-1], [], "".join(thinking))
+    return Spoken("\n".join(content) if content or calls or thinking else text, calls, "".join(thinking))
 
 
 # -- Response templates ----------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from slm_swap.clients.completions import content_text, read_calls, read_usage
 from slm_swap.clients.protocol import Reply
+from slm_swap.clients.thinking import cut_served_thinking
 from slm_swap.common.errors import UserError
 from slm_swap.rows.conversations import unsaid
 
@@ -38,6 +39,8 @@ def read_recorded(line: Any, where: str, decode: Callable[[bytes], Any] = json.l
     `function_call`), a whole chat completion, or a list of tool calls, each of them as an object or as JSON text. What has calls becomes
     a native reply (`Reply.calls`); a message with text alone stays in text form, as its calls may stand in the text.
 
+    Thinking in front of a text is cut off.
+
     Raises:
         UserError: it is none of these, or its finish_reason is not known.
     """
@@ -61,7 +64,7 @@ def read_recorded(line: Any, where: str, decode: Callable[[bytes], Any] = json.l
     counts = counts or (read_usage(said.usage) if said.usage else {})
     seconds, error, cut = line.get("seconds"), line.get("reply_error"), line.get("cut")
     return Reply(
-        _writable(said.text),
+        _writable(said.text if own else cut_served_thinking(said.text)[0]),
         reason,
         seconds=float(seconds) if isinstance(seconds, (int, float)) else 0.0,
         error=_writable(error) if isinstance(error, str) else None,

@@ -5,6 +5,7 @@ from typing import Any
 from slm_swap.clients.chat_client import CONNECT_SECONDS, ChatClient
 from slm_swap.clients.endpoint import SERVED, Endpoint, is_loopback, parse_base_url
 from slm_swap.clients.pricing import to_float
+from slm_swap.clients.templates import SWITCHES
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import Settings
 
@@ -14,24 +15,29 @@ LOCAL_ONLY = {"engine": "auto", "engine_start": "auto", "precision": None, "adap
 class ServedClient(ChatClient):
     """The model of SLM_BASE_URL; `ChatClient` has the arguments. Without SLM_MODEL_NAME the server is asked which one it serves.
 
+    `thinking`, one of thinking.THINKING, is told to the server as variables of its chat template; None leaves it to the server.
+
     Raises:
         UserError: the URL is none, the server does not say which model it serves or serves several; and as `ChatClient`.
     """
 
     kind = "slm"
 
-    def __init__(self, settings: Settings, max_new_tokens: int = 256, seed: int = 42, concurrency: int = 32, **options: Any) -> None:
+    def __init__(
+        self, settings: Settings, max_new_tokens: int = 256, seed: int = 42, concurrency: int = 32, thinking: str | None = None, **options: Any
+    ) -> None:
         key = settings.slm_api_key
         endpoint = parse_base_url(settings.slm_base_url or "", settings.slm_model_name or "", key=bool(key))
         name = endpoint.deployment or served_model(endpoint, key)
         endpoint = Endpoint(endpoint.base_url, name, endpoint.form)
         identity = {
             "kind": self.kind, "path": name, "endpoint": endpoint.place, "engine": "served", "precision": None, "adapter": None,
-            "training_seconds": None,
+            "training_seconds": None, **({"thinking": thinking} if thinking else {}),
         }  # fmt: skip
         super().__init__(
-            settings, endpoint, SERVED, identity, key, None, max_new_tokens=max_new_tokens, seed=seed, concurrency=concurrency, **options
-        )
+            settings, endpoint, SERVED, identity, key, None, max_new_tokens=max_new_tokens, seed=seed, concurrency=concurrency,
+            template_variables=dict.fromkeys(SWITCHES, thinking == "on") if thinking else None, **options
+        )  # fmt: skip
 
     def cost(self, input_tokens: int, cached_tokens: int, output_tokens: int, seconds: float) -> float | None:
         """The machine's price an hour times the seconds that it worked."""

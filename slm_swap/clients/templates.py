@@ -8,13 +8,16 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
+from slm_swap.common.errors import UserError
+
 DATE = datetime(2026, 1, 1)
+SWITCHES = ("enable_thinking", "thinking")  # the variables by which templates ask for thinking or not: see thinking.py
 _SYSTEM, _USER = "probe system 7d1f", "probe user 7d1f"
 
 
 def apply(tokenizer: Any, messages: list[dict[str, Any]], open_turn: bool, **options: Any) -> str:
-    """A conversation as text, with the beginning of a reply behind it where the turn is `open_turn`."""
-    fixed = {"strftime_now": DATE.strftime}
+    """A conversation as text, with the beginning of a reply behind it where the turn is `open_turn`; without thinking, unless `use_thinking`."""
+    fixed = {"strftime_now": DATE.strftime} | getattr(tokenizer, "slm_swap_variables", dict.fromkeys(SWITCHES, False))
     return tokenizer.apply_chat_template(fitted(tokenizer, messages), tokenize=False, add_generation_prompt=open_turn, **fixed, **options)
 
 
@@ -48,6 +51,23 @@ def fitted(tokenizer: Any, messages: list[dict[str, Any]]) -> list[dict[str, Any
     if first is None or not system:
         return kept
     return [message | {"content": f"{system}\n\n{message['content']}"} if at == first else message for at, message in enumerate(kept)]
+
+
+def require_text(tokenizer: Any) -> None:
+    """Look whether the chat template shows a message that is a text: some know only lists of parts, and leave a text out.
+
+    Raises:
+        UserError: it does not.
+    """
+    from jinja2 import TemplateError
+
+    reason = "leaves it out"
+    try:
+        if _USER in apply(tokenizer, [{"role": "user", "content": _USER}], open_turn=True):
+            return
+    except (TemplateError, TypeError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0][:120]
+    raise UserError(f"the chat template cannot show a user's message that is a text ({reason}): take an instruct checkpoint of a text model")
 
 
 def takes_system(tokenizer: Any) -> bool:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from slm_swap.clients.loading import trained_ask
+from slm_swap.clients.loading import trained_as
 from slm_swap.common.settings import display_path, find_path
 from slm_swap.evaluating.finished import again_command
 
@@ -47,11 +47,13 @@ def show(report: dict[str, Any], out: Path, argv: Sequence[str], warn: Callable[
     print(f"report: {display_path(out)}")
 
 
-def warn_of_training(model: str | Path | None, ask: str, warn: Callable[[str], None]) -> None:
-    """Say where an adapter, or a merged model, was trained on rows that were asked in another form than now."""
-    trained = trained_ask(find_path(model)) if model else None
+def warn_of_training(model: str | Path | None, ask: str, thinking: str | None, warn: Callable[[str], None]) -> None:
+    """Say where an adapter, or a merged model, was trained on rows that were asked in another form than now, or without the `thinking`."""
+    trained, thought = trained_as(find_path(model)) if model else (None, None)
     if trained not in (None, "mixed", ask):
         warn(f"{display_path(find_path(model))} was trained on rows asked in {trained} form, and these are asked in {ask} form: --ask {trained}")
+    if thought == "off" and thinking == "on":
+        warn(f"{display_path(find_path(model))} was trained to reply without thinking: leave --thinking out")
 
 
 def _warn_of_unmeasured(report: dict[str, Any], argv: Sequence[str], warn: Callable[[str], None]) -> None:

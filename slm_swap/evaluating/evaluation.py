@@ -10,7 +10,7 @@ from slm_swap.clients.protocol import Client, Reply
 from slm_swap.common.errors import UserError
 from slm_swap.evaluating.outage import Outage
 from slm_swap.evaluating.report import Tally
-from slm_swap.evaluating.row import Row, make_row, read_reply, score_row
+from slm_swap.evaluating.row import Row, is_of, make_row, read_reply, score_row
 from slm_swap.rows.examples import Example
 from slm_swap.rows.prompts import Request, request_of
 from slm_swap.scoring.metrics import Reference, Scored
@@ -145,6 +145,8 @@ class _Run:
     def recall(self) -> None:
         """Count the rows that are answered already; they are scored again, as the code may have changed since."""
         for index, example in enumerate(self.examples):
+            if index in self.journal and not is_of(json.loads(self.journal.line(index)), example):
+                self.journal.forget(index)
             if index in self.journal:
                 before = self.journal.line(index)
                 row = score_row(self.track, example, read_reply(json.loads(before)), self.client)

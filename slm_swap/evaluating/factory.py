@@ -46,7 +46,7 @@ def make_client(
         from slm_swap.clients.served_client import ServedClient, refuse_local_options
 
         refuse_local_options(local)
-        return ServedClient(settings, max_new_tokens=max_new_tokens, seed=seed, concurrency=concurrency)
+        return ServedClient(settings, max_new_tokens, seed, concurrency, local.get("thinking"))
     from slm_swap.slm_client import local_client
 
     return local_client(settings, (request_of(track, example) for example in examples), max_new_tokens, seed, **local)

@@ -1,18 +1,22 @@
 """The journal of an evaluation under way: every row is in a file as soon as it is answered, so that nothing is asked twice.
 
-The file, `<report>.rows.jsonl.part`, has one JSON object a line. The first is the header: what is asked of which model, when the
-run began, and its `run_id`. Then, as they come: `{"session": when}` each time that the program starts, `{"row": index, "spent":
-seconds, "line": {...}}` with a line of the rows file (`"kept": true` where it is an earlier report's), `{"keep": name, "value": ...}` with what
-is measured besides, and `{"state": ...}` whenever the client has learned something (see `protocol.Client`). A line is with the operating system at once, so that it outlives the process; a power cut costs the lines of a
-second at most.
+The file, `<report>.rows.jsonl.part`, has one JSON object a line. The first is the header, `{"run": {...}}`: what is asked of which model, when
+the run began, and its `run_id`. Then, as they come: `{"session": when, "run": {...}}` each time that the program starts, `{"row": index,
+"spent": seconds, "line": {...}}` with a line of the rows file (`"kept": true` where it is an earlier report's), `{"keep": name, "value": ...}`
+with what is measured besides, and `{"state": ...}` whenever the client has learned something (see `protocol.Client`). A line is with the
+operating system at once, so that it outlives the process; a power cut costs the lines of a second at most.
+
+Each line begins with `"crc"`, the CRC-32 of what follows in it. One that does not match it was damaged: it is passed over and counted.
 """
 
 import contextlib
 import fcntl
 import json
 import os
+import re
 import time
 import uuid
+import zlib
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,8 +41,9 @@ class Journal:
     """One run's journal, opened for this process alone; `begin` comes before everything else.
 
     `answered` counts the rows that are not asked again, which are those with a reply other than a failed request, and those kept of an
-    earlier report; `cached` those whose reply came from a reply cache. `kept` is what `keep` was given, by its name. `seconds` is the time that all sessions together spent on replies. As a context manager it
-    closes the file in the end, and removes it where nothing was answered.
+    earlier report; `cached` those whose reply came from a reply cache; `damaged` the lines that were passed over. `kept` is what `keep` was
+    given, by its name. `seconds` is the time that all sessions together spent on replies. As a context manager it closes the file in the
+    end, and removes it where nothing was answered.
 
     Raises:
         UserError: another process has the journal open, or the file cannot be written; in `begin`: it is of another run.
@@ -49,7 +54,7 @@ class Journal:
         self.header: dict[str, Any] = {}
         self.kept: dict[str, Any] = {}
         self.state: dict[str, Any] | None = None
-        self.answered = self.cached = self.sessions = 0
+        self.answered = self.cached = self.sessions = self.damaged = 0
         self.seconds = 0.0
         self._synced = time.monotonic()
         try:
@@ -79,11 +84,12 @@ class Journal:
     def begin(self, identity: dict[str, Any], rows: int) -> None:
         """Start a run over `rows` rows, or go on with the one in the file.
 
-        A torn last line is cut off; another line that is no record is passed over, and its row asked again.
+        A torn last line is cut off. A damaged one is passed over, and its row asked again; the header stands in every session's line too.
 
         Raises:
             UserError: the file is of another run, by its `identity`, or no journal at all.
         """
+        self._check(json.loads(dump_json(identity)))
         self._offsets, self._failed = array("q", [-1]) * rows, set[int]()
         self._end = 0
         self._file.seek(0)
@@ -91,23 +97,33 @@ class Journal:
             if not line.endswith(b"\n"):
                 break
             record = _decode(line)
-            if self._end == 0:
-                self._check(record, json.loads(dump_json(identity)))
-            elif record is not None:
+            if record is None:
+                self.damaged += 1
+            else:
                 self._take(record)
             self._end += len(line)
         self._file.truncate(self._end)
         if not self.header:
             self.header = identity | {"started_at": now(), "run_id": uuid.uuid4().hex}
-            self._append(self.header)
-        self._append({"session": now()})
+            self._append({"run": self.header})
+        self._append({"session": now(), "run": self.header})
         self.sync()
 
-    def _check(self, header: dict[str, Any] | None, identity: dict[str, Any]) -> None:
-        advice = "finish that run with its own command, delete the file, or choose another --out"
-        if header is None or "run_id" not in header:
+    def _check(self, identity: dict[str, Any]) -> None:
+        """Find the header, which is missing in an empty file and in one whose only line is torn."""
+        self._file.seek(0)
+        whole = (line for line in self._file if line.endswith(b"\n"))
+        header, first = None, None
+        for first in whole:
+            header = _header(_decode(first))
+            if header:
+                break
+        if first is None:
+            return
+        if header is None:
             raise UserError(f"{self._shown} is not a journal of an evaluation: move it away or choose another --out")
         if differ := differences({key: value for key, value in header.items() if key not in RUN_KEYS}, identity):
+            advice = "finish that run with its own command, delete the file, or choose another --out"
             raise UserError(f"{self._shown} is of another run ({differ}): {advice}")
         self.header = header
 
@@ -120,7 +136,7 @@ class Journal:
                 self.state = state
             case {"keep": str(name), "value": value}:
                 self.kept[name] = value
-            case {"row": int(index), "spent": float(spent), "line": {"finish_reason": str(reason)}} if index < len(self._offsets):
+            case {"row": int(index), "spent": float(spent), "line": {"finish_reason": str(reason)}} if 0 <= index < len(self._offsets):
                 self._note_row(index, spent, reason == "error" and "kept" not in record, "from_cache" in record)
 
     def _note_row(self, index: int, spent: float, failed: bool, from_cache: bool) -> None:
@@ -147,7 +163,7 @@ class Journal:
         """
         spent = round(float(spent), 6)
         marks = (', "from_cache": true' if from_cache else "") + (', "kept": true' if kept else "")
-        size = self._write(f'{{"row": {index}, "spent": {spent}{marks}, "line": {line[:-1]}}}\n')
+        size = self._write(f'{{"row": {index}, "spent": {spent}{marks}, "line": {line[:-1]}}}\n'.encode())
         self._note_row(index, spent, reply.finish_reason == "error" and not kept, from_cache)
         self._end += size
 
@@ -162,8 +178,8 @@ class Journal:
     def discard(self, run_id: str | None) -> None:
         """Empty the file where it is the journal of a run whose report is written, and the process ended before it was removed."""
         self._file.seek(0)
-        header = _decode(self._file.readline())
-        if run_id and header and header.get("run_id") == run_id:
+        header = _header(_decode(self._file.readline()))
+        if run_id and header and header["run_id"] == run_id:
             self._file.truncate(0)
 
     def note(self, state: dict[str, Any]) -> None:
@@ -176,13 +192,15 @@ class Journal:
             self._append({"state": state})
 
     def _append(self, record: dict[str, Any]) -> None:
-        size = self._write(json_line(record))
+        size = self._write(json_line(record).encode())
         self._take(record)
         self._end += size
 
-    def _write(self, line: str) -> int:
+    def _write(self, line: bytes) -> int:
+        """Append a line, one JSON object, with its checksum in front of what it has; gives its length."""
+        rest = line[1:]
         try:
-            size = self._file.write(line.encode())
+            size = self._file.write(b'{"crc": "%08x", %b' % (zlib.crc32(rest), rest))
             self._file.flush()
             if time.monotonic() - self._synced > SYNC_SECONDS:
                 self.sync()
@@ -200,6 +218,18 @@ class Journal:
         self._file.seek(self._offsets[index])
         _, _, line = self._file.readline().partition(b'"line": ')
         return line[:-2].decode() + "\n"
+
+    def told_of_damage(self) -> str | None:
+        """One line about the lines that were passed over; None where there were none."""
+        if not self.damaged:
+            return None
+        return f"{self.damaged} lines of {self._shown} were damaged and are passed over: what was lost with them is asked again"
+
+    def forget(self, index: int) -> None:
+        """Ask a row again, whose line turned out to be of another one."""
+        self.answered -= index in self
+        self.damaged += 1
+        self._offsets[index] = -1
 
     def lines(self) -> Iterator[str]:
         """The lines of the rows file, in the dataset's order."""
@@ -219,12 +249,24 @@ class Journal:
             self._file.close()
 
 
+_CHECKED = re.compile(rb'\{"crc": "([0-9a-f]{8})", ')
+
+
 def _decode(line: bytes) -> dict[str, Any] | None:
+    """A line's object; None where the line is not as it was written."""
+    mark = _CHECKED.match(line)
+    if mark is None or int(mark[1], 16) != zlib.crc32(line[mark.end() :]):
+        return None
     try:
         value = decode_line(line)
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def _header(record: dict[str, Any] | None) -> dict[str, Any] | None:
+    run = record.get("run") if record else None
+    return run if isinstance(run, dict) and "run_id" in run else None
 
 
 def differences(there: dict[str, Any], here: dict[str, Any]) -> str:

@@ -89,6 +89,11 @@ def cut_of(reply: Reply, reference: str, client: Client | None) -> dict[str, Any
     return {"limit": reply.limit, "reference_tokens": counted, "thinking": thinking}
 
 
+def is_of(line: dict[str, Any], example: Example) -> bool:
+    """Whether a line of `Row.to_json` is of that row."""
+    return line.get("id") == example.id and line.get("prompt_sha256") == text_hash(example.prompt)
+
+
 def read_reply(line: dict[str, Any]) -> Reply:
     """The reply of a line of `Row.to_json`; an older file's line lacks what came to the rows file later."""
     tokens = line["tokens"]

@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from typing import Any, NamedTuple
 
-from slm_swap.clients.endings import Ending, require_ending
+from slm_swap.clients.endings import Ending, call_ending, require_ending, turn_opening
 from slm_swap.clients.loading import prompt_text
 from slm_swap.clients.native import CannotShow, native_turn, read_reply
 from slm_swap.common.exact_json import EXACT, same
@@ -68,7 +68,8 @@ def lesson(tokenizer: Any, track: str, example: Example, end: Ending) -> tuple[l
         raise CannotTeach(NOTHING_SAID)
     request = request_of(track, example)
     if not request.native:
-        prompt, completion = tokenizer([prompt_text(tokenizer, request), example.completion + end.text], add_special_tokens=False)["input_ids"]
+        reply = turn_opening(tokenizer) + example.completion + end.text
+        prompt, completion = tokenizer([prompt_text(tokenizer, request), reply], add_special_tokens=False)["input_ids"]
         if end.id in completion[:-1]:
             raise CannotTeach(END_INSIDE)
         return prompt, completion
@@ -77,7 +78,8 @@ def lesson(tokenizer: Any, track: str, example: Example, end: Ending) -> tuple[l
     texts = native_turn(tokenizer, request, content, calls or [])
     prompt, completion = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     text, made, _ = read_reply(tokenizer, request, completion[:-1], stopped=True)
-    whole = completion[-1] == end.id and end.id not in completion[:-1]
+    last = (call_ending(tokenizer) or end).id if calls else end.id
+    whole = completion[-1] == last and last not in completion[:-1]
     if not whole or not same_calls(made, calls or []) or (not calls and text.strip() != content.strip()):
         raise CannotTeach(NOT_READ_BACK)
     return prompt, completion

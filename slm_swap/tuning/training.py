@@ -9,6 +9,7 @@ from typing import Any
 
 from slm_swap.clients.endings import require_ending
 from slm_swap.clients.loading import files_hash, load_tokenizer
+from slm_swap.clients.thinking import thinking
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import SCHEMA_VERSION, code_version, hardware, now, package_versions, sha256_file
 from slm_swap.common.seeds import set_seed
@@ -136,7 +137,7 @@ def train(
             "lora": reach,
         }
         info |= {"inputs": inputs, "rows": {"train": len(rows), "val": len(held_out), "too_long": len(too_long), "untaught": untaught.total()}}
-        info |= {"ending": require_ending(tokenizer)._asdict()} | told | account(trainer.state, log, lengths, too_long, told["seconds"]["train"])
+        info |= {"ending": require_ending(tokenizer)._asdict(), "thinking": thinking(tokenizer)} | told | account(trainer.state, log, lengths, too_long, told["seconds"]["train"])
         if launch.rank == 0:
             save_adapter(trainer.model, tokenizer, out, info, log, base, checkpoints)
     except BaseException:

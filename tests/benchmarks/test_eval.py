@@ -22,13 +22,13 @@ def measured(tmp_path, *flags: str) -> subprocess.CompletedProcess:
 def modules():
     """The benchmarks' modules of these names, as scripts find them."""
     sys.path.insert(0, str(SCRIPT.parent))
-    yield {name: importlib.import_module(name) for name in ("phi_shape", "engine_start")}
+    yield {name: importlib.import_module(name) for name in ("shapes", "engine_start")}
     sys.path.remove(str(SCRIPT.parent))
 
 
 @pytest.fixture(scope="module")
 def lengths(modules):
-    return modules["phi_shape"].lengths
+    return modules["shapes"].lengths
 
 
 def test_every_reply_has_its_own_length_in_one_process_and_in_two_and_what_fails_is_told(tmp_path, lengths):

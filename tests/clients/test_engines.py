@@ -101,15 +101,6 @@ def test_static_caches_give_the_same_replies(client, captured, prompts, expected
         assert {rows for rows, _ in captured._steps} >= {16, 8}, "it goes on with a smaller cache"
 
 
-def test_a_model_is_captured_as_far_as_its_rotary_embedding_is_fixed(client):
-    class Model:
-        config = type("Config", (), {"rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 4096}, "sliding_window": 512})
-
-    decoder = CapturedDecoder(Model, {0})
-    assert decoder.fits(512 - captured_module.CHECK_EVERY) and not decoder.fits(513 - captured_module.CHECK_EVERY)
-    assert CapturedDecoder(client.engine.model, {0}).fits(10**6)
-
-
 def test_what_is_answered_keeps_its_place_in_a_batch(client, prompts, expected, monkeypatch):
     batches, decode = [], client.engine._decode
 

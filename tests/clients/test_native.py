@@ -9,6 +9,7 @@ from slm_swap.clients.endings import require_ending
 from slm_swap.clients.loading import encode_prompts
 from slm_swap.clients.native import SCHEMA_SENTENCE, CannotShow, chat_format, native_prompt, native_turn, read_reply
 from slm_swap.clients.native_replies import TemplateReader
+from slm_swap.clients.thinking import use_thinking
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import Settings
 from slm_swap.rows.prompts import Request
@@ -150,6 +151,7 @@ def test_a_call_in_llamas_form_that_does_not_end_as_it_should_has_no_arguments_t
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_5_think", "phi"])
 def test_thinking_is_cut_off_and_stays_where_it_does_not_end(family):
     tokenizer = tokenizer_of(family)
+    use_thinking(tokenizer, "on" if family.startswith("qwen") else None)
     opening = "" if family == "qwen3_5_think" else "<think>\n"
     for request in (asked(), Request([USER]), Request([USER], native=True)):
         text, _, thinking = read_reply(tokenizer, request, ids(tokenizer, f"{opening}hm\n</think>\n\nYes."), stopped=True)

@@ -237,9 +237,9 @@ def test_calls_that_cannot_be_read_are_an_error(calls):
     assert read_completion(completion({"tool_calls": calls}), native=True).finish_reason == "error"
 
 
-def test_text_form_keeps_its_thinking_and_reads_no_calls():
+def test_text_form_loses_its_thinking_and_reads_no_calls():
     message = {"content": "<think>hm</think>x", "tool_calls": [made("{}")]}
-    assert read_completion(completion(message)) == Reply("<think>hm</think>x")
+    assert read_completion(completion(message)) == Reply("x")
 
 
 def test_halves_of_surrogate_pairs_and_the_key_in_calls():

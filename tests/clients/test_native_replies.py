@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slm_swap.clients.native_replies import PHI_CALLS, TAGGED_CALLS, cut_thinking, read_call, read_marked
+from slm_swap.clients.native_replies import PHI_CALLS, TAGGED_CALLS, read_call, read_marked
 
 NASTY = 'a ] } " \\ <|/tool_call|> <|tool_call|> </tool_call> functools[{ [1'
 JSON = st.recursive(
@@ -113,18 +113,3 @@ def test_one_call(text, call):
     assert (told["name"], told["arguments"]) == call
 
 
-@pytest.mark.parametrize(
-    ("text", "opened", "rest", "thinking"),
-    [
-        ("Yes.", False, "Yes.", ""),
-        ("<think>\nhm\n</think>\n\nYes.", False, "Yes.", "<think>\nhm\n</think>"),
-        ("\n<think></think>{}", False, "{}", "\n<think></think>"),
-        ("hm\n</think>\n\nYes.", True, "Yes.", "hm\n</think>"),
-        ("<think>hm", False, "<think>hm", "<think>hm"),
-        ("hm", True, "<think>hm", "hm"),
-        ("Yes <think>hm</think>", False, "Yes <think>hm</think>", ""),
-        ("", False, "", ""),
-    ],
-)
-def test_thinking_at_the_beginning_is_cut_off_and_what_does_not_end_stays(text, opened, rest, thinking):
-    assert cut_thinking(text, opened) == (rest, thinking)

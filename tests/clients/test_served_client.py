@@ -116,6 +116,27 @@ def test_a_served_small_model(tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(("wanted", "sent"), [(None, None), ("off", False), ("on", True)])
+def test_thinking_is_told_to_the_servers_chat_template(wanted, sent):
+    class Told(AzureSimulator):
+        async def handle(self, request):
+            self.bodies = [*getattr(self, "bodies", []), json.loads(await request.read())]
+            return await super().handle(request)
+
+    with Told(ROWS, key=KEY) as server, closing_client(make_client("slm", slm_settings(server), "structured", [], thinking=wanted)) as client:
+        client.generate(chat()[:1])
+        assert [body.get("chat_template_kwargs") for body in server.bodies] == [sent if sent is None else {"enable_thinking": sent, "thinking": sent}]
+        assert client.describe().get("thinking") == wanted
+
+
+def test_a_server_that_cannot_switch_thinking_ends_the_run():
+    faults = Faults(unrecognized_parameters=frozenset(["chat_template_kwargs"]))
+    with AzureSimulator(ROWS, key=KEY, faults=faults) as server:
+        client = make_client("slm", slm_settings(server), "structured", [], thinking="on")
+        with closing_client(client), pytest.raises(UserError, match=r"takes no chat_template_kwargs .*leave --thinking out"):
+            client.generate(chat())
+
+
 def test_without_a_price_its_cost_is_not_known():
     with AzureSimulator(ROWS, key=KEY) as server, closing_client(ServedClient(slm_settings(server))) as client:
         assert client.cost(1, 1, 1, 10.0) is None

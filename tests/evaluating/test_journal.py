@@ -140,7 +140,26 @@ def test_a_damaged_line_in_the_middle_costs_its_row_alone(path, damage):
     lines = path.read_bytes().split(b"\n")
     path.write_bytes(b"\n".join([*lines[:2], damage, *lines[3:]]))
     with begun(path) as journal:
-        assert [index in journal for index in range(4)] == [True, False, False, True]
+        assert [index in journal for index in range(4)] == [True, False, False, True] and journal.damaged == 1
+
+
+def test_a_flipped_bit_anywhere_costs_one_line_and_is_counted(path):
+    """The header too: every session's line has it again."""
+    with begun(path) as journal:
+        for index in (1, 0, 3):
+            journal.add(index, *ENTRIES[index], 0.5)
+        journal.note({"dropped": ["seed"]})
+        journal.keep("latency", {"p50": 1.0})
+    whole = path.read_bytes()
+    for at in range(0, len(whole) - 1, 3):
+        bad = bytearray(whole)
+        bad[at] ^= 1 << at % 8
+        path.write_bytes(bad)
+        with begun(path) as journal:
+            assert journal.damaged == (2 if bad[at] == ord("\n") else 1), at
+            found = {index: journal.line(index) for index in range(4) if index in journal}
+            assert found.items() <= dict(enumerate(LINES)).items() and len(found) >= 1, at
+            assert journal.state in (None, {"dropped": ["seed"]}) and journal.kept in ({}, {"latency": {"p50": 1.0}})
 
 
 CHANGED = {
@@ -408,6 +427,18 @@ def test_kept_rows_are_scored_by_the_code_that_writes_the_report(path):
         evaluate_rows(tally := Tally("structured"), client, [example], journal)
         assert list(journal.lines()) == [right] and journal.seconds == 0.5
     assert tally.summary()["metrics"]["exact_match_rate"] == 1 and tally.tokens == {"input": 3, "cached": 1, "output": 2}
+
+
+def test_a_line_of_another_row_is_not_taken(path):
+    """In a file that was edited by hand, checksums and all: the line says which row it is of."""
+    examples = [Example(f"p{number}", '{"a":1}', id=f"r{number}") for number in range(2)]
+    reply = Reply('{"a":2}', "stop", 3, 2, 1, 0.5)
+    with begun(path, rows=2) as journal:
+        journal.add(0, score_row(STRUCTURED, examples[1], reply).line(STRUCTURED), reply, 0.5)
+    with begun(path, rows=2) as journal:
+        evaluate_rows(Tally("structured"), Instant(), examples, journal)
+        assert journal.damaged == 1 and journal.answered == 2
+        assert [json.loads(line)["id"] for line in journal.lines()] == ["r0", "r1"] and '{\\"a\\":2}' not in "".join(journal.lines())
 
 
 def test_a_line_tells_its_reply():

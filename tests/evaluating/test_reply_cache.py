@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import sqlite3
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
@@ -49,6 +50,33 @@ def test_filtered_refused_and_failed_replies_are_never_kept(tmp_path, reply, kep
     cache = ReplyCache(tmp_path, IDENTITY)
     cache.put(ASKED, reply, 1.0)
     assert (cache.get(ASKED) is not None) == kept
+
+
+def test_a_flipped_bit_in_an_entry_is_a_miss_and_counted(tmp_path):
+    cache = ReplyCache(tmp_path, IDENTITY)
+    cache.put(ASKED, REPLY, 1.0)
+    cache.close()
+    raw = sqlite3.connect(tmp_path / "replies.sqlite3", isolation_level=None)
+    whole = raw.execute("SELECT CAST(reply AS BLOB) FROM replies").fetchone()[0]
+    for at in range(len(whole)):
+        bad = bytearray(whole)
+        bad[at] ^= 1 << at % 8
+        raw.execute("UPDATE replies SET reply = CAST(? AS TEXT)", (bytes(bad),))
+        cache = ReplyCache(tmp_path, IDENTITY)
+        assert cache.get(ASKED) is None and cache.damaged == 1, at
+        cache.put(ASKED, REPLY, 1.0)
+        assert cache.get(ASKED) == (REPLY, 1.0)
+        cache.close()
+
+
+def test_entries_that_changed_places_are_misses(tmp_path):
+    cache, other = ReplyCache(tmp_path, IDENTITY), text_request("structured", "Another")
+    cache.put(ASKED, REPLY, 1.0)
+    cache.put(other, Reply("other"), 1.0)
+    raw = sqlite3.connect(tmp_path / "replies.sqlite3", isolation_level=None)
+    (first, one), (second, two) = raw.execute("SELECT key, reply FROM replies").fetchall()
+    raw.executemany("UPDATE replies SET reply = ? WHERE key = ?", [(two, first), (one, second)])
+    assert cache.get(ASKED) is None and cache.get(other) is None and cache.damaged == 2
 
 
 def fill(folder, first):

@@ -1,18 +1,43 @@
 """Decoding by CUDA graphs: a batch's step captured once and replayed."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from slm_swap.clients.architecture import fixed_length, text_config
+from slm_swap.common.errors import UserError
+
 CACHE_ROUND = 256  # and static caches to a multiple of this one
 CHECK_EVERY = 8  # captured steps between two looks at who has finished: each look stops the GPU for a moment
+HOST_ROPE = {"longrope", "dynamic"}  # rotary embeddings whose factors are chosen by the longest position
 PREFILL_TOKENS = 16_384  # of a captured batch's prompts at a time
 
 
 def positions_of(mask: Any) -> Any:
     """Each token's place in its own prompt; padding on the left is at 0."""
     return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def one_token_cache(model: Any) -> Any:
+    """What a model keeps of a prompt of one token: the shapes of its caches, whatever its configuration calls them."""
+    import torch
+
+    with torch.inference_mode():
+        token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+        return cache_of(model, model(input_ids=token, use_cache=True, logits_to_keep=1))
+
+
+def cache_of(model: Any, out: Any) -> Any:
+    """The cache in a model's output.
+
+    Raises:
+        UserError: the model keeps what it has read in a way of its own (Mamba, RecurrentGemma).
+    """
+    cache = getattr(out, "past_key_values", None)
+    if cache is None:
+        raise UserError(f"the transformers engine cannot run {model.config.model_type} models, which give no cache of transformers: use --engine vllm")
+    return cache
 
 
 def can_capture(model: Any) -> bool:
@@ -24,12 +49,15 @@ def can_capture(model: Any) -> bool:
         return False
     int8 = bool(getattr(getattr(model.config, "quantization_config", None), "load_in_8bit", False))
     spread = len(set(getattr(model, "hf_device_map", {0: 0}).values())) > 1
-    config = model.config.get_text_config(decoder=True)
-    layers = StaticCache(config=config, max_cache_len=8).layers
+    config = text_config(model.config)
+    try:
+        layers = StaticCache(config=config, max_cache_len=8).layers
+    except KeyError:  # a type of layer that has no static form
+        return False
     plain = len(layers) == config.num_hidden_layers and all(
         type(layer) in (StaticLayer, StaticSlidingWindowLayer) for layer in layers
     )
-    return plain and not int8 and not spread and not getattr(config, "kv_lora_rank", None)
+    return plain and not int8 and not spread
 
 
 @dataclass
@@ -52,18 +80,16 @@ class CapturedDecoder:
 
     def __init__(self, model: Any, ends: set[int]):
         self.model, self.ends = model, ends
-        config = model.config
-        rope = getattr(config, "rope_parameters", None) or {}
-        # LongRoPE chooses its factors on the host by the longest position: fixed up to here, and captured only so
-        self.longest = rope.get("original_max_position_embeddings", None) if rope.get("rope_type") == "longrope" else None
-        window = getattr(config, "sliding_window", None)
-        self.longest = min((limit for limit in (self.longest, window) if limit), default=None)
+        # Windows are not looked at here, and LongRoPE and dynamic RoPE choose their factors on the host by the longest position.
+        self.longest = fixed_length(model.config)
+        self._shapes: list[tuple[int, int, int]] = []  # each layer's key-value heads, and the sizes of a key and of a value
         self.clear()
 
     def clear(self) -> None:
         """Forget all graphs and caches."""
         self._steps: dict[tuple[int, int], Step] = {}
-        self._storage: list[tuple[Any, Any]] = []
+        self._storage: list[tuple[Any, Any]] = []  # each layer's keys and values
+        self._storage_tokens = 0
         self._pool = None
 
     def fits(self, length: int) -> bool:
@@ -151,19 +177,25 @@ class CapturedDecoder:
         import torch
         from transformers import StaticCache
 
-        config = self.model.config.get_text_config(decoder=True)
-        heads = config.num_key_value_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        needed = rows * heads * length * size
-        if not self._storage or self._storage[0][0].numel() < needed:
+        if not self._shapes:  # once: a configuration has many names for them
+            layers = one_token_cache(self.model).layers
+            self._shapes = [(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in layers]
+        tokens = rows * length
+        if self._storage_tokens < tokens:
             self.clear()
             options = {"dtype": self.model.dtype, "device": self.model.device}
-            self._storage = [tuple(torch.zeros(needed, **options) for _ in range(2)) for _ in range(config.num_hidden_layers)]
-        cache = StaticCache(config=config, max_cache_len=length)
-        for layer, storage in zip(cache.layers, self._storage, strict=True):
-            layer.lazy_initialization(*(flat[: heads * size].view(1, heads, 1, size) for flat in storage))
+            self._storage = [
+                tuple(torch.zeros(tokens * heads * size, **options) for size in sizes) for heads, *sizes in self._shapes
+            ]
+            self._storage_tokens = tokens
+        cache = StaticCache(config=text_config(self.model.config), max_cache_len=length)
+        for layer, storage, (heads, *sizes) in zip(cache.layers, self._storage, self._shapes, strict=True):
+            one = (flat[: heads * size].view(1, heads, 1, size) for flat, size in zip(storage, sizes, strict=True))
+            layer.lazy_initialization(*one)
             layer.batch_size = rows
-            layer.keys, layer.values = (flat[:needed].view(rows, heads, length, size) for flat in storage)
+            layer.keys, layer.values = (
+                flat[: tokens * heads * size].view(rows, heads, length, size) for flat, size in zip(storage, sizes, strict=True)
+            )
         return cache
 
     def _run(self, step: Step) -> None:
@@ -179,11 +211,13 @@ class CapturedDecoder:
                 for _ in range(CHECK_EVERY):
                     self._step(step)
             torch.cuda.current_stream().wait_stream(stream)
-            step.graph = torch.cuda.CUDAGraph()
+            graph = torch.cuda.CUDAGraph()
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
-            with fixed_rope(self.model), torch.cuda.graph(step.graph, pool=self._pool):
+            # The inner context does not leave its stream where capturing fails: this one does.
+            with torch.cuda.stream(torch.cuda.current_stream()), fixed_rope(self.model), torch.cuda.graph(graph, pool=self._pool):
                 self._step(step)
+            step.graph = graph
             return
         for _ in range(CHECK_EVERY):
             step.graph.replay()
@@ -248,8 +282,8 @@ def set_length(layer: Any, length: int) -> None:
 
 @contextmanager
 def fixed_rope(model: Any) -> Iterator[None]:
-    """Rotary embeddings that do not look at the positions on the host (LongRoPE does, to choose its factors)."""
-    modules = [module for module in model.modules() if getattr(module, "rope_type", None) == "longrope"]
+    """Rotary embeddings that do not look at the positions on the host (LongRoPE and dynamic RoPE do, to choose their factors)."""
+    modules = [module for module in model.modules() if HOST_ROPE & set(rope_types(module))]
     for module in modules:
         module.forward = type(module).forward.__wrapped__.__wrapped__.__get__(module)
     try:
@@ -257,3 +291,9 @@ def fixed_rope(model: Any) -> Iterator[None]:
     finally:
         for module in modules:
             del module.forward
+
+
+def rope_types(module: Any) -> Iterable[str]:
+    """Those of a rotary embedding: one, or one for each type of layer; of any other module, none."""
+    given = getattr(module, "rope_type", None)
+    return given.values() if isinstance(given, dict) else [given]

@@ -2,17 +2,20 @@
 
 A decode step of a small model is bound by launching its kernels, not by arithmetic: on a CUDA GPU the step is captured once for each
 shape in a CUDA graph over a static cache and replayed. LLM.int8() looks at its inputs on the host and cannot be captured; there, on
-a CPU, and for models whose cache is not a plain one, each step is launched as usual over a cache that grows.
+a CPU, for models whose cache is not a plain one, and once capturing has failed, each step is launched as usual over a cache that grows.
 """
 
+import sys
 import time
 from collections.abc import Container, Generator, Iterable, Sequence
 from itertools import islice
 from typing import Any
 
+from slm_swap.clients.architecture import config_ends, usable_context
 from slm_swap.clients.endings import reply_ends
 from slm_swap.clients.engines import Generated, Prompt
-from slm_swap.clients.engines.captured import CACHE_ROUND, CapturedDecoder, can_capture, positions_of
+from slm_swap.clients.engines.captured import CACHE_ROUND, CapturedDecoder, cache_of, can_capture, one_token_cache, positions_of
+from slm_swap.clients.loading import first_line
 from slm_swap.common.errors import UserError
 
 WINDOW = 2048  # prompts that are sorted by length together
@@ -38,12 +41,13 @@ class TransformersEngine:
 
         self.model, self.tokenizer = model, tokenizer
         use_grouped_attention(model.get_base_model() if hasattr(model, "get_base_model") else model)
-        self.context = model.config.max_position_embeddings
-        self.ends = reply_ends(tokenizer, model.generation_config.eos_token_id, getattr(model.config, "eos_token_id", None))
+        self.context = usable_context(model.config, tokenizer)
+        self.ends = reply_ends(tokenizer, model.generation_config.eos_token_id, *config_ends(model.config))
         self.batch_size = None if batch_size == "auto" else batch_size
         self.halved = 0
         self._batches = 0
         self._captured = CapturedDecoder(model, self.ends) if capture and can_capture(model) else None
+        self.capture_error: str | None = None
 
     def generate(self, prompts: Iterable[Prompt], answered: Container[int] = ()) -> Generator[Generated]:
         """Batches are those of all prompts, so that an interrupted run goes on with the batches that it would have had: one
@@ -67,7 +71,7 @@ class TransformersEngine:
         try:
             rows = self._decode(batch)
         except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(error):
+            if not out_of_memory(error):
                 raise
         else:
             seconds = time.perf_counter() - started
@@ -100,8 +104,26 @@ class TransformersEngine:
         limits = [prompt.limit for prompt in batch]
         with torch.inference_mode():
             if self._captured and self._captured.fits(width + max(limits)):
-                return self._captured.decode(ids, mask, limits)
+                try:
+                    return self._captured.decode(ids, mask, limits)
+                except Exception as error:  # of any package: whatever a model does in its step
+                    if out_of_memory(error):
+                        raise
+                    reason = f"{type(error).__name__}: {first_line(error)}"
+                self._stop_capturing(reason)  # here, where the error no longer holds the decoder's tensors
             return self._step_by_step(ids, mask, limits)
+
+    def _stop_capturing(self, reason: str) -> None:
+        import torch
+
+        print(
+            f"warning: the decode step of {type(self.model).__name__} cannot be captured ({reason}): its steps are launched one by one, "
+            "which is slower; the replies are the same",
+            file=sys.stderr,
+            flush=True,
+        )
+        self.capture_error, self._captured = reason, None
+        torch.cuda.empty_cache()  # the graphs' and the static caches'
 
     def _step_by_step(self, ids: Any, mask: Any, limits: list[int]) -> list[list[int]]:
         import torch
@@ -110,7 +132,7 @@ class TransformersEngine:
         rows = list(range(len(limits)))  # the prompts that are still in the batch
         done = [False] * len(limits)
         out = self.model(input_ids=ids, attention_mask=mask, position_ids=positions_of(mask), use_cache=True, logits_to_keep=1)
-        position = mask.sum(1, keepdim=True)
+        position, cache = mask.sum(1, keepdim=True), cache_of(self.model, out)
         while True:
             new = out.logits[:, -1].argmax(-1)
             for row, token in zip(rows, new.tolist(), strict=True):
@@ -122,36 +144,57 @@ class TransformersEngine:
             left = [at for at, row in enumerate(rows) if not done[row]]
             if len(left) <= len(rows) // 2:
                 kept = torch.tensor(left, device=mask.device)
-                out.past_key_values.batch_select_indices(kept)
+                cache.reorder_cache(kept)  # unlike batch_select_indices, all kinds of layers have it
                 new, mask, position, rows = new[kept], mask[kept], position[kept], [rows[at] for at in left]
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
             out = self.model(
                 input_ids=new[:, None],
                 attention_mask=mask,
                 position_ids=position,
-                past_key_values=out.past_key_values,
+                past_key_values=cache,
                 use_cache=True,
             )
-            position = position + 1
+            # rows that are done go on to be computed: beyond the context, dynamic RoPE would change the others' frequencies
+            position = (position + 1).clamp(max=self.context - 1)
 
     def describe(self) -> dict[str, Any]:
         return {"device": str(self.model.device)}
 
     def state(self) -> dict[str, Any]:
-        return {"batch_size_used": self.batch_size, "batches_halved": self.halved}
+        """`capture_error` is there only where capturing failed."""
+        failed = {"capture_error": self.capture_error} if self.capture_error else {}
+        return {"batch_size_used": self.batch_size, "batches_halved": self.halved, **failed}
 
     def restore(self, state: dict[str, Any]) -> None:
         self.batch_size, self.halved = state["batch_size_used"], state["batches_halved"]
+        if reason := state.get("capture_error"):
+            self.capture_error, self._captured = reason, None
 
     def forget(self) -> None: ...  # nothing of a batch is kept
 
     def close(self) -> None: ...
 
 
-def bytes_per_token(config: Any, dtype_bytes: int = 2) -> int:
-    """Keys and values of one token in all layers."""
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * size * dtype_bytes
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether this is what an error comes from: a failed capture raises one of its own over it."""
+    import torch
+
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and "not enough memory" in str(error)):
+            return True
+        error = error.__context__
+    return False
+
+
+def cache_bytes(model: Any) -> tuple[int, int]:
+    """(of each token, of each row) what a model keeps: keys and values, and the states of layers without them; in bytes."""
+    tokens = rows = 0
+    for layer in one_token_cache(model).layers:
+        kept = [getattr(layer, "keys", None), getattr(layer, "values", None)]
+        tokens += sum(part.nbytes for part in kept if part is not None)
+        states = [*getattr(layer, "conv_states", {}).values(), *getattr(layer, "recurrent_states", {}).values()]
+        rows += sum(part.nbytes for part in states if part is not None)
+    return tokens, rows
 
 
 def fitting_batch(model: Any, prompts: Sequence[Prompt]) -> int:
@@ -162,6 +205,7 @@ def fitting_batch(model: Any, prompts: Sequence[Prompt]) -> int:
         return 8
     length = max(len(prompt.tokens) + prompt.limit for prompt in prompts)
     length = -(-length // CACHE_ROUND) * CACHE_ROUND
+    a_token, a_row = cache_bytes(model)
     free = torch.cuda.mem_get_info(model.device)[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    rows = int(free / 2 / (length * bytes_per_token(model.config, model.dtype.itemsize)))
+    rows = int(free / 2 / (length * a_token + a_row))
     return min(LARGEST_BATCH, 1 << max(0, rows.bit_length() - 1))

@@ -11,8 +11,10 @@ from collections.abc import Container, Generator, Iterable
 from pathlib import Path
 from typing import Any
 
+from slm_swap.clients.architecture import config_ends, text_config, usable_context
 from slm_swap.clients.endings import reply_ends
 from slm_swap.clients.engines import Generated, Prompt, Workload
+from slm_swap.clients.loading import first_line, load_config, require_precision
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import display_path
 
@@ -22,6 +24,7 @@ QUEUED = 1024  # prompts that the engine holds at a time: enough to keep the GPU
 # up to 256, which leave the largest batches to be launched kernel by kernel: 285 instead of 325 requests a second on an H200.
 CAPTURED = [1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, QUEUED]
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+MORE_THAN_LORA = {"trainable_token_indices": "trained tokens", "modules_to_save": "whole modules that were trained", "use_dora": "DoRA"}
 DTYPES = {"bf16": "bfloat16", "fp8": "bfloat16", "fp32": "float32"}
 ENVIRONMENT = {  # what vLLM is started with, unless it is set already
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # a process of the engine's own would import everything again, for longer than it saves
@@ -60,7 +63,7 @@ class VllmEngine:
             long factors for every row as soon as the context is longer than the model was first trained on.
 
     Raises:
-        UserError: vLLM cannot start, or has no kernels for such an adapter.
+        UserError: vLLM cannot start, or takes no such adapter.
     """
 
     name = "vllm"
@@ -77,19 +80,22 @@ class VllmEngine:
     ):
         if adapter and precision == "fp32":
             raise UserError("the vllm engine has no adapters in fp32: use --precision bf16 or --engine transformers")
+        rank = {"enable_lora": True, "max_lora_rank": lora_rank(adapter), "max_loras": 1} if adapter else {}
         import_vllm()
-        from transformers import AutoConfig
+        config = load_config(path, trust_remote_code)
+        if precision == "fp8":
+            require_precision(path, config, precision)
+        context = min(usable_context(config, tokenizer), workload.longest if workload else FIRST_CONTEXT)
+        self._ends = end_tokens(path, config, tokenizer)
+        # Of a model that also sees or hears, the text decoder alone: the rest would take memory, and files that a merged checkpoint lacks.
+        part = {} if text_config(config) is config else {"language_model_only": True}
         from vllm import LLM, SamplingParams
         from vllm.lora.request import LoRARequest
 
         self.start = start if start != "auto" else start_for(workload.rows if workload else 1)
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        context = min(config.max_position_embeddings, workload.longest if workload else FIRST_CONTEXT)
-        self._ends = end_tokens(path, config, tokenizer)
         graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": CAPTURED}
         self._sampling = SamplingParams
         self._lora = LoRARequest("adapter", 1, str(adapter)) if adapter else None
-        rank = {"enable_lora": True, "max_lora_rank": lora_rank(adapter), "max_loras": 1} if adapter else {}
         try:
             self._llm = LLM(
                 model=str(path),
@@ -103,10 +109,12 @@ class VllmEngine:
                 compilation_config=None if self.start == "eager" else graphs,
                 disable_log_stats=True,
                 **rank,
+                **part,
             )
-        except (ValueError, RuntimeError, OSError, NotImplementedError) as error:
-            reason = str(error).strip().split("\n")[0][:300]
-            raise UserError(f"vllm cannot start on {display_path(path)} ({reason}): free the GPU's memory, or use --engine transformers") from None
+        except Exception as error:  # of whatever package the checkpoint needs
+            raise UserError(
+                f"vllm cannot start on {display_path(path)} ({first_line(error)}): free the GPU's memory, or use --engine transformers"
+            ) from None
         self._engine = self._llm.llm_engine
         self.context = context
 
@@ -174,16 +182,19 @@ def end_tokens(path: Path, config: Any, tokenizer: Any) -> list[int]:
         ends = GenerationConfig.from_pretrained(path).eos_token_id
     except OSError:  # a checkpoint without generation_config.json
         ends = None
-    return sorted(reply_ends(tokenizer, ends, getattr(config, "eos_token_id", None)))
+    return sorted(reply_ends(tokenizer, ends, *config_ends(config)))
 
 
 def lora_rank(adapter: Path) -> int:
     """The smallest rank that vLLM has kernels for and that holds the adapter's.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or the adapter has more than LoRA's matrices: vLLM would leave that out, or stop at the first row.
     """
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    for name, what in MORE_THAN_LORA.items():
+        if config.get(name):
+            raise UserError(f"vllm takes no adapters with {what}: merge {display_path(adapter)} by merge_adapter.py, or use --engine transformers")
     rank = max([config["r"], *config.get("rank_pattern", {}).values()])
     if rank > LORA_RANKS[-1]:
         raise UserError(f"the adapter {display_path(adapter)} has rank {rank}, and vllm takes {LORA_RANKS[-1]}: use --engine transformers")

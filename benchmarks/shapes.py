@@ -1,4 +1,4 @@
-"""What the GPU benchmarks run on: a model of Phi-4-mini's shape with random weights, and rows of the lengths that such tasks have.
+"""What the GPU benchmarks run on: a model of Phi-4-mini's or Qwen3-4B's shape with random weights, and rows of the lengths that such tasks have.
 
 Prompt and reply lengths in tokens are lognormal with fixed seeds, in the order drawn. A word "t<number>" is one token of the
 benchmark's tokenizer, so that a row has exactly the tokens that it is meant to have. Random weights end no reply: whoever measures
@@ -8,13 +8,23 @@ stops each one at its own length.
 import json
 from pathlib import Path
 
-VOCABULARY = 200_064
 PREFIX = 40  # tokens that all prompts share, as a system prompt
 PAD = 1  # a token of its own: Unsloth adds one where padding also ends texts, and the odd vocabulary slows it down
-SHAPES = {
-    "phi-4-mini": {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32, "num_attention_heads": 24, "num_key_value_heads": 8},
-    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
-}
+PHI_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}
+SHAPES = {  # the class of each one's configuration, and what it is told
+    "phi-4-mini": ("Phi3Config", {
+        "vocab_size": 200_064, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32, "num_attention_heads": 24,
+        "num_key_value_heads": 8, "rope_parameters": PHI_ROPE, "original_max_position_embeddings": 4096,
+    }),
+    "qwen3-4b": ("Qwen3Config", {
+        "vocab_size": 151_936, "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 128, "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+    }),
+    "tiny": ("Phi3Config", {
+        "vocab_size": 2048, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "rope_parameters": PHI_ROPE, "original_max_position_embeddings": 4096,
+    }),
+}  # fmt: skip
 
 
 def lengths(rows: int, seed: int) -> tuple[list[int], list[int]]:
@@ -32,23 +42,15 @@ def make_checkpoint(folder: Path, shape: str = "phi-4-mini", seed: int = 0) -> P
     if (folder / "model.done").exists():
         return folder
     import torch
-    from transformers import AutoModelForCausalLM, Phi3Config
+    import transformers
 
-    sizes = SHAPES[shape]
-    config = Phi3Config(
-        vocab_size=VOCABULARY if shape == "phi-4-mini" else 2048,
-        max_position_embeddings=4096,
-        original_max_position_embeddings=4096,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75},
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=PAD,
-        **sizes,
+    kind, sizes = SHAPES[shape]
+    config = getattr(transformers, kind)(
+        max_position_embeddings=4096, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=PAD, **sizes
     )
     torch.manual_seed(seed)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.generation_config.eos_token_id = 0
     model.generation_config.pad_token_id = PAD
     _tokenizer(config.vocab_size).save_pretrained(folder)
@@ -69,7 +71,7 @@ def _tokenizer(vocabulary: int):
     )
 
 
-def write_rows(path: Path, rows: int, vocabulary: int = VOCABULARY, seed: int = 7, copies: int = 1) -> Path:
+def write_rows(path: Path, rows: int, vocabulary: int = SHAPES["phi-4-mini"][1]["vocab_size"], seed: int = 7, copies: int = 1) -> Path:
     """Evaluation's workload as rows of the structured track, the copies of each one after the other."""
     import numpy
 
