@@ -136,6 +136,9 @@ def linear_names(model: Any) -> list[str] | str:
     """What LoRA goes onto: a text decoder's linear layers, without the output head. PEFT's `target_modules`.
 
     Names where they name no other layer, else a regular expression of whole names: a vision tower may have layers of the same names.
+
+    Raises:
+        UserError: there are none, or no text decoder.
     """
     from torch import nn
 
@@ -143,6 +146,8 @@ def linear_names(model: Any) -> list[str] | str:
     linear = {name: id(module) in inside for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     linear |= dict.fromkeys(unfit_layers(model), False)
     wanted, others = ({name for name, taken in linear.items() if taken is kind} for kind in (True, False))
+    if not wanted:
+        raise UserError(f"{type(model).__name__} has no linear layers for LoRA to go onto: use another model")
     names = {name.rsplit(".", 1)[-1] for name in wanted}
     if names.isdisjoint(name.rsplit(".", 1)[-1] for name in others):
         return sorted(names)
@@ -186,12 +191,20 @@ def unfit_layers(model: Any) -> list[str]:
     found = []
     for name, parent in model.named_modules():
         for child, layer in parent.named_children():
-            if not isinstance(layer, nn.Linear):
-                continue
-            special = type(layer).__module__.startswith("transformers") and type(layer).forward is not nn.Linear.forward
-            if special or _uses_weight(type(parent), child):
+            if isinstance(layer, nn.Linear) and (_uses_weight(type(parent), child) or not _gives_product(layer)):
                 found.append(f"{name}.{child}" if name else child)
     return found
+
+
+def _gives_product(layer: Any) -> bool:
+    """Whether a linear layer of transformers' own making gives one tensor of `out_features`, as nn.Linear does."""
+    import torch
+
+    if not type(layer).__module__.startswith("transformers"):
+        return True
+    with torch.no_grad():
+        given = layer(torch.zeros(1, layer.in_features, dtype=layer.weight.dtype, device=layer.weight.device))
+    return torch.is_tensor(given) and given.shape == (1, layer.out_features)
 
 
 @cache
