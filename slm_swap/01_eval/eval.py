@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
             model = {"model": model_name(told), "engine": told.get("engine", args.model_kind)}
             metadata = run_metadata(args) | read | model | {"report": display_path(out)}
             title, tags = f"eval-{args.track}-{args.model_kind}", ["eval", args.track, args.model_kind]
-            with trace_run(connection, title, out, metadata, tags, seed=journal.header["run_id"], keep=True) as trace:
+            with trace_run(connection, title, out, metadata, tags, seed=journal.header["run_id"], keep=lambda: journal.answered > 0) as trace:
                 report = measure(args, tally, client, dataset, journal, RowTracer(trace, args.track, client, experiment), clock, inputs, old)
                 trace.scores(report["metrics"])
                 trace.update(output={"metrics": report["metrics"], "counts": report["counts"]}, metadata={"model": report["model"]})

@@ -13,10 +13,8 @@ import contextlib
 import fcntl
 import json
 import os
-import re
 import time
 import uuid
-import zlib
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +24,7 @@ from slm_swap.clients.protocol import Reply
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import json_line, now, rows_path
 from slm_swap.common.settings import display_path
-from slm_swap.rows.lines import decode_line, dump_json
+from slm_swap.rows.lines import decode_line, dump_json, is_whole, with_checksum
 
 SYNC_SECONDS = 1.0  # between two fsyncs: one a row would cost more than all else that a row costs
 RUN_KEYS = ("started_at", "run_id")  # of the header: what differs between two runs of the same command
@@ -197,10 +195,9 @@ class Journal:
         self._end += size
 
     def _write(self, line: bytes) -> int:
-        """Append a line, one JSON object, with its checksum in front of what it has; gives its length."""
-        rest = line[1:]
+        """Append a line, one JSON object, with its checksum; gives its length."""
         try:
-            size = self._file.write(b'{"crc": "%08x", %b' % (zlib.crc32(rest), rest))
+            size = self._file.write(with_checksum(line))
             self._file.flush()
             if time.monotonic() - self._synced > SYNC_SECONDS:
                 self.sync()
@@ -249,13 +246,9 @@ class Journal:
             self._file.close()
 
 
-_CHECKED = re.compile(rb'\{"crc": "([0-9a-f]{8})", ')
-
-
 def _decode(line: bytes) -> dict[str, Any] | None:
     """A line's object; None where the line is not as it was written."""
-    mark = _CHECKED.match(line)
-    if mark is None or int(mark[1], 16) != zlib.crc32(line[mark.end() :]):
+    if not is_whole(line):
         return None
     try:
         value = decode_line(line)

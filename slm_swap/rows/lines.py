@@ -1,8 +1,10 @@
-"""JSON texts and lines: read exactly, written compactly."""
+"""JSON texts and lines: read exactly, written compactly, with a checksum where damage would not be noticed."""
 
 import codecs
 import hashlib
 import json
+import re
+import zlib
 from collections.abc import Iterator
 from math import isinf
 from pathlib import Path
@@ -64,6 +66,22 @@ def decode_line(line: bytes) -> Any:
         RecursionError: it is nested too deeply.
     """
     return _DECODER.decode(line.removeprefix(codecs.BOM_UTF8).decode("utf-8"))
+
+
+CHECKSUM = len('{"crc": "00000000", ')  # bytes in front of what a line had before it got its checksum
+_CHECKED = re.compile(rb'\{"crc": "([0-9a-f]{8})", ')
+
+
+def with_checksum(line: bytes) -> bytes:
+    """A line, one JSON object that is not empty and its newline, with `"crc"` in front: the CRC-32 of what follows in the line."""
+    rest = line[1:]
+    return b'{"crc": "%08x", %b' % (zlib.crc32(rest), rest)
+
+
+def is_whole(line: bytes) -> bool:
+    """Whether a line is to the byte as `with_checksum` gave it."""
+    mark = _CHECKED.match(line)
+    return mark is not None and int(mark[1], 16) == zlib.crc32(line[mark.end() :])
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[str, Any]]:
