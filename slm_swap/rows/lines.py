@@ -12,6 +12,7 @@ from typing import Any
 
 from slm_swap.common.errors import UserError
 from slm_swap.common.exact_json import ExactEncoder, integer, number
+from slm_swap.common.os_errors import reading
 from slm_swap.common.settings import display_path
 
 MAX_DEPTH = 100  # what walks through JSON here recurs, and needs some four of Python's frames a level
@@ -97,18 +98,15 @@ def read_lines(path: str | Path) -> Iterator[tuple[str, int, Any]]:
         UserError: the file is missing or unreadable, or a line is not UTF-8 or not JSON (NaN is not); the line is named.
     """
     shown, start = display_path(path), 0
-    try:
-        with open(path, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    try:
-                        yield f"{shown}:{number}", start, decode_line(line)
-                    except (ValueError, RecursionError) as error:
-                        reason = " ".join(str(error).split())
-                        raise UserError(f"{shown}:{number}: not a line of JSON ({reason}): one JSON object a line") from None
-                start += len(line)
-    except OSError as error:
-        raise UserError(f"cannot read {shown} ({error.strerror}): check the path") from None
+    with reading(path), open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    yield f"{shown}:{number}", start, decode_line(line)
+                except (ValueError, RecursionError) as error:
+                    reason = " ".join(str(error).split())
+                    raise UserError(f"{shown}:{number}: not a line of JSON ({reason}): one JSON object a line") from None
+            start += len(line)
 
 
 def writable(text: str) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from slm_swap.common.errors import UserError
+from slm_swap.common.os_errors import ELSEWHERE, os_error
 from slm_swap.common.reports import read_json, sha256_file, write_json
 from slm_swap.common.settings import display_path
 from slm_swap.rows.lines import text_hash
@@ -68,7 +69,7 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)  # closed when the process ends
         except OSError as error:
-            raise UserError(f"cannot write {shown} ({error.strerror}): choose another place with --out") from None
+            raise os_error(error, "write", self.folder, ELSEWHERE) from None
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):

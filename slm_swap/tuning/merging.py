@@ -5,7 +5,16 @@ from pathlib import Path
 from typing import Any
 
 from slm_swap.clients.endings import reply_ends
-from slm_swap.clients.loading import files_hash, first_line, load_config, load_model, load_tokenizer, require_base, require_undamaged, with_adapter
+from slm_swap.clients.loading import (
+    files_hash,
+    first_line,
+    load_config,
+    load_model,
+    load_tokenizer,
+    require_base,
+    require_undamaged,
+    with_adapter,
+)
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import code_version, now, read_json, sha256_file, write_json
 from slm_swap.common.settings import display_path

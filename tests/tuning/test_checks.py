@@ -155,7 +155,7 @@ def test_lora_goes_on_the_text_decoder_without_its_head():
     assert linear_names(AutoModelForCausalLM.from_config(FalconConfig(**SIZES))) == ["dense", "dense_4h_to_h", "dense_h_to_4h", "query_key_value"], (
         "linear layers of Falcon's own making"
     )
-    with pytest.raises(UserError, match="^GPT2LMHeadModel has no linear layers for LoRA to go onto: use another model"):
+    with pytest.raises(UserError, match=r"^GPT2LMHeadModel has no linear layers for LoRA to go onto: use another model"):
         linear_names(AutoModelForCausalLM.from_config(GPT2Config(n_embd=64, n_layer=1, n_head=4)))
     model = tiny_gemma3_with_vision()
     wanted = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and "language_model" in name}
