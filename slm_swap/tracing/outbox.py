@@ -290,8 +290,11 @@ def open_outbox(
             print(f"warning: {display_path(path)} {_told_aside(earlier, server)}", file=sys.stderr)
         outbox = Outbox(path, secrets)
     outbox.begin(header)
-    for box in filter(None, (outbox, earlier)):
-        if server and box.header:
+    if earlier and not earlier.header:
+        earlier.close(0)
+        earlier = None
+    if server:
+        for box in filter(None, (outbox, earlier)):
             box.deliver(server)
     return outbox, earlier
 

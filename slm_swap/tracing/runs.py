@@ -79,9 +79,9 @@ def trace_run(
 ) -> Iterator["RunTrace | NoTrace"]:
     """One trace around a run, kept on its way in a file beside `beside`, the run's report; none without a connection.
 
-    `seed` makes the trace's id: a run that was interrupted goes on with its trace under the same seed. The file
-    of a run that ends badly stays where `keep()` then says that the run can go on, so that rows are not told twice. Another run's file
-    in its place is put aside and sent along (`outbox.open_outbox`). An exception inside marks the trace ERROR and goes on its way after it is delivered.
+    `seed` makes the trace's id: a run that was interrupted goes on with its trace under the same seed. The file of a run that ends badly
+    stays where `keep()` then says that the run can go on, so that rows are not told twice. Another run's file in its place is put aside
+    and sent along (`outbox.open_outbox`). An exception inside marks the trace ERROR and goes on its way after it is delivered.
 
     Raises:
         UserError: before the body runs: the file is in use by another run or cannot be written.

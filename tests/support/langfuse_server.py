@@ -42,8 +42,9 @@ class Span:
 class LangfuseServer:
     """Use as a context manager. Switches, at any time: `status` (answer this to everything), `hanging` (take requests
     and never answer), `delay` (seconds before a post is answered), `flaky` (share of posts that are answered by 503), `largest` (bytes
-    of a body; more is 413), `rejected_score` (the name of a score that is turned down), `busy` (answers that come first: status and
-    headers), `refuse()` and `accept()` (close and reopen the port). `rest` holds datasets and traffic."""
+    of a body; more is 413), `rejected_score` (the name of a score that is turned down), `rejected_spans` (how many of each batch, its
+    last ones, are not taken, as OTLP's partial success says it), `raw` (answer this to every post, and keep nothing of it: status, content
+    type or None, body), `busy` (answers that come first: status and headers), `refuse()` and `accept()` (close and reopen the port). `rest` holds datasets and traffic."""
 
     def __init__(self, public_key: str, secret_key: str = "sk-lf-right"):
         self.keys = f"{public_key}:{secret_key}"
@@ -52,6 +53,8 @@ class LangfuseServer:
         self.delay = 0.0
         self.largest: int | None = None
         self.rejected_score: str | None = None
+        self.rejected_spans = 0
+        self.raw: tuple[int, str | None, bytes] | None = None
         self.flaky = 0.0
         self._random = Random(7)
         self.generation = 5  # of the server: 4 knows no list of scores
@@ -99,8 +102,8 @@ class LangfuseServer:
         """Accepted scores."""
         return scores_of(self.accepted)
 
-    def answer(self, method: str, path: str, headers: dict, body: bytes) -> tuple[int, dict] | tuple[int, dict, dict]:
-        """(status, JSON) for one request, and headers where the answer has its own."""
+    def answer(self, method: str, path: str, headers: dict, body: bytes) -> tuple[int, dict | bytes] | tuple[int, dict | bytes, dict]:
+        """(status, JSON or a body as it is) for one request, and headers where the answer has its own."""
         if self.hanging:
             self._released.wait(2 * PATIENCE)
         if method == "POST":
@@ -111,6 +114,9 @@ class LangfuseServer:
             return self.status, {"message": "switched to fail"}
         if method == "GET" and path == "/api/public/projects":
             return 200, {"data": [{"id": "project-1", "name": "tests", "metadata": {}, "organization": {"id": "o", "name": "o"}}]}
+        if self.raw:
+            status, kind, content = self.raw
+            return status, content, {"content-type": kind} if kind else {}
         if self.busy:
             status, own = self.busy.pop(0)
             return status, {"message": "switched to fail"}, own
@@ -128,6 +134,8 @@ class LangfuseServer:
         if path == TRACES:
             if any(not span.id or not span.trace for span in _decode(body)):
                 return 400, {"message": "span without an id"}
+            if self.rejected_spans:
+                return self._take_some(body)
         elif path == "/api/public/scores" and self.generation < 5:
             return 400, {"message": "Invalid request data"}
         elif path in {"/api/public/scores", "/api/public/ingestion"}:
@@ -136,6 +144,18 @@ class LangfuseServer:
             return 404, {"message": "Not Found"}
         self.accepted.append((path, body))
         return 200, {}
+
+    def _take_some(self, body: bytes) -> tuple[int, bytes, dict]:
+        from opentelemetry.proto.collector.trace.v1 import trace_service_pb2
+
+        request = trace_service_pb2.ExportTraceServiceRequest.FromString(body)
+        spans = request.resource_spans[0].scope_spans[0].spans
+        count = min(self.rejected_spans, len(spans))
+        del spans[len(spans) - count :]
+        self.accepted.append((TRACES, request.SerializeToString()))
+        partial = trace_service_pb2.ExportTracePartialSuccess(rejected_spans=count, error_message="over the quota")
+        answer = trace_service_pb2.ExportTraceServiceResponse(partial_success=partial)
+        return 200, answer.SerializeToString(), {"content-type": "application/x-protobuf"}
 
     def _answer_scores(self, path: str, body: bytes) -> tuple[int, dict]:
         scores = _scores(path, body)
@@ -178,9 +198,10 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("content-length") or 0))
         headers = {name.lower(): value for name, value in self.headers.items()}
         status, answer, *own = self.server.recorder.answer(self.command, self.path, headers, body)
-        content = json.dumps(answer, cls=ExactEncoder).encode()
+        content = answer if isinstance(answer, bytes) else json.dumps(answer, cls=ExactEncoder).encode()
         self.send_response(status)
-        self.send_header("content-type", "application/json")
+        if not isinstance(answer, bytes):
+            self.send_header("content-type", "application/json")
         self.send_header("content-length", str(len(content)))
         for name, value in own[0].items() if own else ():
             self.send_header(name, value)

@@ -17,75 +17,19 @@ import pytest
 
 from slm_swap.clients.protocol import Reply
 from slm_swap.common.errors import UserError
-from slm_swap.common.settings import ROOT, Settings
+from slm_swap.common.settings import ROOT
 from slm_swap.dataset.traffic import Unusable, convert
 from slm_swap.evaluating.row import score_row
 from slm_swap.evaluating.row_traces import _as_told, trace_rows
 from slm_swap.rows.examples import parse_example
 from slm_swap.rows.prompts import OWN_RUN, request_of
 from slm_swap.scoring.tracks import TRACKS
-from slm_swap.tracing import outbox, runs, wire
+from slm_swap.tracing import outbox, runs
 from slm_swap.tracing.outbox import parse
-from slm_swap.tracing.runs import Tracing, _answer, connect, outbox_path, trace_run
-from tests.support.langfuse_server import LangfuseServer, scores_of, spans_of
+from slm_swap.tracing.runs import _answer, connect, outbox_path
+from tests.support.langfuse_server import scores_of, spans_of
 from tests.support.processes import PATIENCE, wait_until
-from tests.support.scripts import load_script
-
-MESSAGES = [{"role": "system", "content": "Call a tool."}, {"role": "user", "content": "Grüße nach 東京"}]
-REPLY = Reply('<tool_call name="f">{"n":1}</tool_call>', "stop", 60, 20, 15, 0.25)
-
-
-@pytest.fixture
-def server():
-    with LangfuseServer(f"pk-lf-{uuid.uuid4()}") as recorder:
-        yield recorder
-
-
-@pytest.fixture(autouse=True)
-def patient(monkeypatch):
-    """A server that is well may be slow here, as the whole machine may be: no request is sent twice, and no end cut off, for that."""
-    for module, name in ((wire, "REQUEST_SECONDS"), (wire, "CHECK_SECONDS"), (runs, "CLOSE_SECONDS")):
-        monkeypatch.setattr(module, name, PATIENCE)
-
-
-@pytest.fixture
-def impatient(patient, monkeypatch, request):
-    """Outages in seconds instead of tens of seconds. What fails at once needs no limit on a request; what never answers does."""
-    trouble = getattr(request.node, "callspec", None) and request.node.callspec.params.get("trouble")
-    monkeypatch.setattr(wire, "REQUEST_SECONDS", 4 if trouble == "hanging" else PATIENCE)
-    monkeypatch.setattr(wire, "CHECK_SECONDS", 1)
-    monkeypatch.setattr(runs, "CLOSE_SECONDS", 2)
-    monkeypatch.setattr(outbox, "PAUSES", (0.05,))
-
-
-@pytest.fixture
-def traced(tmp_path):
-    """`trace_run` for a report in the test's own folder."""
-
-    def run(settings, name="run", metadata=None, tags=None, report="report.json", seed=None, keep=lambda: False, **tracing):
-        return trace_run(connect(settings, Tracing(**tracing)), name, tmp_path / report, metadata, tags, seed, keep)
-
-    return run
-
-
-def kept(folder, report="report.json"):
-    """(span names, scores) that lie on disk, undelivered or not; None where no file is left."""
-    path = outbox_path(folder / report)
-    if not path.exists():
-        return None
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    return [r["span"]["name"] for r in records if "span" in r], [name for r in records for name in r.get("scores", ())]
-
-
-def settings_for(server, **changes):
-    public_key, secret_key = server.keys.split(":")
-    values = {"langfuse_public_key": public_key, "langfuse_secret_key": secret_key, "langfuse_base_url": server.url}
-    return Settings(**values | changes)
-
-
-def send_rows(trace, count, first=0, scores=None):
-    for number in range(first, first + count):
-        trace.generation(f"row-{number}", "phi-4-mini", MESSAGES, REPLY, {"args_exact": 1.0} if scores is None else scores)
+from tests.support.traces import MESSAGES, REPLY, kept, outage, send_rows, settings_for
 
 
 def found_failing(folder):
@@ -408,15 +352,6 @@ def test_a_start_that_failed_does_not_spoil_the_next(server, traced):
 # --- outages in mid-run
 
 
-def outage(server, trouble):
-    if trouble == "refusing":
-        server.refuse()
-    elif trouble == "hanging":
-        server.hanging = True
-    else:
-        server.status = trouble
-
-
 @pytest.mark.parametrize("trouble", ["refusing", "hanging", 500, 503, 429, 401])
 def test_an_outage_fails_no_run_and_is_said_in_one_line_with_exact_counts(server, impatient, capfd, tmp_path, trouble, traced):
     with traced(settings_for(server)) as trace:
@@ -607,20 +542,6 @@ def test_the_trace_id_is_the_sdks_for_the_same_seed(server, traced):
 
 
 # --- what was kept, and sent later
-
-
-@pytest.fixture
-def resend(run_script, monkeypatch):
-    """Run resend_traces.py for a server's keys: (exit code, stdout, stderr)."""
-
-    def run_it(server, *places):
-        public_key, secret_key = server.keys.split(":")
-        values = {"PUBLIC_KEY": public_key, "SECRET_KEY": secret_key, "BASE_URL": server.url, "DISABLED": "0"}
-        for name, value in values.items():
-            monkeypatch.setenv(f"LANGFUSE_{name}", value)
-        return run_script(load_script("01_eval/resend_traces.py"), *places)
-
-    return run_it
 
 
 @pytest.mark.parametrize("trouble", ["refusing", "hanging", 500, 429, 401, 400])

@@ -13,6 +13,7 @@ from slm_swap.common.settings import PACKAGE
 from slm_swap.demo.azure_simulator import AzureSimulator, Faults
 from slm_swap.rows.examples import Example
 from slm_swap.rows.prompts import structured_prompt
+from slm_swap.tracing.outbox import Outbox
 from slm_swap.tracing.runs import outbox_path, trace_id
 from slm_swap.tuning.checkpoints import Checkpoints
 from tests.support.langfuse_server import LangfuseServer
@@ -172,6 +173,29 @@ def test_a_killed_and_resumed_evaluation_is_one_trace_with_a_generation_a_row(se
     assert {span.json("metadata.status") for span in retries} == {429}
 
 
+@pytest.mark.parametrize("langfuse", ["well", "away in between"])
+def test_a_run_that_ended_before_its_first_answer_does_not_block_its_own_command(server, files, langfuse):
+    with AzureSimulator(ROWS) as azure:
+        names = {"AZURE_ENDPOINT": azure.url, "AZURE_DEPLOYMENT": azure.deployment, "AZURE_API_VERSION": "2024-10-21"}
+        flags = ("--track", "structured", "--model-kind", "azure", "--dataset", files / "rows.jsonl", "--out", files / "report.json", "--latency-rows", 0)
+        script = PACKAGE / "01_eval/eval.py"
+        more = ()
+        if langfuse != "well":
+            server.refuse()
+            more = ("--langfuse-optional",)
+        done = run_python(script, *flags, *more, **keys(server), **names, AZURE_API_KEY="wrong-key-of-azure")
+        assert done.returncode == 2 and not list(files.glob("*.part")), done.stderr
+        assert [path.name for path in files.glob("*.traces.jsonl")] == ([] if langfuse == "well" else ["report.traces.jsonl"])
+        if langfuse != "well":
+            server.accept()
+        done = run_python(script, *flags, **keys(server), **names, AZURE_API_KEY=azure.key)
+    assert done.returncode == 0 and done.stderr.count("could not send") == (langfuse != "well"), done.stderr
+    report = json.loads((files / "report.json").read_text())
+    roots = [span for span in server.spans if span.kind == "chain"]
+    assert len(roots) == 2 and roots[0].trace != roots[1].trace and report["trace"]["id"] in {root.trace for root in roots}
+    assert not list(files.glob("*.traces.jsonl"))
+
+
 def journaled(folder) -> int:
     """How many replies the journal holds."""
     path = folder / "report.rows.jsonl.part"
@@ -252,6 +276,21 @@ def test_a_training_that_fails_gives_its_trace_away_and_may_begin_again(server, 
     done = run(server, "train_unsloth.py", *flags)
     assert done.returncode == 0, done.stderr
     assert len({span.trace for span in server.spans}) == 2, "another run, another trace"
+
+
+def test_a_training_that_was_killed_before_its_first_checkpoint_does_not_block_the_next(server, files):
+    flags = training(files)
+    process = begin(server, "train_unsloth.py", *flags)
+    wait_until(lambda: outbox_path(files / "adapter").exists() or process.poll() is not None)
+    process.kill()
+    process.wait()
+    (first,) = {path.name for path in files.glob("*.traces.jsonl")}
+    outbox = Outbox(files / first)
+    outbox.begin({"trace": trace_id("killed"), "base_url": server.url, "attributes": {}})  # if it died before it had written that
+    outbox.close(0, keep=True)
+    done = run(server, "train_unsloth.py", *flags)
+    assert done.returncode == 0 and "error" not in done.stderr, done.stderr
+    assert (files / "adapter/training_info.json").exists() and not list(files.glob("*.traces.jsonl"))
 
 
 def test_a_run_with_wrong_keys_stops_before_any_work(server, files):
