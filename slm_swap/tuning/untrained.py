@@ -134,7 +134,9 @@ def token_indices(model: Any, tokens: Iterable[int]) -> dict[str, list[int]] | N
 def start_rows(model: Any, tokens: dict[int, int | None]) -> None:
     """Give the trained rows of a PEFT model's head the values to begin with: the row of the token named for each, or the mean of all.
 
-    Gemma 3 270M, 8 rows of training: the loss of the end is 31 nats with its own row, 19 with the mean, 5 with the row of <eos>.
+    Gemma 3 270M, 8 rows of training: the loss of the end is 31 nats with its own row, 19 with the mean, 5 with the row of <eos>. From there
+    it needs no learning rate of its own: after an epoch of 80 rows at 2e-4, 28 of 32 replies end within 96 tokens; after one of 160 rows with
+    the row frozen, none.
 
     Raises:
         UserError: PEFT has not made the head's rows trainable.
