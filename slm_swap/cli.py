@@ -3,6 +3,7 @@
 import argparse
 import gc
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,9 +12,12 @@ from typing import Any, NoReturn
 from slm_swap.clients.engines import ENGINES, PRECISIONS, STARTS
 from slm_swap.clients.thinking import THINKING
 from slm_swap.common.errors import UserError
+from slm_swap.common.os_errors import mendable
 from slm_swap.common.reports import code_version, sha256_file
 from slm_swap.common.secrets import hide_in_tracebacks
-from slm_swap.common.settings import PACKAGE, Settings, display_path, find_path, load_launch, load_settings
+from slm_swap.common.settings import PACKAGE, Settings, display_path, find_path, load_launch, load_settings, real_path
+from slm_swap.common.temporary import remove_leftovers
+from slm_swap.evaluating.journal import elsewhere
 from slm_swap.rows.examples import Dataset, Example
 from slm_swap.rows.prompts import ASKS
 from slm_swap.scoring.tracks import TRACKS
@@ -173,18 +177,20 @@ def client_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_out(*outs: Path, inputs: Sequence[str | Path | None] = ()) -> None:
-    """Notice before the work starts that its results cannot be written, or would overwrite what they are made from.
+    """Notice before the work starts that its results cannot be written, or would overwrite what they are made from; what a killed
+    process left of writing them goes. The first of them is what --out names.
 
     Raises:
         UserError: a place is a folder, lies below a file or in a folder that may not be written, or is one of the inputs.
     """
-    sources = {find_path(path).resolve() for path in inputs if path is not None}
+    sources = {real_path(find_path(path)) for path in inputs if path is not None}
     for out in outs:
         folder = next(parent for parent in out.absolute().parents if parent.exists())
         if out.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise UserError(f"cannot write {display_path(out)}: choose another place with --out")
-        if out.resolve() in sources:
+            raise UserError(f"cannot write {display_path(out)}: {elsewhere(outs[0])}")
+        if real_path(out) in sources:
             raise UserError(f"{display_path(out)} is read and would be overwritten: choose another place with --out")
+        remove_leftovers(out)
 
 
 def tracing_options(args: argparse.Namespace, settings: Settings) -> Tracing:
@@ -227,7 +233,8 @@ def warn(message: str) -> None:
 
 
 def run(main: Callable[[], int], launched: bool = False) -> NoReturn:
-    """Run a script's `main` and leave: the user's mistake is one line and exit 2; a bug keeps its traceback.
+    """Run a script's `main` and leave: the user's mistake is one line and exit 2, and so is an error of the operating system that they
+    can mend; a bug keeps its traceback. Where nobody reads standard output any more (`| head`), it ends as other commands do.
 
     `launched` scripts can be started as several processes; of those, the first one of a machine speaks for all.
     """
@@ -237,9 +244,15 @@ def run(main: Callable[[], int], launched: bool = False) -> NoReturn:
         if launch.world > 1 and not launched:
             raise UserError("this script is one process: start it by python, not by accelerate launch or torchrun")
         code = main()
-    except UserError as error:
+        sys.stdout.flush()
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            sys.exit(128 + signal.SIGPIPE)
+        told = error if isinstance(error, UserError) else mendable(error)
+        if told is None:
+            raise
         if launch.local_rank == 0:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"error: {' '.join(str(told).split())}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         if launch.local_rank == 0:
@@ -247,3 +260,13 @@ def run(main: Callable[[], int], launched: bool = False) -> NoReturn:
         code = 130
     gc.freeze()  # or the interpreter's last collection visits all that torch and transformers have made, for most of a second
     sys.exit(code)
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe whose reader has gone; then the interpreter's end does not try it again."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False

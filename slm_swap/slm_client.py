@@ -23,6 +23,7 @@ from slm_swap.clients.loading import (
     placement,
     prompt_text,
     require_base,
+    require_undamaged,
     trained_base,
     training_seconds,
     with_adapter,
@@ -114,6 +115,8 @@ class SLMClient:
             self.tokenizer = tokenizer or load_tokenizer(self.path, trust_remote_code, thinking)
             self._load(name, batch_size, trust_remote_code, engine_start, workload, settings.launch.world)
         self._files_sha256 = hashes.result()
+        for folder, files_sha256 in zip(folders, self._files_sha256, strict=True):
+            require_undamaged(folder, files_sha256)
         if self.adapter:
             require_base(self.adapter, self.path, self._files_sha256[0], "set SLM_MODEL_PATH to its base, or train it again on this model")
         self.trained_on = trained_base(self.adapter or self.path)

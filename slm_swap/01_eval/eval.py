@@ -44,7 +44,7 @@ from slm_swap.evaluating.evaluation import Stopwatch, check_rows, evaluate_rows
 from slm_swap.evaluating.experiments import find_experiment, link
 from slm_swap.evaluating.factory import make_client
 from slm_swap.evaluating.finished import KINDS, Finished, finished_report, run_id_at
-from slm_swap.evaluating.journal import Journal, journal_path
+from slm_swap.evaluating.journal import Journal, elsewhere, journal_path
 from slm_swap.evaluating.latency import alone_rows, latency_of
 from slm_swap.evaluating.outage import Outage
 from slm_swap.evaluating.repeat import repeat_rows
@@ -135,13 +135,14 @@ def main(argv: list[str] | None = None) -> int:
             model = {"model": model_name(told), "engine": told.get("engine", args.model_kind)}
             metadata = run_metadata(args) | read | model | {"report": display_path(out)}
             title, tags = f"eval-{args.track}-{args.model_kind}", ["eval", args.track, args.model_kind]
-            with trace_run(connection, title, out, metadata, tags, seed=journal.header["run_id"], keep=True) as trace:
+            with trace_run(connection, title, out, metadata, tags, seed=journal.header["run_id"], keep=lambda: journal.answered > 0) as trace:
                 report = measure(args, tally, client, dataset, journal, RowTracer(trace, args.track, client, experiment), clock, inputs, old)
                 trace.scores(report["metrics"])
                 trace.update(output={"metrics": report["metrics"], "counts": report["counts"]}, metadata={"model": report["model"]})
                 report |= {"trace": {"id": trace.id, "url": trace.url}, "asked": old.report["asked"] if old else asked}
-                write_atomically(rows_path(out), lambda stream: stream.writelines(journal.lines()))
-                write_json(out, report)
+                journal.require_place(out)
+                write_atomically(rows_path(out), lambda stream: stream.writelines(journal.lines()), elsewhere(out))
+                write_json(out, report, elsewhere(out))
             if experiment:
                 link(experiment, settings, dataset, trace, warn)
         except BaseException:

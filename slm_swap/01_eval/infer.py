@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywher
 
 from slm_swap.cli import Parser, client_options, positive, run
 from slm_swap.common.errors import UserError
+from slm_swap.common.os_errors import os_error
 from slm_swap.common.settings import display_path, find_path, load_settings
 from slm_swap.evaluating.factory import make_client
 from slm_swap.rows.examples import Example, read_examples
@@ -45,7 +46,9 @@ def read_row(args: argparse.Namespace) -> Example:
     if args.prompt_file:
         try:
             prompt = sys.stdin.read() if args.prompt_file == "-" else Path(args.prompt_file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+        except OSError as error:
+            raise os_error(error, "read", args.prompt_file, "give a text file in UTF-8") from None
+        except UnicodeDecodeError as error:
             raise UserError(f"cannot read {args.prompt_file} ({error}): give a text file in UTF-8") from None
     else:
         prompt = args.prompt

@@ -3,7 +3,8 @@
     python 01_eval/resend_traces.py
     python 01_eval/resend_traces.py runs/quickstart 01_eval/reports/toolcall_azure_test.traces.jsonl
 
-What has arrived is not sent again, and a file is deleted once all of it has. Ends with 1 where something is still missing.
+What has arrived is not sent again, and a file is deleted once all of it has. One with damaged lines stays: what can be read of it is sent.
+Ends with 1 where something is still missing.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from slm_swap.common.errors import UserError
 from slm_swap.common.settings import PACKAGE, display_path, find_path, load_settings
 from slm_swap.tracing.outbox import SUFFIX, Outbox
 from slm_swap.tracing.runs import connect
+from slm_swap.tracing.wire import Server
 
 FOLDERS = ("01_eval/reports", "03_compare/reports", "04_ft")
 
@@ -45,6 +47,28 @@ def outboxes(places: list[str]) -> list[Path]:
     return found
 
 
+def send(outbox: Outbox, server: Server, seconds: float) -> bool:
+    """Deliver one file, and say what became of it: whether nothing of it is missing."""
+    shown = display_path(outbox.path)
+    if outbox.header:
+        if outbox.header["base_url"] != server.base_url:
+            warn(f"{shown} was meant for {outbox.header['base_url']}, and goes to {server.base_url}")
+        outbox.deliver(server)
+    missing = outbox.close(seconds)
+    if outbox.turned_down:
+        warn(f"{outbox.turned_down} scores of {shown} were turned down as not valid")
+    if any(missing.values()) and outbox.header:
+        warn(f"{missing['spans']} spans and {missing['scores']} scores of {shown} are still missing ({outbox.reason})")
+    if not outbox.header:
+        warn(f"{shown} has no header that can be read, so nothing in it can be sent: delete it once it is of no use")
+    elif outbox.damaged:
+        warn(f"{outbox.damaged} damaged lines of {shown} cannot be sent: the file stays; delete it once it is of no use")
+    elif not any(missing.values()):
+        print(f"sent: {shown}")
+        return True
+    return False
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     settings = load_settings()
@@ -57,18 +81,13 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("LANGFUSE_DISABLED=1 is set: unset it to send traces")
     server, left = connection.server, 0
     for path in found:
-        outbox = Outbox(path, None, server)
-        sent_to = outbox.header.get("base_url")
-        if sent_to != server.base_url:
-            warn(f"{display_path(path)} was meant for {sent_to}, and goes to {server.base_url}")
-        missing = outbox.close(args.seconds)
-        if outbox.turned_down:
-            warn(f"{outbox.turned_down} scores of {display_path(path)} were turned down as not valid")
-        if any(missing.values()):
+        try:
+            outbox = Outbox(path)
+        except UserError as trouble:
+            warn(str(trouble))
             left += 1
-            warn(f"{missing['spans']} spans and {missing['scores']} scores of {display_path(path)} are still missing ({outbox.reason})")
-        else:
-            print(f"sent: {display_path(path)}")
+            continue
+        left += not send(outbox, server, args.seconds)
     return 1 if left else 0
 
 

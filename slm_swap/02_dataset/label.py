@@ -23,7 +23,7 @@ from slm_swap.common.reports import SCHEMA_VERSION, code_version, now, sha256_fi
 from slm_swap.common.settings import PACKAGE, Settings, display_path, find_path, load_settings
 from slm_swap.dataset.labels import counts_of, labelled, unlabelled, votes_of
 from slm_swap.evaluating.factory import make_client
-from slm_swap.evaluating.journal import Journal, journal_path
+from slm_swap.evaluating.journal import Journal, elsewhere, journal_path
 from slm_swap.evaluating.labelling import Labelling
 from slm_swap.evaluating.outage import Outage
 from slm_swap.rows.examples import Example
@@ -129,14 +129,15 @@ def main(argv: list[str] | None = None) -> int:
         teacher, needed = labelling.model["deployment"], args.agree or args.samples
         found = [labelled(row, args.track, example, own, needed, teacher) for row, example, own in zip(rows, examples, votes, strict=True)]
         kept = [row for row in found if row is not None]
+        journal.require_place(out)
         if kept:
-            write_jsonl(out, kept)
+            write_jsonl(out, kept, elsewhere(out))
         left = [(row, own) for row, own, row_found in zip(rows, votes, found, strict=True) if row_found is None]
-        write_jsonl(review, (row | {"votes": [vote.to_json() for vote in own]} for row, own in left))
+        write_jsonl(review, (row | {"votes": [vote.to_json() for vote in own]} for row, own in left), elsewhere(out))
         told = {"schema_version": SCHEMA_VERSION, "stage": "label", "created_at": now(), "code": code_version(), "asked": asked, "model": labelling.model}
         told |= {"rows": len(rows), "kept": len(kept), "review": len(left), "different_answers": counts_of(votes)}
         told |= {"cost": labelling.spent, "replies_without_usage": labelling.unknown}
-        write_json(report, told)
+        write_json(report, told, elsewhere(out))
         journal.remove()
     print(f"{len(kept)} of {len(rows)} rows: {needed} of {args.samples} samples agree; they cost {labelling.spent:.4g} {client.prices.currency or ''}".rstrip())
     print(f"{'labelled: ' + display_path(out) if kept else 'nothing is labelled'}\nto review: {display_path(review)} ({len(left)} rows with their votes)")

@@ -19,14 +19,14 @@ from typing import Any
 
 from slm_swap.clients.chat_requests import OPTIONS, length, request_body
 from slm_swap.clients.completions import REJECTIONS, Refusal, read_completion, refused_request, rejected_parameter, takes_no_tools
-from slm_swap.clients.endpoint import Endpoint, Variables, is_loopback
+from slm_swap.clients.endpoint import Endpoint, Variables, is_loopback, open_client, proxy_secrets
 from slm_swap.clients.pricing import load_prices
 from slm_swap.clients.protocol import Reply
 from slm_swap.clients.quota import Quota
 from slm_swap.clients.tries import AskedRow, Try
 from slm_swap.common.errors import UserError
 from slm_swap.common.secrets import scrub
-from slm_swap.common.settings import Settings
+from slm_swap.common.settings import Settings, load_proxies
 from slm_swap.rows.prompts import Request
 
 OTHER_LIMIT = {"max_completion_tokens": "max_tokens", "max_tokens": "max_completion_tokens"}
@@ -50,7 +50,7 @@ class ChatClient:
     the token limit are swapped first). A row that fails for good is a Reply with its error; a fault of the set-up ends the run.
 
     Raises:
-        UserError: the key or the concurrency is none; in `generate`: the key, model or API version is refused, or the host cannot be
+        UserError: the key, the concurrency or a proxy is none; in `generate`: the key, model or API version is refused, or the host cannot be
             reached and has not answered before.
     """
 
@@ -88,7 +88,7 @@ class ChatClient:
         self.identity = identity | {"parameters": dict(self._parameters)}
         self._dropped: list[str] = []
         self._served: dict[str, set[str]] = {"model": set(), "system_fingerprint": set()}
-        self._secrets = set(settings.secrets)
+        self._secrets = {*settings.secrets, *proxy_secrets()}
         self._answered = self._tried = False
         self._denied = 0  # rows in a row that got a 403
         self._good: Request | None = None  # one that was answered
@@ -105,10 +105,10 @@ class ChatClient:
     def _connect(self, timeout: float, max_retries: int) -> Any:
         import openai
 
-        http_client = openai.DefaultAsyncHttpxClient(
+        http_client = open_client(
+            openai.DefaultAsyncHttpxClient,
+            self.endpoint.host,
             timeout=openai.Timeout(timeout, connect=min(timeout, CONNECT_SECONDS)),
-            follow_redirects=False,  # the key stays with the host that it was meant for
-            trust_env=not is_loopback(self.endpoint.host),  # no proxy between this machine and itself
             event_hooks={"request": [self._sign, self._wait_for_quota], "response": [self._note_answer]},
         )
         return openai.AsyncOpenAI(
@@ -327,7 +327,8 @@ class ChatClient:
             return Reply("", ended, error=reason if ended == "prompt_too_long" else None)
         cause, advice = failure.__cause__, self._advice(refusal)
         if status is None and type(cause).__name__ in UNREACHABLE and not self._answered:
-            reason, advice = self._one_line(cause), f"check {self.named.url} and the network"
+            proxies = "" if is_loopback(self.endpoint.host) else "".join(f", {name}" for name in load_proxies())
+            reason, advice = self._one_line(cause), f"check {self.named.url}{proxies} and the network"
         if status == 403:  # of this row, or of every row: the others tell
             self._denied, advice = self._denied + 1, None
             reason += "" if self._good else f" (no row was answered before it: {self._key_advice})"

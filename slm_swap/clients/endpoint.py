@@ -4,11 +4,13 @@ import ipaddress
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from importlib.util import find_spec
+from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 from slm_swap.common.errors import UserError
 from slm_swap.common.secrets import looks_like_key
+from slm_swap.common.settings import load_proxies
 
 FORMS = (
     "https://R.openai.azure.com, .../openai/deployments/NAME, .../openai/v1, or https://R.services.ai.azure.com/models; "
@@ -80,6 +82,52 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def open_client(kind: type, host: str, **options: Any) -> Any:
+    """An HTTP client, one of the openai package's, for a host: by the environment's proxies unless it is this machine.
+
+    Raises:
+        UserError: as `require_proxies`.
+    """
+    far = not is_loopback(host)
+    if far:
+        require_proxies()
+    return kind(trust_env=far, follow_redirects=False, **options)  # the key stays with the host that it was meant for
+
+
+def require_proxies() -> None:
+    """Refuse a proxy that no client can be made with, whatever is asked through it. What it holds is never shown: there may be a password.
+
+    Raises:
+        UserError: so; the variable is named.
+    """
+    for name, value in load_proxies().items():
+        if fault := _proxy_fault(value):
+            raise UserError(f"{name} {fault}, or unset it")
+
+
+def _proxy_fault(value: str) -> str | None:
+    wanted = "set it to http://HOST:PORT"
+    try:
+        url = urlsplit(value if "://" in value else f"http://{value}")
+        host, _ = url.hostname, url.port
+    except ValueError:
+        return f"has no port from 0 to 65535, or is no URL: {wanted}"
+    if url.scheme not in ("http", "https", "socks5", "socks5h"):
+        return f"has a scheme that is no proxy's: {wanted}"
+    if not re.fullmatch(r"[\w.:-]+", host or "", re.ASCII):
+        return f"has no host: {wanted}"
+    if url.scheme.startswith("socks") and not find_spec("socksio"):
+        return "is a SOCKS proxy, which takes a package that is not installed: pip install socksio"
+    return None
+
+
+def proxy_secrets() -> list[str]:
+    """The passwords in the proxies' variables, as they are written there and decoded."""
+    urls = (value if "://" in value else f"http://{value}" for value in load_proxies().values())
+    found = [re.match(r"[^:]+://[^:@/]*:(.*)@", url) for url in urls]  # urlsplit fails at some, which are refused elsewhere
+    return [text for match in found if match and match[1] for text in {match[1], unquote(match[1])}]
 
 
 def parse_endpoint(

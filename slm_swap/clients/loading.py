@@ -89,6 +89,19 @@ def require_base(adapter: Path, base: Path, files_sha256: str, advice: str) -> N
         raise UserError(f"{display_path(adapter)} was trained on other weights than {display_path(base)}: {advice}")
 
 
+def require_undamaged(folder: Path, files_sha256: str) -> None:
+    """Refuse an adapter or merged model whose files are not those that were written, where its `training_info.json` says which.
+
+    Raises:
+        UserError: so.
+    """
+    if _training_info(folder, "files_sha256") not in (None, files_sha256):
+        raise UserError(
+            f"the files of {display_path(folder)} are not those that its training_info.json tells of: they were damaged or changed; "
+            "train or merge it again, or take `files_sha256` out of that file where the change is yours"
+        )
+
+
 def training_seconds(adapter: Path) -> float | None:
     """How long the making of an adapter took, by its `training_info.json`, in seconds; None where that does not say."""
     seconds = _training_info(adapter, "seconds", "total")

@@ -4,6 +4,7 @@ Sums are exact: every number counts as the decimal that it is written as, and is
 first or the last one that pays off, never one task beside it. A task is a row: one request and its reply.
 """
 
+import os
 import tomllib
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
@@ -12,6 +13,7 @@ from typing import Any
 
 from slm_swap.clients.bills import Bill, Cheaper, Machines, Monthly
 from slm_swap.common.errors import UserError
+from slm_swap.common.os_errors import reading
 from slm_swap.common.settings import PACKAGE, display_path, find_path
 
 HIGHEST = 10**12  # above it a number is a slip, not a price, a count or a time
@@ -86,12 +88,11 @@ def load_prices(path: str | Path | None = None) -> Prices:
     """
     found = PACKAGE / "prices.toml" if path is None else find_path(path)
     shown = display_path(found)
+    if path is None and not os.path.lexists(found):
+        return Prices(shown)
     try:
-        table = tomllib.loads(found.read_text(encoding="utf-8"))
-    except OSError as error:
-        if path is None and isinstance(error, FileNotFoundError):
-            return Prices(shown)
-        raise UserError(f"cannot read the prices in {shown} ({error.strerror}): set PRICES_FILE, or leave it out") from None
+        with reading(found, "set PRICES_FILE, or leave it out", "read the prices in"):
+            table = tomllib.loads(found.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{shown} is not TOML ({error}): write it as slm_swap/prices.toml explains") from None
     _check_table(table, "the file", ("currency", "hosted", "local", "traffic"), shown)

@@ -308,7 +308,8 @@ class Replicas:
 
     def state(self) -> dict[str, Any]:
         halved = [state["batches_halved"] for state in self._states if "batches_halved" in state]
-        return self._states[0] | ({"batches_halved": sum(halved)} if halved else {})
+        failed = next(({"capture_error": state["capture_error"]} for state in self._states if "capture_error" in state), {})
+        return self._states[0] | ({"batches_halved": sum(halved)} if halved else {}) | failed
 
     def restore(self, state: dict[str, Any]) -> None:
         for rank in range(len(self._connections)):

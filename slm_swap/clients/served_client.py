@@ -3,7 +3,7 @@
 from typing import Any
 
 from slm_swap.clients.chat_client import CONNECT_SECONDS, ChatClient
-from slm_swap.clients.endpoint import SERVED, Endpoint, is_loopback, parse_base_url
+from slm_swap.clients.endpoint import SERVED, Endpoint, open_client, parse_base_url
 from slm_swap.clients.pricing import to_float
 from slm_swap.clients.templates import SWITCHES
 from slm_swap.common.errors import UserError
@@ -67,12 +67,12 @@ def served_model(endpoint: Endpoint, key: str | None) -> str:
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     names, why = [], "no list of models"
     try:
-        with openai.DefaultHttpxClient(
-            timeout=CONNECT_SECONDS, follow_redirects=False, trust_env=not is_loopback(endpoint.host)
-        ) as client:
+        with open_client(openai.DefaultHttpxClient, endpoint.host, timeout=CONNECT_SECONDS) as client:
             answer = client.get(f"{endpoint.base_url}/models", headers=headers)
         why = str(answer.status_code)
         names = [model["id"] for model in answer.json()["data"]] if answer.is_success else []
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError):
         pass  # no list of models
     except Exception as error:  # no connection: the classes belong to the package that openai brings

@@ -5,7 +5,6 @@ import json
 import os
 import platform
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from datetime import datetime, timezone
@@ -15,7 +14,9 @@ from typing import IO, Any
 
 from slm_swap.common.errors import UserError
 from slm_swap.common.exact_json import ExactEncoder
+from slm_swap.common.os_errors import ELSEWHERE, reading, writing
 from slm_swap.common.settings import PACKAGE, ROOT, display_path
+from slm_swap.common.temporary import beside, remove_leftovers
 
 SCHEMA_VERSION = 1
 PACKAGES = (
@@ -41,34 +42,29 @@ def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def write_atomically(path: str | Path, write: Callable[[IO[str]], object]) -> None:
+def write_atomically(path: str | Path, write: Callable[[IO[str]], object], advice: str = ELSEWHERE) -> None:
     """Write a text file beside its place and rename it: readers see the old file or the new one, never half of one.
 
     Raises:
-        UserError: the folder cannot be made or written.
+        UserError: the folder cannot be made or written, or the disk is full; `advice` is what to do where the error does not say.
     """
     path = Path(path)
-    try:
+    with writing(path, advice):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise UserError(f"cannot write {display_path(path)} ({error.strerror}): choose another place with --out") from None
-    try:
-        os.fchmod(handle, 0o644)  # mkstemp's own mode would hide the file from the team
-        with open(handle, "w", encoding="utf-8") as stream:
-            write(stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        remove_leftovers(path)
+        with beside(path) as temporary:
+            with open(temporary, "w", encoding="utf-8") as stream:
+                os.fchmod(stream.fileno(), 0o644)  # whatever the umask: the team may read it
+                write(stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(temporary, path)
 
 
-def write_json(path: str | Path, value: Any) -> None:
-    """One JSON document: sorted keys, no NaN."""
+def write_json(path: str | Path, value: Any, advice: str = ELSEWHERE) -> None:
+    """One JSON document: sorted keys, no NaN. `advice` is that of `write_atomically`."""
     text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
-    write_atomically(path, lambda stream: stream.write(text))
+    write_atomically(path, lambda stream: stream.write(text), advice)
 
 
 def json_line(row: dict) -> str:
@@ -81,14 +77,14 @@ def json_text(text: str | None) -> str:
     return "null" if text is None else _LINE_ENCODER.encode(text)
 
 
-def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
-    """One JSON object a line: no NaN."""
+def write_jsonl(path: str | Path, rows: Iterable[dict], advice: str = ELSEWHERE) -> None:
+    """One JSON object a line: no NaN. `advice` is that of `write_atomically`."""
 
     def write(stream: IO[str]) -> None:
         for row in rows:
             stream.write(json_line(row))
 
-    write_atomically(path, write)
+    write_atomically(path, write, advice)
 
 
 def read_json(path: str | Path, made_by: str) -> dict:
@@ -99,9 +95,8 @@ def read_json(path: str | Path, made_by: str) -> dict:
     """
     shown = display_path(path)
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {shown} ({error.strerror}): make it with {made_by}") from None
+        with reading(path, f"make it with {made_by}"):
+            value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         raise UserError(f"{shown} is not JSON: make it again with {made_by}") from None
     if not isinstance(value, dict):
@@ -115,8 +110,12 @@ def rows_path(report: str | Path) -> Path:
 
 
 def sha256_file(path: str | Path) -> str:
-    """sha256 of a file's bytes, as hex."""
-    with open(path, "rb") as stream:
+    """sha256 of a file's bytes, as hex.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    with reading(path), open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 

@@ -104,13 +104,26 @@ def load_launch() -> Launch:
     return Launch(int(rank), int(world), int(local_rank), master)
 
 
+def load_proxies() -> dict[str, str]:
+    """The variables that name a proxy with their values, as HTTP clients read them: a lower-case name wins, NO_PROXY=* undoes all."""
+    if "*" in os.environ.get("no_proxy", os.environ.get("NO_PROXY", "")).replace(" ", "").split(","):
+        return {}
+    names = [name for scheme in ("http", "https", "all") for name in (f"{scheme}_proxy", f"{scheme}_proxy".upper())]
+    return {name: os.environ[name] for name in names if os.environ.get(name) and (name.islower() or name.lower() not in os.environ)}
+
+
 def find_path(path: str | Path) -> Path:
     """A path as given, from the checkout's root or from `slm_swap/`: the first that exists, else the path as given."""
-    given = Path(path).expanduser()
+    given = Path(os.path.expanduser(path))  # which leaves the name of a user who is not there
     return next((p for p in (given, ROOT / given, PACKAGE / given) if p.exists()), given)
 
 
 def display_path(path: str | Path) -> str:
-    """The path relative to the checkout's root where it lies inside it: what reports and messages show."""
-    resolved = Path(path).expanduser().resolve()
+    """The path relative to the checkout's root where it lies inside it: what reports and messages show. It never fails."""
+    resolved = real_path(path)
     return str(resolved.relative_to(ROOT)) if resolved.is_relative_to(ROOT) else str(resolved)
+
+
+def real_path(path: str | Path) -> Path:
+    """The absolute path without symbolic links; a circle of them is left as it is, where `Path.resolve` raises."""
+    return Path(os.path.realpath(os.path.expanduser(path)))

@@ -1,7 +1,6 @@
 """From rows to the files of both tracks: what is left out and why, splits that share nothing, written all at once."""
 
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,8 +9,10 @@ from random import Random
 from typing import Any
 
 from slm_swap.common.errors import UserError
+from slm_swap.common.os_errors import writing
 from slm_swap.common.reports import json_line, sha256_file, write_json, write_jsonl
 from slm_swap.common.settings import display_path
+from slm_swap.common.temporary import beside, remove_leftovers
 from slm_swap.dataset.near import NEAR, components
 from slm_swap.dataset.row import BY_CHOICE, NO_REPLIES, Dropped, Row
 from slm_swap.dataset.select import select
@@ -207,10 +208,10 @@ def _write_split(path: Path, out_dir: Path, track: str, rows: list[Row], seed: i
 
 @contextmanager
 def _staging(out_dir: Path) -> Iterator[Path]:
-    """A folder in `out_dir` that is gone afterwards, whatever happens."""
-    try:
+    """A folder in `out_dir` that is gone afterwards, whatever happens; one of a killed process goes first."""
+    with writing(out_dir, "choose another place with --out-dir"):
         out_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out_dir, prefix=".prepare-") as name:
-            yield Path(name)
-    except OSError as error:
-        raise UserError(f"cannot write {display_path(out_dir)} ({error.strerror}): choose another place with --out-dir") from None
+        place = out_dir / "prepare"
+        remove_leftovers(place)
+        with beside(place, folder=True) as staged:
+            yield staged

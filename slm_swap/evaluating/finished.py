@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from slm_swap.common.errors import UserError
+from slm_swap.common.os_errors import reading
 from slm_swap.common.reports import json_line, rows_path
 from slm_swap.common.settings import display_path
 from slm_swap.evaluating.journal import Journal, differences
@@ -53,10 +54,11 @@ class Finished:
     def __init__(self, out: Path):
         self.out, self._shown = out, display_path(out)
         try:
-            self.report = json.loads(out.read_text(encoding="utf-8"))
+            with reading(out, "choose another --out"):
+                self.report = json.loads(out.read_text(encoding="utf-8"))
             if self.report["stage"] != "eval":
                 raise ValueError
-        except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        except (ValueError, RecursionError, KeyError, TypeError):
             raise UserError(f"{self._shown} is there and is no report of an evaluation: choose another --out, or pass --overwrite") from None
 
     @property
@@ -114,8 +116,9 @@ class Finished:
         path = rows_path(self.out)
         try:
             # not splitlines(): a reply may hold a line separator of Unicode's, which JSON leaves as it is
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] if path.is_file() else []
-        except (OSError, ValueError, RecursionError):
+            with reading(path, "put it back, or mend what is in its way"):
+                rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        except (ValueError, RecursionError):
             rows = []
         if len(rows) != self.report["counts"]["rows"]:
             raise UserError(f"{display_path(path)} is not the rows file of {self._shown}: put it back, or pass --overwrite to ask all rows anew")

@@ -13,10 +13,10 @@ import contextlib
 import fcntl
 import json
 import os
-import re
+import shlex
+import tempfile
 import time
 import uuid
-import zlib
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,9 +24,10 @@ from typing import IO, Any
 
 from slm_swap.clients.protocol import Reply
 from slm_swap.common.errors import UserError
+from slm_swap.common.os_errors import ELSEWHERE, os_error, reading, writing
 from slm_swap.common.reports import json_line, now, rows_path
 from slm_swap.common.settings import display_path
-from slm_swap.rows.lines import decode_line, dump_json
+from slm_swap.rows.lines import decode_line, dump_json, is_whole, with_checksum
 
 SYNC_SECONDS = 1.0  # between two fsyncs: one a row would cost more than all else that a row costs
 RUN_KEYS = ("started_at", "run_id")  # of the header: what differs between two runs of the same command
@@ -35,6 +36,18 @@ RUN_KEYS = ("started_at", "run_id")  # of the header: what differs between two r
 def journal_path(report: str | Path) -> Path:
     """The journal that lies beside a report until it is written."""
     return rows_path(report).with_suffix(".jsonl.part")
+
+
+def elsewhere(out: Path) -> str:
+    """What to do where a report cannot be written: how to take along the replies that its journal has, if it is there."""
+    journal = journal_path(out).absolute()
+    if not (os.path.isfile(journal) and os.path.getsize(journal)):
+        return ELSEWHERE
+    folders = (Path.cwd(), Path.home(), Path(tempfile.gettempdir()))
+    free = (place for place in folders if os.access(place, os.W_OK) and not any(map(os.path.lexists, (place / journal.name, place / out.name))))
+    place = next(free, Path("DIR"))
+    copy, there = shlex.join(["cp", str(journal), f"{place}/"]), shlex.quote(str(place / out.name))
+    return f"its replies are kept, so copy them by `{copy}` and run the same command with --out {there}: nothing is asked twice"
 
 
 class Journal:
@@ -57,10 +70,8 @@ class Journal:
         self.answered = self.cached = self.sessions = self.damaged = 0
         self.seconds = 0.0
         self._synced = time.monotonic()
-        try:
+        with writing(self.path):
             self._file = self._open()
-        except OSError as error:
-            raise UserError(f"cannot write {self._shown} ({error.strerror}): choose another place with --out") from None
 
     @property
     def _shown(self) -> str:
@@ -87,10 +98,19 @@ class Journal:
         A torn last line is cut off. A damaged one is passed over, and its row asked again; the header stands in every session's line too.
 
         Raises:
-            UserError: the file is of another run, by its `identity`, or no journal at all.
+            UserError: the file is of another run, by its `identity`, or no journal at all; it cannot be read or written.
         """
-        self._check(json.loads(dump_json(identity)))
         self._offsets, self._failed = array("q", [-1]) * rows, set[int]()
+        with reading(self.path):
+            self._check(json.loads(dump_json(identity)))
+            self._read()
+        if not self.header:
+            self.header = identity | {"started_at": now(), "run_id": uuid.uuid4().hex}
+            self._append({"run": self.header})
+        self._append({"session": now(), "run": self.header})
+        self.sync()
+
+    def _read(self) -> None:
         self._end = 0
         self._file.seek(0)
         for line in self._file:
@@ -103,11 +123,6 @@ class Journal:
                 self._take(record)
             self._end += len(line)
         self._file.truncate(self._end)
-        if not self.header:
-            self.header = identity | {"started_at": now(), "run_id": uuid.uuid4().hex}
-            self._append({"run": self.header})
-        self._append({"session": now(), "run": self.header})
-        self.sync()
 
     def _check(self, identity: dict[str, Any]) -> None:
         """Find the header, which is missing in an empty file and in one whose only line is torn."""
@@ -197,20 +212,24 @@ class Journal:
         self._end += size
 
     def _write(self, line: bytes) -> int:
-        """Append a line, one JSON object, with its checksum in front of what it has; gives its length."""
-        rest = line[1:]
+        """Append a line, one JSON object, with its checksum; gives its length."""
         try:
-            size = self._file.write(b'{"crc": "%08x", %b' % (zlib.crc32(rest), rest))
+            size = self._file.write(with_checksum(line))
             self._file.flush()
             if time.monotonic() - self._synced > SYNC_SECONDS:
                 self.sync()
         except OSError as error:
-            raise UserError(f"cannot write {self._shown} ({error.strerror}): make room and run the same command again") from None
+            raise os_error(error, "write", self.path, "run the same command again when it can be written") from None
         return size
 
     def sync(self) -> None:
-        """Wait until everything is on the disk."""
-        os.fsync(self._file.fileno())
+        """Wait until everything is on the disk.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        with writing(self.path):
+            os.fsync(self._file.fileno())
         self._synced = time.monotonic()
 
     def line(self, index: int) -> str:
@@ -235,27 +254,42 @@ class Journal:
         """The lines of the rows file, in the dataset's order."""
         return map(self.line, range(len(self._offsets)))
 
+    def require_place(self, out: Path) -> None:
+        """Look whether the journal is still where it was made, before the report `out` is written beside it.
+
+        Raises:
+            UserError: its folder was moved, and the journal with it. One that was removed has left it in this process's hands alone.
+        """
+        mine = os.fstat(self._file.fileno())
+        with contextlib.suppress(OSError):
+            if os.path.samestat(mine, self.path.stat()):
+                return
+        if mine.st_nlink:
+            place = "DIR"
+            with contextlib.suppress(OSError):  # where there is no such thing as /proc
+                place = os.path.dirname(os.readlink(f"/proc/self/fd/{self._file.fileno()}"))
+            command = f"the same command with --out {shlex.quote(os.path.join(place, out.name))} goes on from there"
+            raise UserError(f"the folder of {self._shown} was moved meanwhile, and the replies with it: {command}")
+
     def remove(self) -> None:
         """The report is written, and the journal has done its work."""
-        self.path.unlink()
+        with writing(self.path, "delete it"):
+            self.path.unlink(missing_ok=True)
 
     def __enter__(self) -> "Journal":
         return self
 
     def __exit__(self, *error: object) -> None:
-        if not self.answered and (self.header or self._file.seek(0, os.SEEK_END) == 0):
-            self.path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # a disk that is full has been told of
+        with contextlib.suppress(OSError):  # of a disk that is full or read-only has been told
+            if not self.answered and (self.header or self._file.seek(0, os.SEEK_END) == 0):
+                self.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
             self._file.close()
-
-
-_CHECKED = re.compile(rb'\{"crc": "([0-9a-f]{8})", ')
 
 
 def _decode(line: bytes) -> dict[str, Any] | None:
     """A line's object; None where the line is not as it was written."""
-    mark = _CHECKED.match(line)
-    if mark is None or int(mark[1], 16) != zlib.crc32(line[mark.end() :]):
+    if not is_whole(line):
         return None
     try:
         value = decode_line(line)

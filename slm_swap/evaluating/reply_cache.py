@@ -15,12 +15,17 @@ from typing import Any
 from slm_swap.clients.protocol import Reply
 from slm_swap.common.errors import UserError
 from slm_swap.common.exact_json import ExactEncoder
+from slm_swap.common.os_errors import writing
 from slm_swap.common.settings import display_path
 from slm_swap.rows.lines import dump_json
 from slm_swap.rows.prompts import Request
 
 KEPT = ("stop", "length")  # a filter, a refusal or a failure may be another one tomorrow
-FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)  # primary result codes
+ANOTHER = "choose another --cache"
+ADVICE = {  # by the primary result code
+    **dict.fromkeys((sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR), "make room and run the same command again"),
+    **dict.fromkeys((sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM), ANOTHER),
+}
 WAIT_SECONDS = 60.0  # for another process's write
 
 
@@ -36,15 +41,16 @@ class ReplyCache:
     def __init__(self, folder: str | Path, identity: dict[str, Any]):
         self.path = Path(folder) / "replies.sqlite3"
         self._identity, self.damaged = identity, 0
-        try:
+        with writing(folder, ANOTHER):
             self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
             self._database = sqlite3.connect(self.path, timeout=WAIT_SECONDS, isolation_level=None)
-            self._database.text_factory = lambda text: text.decode("utf-8", "replace")  # damage may be no text at all
-            self._run("PRAGMA journal_mode = WAL")
-            self._run("PRAGMA synchronous = NORMAL")  # a power cut may cost the last entries, never the file
-            self._run("CREATE TABLE IF NOT EXISTS replies (key BLOB PRIMARY KEY, reply TEXT NOT NULL) WITHOUT ROWID")
-        except OSError as error:
-            raise UserError(f"cannot write {display_path(folder)} ({error.strerror}): choose another --cache") from None
+        except sqlite3.Error as error:
+            raise self._unusable(error) from None
+        self._database.text_factory = lambda text: text.decode("utf-8", "replace")  # damage may be no text at all
+        self._run("PRAGMA journal_mode = WAL")
+        self._run("PRAGMA synchronous = NORMAL")  # a power cut may cost the last entries, never the file
+        self._run("CREATE TABLE IF NOT EXISTS replies (key BLOB PRIMARY KEY, reply TEXT NOT NULL) WITHOUT ROWID")
 
     def get(self, request: Request) -> tuple[Reply, float] | None:
         """(reply, seconds that it took of the run that asked for it), None where the model was not asked that before."""
@@ -73,9 +79,11 @@ class ReplyCache:
         try:
             return self._database.execute(statement, values)
         except sqlite3.Error as error:
-            full = (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF in FULL
-            advice = "make room and run the same command again" if full else "move it away, or choose another --cache"
-            raise UserError(f"{display_path(self.path)} cannot be used ({error}): {advice}") from None
+            raise self._unusable(error) from None
+
+    def _unusable(self, error: sqlite3.Error) -> UserError:
+        code = (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
+        return UserError(f"{display_path(self.path)} cannot be used ({error}): {ADVICE.get(code, f'move it away, or {ANOTHER}')}")
 
     def close(self) -> None:
         self._database.close()

@@ -9,6 +9,7 @@ import weakref
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -17,6 +18,7 @@ from typing import IO, Any
 
 from slm_swap.common.errors import UserError
 from slm_swap.common.exact_json import ExactEncoder
+from slm_swap.common.os_errors import os_error, writing
 from slm_swap.common.settings import display_path
 from slm_swap.rows.conversations import conversation_text, normalized, reply_text
 from slm_swap.rows.lines import MAX_DEPTH, nested_too_deeply, read_jsonl, short_hash, text_hash
@@ -27,6 +29,8 @@ OPTIONAL_FIELDS = {
     "content": str, "options": dict, "time": str,
 }  # fmt: skip
 FIELDS = {"prompt", "completion", "messages", "calls", "object", *OPTIONAL_FIELDS}
+
+NO_TMPDIR = "make room there, or set TMPDIR to a folder that can be written"
 
 _CANONICAL = ExactEncoder(ensure_ascii=False, sort_keys=True, check_circular=False)  # of what was read as JSON
 
@@ -183,7 +187,7 @@ class Dataset:
     the rows that have a field which nothing reads, by its name.
 
     Raises (in the first loop):
-        UserError: as `read_examples`.
+        UserError: as `read_examples`; the temporary file cannot be written.
     """
 
     def __init__(
@@ -202,14 +206,18 @@ class Dataset:
         return self._read() if self._rows else self._check()
 
     def _check(self) -> Iterator[Example]:
-        rows, ends = tempfile.TemporaryFile(), array("q", [0])  # noqa: SIM115
-        weakref.finalize(self, rows.close)
+        try:
+            rows, ends = tempfile.TemporaryFile(), array("q", [0])  # noqa: SIM115
+        except OSError as error:
+            raise os_error(error, "write", None, NO_TMPDIR) from None
+        weakref.finalize(self, _close, rows)
         unknown: Counter[str] = Counter()
-        for example in parse_examples(self._noted(unknown), self._path, self._limit):
-            vars(example)["ask"] = self._ask
-            ends.append(ends[-1] + rows.write(_packed(vars(example))))
-            yield example
-        rows.flush()
+        with writing(tempfile.gettempdir(), NO_TMPDIR):
+            for example in parse_examples(self._noted(unknown), self._path, self._limit):
+                vars(example)["ask"] = self._ask
+                ends.append(ends[-1] + rows.write(_packed(vars(example))))
+                yield example
+            rows.flush()
         self._rows, self._ends, self.unknown = rows, ends, unknown
 
     def _noted(self, unknown: Counter) -> Iterator[tuple[str, Any]]:
@@ -224,6 +232,11 @@ class Dataset:
             packed = os.pread(self._rows.fileno(), end - start, start)
             vars(example).update(pickle.loads(packed) if packed[:1] == pickle.PROTO else marshal.loads(packed))
             yield example
+
+
+def _close(rows: IO[bytes]) -> None:
+    with suppress(OSError):  # a full disk has been told of
+        rows.close()
 
 
 def _packed(row: dict[str, Any]) -> bytes:

@@ -1,8 +1,10 @@
-"""JSON texts and lines: read exactly, written compactly."""
+"""JSON texts and lines: read exactly, written compactly, with a checksum where damage would not be noticed."""
 
 import codecs
 import hashlib
 import json
+import re
+import zlib
 from collections.abc import Iterator
 from math import isinf
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 from slm_swap.common.errors import UserError
 from slm_swap.common.exact_json import ExactEncoder, integer, number
+from slm_swap.common.os_errors import reading
 from slm_swap.common.settings import display_path
 
 MAX_DEPTH = 100  # what walks through JSON here recurs, and needs some four of Python's frames a level
@@ -66,6 +69,22 @@ def decode_line(line: bytes) -> Any:
     return _DECODER.decode(line.removeprefix(codecs.BOM_UTF8).decode("utf-8"))
 
 
+CHECKSUM = len('{"crc": "00000000", ')  # bytes in front of what a line had before it got its checksum
+_CHECKED = re.compile(rb'\{"crc": "([0-9a-f]{8})", ')
+
+
+def with_checksum(line: bytes) -> bytes:
+    """A line, one JSON object that is not empty and its newline, with `"crc"` in front: the CRC-32 of what follows in the line."""
+    rest = line[1:]
+    return b'{"crc": "%08x", %b' % (zlib.crc32(rest), rest)
+
+
+def is_whole(line: bytes) -> bool:
+    """Whether a line is to the byte as `with_checksum` gave it."""
+    mark = _CHECKED.match(line)
+    return mark is not None and int(mark[1], 16) == zlib.crc32(line[mark.end() :])
+
+
 def read_jsonl(path: str | Path) -> Iterator[tuple[str, Any]]:
     """Yield ("file:line", decoded value) for each line that is not blank: see `read_lines`."""
     for where, _, value in read_lines(path):
@@ -79,18 +98,15 @@ def read_lines(path: str | Path) -> Iterator[tuple[str, int, Any]]:
         UserError: the file is missing or unreadable, or a line is not UTF-8 or not JSON (NaN is not); the line is named.
     """
     shown, start = display_path(path), 0
-    try:
-        with open(path, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    try:
-                        yield f"{shown}:{number}", start, decode_line(line)
-                    except (ValueError, RecursionError) as error:
-                        reason = " ".join(str(error).split())
-                        raise UserError(f"{shown}:{number}: not a line of JSON ({reason}): one JSON object a line") from None
-                start += len(line)
-    except OSError as error:
-        raise UserError(f"cannot read {shown} ({error.strerror}): check the path") from None
+    with reading(path), open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    yield f"{shown}:{number}", start, decode_line(line)
+                except (ValueError, RecursionError) as error:
+                    reason = " ".join(str(error).split())
+                    raise UserError(f"{shown}:{number}: not a line of JSON ({reason}): one JSON object a line") from None
+            start += len(line)
 
 
 def writable(text: str) -> str:

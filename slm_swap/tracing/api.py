@@ -22,7 +22,7 @@ from slm_swap.common.errors import UserError
 from slm_swap.common.exact_json import EXACT, ExactEncoder
 from slm_swap.common.secrets import scrub
 from slm_swap.common.settings import Settings
-from slm_swap.tracing.wire import address
+from slm_swap.tracing.wire import address, failures, http_client
 
 TIMEOUT = 30  # seconds for one answer; a page of long prompts takes the server a while
 TRIES = 6
@@ -40,12 +40,10 @@ class LangfuseApi:
     """
 
     def __init__(self, settings: Settings):
-        import httpx
-
         if settings.langfuse_disabled:
             raise UserError("LANGFUSE_DISABLED=1 is set, and this works with Langfuse: unset it")
         self.base_url, self.host = address(settings, "this works with Langfuse", "")
-        self._http = httpx.Client(
+        self._http = http_client(
             base_url=self.base_url, auth=(settings.langfuse_public_key, settings.langfuse_secret_key), timeout=TIMEOUT
         )
         self._secrets = settings.secrets
@@ -160,8 +158,6 @@ class LangfuseApi:
 
     def _send(self, method: str, path: str, absent: set[int] = frozenset(), **content: Any) -> dict | None:
         """The answer's JSON object; None for the statuses of `absent`. Tried again while the server is busy or away."""
-        import httpx
-
         if "json" in content:  # httpx's own encoder knows no Decimal
             body = json.dumps(content.pop("json"), ensure_ascii=False, separators=(",", ":"), allow_nan=False, cls=ExactEncoder)
             content |= {"content": body.encode(), "headers": {"content-type": "application/json"}}
@@ -173,7 +169,7 @@ class LangfuseApi:
                 if response.status_code in absent:
                     return None
                 pause = _retry_after(response.headers.get("retry-after"), pause)
-            except httpx.TransportError as error:
+            except failures() as error:
                 trouble = type(error).__name__
             if not trouble:
                 break

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from slm_swap.common.settings import Settings, display_path
 from slm_swap.rows.prompts import OWN_RUN
-from slm_swap.tracing.outbox import SUFFIX, Outbox
+from slm_swap.tracing.outbox import RESEND, SUFFIX, Outbox, open_outbox
 from slm_swap.tracing.wire import NoLangfuse, Server, as_text
 
 if TYPE_CHECKING:
@@ -75,15 +75,16 @@ def trace_run(
     metadata: dict[str, Any] | None = None,
     tags: list[str] | None = None,
     seed: str | None = None,
-    keep: bool = False,
+    keep: Callable[[], bool] = lambda: False,
 ) -> Iterator["RunTrace | NoTrace"]:
     """One trace around a run, kept on its way in a file beside `beside`, the run's report; none without a connection.
 
-    `seed` makes the trace's id: a run that was interrupted goes on with its trace under the same seed. With `keep` the file stays until
-    the run ends well, so that rows are not told twice. An exception inside marks the trace ERROR and goes on its way after it is delivered.
+    `seed` makes the trace's id: a run that was interrupted goes on with its trace under the same seed. The file
+    of a run that ends badly stays where `keep()` then says that the run can go on, so that rows are not told twice. Another run's file
+    in its place is put aside and sent along (`outbox.open_outbox`). An exception inside marks the trace ERROR and goes on its way after it is delivered.
 
     Raises:
-        UserError: before the body runs: the file is another run's or cannot be written.
+        UserError: before the body runs: the file is in use by another run or cannot be written.
     """
     if connection is None:
         yield NoTrace()
@@ -93,7 +94,7 @@ def trace_run(
         yield trace
     except BaseException as error:
         trace.fail(f"{type(error).__name__}: {error}")
-        trace.close(keep)
+        trace.close(keep())
         raise
     trace.close()
 
@@ -124,7 +125,8 @@ class RunTrace:
             **{f"langfuse.trace.metadata.{key}": value for key, value in metadata.items()},
         }
         header = {"trace": self.id, "base_url": server.base_url, "attributes": shared}
-        self._outbox = Outbox(outbox_path(beside), header, server if connection.project else None, connection.secrets)
+        place, receiver = outbox_path(beside), server if connection.project else None
+        self._outbox, self._earlier = open_outbox(place, header, receiver, connection.secrets)
         self._root = _span_id(self.id, ROOT_SPAN)
         self._start = time.time_ns()
         self._root_facts: dict[str, Any] = {"type": "chain", "metadata": dict(metadata)}
@@ -211,17 +213,21 @@ class RunTrace:
         """End the trace and wait, at most CLOSE_SECONDS, until it has arrived; say on stderr what has not. `keep` its file anyway."""
         end = time.time_ns()
         self._outbox.add(lambda: [self._span(self._root, "", self._name, self._start, end, self._root_facts)])
-        missing = {kind: count for kind, count in self._outbox.close(CLOSE_SECONDS, keep).items() if count}
-        if self._outbox.unwritten:
-            print(f"warning: {display_path(self._outbox.path)} could not take all of the trace ({self._outbox.unwritten})", file=sys.stderr)
-        if self._outbox.turned_down:
-            print(f"warning: Langfuse at {self._host} turned {self._outbox.turned_down:,} scores down as not valid", file=sys.stderr)
-        if missing:
-            told = " and ".join(f"{count:,} {kind}" for kind, count in missing.items())
-            why = f" ({self._outbox.reason})" if self._outbox.reason else ""
+        deadline = time.monotonic() + CLOSE_SECONDS
+        self._tell_missing(self._outbox, self._outbox.close(CLOSE_SECONDS, keep))
+        if self._earlier:
+            self._tell_missing(self._earlier, self._earlier.close(max(0.0, deadline - time.monotonic())))
+
+    def _tell_missing(self, outbox: Outbox, missing: dict[str, int]) -> None:
+        if outbox.unwritten:
+            print(f"warning: {display_path(outbox.path)} could not take all of the trace ({outbox.unwritten})", file=sys.stderr)
+        if outbox.turned_down:
+            print(f"warning: Langfuse at {self._host} turned {outbox.turned_down:,} scores down as not valid", file=sys.stderr)
+        if told := " and ".join(f"{count:,} {kind}" for kind, count in missing.items() if count):
+            why = f" ({outbox.reason})" if outbox.reason else ""
             print(
                 f"warning: {told} have not reached Langfuse at {self._host}{why}: they are kept in "
-                f"{display_path(self._outbox.path)}; send them by python 01_eval/resend_traces.py",
+                f"{display_path(outbox.path)}; send them by {RESEND}",
                 file=sys.stderr,
             )
 

@@ -4,6 +4,7 @@ Its standard input says what to do: a line with the task (the file's descriptor,
 seconds that are left. Where the input ends before, the run was killed: what is on its way is waited for, and the rest stays in the file.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -30,6 +31,7 @@ class Sender:
         self._file, self._pauses = file, pauses
         self._header = next(value["header"] for _, line in file.lines() if "header" in (value := parse(line)))
         self._mark = file.mark()
+        self._noted = json.dumps(self._mark)
         self._change = threading.Condition()
         self._closing = False
         self._deadline = float("inf")
@@ -52,7 +54,7 @@ class Sender:
     def _send(self, kind: str, post: Callable[[list[dict]], Answer]) -> None:
         failures = last = 0
         self._retry_refused(kind, post)
-        at = self._mark["delivered"][kind]
+        at = self._delivered(kind)
         while self._in_time(kind):
             closing = self._closing
             items, end = self._file.items(kind, at, BATCH[kind], self._header)
@@ -63,7 +65,7 @@ class Sender:
                 if len(items) < BATCH[kind] and not closing:
                     self._wait(SEND_EVERY, closing)
                 continue
-            at = max(at, self._mark["delivered"][kind])
+            at = max(at, self._delivered(kind))
             failures, last = failures + 1, last + closing
             if last > LAST_TRIES:
                 return
@@ -78,8 +80,15 @@ class Sender:
         """Whether a request that takes as long as the last one would be answered in time: one that is not would be sent twice."""
         return time.monotonic() + self._took[kind] < self._deadline
 
+    def _delivered(self, kind: str) -> int:
+        return self._mark["delivered"][kind][0]
+
     def _deliver(self, kind: str, post: Callable[[list[dict]], Answer], items: list[Item]) -> bool:
-        """Post items, in halves where the server refuses them as they are; False where they cannot be delivered now."""
+        """Post items, in halves where the server refuses them as they are; False where they cannot be delivered now.
+
+        Of a batch that was taken but for some, the server does not say which. The batch is not posted again in this process (OTLP forbids
+        it), but in the next one all of it: the ids are the same, so Langfuse keeps one of each.
+        """
         parts, alone = deque([items]), []
         while parts and self._in_time(kind):
             part = parts.popleft()
@@ -87,14 +96,15 @@ class Sender:
             answer = post([item.value for item in part])
             self._took[kind] = time.monotonic() - begun
             if answer.taken:
-                self._note(kind, parts[0][0].at if parts else items[-1].end, alone, turned_down=answer.turned_down)
+                some = [_refused(part, answer.rejected)] if answer.rejected else []
+                self._note(kind, parts[0][0].at if parts else items[-1].end, alone + some, answer.reason, answer.turned_down)
                 alone = []
             elif answer.refused and len(part) > 1:
                 middle = len(part) // 2
                 parts.extendleft((part[middle:], part[:middle]))
             else:
-                self._note(kind, self._mark["delivered"][kind], [], reason=answer.reason)
-                alone.append(part[0])
+                self._note(kind, self._delivered(kind), reason=answer.reason)
+                alone.append(_refused(part, 1))
                 if not answer.refused or len(alone) >= REFUSALS:
                     return False
         if alone and not parts:
@@ -104,21 +114,32 @@ class Sender:
     def _retry_refused(self, kind: str, post: Callable[[list[dict]], Answer]) -> None:
         """What the server refused in an earlier process may be to its taste now."""
         for place in list(self._mark["refused"][kind]):
-            items = [item for item in self._file.items(kind, place[0], 1, self._header)[0] if item.index == place[1]]
-            if post([item.value for item in items]).taken:
-                self._mark["refused"][kind].remove(place)
-                self._note(kind, self._mark["delivered"][kind], [])
+            at, index, count, _ = place
+            items, _ = self._file.items(kind, at, index + count, self._header)
+            answer = post([item.value for item in items[index : index + count]])
+            if answer.taken:
+                place[3] = answer.rejected
+                self._mark["refused"][kind] = [other for other in self._mark["refused"][kind] if other[3]]
+            self._note(kind, self._delivered(kind), reason=answer.reason)
+            if not answer.taken and not answer.refused:
+                return
 
-    def _note(self, kind: str, at: int, refused: list[Item], reason: str = "", turned_down: int = 0) -> None:
+    def _note(self, kind: str, at: int, refused: Sequence[list[int]] = (), reason: str = "", turned_down: int = 0) -> None:
         """Write into the file how far it has come, where that is news."""
         with self._change:
-            before = json.dumps(self._mark)
-            self._mark["delivered"][kind] = at
-            self._mark["refused"][kind] += [[item.at, item.index] for item in refused]
+            self._mark["delivered"][kind] = [at, self._file.checksum(at, *self._mark["delivered"][kind])]
+            self._mark["refused"][kind] += refused
             self._mark["turned_down"] += turned_down
             self._mark["reason"] = reason or self._mark["reason"]
-            if json.dumps(self._mark) != before:
-                self._file.append([self._mark])
+            if (mark := json.dumps(self._mark)) != self._noted:
+                with contextlib.suppress(OSError):  # a full disk: what is not noted counts as missing, and is sent again
+                    self._file.append([self._mark])
+                    self._noted = mark
+
+
+def _refused(part: list[Item], count: int) -> list[int]:
+    """Of a part's items so many, as they stand in a mark."""
+    return [part[0].at, part[0].index, len(part), count]
 
 
 def main() -> None:

@@ -7,19 +7,28 @@ they hold what they have in memory and drop it in an outage.
 
 import gzip
 import json
+import re
 import threading
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from typing import Any
-from urllib.parse import urlsplit
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
+from urllib.request import getproxies
 
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import Settings
 
+if TYPE_CHECKING:
+    import httpx
+
 CHECK_SECONDS = 5  # what the start of a run waits for an answer
 REQUEST_SECONDS = 5  # what one request may take
+NOT_VALID = (400, 413, 422)  # statuses that will be the same whenever the same is sent
+PROTOBUF = ("application/x-protobuf", "application/protobuf")
+TOKEN = re.compile(r"[=@;]|(?:^|/)(?:sk|pk)-|(?:^|/)(?=[^/]*\d)(?=[^/]*[A-Za-z])[^/]{16,}")  # in a path: what looks like one
 UNTRACED = "set LANGFUSE_DISABLED=1 to run untraced, or pass --langfuse-optional to send the trace later"
 
 
@@ -29,13 +38,15 @@ class NoLangfuse(UserError):
 
 @dataclass(frozen=True)
 class Answer:
-    """What became of a batch. `taken`: it arrived, but for `turned_down` of its scores, which the server says are not valid.
-    `refused`: the server will not have it as it is, whenever it is sent. Neither: not now. `reason` says why."""
+    """What became of a batch. `taken`: it arrived, but for `turned_down` of its scores, which the server says are not valid, or for
+    `rejected` of its spans, of which it does not say which. `refused`: the server will not have it as it is, whenever it is sent. Neither:
+    not now. `reason` says why."""
 
     taken: bool
     refused: bool = False
     reason: str = ""
     turned_down: int = 0
+    rejected: int = 0
 
 
 def address(settings: Settings, what: str, advice: str) -> tuple[str, str]:
@@ -44,7 +55,7 @@ def address(settings: Settings, what: str, advice: str) -> tuple[str, str]:
     `what` begins the message of an error and `advice` ends it.
 
     Raises:
-        UserError: variables are missing (all are named), or the base URL is no address.
+        UserError: variables are missing (all are named), a key cannot be one, or the base URL is no address or has a secret inside.
     """
     variables = {
         "LANGFUSE_PUBLIC_KEY": settings.langfuse_public_key,
@@ -54,14 +65,54 @@ def address(settings: Settings, what: str, advice: str) -> tuple[str, str]:
     missing = [name for name, value in variables.items() if not value]
     if missing:
         raise UserError(f"{what}, and {', '.join(missing)} not set: set what is missing{advice}")
+    if odd := [name for name, value in variables.items() if not value.isprintable() or ("KEY" in name and not value.isascii())]:
+        raise UserError(f"{', '.join(odd)} has characters inside that cannot be there: copy it again{advice}")
     try:
-        parts = urlsplit(settings.langfuse_base_url.rstrip("/"))
+        parts = urlsplit(settings.langfuse_base_url)
         if parts.scheme not in {"http", "https"} or not parts.hostname or parts.port == 0:
             raise ValueError
+        parts.hostname.encode("idna")  # as the system's resolver does
     except ValueError:
         raise UserError(f"LANGFUSE_BASE_URL is not an address: set it to one such as https://cloud.langfuse.com{advice}") from None
-    host = parts.netloc.rpartition("@")[2]
-    return parts._replace(netloc=host).geturl(), host
+    host, path = parts.netloc.rpartition("@")[2], parts.path.rstrip("/")
+    if parts.query or parts.fragment:
+        raise UserError(f"LANGFUSE_BASE_URL ({host}) has something behind a ? or #, where no address of Langfuse has: take it out{advice}")
+    secrets = (*settings.secrets, settings.langfuse_public_key)
+    if TOKEN.search(unquote(path)) or any(secret in text for secret in secrets for text in (host, path, unquote(path))):
+        raise UserError(f"LANGFUSE_BASE_URL has what looks like a token inside, and would be shown and written down: take it out{advice}")
+    return f"{parts.scheme}://{host}{path}", host
+
+
+def http_client(**options: Any) -> "httpx.Client":
+    """A client with these options.
+
+    Raises:
+        NoLangfuse: the environment names a proxy or certificates with which there is none; the variable is named, without what it holds.
+    """
+    import httpx
+
+    try:
+        return httpx.Client(**options)
+    except (ValueError, ImportError, httpx.InvalidURL, OSError) as error:
+        trouble = error
+    if isinstance(trouble, OSError):
+        raise NoLangfuse(f"SSL_CERT_FILE or SSL_CERT_DIR cannot be read ({trouble.strerror}): correct it, or {UNTRACED}") from None
+    for kind, url in getproxies().items():
+        try:
+            if kind in ("http", "https", "all"):
+                httpx.HTTPTransport(proxy=url if "://" in url else f"http://{url}", verify=False).close()
+        except ImportError:
+            raise NoLangfuse(f"{kind.upper()}_PROXY is a SOCKS proxy: pip install socksio, set another proxy, or {UNTRACED}") from None
+        except (ValueError, httpx.InvalidURL):
+            raise NoLangfuse(f"{kind.upper()}_PROXY is no address of a proxy: correct or unset it, or {UNTRACED}") from None
+    raise NoLangfuse(f"NO_PROXY has what is no host inside: correct or unset it, or {UNTRACED}")
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """What httpx raises where a request has no answer, and what it lets through of the system's resolver."""
+    import httpx
+
+    return httpx.HTTPError, httpx.InvalidURL, UnicodeError, OverflowError
 
 
 class Server:
@@ -73,31 +124,34 @@ class Server:
 
     def __init__(self, settings: Settings, seconds: float | None = None):
         """`seconds`: what one request may take (default: REQUEST_SECONDS)."""
-        import httpx
-
         self.base_url, self.host = address(settings, "runs are traced to Langfuse", f", or {UNTRACED}")
         self.seconds = seconds or REQUEST_SECONDS
         names = ("langfuse_public_key", "langfuse_secret_key", "langfuse_base_url")
         self.account = {name: getattr(settings, name) for name in names}  # for `Settings` in the sender's process
-        self.client = httpx.Client(
-            auth=httpx.BasicAuth(settings.langfuse_public_key, settings.langfuse_secret_key),
-            timeout=self.seconds,
-            headers={"x-langfuse-public-key": settings.langfuse_public_key, "x-langfuse-ingestion-version": "4"},
-        )
         self._scores_as_events = False
+
+    @cached_property
+    def client(self) -> "httpx.Client":
+        """Made when it is first asked for: a run whose tracing is optional goes on without one."""
+        import httpx
+
+        public_key, secret_key = self.account["langfuse_public_key"], self.account["langfuse_secret_key"]
+        headers = {"x-langfuse-public-key": public_key, "x-langfuse-ingestion-version": "4"}
+        return http_client(auth=httpx.BasicAuth(public_key, secret_key), timeout=self.seconds, headers=headers)
 
     def project(self) -> str:
         """The id of the keys' project.
 
         Raises:
-            NoLangfuse: no answer, an answer that is not Langfuse's, or rejected keys.
+            NoLangfuse: no answer, an answer that is not Langfuse's, rejected keys, or as `http_client`.
         """
         import httpx
 
+        client = self.client
         try:
-            response = within(CHECK_SECONDS, lambda: self.client.get(f"{self.base_url}/api/public/projects", timeout=CHECK_SECONDS))
+            response = within(CHECK_SECONDS, lambda: client.get(f"{self.base_url}/api/public/projects", timeout=CHECK_SECONDS))
             trouble = f"HTTP {response.status_code}" if response.status_code >= 500 else None
-        except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
+        except (*failures(), TimeoutError) as error:
             trouble = type(error).__name__
         if trouble:
             raise NoLangfuse(f"Langfuse at {self.host} is not there ({trouble}): start it, mend LANGFUSE_BASE_URL, or {UNTRACED}")
@@ -108,7 +162,7 @@ class Server:
             )
         try:
             return str(response.raise_for_status().json()["data"][0]["id"])
-        except (httpx.HTTPError, ValueError, LookupError, TypeError):
+        except (httpx.HTTPError, ValueError, LookupError, TypeError, RecursionError):
             raise NoLangfuse(
                 f"{self.host} does not answer like Langfuse (HTTP {response.status_code}): mend LANGFUSE_BASE_URL, or {UNTRACED}"
             ) from None
@@ -116,47 +170,116 @@ class Server:
     def send_spans(self, spans: Sequence[dict[str, Any]]) -> Answer:
         """Post spans as `RunTrace` records them."""
         headers = {"content-type": "application/x-protobuf", "content-encoding": "gzip"}
-        return self._post("/api/public/otel/v1/traces", gzip.compress(encode(spans), 1), headers)[0]
+        answer, _, said = self._post("/api/public/otel/v1/traces", gzip.compress(encode(spans), 1), headers)
+        if not answer.taken:
+            return answer
+        rejected, why = _rejected_spans(said)
+        return replace(answer, rejected=min(rejected, len(spans)), reason=self._shown(f"rejected: {why}") if rejected else "")
 
     def send_scores(self, scores: Sequence[dict[str, Any]]) -> Answer:
         """Post scores in the API's own field names; their ids make a second time harmless."""
         if not self._scores_as_events:
-            answer, status = self._post_json("/api/public/scores", list(scores))
+            answer, status = self._post_scores("/api/public/scores", list(scores), len(scores))
             if status not in (400, 404, 405):
                 return answer
         events = [
             {"id": str(uuid.uuid5(uuid.NAMESPACE_OID, score["id"])), "type": "score-create", "timestamp": score["timestamp"], "body": score}
             for score in scores
         ]  # an older server knows a single score there and no list
-        older, status = self._post_json("/api/public/ingestion", {"batch": events, "metadata": None})
+        older, status = self._post_scores("/api/public/ingestion", {"batch": events, "metadata": None}, len(scores))
         self._scores_as_events = self._scores_as_events or older.taken
         return older
 
-    def _post_json(self, path: str, value: Any) -> tuple[Answer, int | None]:
-        return self._post(path, json.dumps(value).encode(), {"content-type": "application/json"})
+    def _post_scores(self, path: str, value: Any, count: int) -> tuple[Answer, int | None]:
+        answer, status, said = self._post(path, json.dumps(value).encode(), {"content-type": "application/json"})
+        if not answer.taken:
+            return answer, status
+        turned_down, later = _turned_down(said)
+        if later:
+            return Answer(False, reason=f"HTTP {later} for some scores"), status
+        return replace(answer, turned_down=min(turned_down, count)), status
 
-    def _post(self, path: str, body: bytes, headers: dict[str, str]) -> tuple[Answer, int | None]:
-        import httpx
-
+    def _post(self, path: str, body: bytes, headers: dict[str, str]) -> tuple[Answer, int | None, Any]:
+        """(what became of it, status, what the server says where it took it: `_read`)."""
         try:
             response = self.client.post(self.base_url + path, content=body, headers=headers)
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            return Answer(False, reason=f"no answer ({type(error).__name__})"), None
+        except failures() as error:
+            return Answer(False, reason=f"no answer ({type(error).__name__})"), None, None
         status = response.status_code
-        if status in (400, 413, 422):
-            return Answer(False, True, f"HTTP {status}"), status
-        if status >= 300:
-            return Answer(False, reason=f"HTTP {status}"), status
-        return Answer(True, turned_down=_turned_down(response) if status == 207 else 0), status
+        if not 200 <= status < 300:
+            return Answer(False, status in NOT_VALID, f"HTTP {status}"), status, None
+        try:
+            return Answer(True), status, _read(response)
+        except (ValueError, RecursionError):
+            kind = self._shown(_content_type(response) or "no content type")
+            return Answer(False, reason=f"it answers like no Langfuse: HTTP {status}, {kind}"), status, None
+
+    def _shown(self, text: str) -> str:
+        """What a server says as a piece of a line, without the key if it echoes it."""
+        text = "".join(letter if letter.isprintable() else " " for letter in text.replace(self.account["langfuse_secret_key"], "***"))
+        return " ".join(text.split())[:120]
 
 
-def _turned_down(response: Any) -> int:
-    """How many scores an answer of 207 names: a count from newer servers, a list from older ones."""
+def _content_type(response: "httpx.Response") -> str:
+    return response.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def _read(response: "httpx.Response") -> Any:
+    """What an answer that takes something says: a JSON value (a message of OTLP's is an object then), None where it is empty.
+
+    Servers differ in what they answer, `{}` or `{"message": "OK"}` or an ExportTraceServiceResponse; a page of a proxy's is none of them.
+
+    Raises:
+        ValueError: it is neither JSON nor such a message.
+    """
+    kind = _content_type(response)
+    json_kind = kind == "application/json" or kind.endswith("+json")
+    if kind and not json_kind and kind not in PROTOBUF:
+        raise ValueError(kind)
+    if not response.content:
+        return None
+    if kind not in PROTOBUF:
+        return json.loads(response.content)
+    from google.protobuf.json_format import MessageToDict
+    from google.protobuf.message import DecodeError
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
+
     try:
-        answer = response.json()
-        return int(answer.get("rejected", len(answer.get("errors") or []))) if isinstance(answer, dict) else 0
-    except (ValueError, TypeError):
-        return 0
+        return MessageToDict(ExportTraceServiceResponse.FromString(response.content))
+    except DecodeError as error:
+        raise ValueError(kind) from error
+
+
+def _rejected_spans(said: Any) -> tuple[int, str]:
+    """(how many spans an answer rejects, why): OTLP's partial success, or the list of errors of a server that makes events of spans."""
+    if not isinstance(said, dict):
+        return 0, ""
+    partial = said.get("partialSuccess") or said.get("partial_success")
+    if isinstance(partial, dict):
+        why = partial.get("errorMessage") or partial.get("error_message")
+        return _number(partial.get("rejectedSpans") or partial.get("rejected_spans")), str(why or "no reason given")
+    errors = _errors(said)
+    return len(errors), str(errors[0].get("message") or errors[0].get("error")) if errors else ""
+
+
+def _turned_down(said: Any) -> tuple[int, int | None]:
+    """(how many scores an answer says are not valid, the status of one that may be taken later): newer servers give a count, older ones a
+    list with a status each."""
+    if not isinstance(said, dict):
+        return 0, None
+    errors = _errors(said)
+    statuses = [error["status"] for error in errors if isinstance(error.get("status"), int)]
+    return _number(said.get("rejected")) or len(errors), next((status for status in statuses if status not in NOT_VALID), None)
+
+
+def _errors(said: dict[str, Any]) -> list[dict[str, Any]]:
+    errors = said.get("errors")
+    return [error if isinstance(error, dict) else {"message": error} for error in errors] if isinstance(errors, list) else []
+
+
+def _number(value: Any) -> int:
+    """A count of JSON or, as protobuf's JSON writes 64 bits, of its digits; 0 where there is none."""
+    return max(0, int(value)) if re.fullmatch(r"-?\d{1,18}", str(value)) else 0
 
 
 def encode(spans: Sequence[dict[str, Any]]) -> bytes:

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from slm_swap.clients.architecture import text_config
 from slm_swap.clients.loading import load_model, quiet_int8
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import PACKAGE, Launch, display_path, find_path
@@ -128,18 +129,20 @@ def _load_unsloth(path: Path, parameters: Hyperparameters, find_untrained: Calla
         load_in_4bit=parameters.precision == "nf4",
         load_in_8bit=parameters.precision == "int8",
     )
-    vocabulary = AutoConfig.from_pretrained(path).vocab_size
+    vocabulary = text_config(AutoConfig.from_pretrained(path)).vocab_size
     if model.get_input_embeddings().weight.shape[0] != vocabulary:
         # Where padding and the end of a text are one token, Unsloth adds a row for another: the checkpoint has none.
         model.resize_token_embeddings(vocabulary)
     if find_untrained(model):
         raise UserError(f"{display_path(path)} never learned to end a reply, and Unsloth does not train its end token: use --backend trl")
+    if isinstance(names := linear_names(model), str):
+        raise UserError("--backend unsloth cannot keep LoRA to the text decoder of this model, which has more parts: use --backend trl")
     return FastLanguageModel.get_peft_model(
         model,
         r=parameters.lora_r,
         lora_alpha=parameters.lora_alpha,
         lora_dropout=parameters.lora_dropout,
-        target_modules=linear_names(model),
+        target_modules=names,
         use_gradient_checkpointing="unsloth" if parameters.gradient_checkpointing else False,
         random_state=parameters.seed,
     )
@@ -149,6 +152,9 @@ def linear_names(model: Any) -> list[str] | str:
     """What LoRA goes onto: a text decoder's linear layers, without the output head. PEFT's `target_modules`.
 
     Names where they name no other layer, else a regular expression of whole names: a vision tower may have layers of the same names.
+
+    Raises:
+        UserError: there are none, or no text decoder.
     """
     from torch import nn
 
@@ -156,6 +162,8 @@ def linear_names(model: Any) -> list[str] | str:
     linear = {name: id(module) in inside for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     linear |= dict.fromkeys(unfit_layers(model), False)
     wanted, others = ({name for name, taken in linear.items() if taken is kind} for kind in (True, False))
+    if not wanted:
+        raise UserError(f"{type(model).__name__} has no linear layers for LoRA to go onto: use another model")
     names = {name.rsplit(".", 1)[-1] for name in wanted}
     if names.isdisjoint(name.rsplit(".", 1)[-1] for name in others):
         return sorted(names)
@@ -199,12 +207,20 @@ def unfit_layers(model: Any) -> list[str]:
     found = []
     for name, parent in model.named_modules():
         for child, layer in parent.named_children():
-            if not isinstance(layer, nn.Linear):
-                continue
-            special = type(layer).__module__.startswith("transformers") and type(layer).forward is not nn.Linear.forward
-            if special or _uses_weight(type(parent), child):
+            if isinstance(layer, nn.Linear) and (_uses_weight(type(parent), child) or not _gives_product(layer)):
                 found.append(f"{name}.{child}" if name else child)
     return found
+
+
+def _gives_product(layer: Any) -> bool:
+    """Whether a linear layer of transformers' own making gives one tensor of `out_features`, as nn.Linear does."""
+    import torch
+
+    if not type(layer).__module__.startswith("transformers"):
+        return True
+    with torch.no_grad():
+        given = layer(torch.zeros(1, layer.in_features, dtype=layer.weight.dtype, device=layer.weight.device))
+    return torch.is_tensor(given) and given.shape == (1, layer.out_features)
 
 
 @cache

@@ -1,7 +1,7 @@
 """Checkpoints of a training run, in a folder beside the adapter's until the adapter is complete.
 
-The trainer writes a checkpoint file by file; one counts only with the marker that is written last. A run that is killed at any moment
-therefore goes on from its last whole checkpoint.
+The trainer writes a checkpoint file by file; one counts only with the marker that is written last, which has the hash of every file. A run
+that is killed at any moment therefore goes on from its last whole checkpoint, and never from one that was damaged.
 """
 
 import fcntl
@@ -9,12 +9,16 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from slm_swap.common.errors import UserError
-from slm_swap.common.reports import read_json, write_json
+from slm_swap.common.os_errors import ELSEWHERE, os_error
+from slm_swap.common.reports import read_json, sha256_file, write_json
 from slm_swap.common.settings import display_path
+from slm_swap.rows.lines import text_hash
 
 RUN = "run.json"  # what the checkpoints are of
 LOCK = "lock"  # held by the process that trains
@@ -65,7 +69,7 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)  # closed when the process ends
         except OSError as error:
-            raise UserError(f"cannot write {shown} ({error.strerror}): choose another place with --out") from None
+            raise os_error(error, "write", self.folder, ELSEWHERE) from None
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -74,20 +78,68 @@ class Checkpoints:
         except OSError:
             pass  # a file system without locks
 
-    def latest(self) -> tuple[Path, dict[str, Any]] | None:
-        """The newest whole checkpoint and what `complete` was told of it."""
+    def latest(self, say: Callable[[str], object] = lambda _: None) -> tuple[Path, dict[str, Any]] | None:
+        """The newest undamaged checkpoint and what `complete` was told of it; those that are passed over are said.
+
+        Raises:
+            UserError: there are checkpoints, and all of them are damaged.
+        """
         steps = self.steps()
-        return (self.path(steps[-1]), read_json(self.path(steps[-1]) / MARKER, "train_unsloth.py")) if steps else None
+        for step in reversed(steps):
+            progress, damage = self._read(step)
+            if progress is not None:
+                return self.path(step), progress
+            say(f"{self.path(step).name} is damaged ({damage}) and is passed over")
+        if steps:
+            raise UserError(f"every checkpoint in {display_path(self.folder)} is damaged: delete that folder, and train again")
+        return None
+
+    def require_whole(self, step: int) -> Path:
+        """The folder of a checkpoint that is not damaged.
+
+        Raises:
+            UserError: it is.
+        """
+        progress, damage = self._read(step)
+        if progress is None:
+            raise UserError(f"{display_path(self.path(step))}, the best step's, is damaged ({damage}): delete {display_path(self.folder)}, and train again")
+        return self.path(step)
+
+    def _read(self, step: int) -> tuple[dict[str, Any] | None, str]:
+        """(what `complete` was told, ""), or (None, what is damaged)."""
+        try:
+            marker = json.loads((self.path(step) / MARKER).read_bytes())
+            progress, kept = marker["progress"], marker["files"]
+            if marker["sha256"] != _hash(progress, kept):
+                return None, MARKER
+            found = file_hashes(self.path(step))
+        except (OSError, ValueError, TypeError, LookupError, RecursionError):
+            return None, MARKER
+        differing = sorted(name for name in kept.keys() | found.keys() if kept.get(name) != found.get(name))
+        return (None, ", ".join(differing)) if differing else (progress, "")
 
     def complete(self, step: int, progress: dict[str, Any], best: int | None = None) -> None:
-        """Mark a checkpoint as whole; the others go, but for the one of step `best`."""
-        write_json(self.path(step) / MARKER, progress)
-        for other in set(self.steps()) - {step, best}:
+        """Mark a checkpoint as whole; of the others, the last one before it and the one of step `best` stay."""
+        files = file_hashes(self.path(step))
+        write_json(self.path(step) / MARKER, {"progress": progress, "files": files, "sha256": _hash(progress, files)})
+        steps = self.steps()
+        for other in set(steps) - {step, best, *[before for before in steps if before < step][-1:]}:
             (self.path(other) / MARKER).unlink()
             shutil.rmtree(self.path(other))
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _hash(*values: Any) -> str:
+    return text_hash(json.dumps(values, sort_keys=True))
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """sha256 of every file in a checkpoint but its marker, by its name from there."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MARKER]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip((str(path.relative_to(folder)) for path in files), pool.map(sha256_file, files), strict=True))
 
 
 def differences(kept: dict[str, Any], asked: dict[str, Any], name: str = "") -> list[str]:

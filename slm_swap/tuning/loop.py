@@ -129,7 +129,7 @@ def run_trainer(
     Gives `sessions`, `seconds`, and `eval_loss` and `metrics` before and after, as `training_info.json` has them; and the loss curve.
     """
     order = use_seeded_order(trainer, parameters.seed, by_length=not parameters.packing)
-    checkpoint, earlier = checkpoints.latest() or (None, None)
+    checkpoint, earlier = checkpoints.latest(say) or (None, None)
     rows = trainer.eval_dataset is not None
     device = trainer.args.device
     if checkpoint:
@@ -154,7 +154,7 @@ def run_trainer(
     if best := state.best_global_step:
         kept = next(entry for entry in log if "eval_loss" in entry and entry["step"] == best)
         if best != state.global_step:
-            load_adapter(trainer.model, checkpoints.path(best))
+            load_adapter(trainer.model, checkpoints.require_whole(best))
             if trainer.args.world_size > 1:
                 torch.distributed.barrier()  # rank 0 removes the checkpoints when it has saved the adapter
     else:

@@ -5,7 +5,16 @@ from pathlib import Path
 from typing import Any
 
 from slm_swap.clients.endings import reply_ends
-from slm_swap.clients.loading import files_hash, first_line, load_config, load_model, load_tokenizer, require_base, with_adapter
+from slm_swap.clients.loading import (
+    files_hash,
+    first_line,
+    load_config,
+    load_model,
+    load_tokenizer,
+    require_base,
+    require_undamaged,
+    with_adapter,
+)
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import code_version, now, read_json, sha256_file, write_json
 from slm_swap.common.settings import display_path
@@ -35,6 +44,7 @@ def merge_adapter(base: Path, adapter: Path, out: Path, dtype: str) -> dict[str,
     info = read_json(adapter / INFO, "train_unsloth.py") if (adapter / INFO).exists() else {}
     found = files_hash(base)
     require_base(adapter, base, found, "pass its base with --model")
+    require_undamaged(adapter, files_hash(adapter))
     staged = out.with_name(f".{out.name}.partial")
     shutil.rmtree(staged, ignore_errors=True)
     try:
@@ -54,6 +64,7 @@ def merge_adapter(base: Path, adapter: Path, out: Path, dtype: str) -> dict[str,
             "generation_config_left_out": left_out,
             "code": code_version(),
         }
+        info["files_sha256"] = files_hash(staged)
         write_json(staged / INFO, info)
         staged.rename(out)
     except OSError as error:

@@ -37,8 +37,9 @@ def check_loss(model: Any, row: Sequence[int]) -> None:
     ids = torch.tensor([list(row)[:SHORT]], device=model.device)
     with _quietly(model):
         wanted = cross_entropy(model(input_ids=ids, use_cache=False).logits[0, :-1].float(), ids[0, 1:]).item()
-        found = _row_loss(OutputHead(model), last_hidden(model, ids)[0], ids[0])
-    if not _same_loss(found, wanted, model):
+        head = OutputHead(model)
+        found = _row_loss(head, last_hidden(model, ids)[0], ids[0])
+    if not _same_loss(found, wanted, head):
         raise UserError(
             f"the loss of --backend trl is not this model's own ({found:.4f} for {wanted:.4f} nats a token): it does something to its logits "
             f"that we do not know: {OTHER_HEAD}"
@@ -62,13 +63,13 @@ def check_packing(model: Any, rows: Sequence[Sequence[int]], room: int, own_atte
     with _quietly(model):
         states, moved = (_packed_states(model, [*rows, last]) for rows in (before, others))
         apart = ((states - moved)[start:].norm(dim=-1) / states[start:].norm(dim=-1)).max().item()
-        if not apart <= _tolerance(STATES_APART, model):
+        if not apart <= _tolerance(STATES_APART, head):
             raise UserError(f"packed rows see each other in this model (they move one's hidden states by {apart:.1%}): {UNPACKED}")
         with attending_by(model, own_attention):
             for row, inside in ((before[0], states[: len(before[0])]), (last, states[start:])):
                 ids = torch.tensor([list(row)], device=model.device)
                 alone, packed = (_row_loss(head, part, ids[0]) for part in (last_hidden(model, ids)[0], inside))
-                if not _same_loss(packed, alone, model):
+                if not _same_loss(packed, alone, head):
                     raise UserError(
                         f"the attention of packed rows is not this model's own (a row of {len(row)} tokens has a loss of {packed:.4f} in a pack "
                         f"and {alone:.4f} alone): {UNPACKED}"
@@ -106,12 +107,13 @@ def attention_spans(config: Any) -> dict[str, int]:
 
 @contextmanager
 def _quietly(model: Any) -> Iterator[None]:
-    """Within it a model has no dropout and no gradients, nothing is compiled, and 8-bit products are made for each token alone.
+    """Within it a model has no dropout and no gradients, nothing is compiled, and products are exact or made for each token alone.
 
-    bitsandbytes makes them in 16 bits for the columns in which any token of the batch has an outlier: each token's rounding hangs on all.
+    Tensor cores round fp32 to ten bits, otherwise for other shapes (TF32). bitsandbytes makes them in 16 bits for the columns in which any token of the batch has an outlier: each token's rounding hangs on all.
     """
-    training = model.training
+    training, matmul = model.training, torch.get_float32_matmul_precision()
     model.eval()
+    torch.set_float32_matmul_precision("highest")
     states = [module.state for module in model.modules() if hasattr(getattr(module, "state", None), "threshold")]
     thresholds = [state.threshold for state in states]
     for state in states:
@@ -122,6 +124,7 @@ def _quietly(model: Any) -> Iterator[None]:
     finally:
         for state, threshold in zip(states, thresholds, strict=True):
             state.threshold = threshold
+        torch.set_float32_matmul_precision(matmul)
         model.train(training)
 
 
@@ -148,9 +151,9 @@ def _row_loss(head: OutputHead, states: torch.Tensor, ids: torch.Tensor) -> floa
     return head.loss(states[:-1], ids[1:]).item() / (len(ids) - 1)
 
 
-def _same_loss(found: float, wanted: float, model: Any) -> bool:
-    return abs(found - wanted) <= _tolerance(LOSS_APART, model) * max(1.0, abs(wanted))
+def _same_loss(found: float, wanted: float, head: OutputHead) -> bool:
+    return abs(found - wanted) <= _tolerance(LOSS_APART, head) * max(1.0, abs(wanted))
 
 
-def _tolerance(limits: dict[Any, float], model: Any) -> float:
-    return limits.get(model.get_output_embeddings().weight.dtype, limits["half"])
+def _tolerance(limits: dict[Any, float], head: OutputHead) -> float:
+    return limits.get(head.module.weight.dtype, limits["half"])

@@ -1,9 +1,11 @@
 """What an adapter's folder tells of its making."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+from slm_swap.clients.loading import files_hash
 from slm_swap.common.reports import write_json, write_jsonl
 from slm_swap.common.settings import display_path
 from slm_swap.tuning.checkpoints import Checkpoints
@@ -46,6 +48,16 @@ def plot(log: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
+def make_alike(folder: Path) -> None:
+    """The same files for the same run: PEFT writes its sets in the order of their hashes, and safetensors hides its file from the team."""
+    config = folder / "adapter_config.json"
+    told = json.loads(config.read_text(encoding="utf-8"))
+    listed = {name: sorted(value) for name, value in told.items() if isinstance(value, list) and all(isinstance(one, str) for one in value)}
+    write_json(config, told | listed)
+    for file in folder.iterdir():
+        file.chmod(0o644)
+
+
 def save_adapter(model: Any, tokenizer: Any, out: Path, info: dict, log: list[dict], base: Path, checkpoints: Checkpoints) -> None:
     """Write the adapter beside its place, then move it there: an older adapter stays whole until the new one is."""
     staged, old = checkpoints.folder / "adapter", checkpoints.folder / "old"
@@ -54,7 +66,8 @@ def save_adapter(model: Any, tokenizer: Any, out: Path, info: dict, log: list[di
     model.peft_config["default"].base_model_name_or_path = display_path(base)
     model.save_pretrained(staged, save_embedding_layers=False)  # LoRA changes none; PEFT would guess
     tokenizer.save_pretrained(staged)
-    info["trained_tokens"] = trained_tokens(model, tokenizer)
+    make_alike(staged)
+    info |= {"trained_tokens": trained_tokens(model, tokenizer), "files_sha256": files_hash(staged)}
     write_json(staged / INFO, info)
     write_jsonl(staged / LOG, (dict(sorted(entry.items())) for entry in log))
     plot(log, staged / PLOT)

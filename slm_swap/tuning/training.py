@@ -28,7 +28,7 @@ from slm_swap.tuning.trainer import make_trainer, trainer_arguments
 from slm_swap.tuning.untrained import say_trained, untrained_tokens
 from slm_swap.tuning.validation import GenerationSample
 
-BACKENDS_PACKAGES = ("accelerate", "bitsandbytes", "deepspeed", "peft", "transformers", "trl", "unsloth", "unsloth_zoo")
+TRAINING_PACKAGES = ("accelerate", "bitsandbytes", "deepspeed", "peft", "transformers", "trl", "unsloth", "unsloth_zoo")
 
 
 def load_together(load: Callable[[], Any], processes: int) -> Any:
@@ -64,10 +64,10 @@ def packages_refuse() -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, RuntimeError, NotImplementedError, ImportError) as error:
+    except Exception as error:
         modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
         *_, package = (name.partition(".")[0] for name in modules if not name.startswith("torch."))
-        if isinstance(error, UserError) or package not in BACKENDS_PACKAGES:
+        if isinstance(error, UserError) or package not in TRAINING_PACKAGES:
             raise
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(f"{package} does not train this model ({first[:300]}): use another model, --precision or --backend") from None
@@ -201,7 +201,7 @@ def read_config(base: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(base)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot read {display_path(base / 'config.json')} ({str(error).strip().splitlines()[0][:200]}): download it again") from None
+        raise UserError(f"cannot read {display_path(base / 'config.json')} ({str(error).strip().splitlines()[0][:200]}): check --model, or use another model") from None
 
 
 def warn_of_memory(base: Path, parameters: Hyperparameters, longest: int, device: Any, say: Callable) -> None:

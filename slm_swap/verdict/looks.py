@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from slm_swap.common.errors import UserError
+from slm_swap.common.os_errors import writing
 from slm_swap.common.reports import json_line, now
 from slm_swap.common.settings import display_path
 from slm_swap.rows.lines import read_jsonl
@@ -120,9 +121,7 @@ def record(ledger: Path, look: Look, verdict: str, delta: float, label: str) -> 
     """
     if look.verdict == verdict:
         return
-    try:
+    with writing(ledger, "choose another --out"):
         ledger.parent.mkdir(parents=True, exist_ok=True)
         with open(ledger, "a", encoding="utf-8") as file:
             file.write(json_line({"at": now(), "verdict": verdict, "delta": delta, "label": label} | look.entry))
-    except OSError as error:
-        raise UserError(f"cannot write {display_path(ledger)} ({error.strerror}): make room, or choose another --out") from None

@@ -248,6 +248,13 @@ def test_the_state_is_rank_0s_but_for_what_all_of_them_count():
     assert replicas.describe() == {"device": "cpu", "files_sha256": "ab", "batch_size_used": 8, "batches_halved": 8} and replicas.cost(1, 1, 1, 3.0) == 6.0
 
 
+def test_a_capture_that_failed_on_any_rank_is_in_the_state():
+    clients = [Echo(batches_halved=1), Echo(batches_halved=0, capture_error="RuntimeError: why")]
+    replicas = Replicas([served(client)[0] for client in clients], lambda seconds: None)
+    list(replicas.stream(enumerate([Request([{"content": "a"}])] * 2)))
+    assert replicas.state() == {"batches_halved": 1, "capture_error": "RuntimeError: why"}
+
+
 def test_all_of_them_forget_and_go_on():
     class Forgetful(Echo):
         forgotten = 0

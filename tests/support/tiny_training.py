@@ -82,11 +82,12 @@ def tiny_family(family: str, **changed: Any):
     return model
 
 
-def tiny_gemma3_with_vision():
-    """Gemma 3 of 4B and more, tiny: a text decoder beside a vision tower that has layers of the same names."""
+def tiny_gemma3_with_vision(**changed: Any):
+    """Gemma 3 of 4B and more, tiny: a text decoder, whose configuration is `changed`, beside a vision tower with layers of the same names."""
     from transformers import AutoModelForCausalLM, Gemma3Config
 
     torch.manual_seed(0)
     vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
-    text = tiny_config("gemma3").to_dict()
-    return AutoModelForCausalLM.from_config(Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=90, boi_token_index=91, eoi_token_index=92), dtype=torch.float32)
+    images = {"mm_tokens_per_image": 4, "image_token_index": 90, "boi_token_index": 91, "eoi_token_index": 92}
+    config = Gemma3Config(text_config=tiny_config("gemma3", **changed).to_dict(), vision_config=vision, **images)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)

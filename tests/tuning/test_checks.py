@@ -1,13 +1,14 @@
 """What is looked at before training, and what an adapter's folder tells."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, Gemma3Config, Mamba2Config, Phi3Config
+from transformers import AutoModelForCausalLM, FalconConfig, Gemma3Config, GPT2Config, Mamba2Config, Phi3Config
 
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import ROOT
@@ -26,7 +27,7 @@ from slm_swap.tuning.checks import (
 from slm_swap.tuning.hyperparameters import PRESETS, Hyperparameters
 from slm_swap.tuning.record import plot
 from slm_swap.tuning.training import packages_refuse, train, warn_of_memory
-from tests.support.tiny_training import VOCABULARY, tiny_config, tiny_family
+from tests.support.tiny_training import SIZES, VOCABULARY, tiny_config, tiny_family, tiny_gemma3_with_vision
 from tests.support.training_rows import BASE, INPUTS, QUICK, ROWS
 
 PHI4_MINI = Phi3Config(
@@ -147,6 +148,20 @@ def test_what_lora_reaches_is_said():
         f"LoRA reaches k_proj, o_proj, q_proj, v_proj, {attention / total:.1%} of the weights: the experts, {experts / total:.1%} of them, are no "
         "linear layers and stay as they are"
     )
+
+
+def test_lora_goes_on_the_text_decoder_without_its_head():
+    assert linear_names(tiny_family("gpt_neox_japanese")) == ["dense", "dense_4h_to_h", "dense_h_to_4h", "query_key_value"], "no embed_out"
+    assert linear_names(AutoModelForCausalLM.from_config(FalconConfig(**SIZES))) == ["dense", "dense_4h_to_h", "dense_h_to_4h", "query_key_value"], (
+        "linear layers of Falcon's own making"
+    )
+    with pytest.raises(UserError, match=r"^GPT2LMHeadModel has no linear layers for LoRA to go onto: use another model"):
+        linear_names(AutoModelForCausalLM.from_config(GPT2Config(n_embd=64, n_layer=1, n_head=4)))
+    model = tiny_gemma3_with_vision()
+    wanted = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and "language_model" in name}
+    names = linear_names(model)
+    assert {name for name, _ in model.named_modules() if re.fullmatch(names, name)} == wanted and len(wanted) == 14
+    assert "vision" not in names and "lm_head" not in names
 
 
 @pytest.mark.parametrize(("family", "left"), [("falcon_h1", "out_proj"), ("llama4", "router")])

@@ -187,6 +187,22 @@ def test_compiled_layers_share_graphs_and_give_the_same_gradients(monkeypatch):
     assert not counters["graph_break"], dict(counters["graph_break"])
 
 
+@pytest.mark.parametrize("more", [{}, {"scale": 0.5, "cap": 3.0, "bias": torch.randn(VOCABULARY), "places": torch.tensor([4, 50])}])
+def test_the_loss_of_a_chunk_is_one_graph(more):
+    from torch._dynamo.utils import counters
+
+    torch.manual_seed(4)
+    head, rows = Head(torch.randn(VOCABULARY, 16), **more), torch.randn(2, 16) if more else None
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(chunk_loss, dynamic=False, backend="aot_eager", fullgraph=True)
+    for _ in range(3):
+        given = (torch.randn(12, 16), rows, head, torch.randint(0, VOCABULARY, (12,)), True)
+        for found, wanted in zip(compiled(*given), chunk_loss(*given), strict=True):
+            torch.testing.assert_close(found, wanted)
+    assert counters["stats"]["unique_graphs"] == 1, dict(counters["stats"])
+
+
 def test_attention_for_packs_gets_no_mask():
     from transformers.masking_utils import create_causal_mask
 
@@ -219,3 +235,25 @@ def test_attention_for_packs_gets_rows_and_window(monkeypatch):
     assert asked["scale"] == 0.5 and asked["window_size"] == (-1, 0)
     fast_training.varlen_attention(None, query, key, key, None, sliding_window=2, cu_seq_lens_q=starts, max_length_q=3)
     assert asked["window_size"] == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"s_aux": torch.zeros(4)}, "has s_aux,"),
+        ({"softcap": 50.0}, "has softcap,"),
+        ({"position_bias": torch.zeros(1), "new_option": True}, "has new_option, position_bias,"),
+        ({"dropout": 0.1}, "has dropout,"),
+        ({"is_causal": False}, "has sight of later tokens,"),
+        ({"attention_mask": torch.ones(1)}, "has a mask of its own,"),
+        ({"query": torch.zeros(1, 4, 6, 320), "key": torch.zeros(1, 2, 6, 320), "value": torch.zeros(1, 2, 6, 320)}, r"has heads of 320 \(more than 256\),"),
+        ({"value": torch.zeros(1, 2, 6, 8)}, "has values of 8 with keys of 16,"),
+    ],
+)
+def test_attention_for_packs_drops_nothing_that_is_asked_of_it(monkeypatch, options, said):
+    monkeypatch.setattr(fast_training, "varlen_attn", lambda query, *given, **more: query)
+    plain = {"query": torch.zeros(1, 4, 6, 16), "key": torch.zeros(1, 2, 6, 16), "value": torch.zeros(1, 2, 6, 16), "attention_mask": None}
+    unset = {"softcap": None, "s_aux": None, "dropout": 0.0, "is_causal": True, "use_cache": False, "position_ids": torch.zeros(1, 6)}
+    fast_training.varlen_attention(None, **plain, **unset)
+    with pytest.raises(UserError, match=f"the model's attention {said} which packed rows do not get on a GPU: use --no-packing"):
+        fast_training.varlen_attention(None, **plain | options)

@@ -15,14 +15,16 @@ import torch
 from safetensors.torch import load_file
 
 from slm_swap.clients.loading import load_model, load_tokenizer, with_adapter
+from slm_swap.common.errors import UserError
 from slm_swap.common.settings import PACKAGE, Settings
 from slm_swap.rows.prompts import text_request
 from slm_swap.slm_client import SLMClient
 from slm_swap.tuning import fast_training
 from slm_swap.tuning.checkpoints import Checkpoints
+from slm_swap.tuning.model_checks import check_loss, check_packing
 from slm_swap.tuning.packing import IGNORED, PackCollator, packed_rows
 from slm_swap.tuning.tokens import tokenize
-from tests.support.tiny_training import some_rows, tiny_model
+from tests.support.tiny_training import some_rows, tiny_family, tiny_model
 from tests.support.training_rows import BASE, ROWS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -75,6 +77,25 @@ def test_a_row_in_a_pack_has_the_loss_and_gradients_that_it_has_alone():
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-2)
     assert torch.nn.functional.cosine_similarity(found[0][1], found[1][1], dim=0) > 0.99
     assert found[1][1].norm().item() == pytest.approx(found[0][1].norm().item(), rel=5e-2)
+
+
+@pytest.mark.parametrize(
+    ("family", "refused"),
+    [
+        *((family, None) for family in ("llama", "mistral", "granite", "gemma3", "qwen3_moe")),
+        ("gpt_oss", "has s_aux"), ("gemma2", "has softcap"), ("lfm2", "see each other"), ("qwen3_5", "see each other"),
+    ],
+)  # fmt: skip
+def test_packing_is_checked_on_the_loaded_model(family, refused):
+    model = tiny_family(family).to("cuda", torch.bfloat16)
+    rows, attention = [row["input_ids"] for row in some_rows()], model.config._attn_implementation
+    check_loss(model, rows[0])
+    model.set_attn_implementation(fast_training.VARLEN)
+    if refused is None:
+        check_packing(model, rows, 256, attention)
+    else:
+        with pytest.raises(UserError, match=refused):
+            check_packing(model, rows, 256, attention)
 
 
 @pytest.fixture

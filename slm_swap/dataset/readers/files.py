@@ -18,6 +18,7 @@ from typing import IO, Any
 
 from slm_swap.common.errors import UserError
 from slm_swap.common.exact_json import EXACT
+from slm_swap.common.os_errors import reading
 from slm_swap.common.settings import display_path
 from slm_swap.rows.lines import decode_line
 
@@ -42,17 +43,16 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict | Bad]]:
         UserError: the file is missing or unreadable, in another encoding, or there is no row.
     """
     shown, found = display_path(path), False
-    try:
-        with _opened(path) as stream:
-            for where, row in _rows(stream, Path(path), shown):
-                found = True
-                yield where, row if isinstance(row, (dict, Bad)) else Bad(f"a row is a JSON object, this is {type(row).__name__}")
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"cannot read {shown} ({error}): the gzip file is damaged: make it again") from None
-    except UnicodeError:
-        raise UserError(f"{shown} {_NOT_UTF8}") from None
-    except OSError as error:
-        raise UserError(f"cannot read {shown} ({error.strerror or error}): check the path") from None
+    with reading(path):
+        try:
+            with _opened(path) as stream:
+                for where, row in _rows(stream, Path(path), shown):
+                    found = True
+                    yield where, row if isinstance(row, (dict, Bad)) else Bad(f"a row is a JSON object, this is {type(row).__name__}")
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise UserError(f"cannot read {shown} ({error}): the gzip file is damaged: make it again") from None
+        except UnicodeError:
+            raise UserError(f"{shown} {_NOT_UTF8}") from None
     if not found:
         raise UserError(f"{shown} has no rows: check that it is the right file")
 
@@ -177,8 +177,9 @@ def _parquet(stream: IO[bytes], shown: str) -> Iterator[Any]:
         from pyarrow.parquet import ParquetFile
     except ImportError:
         raise UserError(f"reading {shown} needs pyarrow: pip install pyarrow") from None
+    content = io.BytesIO(stream.read())
     try:
-        for batch in ParquetFile(io.BytesIO(stream.read())).iter_batches():
+        for batch in ParquetFile(content).iter_batches():
             yield from map(_without_nulls, batch.to_pylist(maps_as_pydicts="lossy"))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {shown} ({error}): is it a Parquet file?") from None
