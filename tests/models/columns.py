@@ -41,8 +41,9 @@ ASKED = [(track, row) for track, rows in ROWS.items() for row in rows[:6]]
 NEW_TOKENS = 24
 TIE = 1e-4  # of the logits' spread: who is this close is as good as the best
 LEARNED, HELD_OUT = ROWS[TRACK][:6], ROWS[TRACK][6:]
-TRAINING = Hyperparameters(precision="fp32", lora_r=4, batch_size=3, gradient_accumulation=1, epochs=2, learning_rate=1e-2, max_length=400)
-PACKED = replace(TRAINING, packing=True, pack_length=1200, epochs=1)
+TRAINING = Hyperparameters(precision="fp32", lora_r=4, batch_size=2, gradient_accumulation=1, epochs=1, learning_rate=3e-2, max_length=400)
+STEPS, SAVED = 3, 2  # a training is interrupted in the midst of an epoch
+PACKED = replace(TRAINING, packing=True, pack_length=1200)
 INPUTS = {"train": {"path": "rows.jsonl", "sha256": "0" * 64, "rows": len(LEARNED)}}
 
 
@@ -93,12 +94,13 @@ class Trial:
         with mock.patch("slm_swap.tuning.record.plot"):  # a picture takes as long as a step
             return train(TRACK, self.base, rows, HELD_OUT, out, parameters, "trl", INPUTS, **options)
 
-    def loss_alone(self, rows: list[Example]) -> float:
-        """The mean loss of the rows' completions, each row computed alone by transformers' own model."""
+    def loss_alone(self, rows: list[Example], model: Any = None) -> float:
+        """The mean loss of the rows' completions, each row computed alone by transformers' own model (default: the base)."""
+        model = model or self.plain
         losses = []
         for row in tokenize(load_tokenizer(self.base), TRACK, rows, TRAINING.max_length).rows:
             with torch.inference_mode():
-                logits = self.plain(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
+                logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
             wanted = torch.tensor(row["labels"][1:])
             losses.append(torch.nn.functional.cross_entropy(logits, wanted, ignore_index=IGNORED, reduction="none")[wanted != IGNORED])
         return torch.cat(losses).mean().item()
@@ -222,17 +224,19 @@ def adapter(trial: Trial) -> None:
     """Training begins with the rows' own loss and lowers it; with the adapter, batches of 8 give the replies of batches of 1."""
     loss = trial.trained["eval_loss"]
     close("validation", loss["before"], trial.loss_alone(HELD_OUT))
-    assert trial.trained["steps"] == 4 and loss["after"] < loss["before"], loss
+    assert trial.trained["steps"] == STEPS and loss["after"] < loss["before"], loss
     assert reply(trial.base, 1, trial.adapter) == trial.tuned
     assert trial.tuned != trial.replies, "the adapter changes nothing"
 
 
 def merge(trial: Trial) -> None:
-    """The merged checkpoint gives the adapter's replies, also in transformers alone, and has the base's other files."""
+    """The merged checkpoint gives the adapter's replies and loss, also in transformers alone, and has the base's other files."""
     out = trial.folder / "merged"
     merge_adapter(trial.base, trial.adapter, out, "fp32")
     assert reply(out, 8) == trial.tuned
-    assert not (wrong := wrong_tokens(plain_model(out), trial.tuned, ends_of(trial))), wrong
+    merged = plain_model(out)
+    assert not (wrong := wrong_tokens(merged, trial.tuned, ends_of(trial))), wrong
+    close("merged", trial.loss_alone(HELD_OUT, merged), trial.trained["eval_loss"]["after"])
     missing = {path.name for path in trial.base.iterdir()} - {path.name for path in out.iterdir()}
     assert not missing, missing
     assert load_tokenizer(out).chat_template == load_tokenizer(trial.base).chat_template
@@ -243,23 +247,23 @@ def merge(trial: Trial) -> None:
 def resume(trial: Trial) -> None:
     """A training that is interrupted and goes on ends in the adapter of the uninterrupted one, to the bit."""
     out, complete = trial.folder / "resumed", Checkpoints.complete
-    assert trial.trained["steps"] == 4
+    assert trial.trained["steps"] == STEPS
 
     def interrupted(*given, **options):
         complete(*given, **options)
         raise KeyboardInterrupt
 
     with mock.patch.object(Checkpoints, "complete", interrupted), suppress(KeyboardInterrupt):
-        trial.train(out, TRAINING, save_steps=2)
-    assert Checkpoints(out).steps() == [2] and not out.exists()
-    info = trial.train(out, TRAINING, save_steps=2, resume=True)
+        trial.train(out, TRAINING, save_steps=SAVED)
+    assert Checkpoints(out).steps() == [SAVED] and not out.exists()
+    info = trial.train(out, TRAINING, save_steps=SAVED, resume=True)
     assert info["sessions"] == 2
     weights = [(folder / "adapter_model.safetensors").read_bytes() for folder in (out, trial.adapter)]
     assert weights[0] == weights[1]
 
 
 def close(what: str, found: float, wanted: float) -> None:
-    assert abs(found - wanted) <= 1e-5 * wanted, f"{what}: a loss of {found}, alone {wanted}"
+    assert abs(found - wanted) <= 1e-5 * wanted, f"{what}: a loss of {found}, not {wanted}"
 
 
 COLUMNS = {check.__name__: check for check in (infer, batches, forward, labels, packed, adapter, merge, resume)}
