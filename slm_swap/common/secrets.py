@@ -1,5 +1,6 @@
 """Keys kept out of everything that is written or shown, and noticed where they do not belong."""
 
+import os
 import re
 import sys
 import threading
@@ -41,9 +42,10 @@ def hide_in_tracebacks(secrets: Callable[[], Iterable[str]]) -> None:
 
     def show(kind: Any, error: Any, trace: Any) -> None:
         try:
-            told = scrub("".join(traceback.format_exception(kind, error, trace)), secrets())
-        except Exception:  # the settings themselves cannot be read
-            told = f"{kind.__name__} (not shown: which texts are secret is not known)\n"
+            known = list(secrets())
+        except Exception:  # the settings themselves cannot be read: what the environment has by such names
+            known = [value for name, value in os.environ.items() if value and name.endswith(("_KEY", "_SECRET", "_TOKEN"))]
+        told = scrub("".join(traceback.format_exception(kind, error, trace)), known)
         print(told, end="", file=sys.stderr)
 
     sys.excepthook = show

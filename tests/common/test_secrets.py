@@ -79,12 +79,14 @@ def test_a_served_models_name_and_url_too():
         assert LONG not in str(refused.value) and "0123456789abcdefghij" not in str(refused.value)
 
 
+@pytest.mark.parametrize("settings", [True, False])
 @pytest.mark.parametrize("where", ["main", "thread"])
-def test_a_traceback_shows_no_key(where):
+def test_a_traceback_shows_no_key(where, settings):
+    """Where the settings cannot be read, too."""
     raise_it = f"raise RuntimeError('refused with {LONG}, and with ab12')"
     code = f"import threading\nfrom slm_swap.cli import run\ndef fail():\n    {raise_it}\ndef main():\n"
     code += "    fail()\nrun(main)" if where == "main" else "    t = threading.Thread(target=fail); t.start(); t.join(); return 0\nrun(main)"
-    environment = {"AZURE_API_KEY": LONG, "SLM_API_KEY": "ab12", "PATH": "/usr/bin:/bin"}
+    environment = {"AZURE_API_KEY": LONG, "SLM_API_KEY": "ab12", "PATH": "/usr/bin:/bin"} | ({} if settings else {"LANGFUSE_DISABLED": "perhaps"})
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment)
     assert "RuntimeError: refused with ***, and with ***" in done.stderr and "Traceback" in done.stderr
     assert LONG not in done.stderr and done.returncode == (1 if where == "main" else 0)
