@@ -85,6 +85,8 @@ def load_trainable(
     from peft import LoraConfig, get_peft_model
 
     model = load_model(path, parameters.precision, device_map={"": device})
+    if getattr(text_config(model.config), "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")  # transformers' `sdpa` leaves soft-capping out without a word
     tokens = find_untrained(model)
     lora = LoraConfig(
         r=parameters.lora_r,
