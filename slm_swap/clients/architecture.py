@@ -49,12 +49,22 @@ def fixed_length(config: Any) -> int | None:
     """
     decoder = text_config(config)
     limits = [value for name in ("sliding_window", "attention_chunk_size") for value in layer_values(decoder, name)]
+    limits.append(longrope_border(config))
     for rope in rope_parameters(decoder):
-        if rope.get("rope_type") == "longrope":
-            limits.append(rope.get("original_max_position_embeddings") or getattr(decoder, "original_max_position_embeddings", None))
-        elif rope.get("rope_type") == "dynamic":
+        if rope.get("rope_type") == "dynamic":
             limits.append(context_length(config))
     return min((limit for limit in limits if limit), default=None)
+
+
+def longrope_border(config: Any) -> int | None:
+    """The most tokens up to which LongRoPE takes its short factors, for a whole batch by its longest row; None where there is no LongRoPE."""
+    decoder = text_config(config)
+    borders = [
+        rope.get("original_max_position_embeddings") or getattr(decoder, "original_max_position_embeddings", None)
+        for rope in rope_parameters(decoder)
+        if rope.get("rope_type") == "longrope"
+    ]
+    return min((border for border in borders if border), default=None)
 
 
 def rope_parameters(decoder: Any) -> list[dict[str, Any]]:

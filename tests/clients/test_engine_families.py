@@ -224,6 +224,21 @@ def test_a_row_that_is_done_does_not_change_the_others_frequencies(monkeypatch):
     assert together == alone and len(alone[5]) > 12
 
 
+def test_longropes_factors_hang_on_no_other_row():
+    """Rows below the border of 64 tokens, above it, and one that crosses it."""
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [8.0] * 8, "original_max_position_embeddings": 64, "rope_theta": 1e4}
+    config = CONFIG_MAPPING["phi3"](**TEXT, rope_parameters=rope, original_max_position_embeddings=64)
+    torch.manual_seed(3)
+    made = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    for weight in made.parameters():
+        weight.data.mul_(6 if weight.ndim == 2 else 1)
+    alone, together = ({one.index: one.tokens for one in TransformersEngine(made, tokenizer(), size).generate(PROMPTS)} for size in (1, 8))
+    assert together == alone
+    apart = TransformersEngine(made, tokenizer(), 8)
+    apart._border = None
+    assert {one.index: one.tokens for one in apart.generate(PROMPTS)} != alone, "this model's replies do hang on the factors"
+
+
 def test_what_has_no_plain_cache_is_not_captured(monkeypatch):
     for family in FAMILIES:
         model(family).set_attn_implementation("sdpa")

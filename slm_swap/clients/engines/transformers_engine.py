@@ -7,11 +7,11 @@ a CPU, for models whose cache is not a plain one, and once capturing has failed,
 
 import sys
 import time
-from collections.abc import Container, Generator, Iterable, Sequence
+from collections.abc import Container, Generator, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-from slm_swap.clients.architecture import config_ends, usable_context
+from slm_swap.clients.architecture import config_ends, longrope_border, usable_context
 from slm_swap.clients.endings import reply_ends
 from slm_swap.clients.engines import Generated, Prompt
 from slm_swap.clients.engines.captured import CACHE_ROUND, CapturedDecoder, cache_of, can_capture, one_token_cache, positions_of
@@ -45,7 +45,7 @@ class TransformersEngine:
         self.ends = reply_ends(tokenizer, model.generation_config.eos_token_id, *config_ends(model.config))
         self.batch_size = None if batch_size == "auto" else batch_size
         self.halved = 0
-        self._batches = 0
+        self._batches, self._border = 0, longrope_border(model.config)
         self._captured = CapturedDecoder(model, self.ends) if capture and can_capture(model) else None
         self.capture_error: str | None = None
 
@@ -57,12 +57,23 @@ class TransformersEngine:
             if self.batch_size is None:
                 self.batch_size = fitting_batch(self.model, window)
             window.sort(key=lambda prompt: (-len(prompt.tokens), prompt.index))  # the longest first: if it fits, all do
-            for start in range(0, len(window), self.batch_size):
-                batch = window[start : start + self.batch_size]
+            for batch in self._cut(window):
                 if any(prompt.index not in answered for prompt in batch):
                     made = self._halving(batch, str(self._batches))
                     yield from (one for one in made if one.index not in answered)
                 self._batches += 1
+
+    def _cut(self, window: list[Prompt]) -> Iterator[list[Prompt]]:
+        """Batches of prompts in their order. Where LongRoPE's factors hang on the longest row, rows above the border, rows below it, and
+        each row that may cross it are apart: whoever is in a batch then changes no other's reply."""
+        groups: dict[str, list[Prompt]] = {}
+        for prompt in window:
+            length, border = len(prompt.tokens), self._border
+            place = "below" if border is None or length + prompt.limit <= border else "above" if length > border else f"alone {prompt.index}"
+            groups.setdefault(place, []).append(prompt)
+        for group in groups.values():
+            for start in range(0, len(group), self.batch_size):
+                yield group[start : start + self.batch_size]
 
     def _halving(self, batch: Sequence[Prompt], name: str) -> list[Generated]:
         import torch
