@@ -69,20 +69,28 @@ def lesson(tokenizer: Any, track: str, example: Example, end: Ending) -> tuple[l
     request = request_of(track, example)
     if not request.native:
         reply = turn_opening(tokenizer) + example.completion + end.text
-        prompt, completion = tokenizer([prompt_text(tokenizer, request), reply], add_special_tokens=False)["input_ids"]
+        prompt, completion = _encoded(tokenizer, prompt_text(tokenizer, request), reply)
         if end.id in completion[:-1]:
             raise CannotTeach(END_INSIDE)
         return prompt, completion
     calls = wanted_calls(track, example)
     content = "" if calls else (example.completion if calls is None else example.content)
-    texts = native_turn(tokenizer, request, content, calls or [])
-    prompt, completion = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    prompt, completion = _encoded(tokenizer, *native_turn(tokenizer, request, content, calls or []))
     text, made, _ = read_reply(tokenizer, request, completion[:-1], stopped=True)
     last = (call_ending(tokenizer) or end).id if calls else end.id
     whole = completion[-1] == last and last not in completion[:-1]
     if not whole or not same_calls(made, calls or []) or (not calls and text.strip() != content.strip()):
         raise CannotTeach(NOT_READ_BACK)
     return prompt, completion
+
+
+def _encoded(tokenizer: Any, prompt: str, reply: str) -> tuple[list[int], list[int]]:
+    """The token ids of a prompt, as evaluation gives them, and of its reply as it stands behind that prompt: some tokenizers put a space
+    in front of a text of its own."""
+    ids, whole = tokenizer([prompt, prompt + reply], add_special_tokens=False)["input_ids"]
+    if whole[: len(ids)] == ids:
+        return ids, whole[len(ids) :]
+    return ids, tokenizer(reply, add_special_tokens=False)["input_ids"]  # one token lies across the border, which no reply can begin with
 
 
 def wanted_calls(track: str, example: Example) -> list[dict[str, Any]] | None:

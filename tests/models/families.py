@@ -324,7 +324,8 @@ def spellings(kind: str) -> str:
         tokenizer = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True))
         spaced = [normalizers.Replace(" ", "▁")]
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), *spaced] if kind == "words" else spaced)
-        tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+        # no token holds more than a line's end, as in theirs
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split("▁", "merged_with_next"), pre_tokenizers.Split("\n", "isolated")])
         stripped = [decoders.Strip(" ", 1, 0)] if kind == "words" else []
         tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *stripped])
     trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=bytes_, initial_alphabet=alphabet, show_progress=False)

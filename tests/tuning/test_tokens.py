@@ -5,6 +5,8 @@ import json
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from slm_swap.clients.endings import require_ending
 from slm_swap.clients.loading import encode_prompt
@@ -118,3 +120,16 @@ def test_a_template_that_joins_no_reply_to_its_prompt_is_refused():
 def test_how_the_model_was_asked_is_told():
     text, native = Example("p", "c"), row([call()])
     assert [ask_of(rows) for rows in ([text], [native], [text, native])] == ["text", "native", "mixed"]
+
+
+@pytest.mark.parametrize("space", ["always", "first"])
+def test_a_reply_is_spelled_as_behind_its_prompt(space):
+    """SentencePiece puts a space in front of a text of its own; between a prompt and its reply the template writes none."""
+    letters = Tokenizer(models.BPE({letter: number for number, letter in enumerate(["▁", "\n", *map(chr, range(33, 127))])}, []))
+    letters.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=space, split=False)
+    template = "{% for m in messages %}{{ m.content + ('</s>' if m.role == 'assistant' else '\n') }}{% endfor %}"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, chat_template=template, eos_token="</s>")
+    ((told,), _, _) = tokenize(tokenizer, "structured", [parse_example({"prompt": "One.", "completion": "[1, 2]"}, "rows.jsonl:1")], 4096)
+    prompt = [token for token, label in zip(told["input_ids"], told["labels"], strict=True) if label == IGNORED]
+    assert tokenizer.convert_ids_to_tokens(told["input_ids"][len(prompt) :]) == ["[", "1", ",", "▁", "2", "]", "</s>"]
+    assert prompt == encode_prompt(tokenizer, request_of("structured", parse_example({"prompt": "One.", "completion": "[1, 2]"}, "rows.jsonl:1")))
