@@ -161,6 +161,14 @@ def test_what_no_configuration_tells_is_found_on_the_loaded_model():
         check_loss(model, row)
 
 
+def test_a_bias_that_peft_leaves_out_is_noticed():
+    _, base = with_lora(tiny_family("phi", tie_word_embeddings=False), trainable_token_indices={"lm_head": [2, 50]})
+    with torch.no_grad():
+        base.lm_head.token_adapter.base_layer.bias.normal_()
+    with pytest.raises(UserError, match="the loss of --backend trl is not this model's own"):
+        check_loss(base, some_rows()[0]["input_ids"])
+
+
 def test_compiled_layers_share_graphs_and_give_the_same_gradients(monkeypatch):
     from functools import partialmethod
 
