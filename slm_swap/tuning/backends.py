@@ -202,16 +202,23 @@ def unfit_layers(model: Any) -> list[str]:
     """The names of linear layers that LoRA, which changes what a layer gives when it is called, does not fit.
 
     A model's code may use the weights itself, as Mamba's kernels do: LoRA would do nothing. Or a layer gives more than a product, as Llama
-    4's routers do: LoRA would break it.
+    4's routers do: LoRA would break it. Or PEFT takes its name, of a shared expert, for that of all other experts' tensors.
     """
     from torch import nn
 
-    found = []
+    found, of_experts = [], _names_of_experts(model)
     for name, parent in model.named_modules():
         for child, layer in parent.named_children():
-            if isinstance(layer, nn.Linear) and (_uses_weight(type(parent), child) or not _gives_product(layer)):
+            if isinstance(layer, nn.Linear) and (child in of_experts or _uses_weight(type(parent), child) or not _gives_product(layer)):
                 found.append(f"{name}.{child}" if name else child)
     return found
+
+
+def _names_of_experts(model: Any) -> set[str]:
+    """The names that PEFT turns into those of stacked experts, as adapters of transformers 4 have them."""
+    from peft.utils import transformers_weight_conversion as peft_names
+
+    return set(peft_names._MOE_TARGET_MODULE_MAPPING.get(peft_names._MODEL_TO_CONVERSION_PATTERN.get(model.config.model_type), ()))
 
 
 def _gives_product(layer: Any) -> bool:

@@ -111,7 +111,7 @@ def reach_report(reach: dict[str, Any]) -> list[str]:
             "linear layers and stay as they are"
         )
     if reach["left_out"]:
-        lines.append(f"LoRA leaves {', '.join(reach['left_out'])} as they are: this model's code uses them in a way that LoRA does not fit")
+        lines.append(f"LoRA leaves {', '.join(reach['left_out'])} as they are: it does not fit how this model uses or names them")
     return lines
 
 

@@ -46,11 +46,6 @@ DELTA = {  # Qwen's linear attention
 IMAGES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
 # What is not kept apart in a pack: states of convolutions and recurrences; gpt-oss' masks go without position ids.
 TOGETHER = {"packed": "packed rows see each other in this model (they move one's hidden states by ...%): use --no-packing, or --preset documented"}
-# PEFT takes the names of the shared expert's linear layers for the tensors of the other experts, on which it knows no dropout.
-OTHER_EXPERTS = {
-    "packed adapter merge resume": "peft does not train this model (lora.ParamWrapper does not work with lora_dropout != 0.): use another model, "
-    "--precision or --backend"
-}
 SAMPLED = {"do_sample": True, "temperature": 0.6, "top_p": 0.95}
 
 
@@ -124,7 +119,7 @@ _ALL = [
     Family("Qwen3 MoE", "Qwen3MoeConfig", "chatml", **QWEN, plain_marks=THINK, sizes=EXPERTS | {"head_dim": 16, "num_experts": 4}),
     Family(
         "Qwen3-Next", "Qwen3NextConfig", "chatml", **QWEN, plain_marks=THINK,
-        refused=OTHER_EXPERTS, sizes=DELTA | EXPERTS | {"num_experts": 4, "shared_expert_intermediate_size": 32},
+        refused=TOGETHER, sizes=DELTA | EXPERTS | {"num_experts": 4, "shared_expert_intermediate_size": 32},
     ),
     Family(
         "Qwen3.5, with images", "Qwen3_5Config", "chatml_prefilled", **QWEN | {"marks": f"{CHATML} <|vision_start|> <|vision_end|> <|image_pad|> <|video_pad|>"},
