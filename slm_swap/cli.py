@@ -19,10 +19,12 @@ from slm_swap.common.settings import PACKAGE, Settings, display_path, find_path,
 from slm_swap.common.temporary import remove_leftovers
 from slm_swap.evaluating.journal import elsewhere
 from slm_swap.rows.examples import Dataset, Example
+from slm_swap.rows.few_shot import FewShot
 from slm_swap.rows.prompts import ASKS
 from slm_swap.scoring.tracks import TRACKS
 from slm_swap.tracing.runs import Tracing
 
+SHOTS = 3  # rows that are shown with --few-shot
 MAX_NEW_TOKENS, MAX_WITH_THINKING = 256, 4096  # of a reply, where --max-new-tokens is not given
 
 
@@ -40,6 +42,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, *given: Any, **named: Any) -> argparse.Namespace:
         args = super().parse_args(*given, **named)
+        if getattr(args, "shots", None) and not args.few_shot:
+            self.error("--shots needs --few-shot FILE: the rows that are shown")
         if getattr(args, "max_new_tokens", 0) is None:
             args.max_new_tokens = MAX_WITH_THINKING if args.thinking == "on" else MAX_NEW_TOKENS
         return args
@@ -60,6 +64,8 @@ class Parser(argparse.ArgumentParser):
     def add_ask(self) -> None:
         """How rows are asked: see prompts.request_of."""
         self.add_argument("--ask", choices=ASKS, help="how rows are asked (default: conversations native, others text)")
+        self.add_argument("--few-shot", metavar="FILE", help="show each row the rows of this file that are most like it, with their replies: a train split")
+        self.add_argument("--shots", type=positive, metavar="K", help=f"how many of them (default: {SHOTS})")
 
     def add_tracing(self) -> None:
         """How a run is traced: see tracing.runs.Tracing."""
@@ -153,7 +159,7 @@ def find_rows(args: argparse.Namespace, kinds: Sequence[str]) -> tuple[Dataset, 
 
         dataset = Dataset(path, args.limit, rows_of_replies, ask)
     else:
-        dataset = Dataset(path, args.limit, ask=ask)
+        dataset = Dataset(path, args.limit, ask=ask, few_shot=few_shot_of(args))
     return dataset, {"path": display_path(path), "sha256": sha256_file(path)}, path.stem
 
 
@@ -166,7 +172,26 @@ def load_rows(args: argparse.Namespace, kinds: Sequence[str]) -> tuple[list[Exam
     dataset, inputs, name = find_rows(args, kinds)
     rows = list(dataset)
     warn_of_unknown_fields(dataset)
-    return rows, inputs, name
+    return rows, inputs | few_shot_report(dataset.few_shot), name
+
+
+def few_shot_of(args: argparse.Namespace) -> FewShot | None:
+    """The index that `--few-shot` names.
+
+    Raises:
+        UserError: its file is missing or cannot be read.
+    """
+    return FewShot(find_path(args.few_shot), args.track, args.shots or SHOTS) if getattr(args, "few_shot", None) else None
+
+
+def few_shot_report(few_shot: FewShot | None) -> dict[str, Any]:
+    """What `inputs` says of the shots, once each row has been given its own; rows that have none are told."""
+    if few_shot is None:
+        return {}
+    told = few_shot.report()
+    if alone := few_shot.shown[0]:
+        warn(f"{alone} of {few_shot.shown.total()} rows have no row like them in {told['path']}: they are asked without one")
+    return {"few_shot": told}
 
 
 def client_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from slm_swap.cli import (
     Parser,
     check_out,
     client_options,
+    few_shot_report,
     find_rows,
     minutes,
     not_negative,
@@ -86,7 +87,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if (args.model_kind == "replay") != bool(args.replies):
         parser.error("--model-kind replay and --replies FILE go together")
-    for flag, given in (("--cache", args.cache), ("--again", args.again), ("--repeat", args.repeat > 1)):
+    for flag, given in (("--cache", args.cache), ("--again", args.again), ("--few-shot", args.few_shot), ("--repeat", args.repeat > 1)):
         if args.replies and given:
             parser.error(f"{flag} is of no use with --replies, where no model is asked")
     if args.again and args.overwrite:
@@ -109,8 +110,9 @@ def main(argv: list[str] | None = None) -> int:
     dataset, inputs, name = find_rows(args, [args.model_kind])
     tally = check_rows(args.track, dataset)
     warn_of_unknown_fields(dataset)
+    inputs |= few_shot_report(dataset.few_shot)
     if args.model_kind == "slm":
-        warn_of_training(args.adapter or settings.slm_model_path, tally.ask, args.thinking, warn)
+        warn_of_training(args.adapter or settings.slm_model_path, tally.ask, args.thinking, dataset.few_shot.count if dataset.few_shot else 0, warn)
     out = args.out = args.out or PACKAGE / f"01_eval/reports/{args.track}_{args.model_kind}_{name}.json"
     check_out(out, rows_path(out), journal_path(out), inputs=[inputs["path"], args.replies])
     asked = {"schema_version": SCHEMA_VERSION, "track": args.track, "dataset_sha256": inputs["sha256"]}

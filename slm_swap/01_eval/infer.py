@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
-from slm_swap.cli import Parser, client_options, positive, run
+from slm_swap.cli import Parser, client_options, few_shot_of, positive, run
 from slm_swap.common.errors import UserError
 from slm_swap.common.os_errors import os_error
 from slm_swap.common.settings import display_path, find_path, load_settings
@@ -42,7 +42,10 @@ def read_row(args: argparse.Namespace) -> Example:
         examples = read_examples(find_path(args.dataset), args.row)
         if len(examples) < args.row:
             raise UserError(f"{display_path(args.dataset)} has {len(examples)} rows: --row {args.row} is not among them")
-        return replace(examples[-1], ask=args.ask)
+        example, few_shot = replace(examples[-1], ask=args.ask), few_shot_of(args)
+        return replace(example, shots=few_shot.turns(example)) if few_shot else example
+    if args.few_shot:
+        raise UserError("--few-shot needs a row, whose tools or schema are known: pass --dataset FILE")
     if args.prompt_file:
         try:
             prompt = sys.stdin.read() if args.prompt_file == "-" else Path(args.prompt_file).read_text(encoding="utf-8")

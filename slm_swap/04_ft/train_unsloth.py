@@ -12,7 +12,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
-from slm_swap.cli import Parser, not_negative, positive, quieten, run, run_metadata, tracing_options, warn
+from slm_swap.cli import Parser, few_shot_of, not_negative, positive, quieten, run, run_metadata, tracing_options, warn
 from slm_swap.clients.engines import PRECISIONS
 from slm_swap.clients.loading import model_path
 from slm_swap.clients.replicas import take_one_gpu
@@ -66,12 +66,16 @@ def read_rows(args: argparse.Namespace) -> tuple[dict[str, list[Example]], dict[
     paths = {"train": find_path(args.train), "val": find_path(args.val)}
     read = {"train": read_examples(paths["train"], args.limit), "val": read_examples(paths["val"])}
     rows = {name: [replace(example, ask=args.ask) for example in examples] for name, examples in read.items()}
+    few_shot = few_shot_of(args)
+    if few_shot:
+        rows = {name: [replace(example, shots=few_shot.turns(example)) for example in examples] for name, examples in rows.items()}
     for split in rows.values():
         for example in split:
             TRACKS[args.track].reference(example)
     inputs = {
         name: {"path": display_path(path), "sha256": sha256_file(path), "rows": len(rows[name])} for name, path in paths.items()
     }
+    inputs |= {"few_shot": few_shot.report()} if few_shot else {}
     if test := check_test_split(paths["train"], rows["train"], find_path(args.test) if args.test else None):
         inputs["test"] = {"path": display_path(test), "sha256": sha256_file(test), "rows": None}
     return rows, inputs

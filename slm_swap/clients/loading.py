@@ -69,9 +69,10 @@ def _training_info(adapter: Path, *place: str) -> Any:
     return told
 
 
-def trained_as(model: Path) -> tuple[str | None, str | None]:
-    """(ask, thinking) of the prompts on which an adapter or merged model was trained; None for what its `training_info.json` does not say."""
-    return _training_info(model, "ask"), _training_info(model, "thinking")
+def trained_as(model: Path) -> tuple[str | None, str | None, int | None]:
+    """(ask, thinking, shots) of the prompts on which an adapter or merged model was trained; None for what its `training_info.json` does not say."""
+    shots = _training_info(model, "inputs", "few_shot", "shots")
+    return _training_info(model, "ask"), _training_info(model, "thinking"), 0 if shots is None and _training_info(model, "inputs") else shots
 
 
 def trained_base(model: Path) -> str | None:

@@ -7,8 +7,8 @@ from typing import Any
 from slm_swap.common.exact_json import EXACT
 from slm_swap.dataset.row import Row
 from slm_swap.rows.lines import dump_json
+from slm_swap.rows.words import NEAR, words
 
-NEAR = (7, 10)  # near-duplicates: token Jaccard of at least 7/10, in whole numbers so that no rounding decides
 SHARED = 3  # words that near-duplicates share in their prefixes: two different sets of fewer words are never that near
 FEW_WORDS = 4  # a request of fewer words ("yes, please") says nothing of its conversation
 BLOCK = 512  # texts at a time
@@ -18,16 +18,15 @@ FEW_PAIRS = (15, 400_000_000)  # products of words that the prefixes may cost, a
 def near_duplicates(texts: list[str]) -> list[int]:
     """A label for each text: equal for texts that a chain of near-duplicates connects, different for all others.
 
-    Near-duplicates are texts whose sets of lower-cased words (`\\w+`) have a Jaccard index of at least 0.7,
-    |A n B| >= 0.7 |A u B|, that is 17 |A n B| >= 7 (|A| + |B|). Exact, by one of two ways. Where words are spread well, only pairs that
+    Near-duplicates are those of `words.near`. Exact, by one of two ways. Where words are spread well, only pairs that
     share SHARED words among the rarest of each are compared (`_by_prefixes`). Where many texts are alike, all pairs that are not too
     different in size are (`_by_all`).
     """
-    tokens = [tuple(sorted(set(re.findall(r"\w+", text.lower())))) for text in texts]
-    index = {words: at for at, words in enumerate(sorted(set(tokens), key=lambda words: (len(words), words)))}
+    tokens = [words(text) for text in texts]
+    index = {one: at for at, one in enumerate(sorted(set(tokens), key=lambda one: (len(one), one)))}
     sets, sizes = _as_matrix(list(index))
     labels = _labels(sets, sizes)
-    return [int(labels[index[words]]) for words in tokens]
+    return [int(labels[index[one]]) for one in tokens]
 
 
 def _as_matrix(index: list[tuple]) -> tuple[Any, Any]:

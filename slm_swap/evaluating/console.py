@@ -47,13 +47,17 @@ def show(report: dict[str, Any], out: Path, argv: Sequence[str], warn: Callable[
     print(f"report: {display_path(out)}")
 
 
-def warn_of_training(model: str | Path | None, ask: str, thinking: str | None, warn: Callable[[str], None]) -> None:
-    """Say where an adapter, or a merged model, was trained on rows that were asked in another form than now, or without the `thinking`."""
-    trained, thought = trained_as(find_path(model)) if model else (None, None)
+def warn_of_training(model: str | Path | None, ask: str, thinking: str | None, shots: int, warn: Callable[[str], None]) -> None:
+    """Say where an adapter, or a merged model, was trained on rows that were asked in another form than now, without the `thinking`, or with
+    another number of `shots`."""
+    trained, thought, shown = trained_as(find_path(model)) if model else (None, None, None)
     if trained not in (None, "mixed", ask):
         warn(f"{display_path(find_path(model))} was trained on rows asked in {trained} form, and these are asked in {ask} form: --ask {trained}")
     if thought == "off" and thinking == "on":
         warn(f"{display_path(find_path(model))} was trained to reply without thinking: leave --thinking out")
+    if shown not in (None, shots):
+        remedy = f"--few-shot FILE --shots {shown}" if shown else "leave --few-shot out"
+        warn(f"{display_path(find_path(model))} was trained on rows that are shown {shown} others, and these are shown {shots}: {remedy}")
 
 
 def _warn_of_unmeasured(report: dict[str, Any], argv: Sequence[str], warn: Callable[[str], None]) -> None:

@@ -1,10 +1,12 @@
 """Conversations: OpenAI's chat messages in one form, and as readable text."""
 
+import re
 from typing import Any
 
 from slm_swap.common.errors import UserError
 from slm_swap.rows.lines import dump_json
 
+_CALL = re.compile(r'<tool_call name="([^"]*)">(.*)</tool_call>', re.DOTALL)
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 
 
@@ -79,6 +81,12 @@ def _calls(given: Any, at: int, place: str) -> list[dict[str, Any]]:
 def call_text(name: str, arguments: str) -> str:
     """One call in the words of the text form; `arguments` is JSON."""
     return f'<tool_call name="{name}">{arguments}</tool_call>'
+
+
+def call_of(text: str) -> tuple[str, str] | None:
+    """The name and the arguments, as written, of the one call that a text is in the words of the text form; None for any other text."""
+    found = _CALL.fullmatch(text.strip())
+    return (found[1], found[2]) if found else None
 
 
 def reply_text(calls: list[dict[str, Any]] | None, value: Any = None, content: str | None = None) -> str:

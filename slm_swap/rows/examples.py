@@ -48,7 +48,8 @@ class Example:
     said where no call is due, for training alone; `options` is what production sent besides (tool_choice, parallel_tool_calls,
     response_format), `time` when it was answered. `group` is the one thing that rows come from which are not independent (conversation, session, document), never
     the tool; `request` is the part of the prompt that is this row's own. `ask` is how this run asks the row
-    (see `prompts.request_of`), `where` is "file:line", for messages only; neither is a part of the row.
+    (see `prompts.request_of`), `shots` are the turns of other rows that it is shown (see `few_shot`), `where` is "file:line", for messages
+    only; none of them is a part of the row.
     """
 
     prompt: str
@@ -67,6 +68,7 @@ class Example:
     options: dict[str, Any] | None = None
     time: str | None = None
     ask: str | None = field(default=None, compare=False)
+    shots: list[dict[str, Any]] | None = field(default=None, compare=False)
     where: str = field(default="", compare=False)
 
     def _asked_and_wanted(self) -> dict[str, Any]:
@@ -183,7 +185,7 @@ class Dataset:
     """The rows of a file, or the first `limit`, for any number of loops over them with one row in memory at a time.
 
     The first loop checks them and keeps them in a temporary file, in a form that is fast to read: the later ones do not see it where
-    the file is changed meanwhile. `lines` gives ("file:line", decoded row) for each line of `path`. `ask` is each row's. `unknown` counts
+    the file is changed meanwhile. `lines` gives ("file:line", decoded row) for each line of `path`. `ask` is each row's, and `few_shot` (a `few_shot.FewShot`) gives each row its `shots`. `unknown` counts
     the rows that have a field which nothing reads, by its name.
 
     Raises (in the first loop):
@@ -196,8 +198,9 @@ class Dataset:
         limit: int | None = None,
         lines: Callable[..., Iterable[tuple[str, Any]]] = read_jsonl,
         ask: str | None = None,
+        few_shot: Any = None,
     ):
-        self._path, self._limit, self._lines, self._ask = path, limit, lines, ask
+        self._path, self._limit, self._lines, self._ask, self.few_shot = path, limit, lines, ask, few_shot
         self.unknown: Counter[str] = Counter()
         self._rows: IO[bytes] | None = None
         self._ends = array("q", [0])  # of the rows in it
@@ -215,6 +218,7 @@ class Dataset:
         with writing(tempfile.gettempdir(), NO_TMPDIR):
             for example in parse_examples(self._noted(unknown), self._path, self._limit):
                 vars(example)["ask"] = self._ask
+                vars(example)["shots"] = self.few_shot.turns(example) if self.few_shot else None
                 ends.append(ends[-1] + rows.write(_packed(vars(example))))
                 yield example
             rows.flush()

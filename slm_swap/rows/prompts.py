@@ -4,11 +4,12 @@ Evaluation, training and the dataset all go through this module, so a model is a
 """
 
 import json
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from slm_swap.common.errors import UserError
 from slm_swap.common.exact_json import ExactEncoder
-from slm_swap.rows.conversations import call_text, turn_text
+from slm_swap.rows.conversations import call_of, call_text, turn_text
 from slm_swap.rows.examples import Example
 from slm_swap.rows.lines import dump_json
 
@@ -60,10 +61,19 @@ class Request(NamedTuple):
 
 def request_of(track: str, example: Example) -> Request:
     """What a model is asked for one row: as the row's `ask` says, one of ASKS; None asks conversations natively and others as text.
+    The turns of the row's `shots` stand behind the system text.
 
     Raises:
         UserError: a row that is only a text cannot be asked natively.
     """
+    request = _alone(track, example)
+    if not example.shots:
+        return request
+    system = next((at for at, message in enumerate(request.messages) if message["role"] != "system"), 0)
+    return request._replace(messages=[*request.messages[:system], *example.shots, *request.messages[system:]])
+
+
+def _alone(track: str, example: Example) -> Request:
     if asked_natively(example):
         return _native(track, example)
     if example.messages is not None:
@@ -71,6 +81,42 @@ def request_of(track: str, example: Example) -> Request:
     if track == "structured" and example.completion.lstrip()[:1] == "[":  # the documented words speak of an object
         return Request([{"role": "system", "content": CONVERSATION_PROMPTS[track]}, {"role": "user", "content": example.prompt}])
     return text_request(track, example.prompt)
+
+
+def request_text(example: Example) -> str:
+    """The part of a row's prompt that is its own: its `request`, the last thing that the user said, or the prompt without what is on offer."""
+    if example.request is not None:
+        return example.request
+    if example.messages is not None:
+        return next(message["content"] for message in reversed(example.messages) if message["role"] == "user")
+    offered = [toolcall_prompt(example.tools, "")] if example.tools else []
+    offered += [structured_prompt(example.schema, "")] if example.schema else []
+    return next((example.prompt.removeprefix(offer) for offer in offered if example.prompt.startswith(offer)), example.prompt)
+
+
+def shot_turns(track: str, shot: Example, native: bool, number: int) -> Messages:
+    """A row with its reply as earlier turns of another row's conversation, in native or in text form; its system text and what it had on
+    offer are left out. `number` tells its calls from those of other shots."""
+    if not native:
+        if shot.messages is None:
+            return [{"role": "user", "content": f"Request: {request_text(shot)}"}, {"role": "assistant", "content": shot.completion}]
+        turns = _as_text(track, replace(shot, tools=None, schema=None))[1:]
+        return [*turns, {"role": "assistant", "content": shot.completion}]
+    own = [{"role": "user", "content": request_text(shot)}] if shot.messages is None else shot.messages
+    turns = [message for message in own if message["role"] != "system"]
+    if shot.calls is None:
+        calls = [called] if (called := call_of(shot.completion)) else []
+    else:
+        calls = [(call["name"], dump_json(call["arguments"])) for call in shot.calls]
+    if not calls:
+        return [*turns, {"role": "assistant", "content": shot.completion}]
+    made = [
+        {"id": f"shot{number:02}{at:03}", "type": "function", "function": {"name": name, "arguments": arguments}}
+        for at, (name, arguments) in enumerate(calls)
+    ]
+    # each call has its result, without which servers and some templates refuse a conversation
+    results = [{"role": "tool", "tool_call_id": call["id"], "content": "done"} for call in made]
+    return [*turns, {"role": "assistant", "content": None, "tool_calls": made}, *results]
 
 
 def text_request(track: str, prompt: str) -> Request:

@@ -235,7 +235,7 @@ def identity(
         "backend": backend,
         "base_model": {"config_sha256": sha256_file(base / "config.json"), "files_sha256": files_hash(base)},
         "hyperparameters": asdict(parameters),
-        "inputs": {name: {key: told[key] for key in ("sha256", "rows")} for name, told in inputs.items()},
+        "inputs": {name: {key: told[key] for key in ("sha256", "rows", "shots") if key in told} for name, told in inputs.items()},
         "processes": launch.world,
         "deepspeed_sha256": sha256_file(deepspeed) if deepspeed else None,
     }

@@ -158,6 +158,10 @@ def require_same(azure: Evaluation, other: Evaluation) -> list[str]:
     if asks[0] != asks[1] and None not in asks and key == "rows_sha256":
         names = [f"the {model_of(side.report).get('kind')} model {ASKED.get(ask, ask)}" for side, ask in zip((azure, other), asks, strict=True)]
         return [f"the same rows were asked in two forms: {' and '.join(names)}"]
+    shown = [((side.report.get("inputs") or {}).get("few_shot") or {}).get("shots", 0) for side in (azure, other)]
+    if shown[0] != shown[1] and key == "rows_sha256":
+        told = (f"the {model_of(side.report).get('kind')} model {count}" for side, count in zip((azure, other), shown, strict=True))
+        return [f"the same rows were asked with another number of examples in front (--few-shot): {', '.join(told)}"]
     if prompts[0] != prompts[1]:
         raise UserError("the reports are of different prompts: evaluate both models with the same version of the code")
     return []
