@@ -18,6 +18,7 @@ from slm_swap.common.secrets import hide_in_tracebacks
 from slm_swap.common.settings import PACKAGE, Settings, display_path, find_path, load_launch, load_settings, real_path
 from slm_swap.common.temporary import remove_leftovers
 from slm_swap.evaluating.journal import elsewhere
+from slm_swap.evaluating.recipe import FLAGS, read_recipe
 from slm_swap.rows.examples import Dataset, Example
 from slm_swap.rows.few_shot import FewShot
 from slm_swap.rows.prompts import ASKS
@@ -40,13 +41,33 @@ class Parser(argparse.ArgumentParser):
             sys.exit(2)  # the first process of the machine says it
         self.exit(2, f"{self.prog}: {' '.join(message.split())}: see {self.prog} --help\n")
 
-    def parse_args(self, *given: Any, **named: Any) -> argparse.Namespace:
-        args = super().parse_args(*given, **named)
+    def parse_args(self, argv: Sequence[str] | None = None, namespace: argparse.Namespace | None = None) -> argparse.Namespace:
+        """As of argparse; a recipe's flags stand as if they had been given.
+
+        Raises:
+            UserError: as `read_recipe`.
+        """
+        args = super().parse_args(argv, namespace)
+        if getattr(args, "recipe", None):
+            self._take_recipe(args, sys.argv[1:] if argv is None else argv)
         if getattr(args, "shots", None) and not args.few_shot:
             self.error("--shots needs --few-shot FILE: the rows that are shown")
         if getattr(args, "max_new_tokens", 0) is None:
             args.max_new_tokens = MAX_WITH_THINKING if args.thinking == "on" else MAX_NEW_TOKENS
         return args
+
+    def _take_recipe(self, args: argparse.Namespace, argv: Sequence[str]) -> None:
+        recipe, given = read_recipe(args.recipe, args.track), {str(word).partition("=")[0] for word in argv}
+        known = [name for name in self.of_recipe if hasattr(args, name)]
+        for name in (*known, "model"):
+            if (flag := f"--{name.replace('_', '-')}") in given:
+                self.error(f"{flag} is a part of the recipe: leave it out, or leave --recipe out")
+        vars(args).update({name: recipe.flags.get(name) for name in known}, model=recipe.model)
+
+    def add_recipe(self, flags: Sequence[str] = FLAGS) -> None:
+        """Take `flags`, some of recipe.FLAGS, from a recipe."""
+        self.of_recipe = flags
+        self.add_argument("--recipe", metavar="FILE", help="how the small model is asked and run: a recipe.json of 04_ft/improve.py")
 
     def add_track(self) -> None:
         self.add_argument("--track", required=True, choices=TRACKS, help="the task")
@@ -131,6 +152,14 @@ def minutes(text: str) -> float:
     return number
 
 
+def positive_number(text: str) -> float:
+    """A number above 0 that is not infinite, for argparse."""
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return number
+
+
 def share(text: str) -> float:
     """A number from 0 to 1, for argparse."""
     number = float(text)
@@ -196,7 +225,7 @@ def few_shot_report(few_shot: FewShot | None) -> dict[str, Any]:
 
 def client_options(args: argparse.Namespace) -> dict[str, Any]:
     """The flags of `Parser.add_client` as options of `factory.make_client`."""
-    local = ("engine", "engine_start", "precision", "adapter", "max_new_tokens", "batch_size", "trust_remote_code", "thinking")
+    local = ("model", "engine", "engine_start", "precision", "adapter", "max_new_tokens", "batch_size", "trust_remote_code", "thinking")
     options = {name: getattr(args, name) for name in (*local, "replies", "concurrency") if getattr(args, name, None) is not None}
     return options | ({"replies": find_path(args.replies)} if options.get("replies") else {})
 

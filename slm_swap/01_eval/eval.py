@@ -4,6 +4,7 @@
     python 01_eval/eval.py --track toolcall --model-kind slm --adapter 04_ft/adapter_toolcall --out 01_eval/reports/after.json
     python 01_eval/eval.py --track toolcall --model-kind replay --replies recorded.jsonl
     ./eval_parallel.sh --track toolcall --model-kind slm
+    python 01_eval/eval.py --track toolcall --model-kind slm --recipe 04_ft/improve_toolcall/recipe.json
     python 01_eval/eval.py --track toolcall --model-kind azure --again failed,truncated --max-new-tokens 1024
 
 Interrupted in any way, the same command goes on where it stopped: until the report is written, every reply is in the journal
@@ -48,6 +49,7 @@ from slm_swap.evaluating.finished import KINDS, Finished, finished_report, run_i
 from slm_swap.evaluating.journal import Journal, elsewhere, journal_path
 from slm_swap.evaluating.latency import alone_rows, latency_of
 from slm_swap.evaluating.outage import Outage
+from slm_swap.evaluating.recipe import read_recipe
 from slm_swap.evaluating.repeat import repeat_rows
 from slm_swap.evaluating.reply_cache import ReplyCache
 from slm_swap.evaluating.report import Tally, make_report
@@ -73,6 +75,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_rows()
     parser.add_ask()
     parser.add_client()
+    parser.add_recipe()
     parser.add_argument("--cache", metavar="DIR", help="take replies that this folder has already, and keep the others there")
     parser.add_argument("--out", type=Path, help="the report (default: 01_eval/reports/<track>_<model-kind>_<split>.json)")
     parser.add_argument("--overwrite", action="store_true", help="ask all rows anew, whatever report is there")
@@ -90,6 +93,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for flag, given in (("--cache", args.cache), ("--again", args.again), ("--few-shot", args.few_shot), ("--repeat", args.repeat > 1)):
         if args.replies and given:
             parser.error(f"{flag} is of no use with --replies, where no model is asked")
+    if args.recipe and args.model_kind != "slm":
+        parser.error("--recipe says how the small model is asked: leave it out, or give --model-kind slm")
     if args.again and args.overwrite:
         parser.error("--again keeps the report's other rows and --overwrite keeps none: give one of them")
     return args
@@ -123,6 +128,8 @@ def main(argv: list[str] | None = None) -> int:
         client = make_client(args.model_kind, settings, args.track, dataset, seed=args.seed, **client_options(args))
         try:
             asked |= {"model": client.identity}
+            if args.recipe:
+                read_recipe(args.recipe, args.track).check(client.identity)
             journal.discard(run_id_at(out))
             if old is None:
                 journal.begin(asked, asked["rows"])

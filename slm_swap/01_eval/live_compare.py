@@ -10,6 +10,7 @@ and ends once the verdict is certain at --delta and --alpha, however often one l
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from slm_swap.cli import Parser, client_options, load_rows, run, run_metadata, s
 from slm_swap.clients.protocol import MODEL_KINDS
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import SCHEMA_VERSION, rows_path, write_json, write_jsonl
-from slm_swap.common.settings import PACKAGE, display_path, load_settings
+from slm_swap.common.settings import PACKAGE, Settings, display_path, load_settings
 from slm_swap.evaluating.evaluation import Stopwatch, check_rows, references
 from slm_swap.evaluating.factory import make_client
 from slm_swap.evaluating.finished import finished_report
 from slm_swap.evaluating.live import EarlyStop, Side, watch
+from slm_swap.evaluating.recipe import CLIENT_FLAGS, Recipe, read_recipe
 from slm_swap.evaluating.report import make_report, no_latency, summary
 from slm_swap.evaluating.row_traces import trace_rows
 from slm_swap.rows.examples import Example
@@ -41,6 +43,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_rows()
     parser.add_ask()
     parser.add_client()
+    parser.add_recipe(())
     parser.add_argument("--stop-early", action="store_true", help="stop calling the hosted model once the verdict is certain")
     parser.add_argument("--delta", type=share, default=0.02, help="non-inferiority margin of --stop-early, 0..1")
     parser.add_argument("--alpha", type=share, default=0.05, help="error rate of --stop-early's verdict, 0..1")
@@ -57,6 +60,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--models takes two different models")
     if args.stop_early and "azure" not in args.models:
         parser.error("--stop-early saves calls of the hosted model: name azure as one of --models")
+    if args.recipe and "slm" not in args.models:
+        parser.error("--recipe says how the small model is asked: name slm as one of --models")
     if args.delta == 1 or args.alpha in (0, 1):
         parser.error("--delta must be less than 1, --alpha more than 0 and less than 1")
     return args
@@ -93,12 +98,26 @@ def save(
     flags = vars(args) | {"out_dir": display_path(args.out_dir)}
     for side, kind in zip(sides, args.models, strict=True):
         out = report_path(args, kind, name)
-        report = make_report(args.track, side.client, side.rows, side.seconds, clock.total, inputs, flags)
+        shown = {"few_shot": side.few_shot.report()} if side.few_shot else {}
+        report = make_report(args.track, side.client, side.rows, side.seconds, clock.total, inputs | shown, flags)
         report |= {"latency": no_latency("both models were asked at once: eval.py measures it")}
         report |= {"asked": asked | {"model": side.client.identity}, "stopped_early": early and early.to_json(len(side.rows))}
         write_jsonl(rows_path(out), (row.to_json(TRACKS[args.track]) for row in side.rows))
         write_json(out, report)
         print(f"report: {display_path(out)}")
+
+
+def open_side(kind: str, args: argparse.Namespace, settings: Settings, examples: list[Example], recipe: Recipe | None) -> Side:
+    """One of the models; the small one as its recipe says, where there is one."""
+    options = client_options(args)
+    if recipe is None or kind != "slm":
+        return Side(make_client(kind, settings, args.track, examples, seed=args.seed, **options))
+    few_shot = recipe.few_shot()
+    form = partial(recipe.as_asked, few_shot=few_shot)
+    options |= {name: value for name, value in recipe.flags.items() if name in CLIENT_FLAGS} | {"model": recipe.model}
+    side = Side(make_client(kind, settings, args.track, list(map(form, examples)), seed=args.seed, **options), form, few_shot)
+    recipe.check(side.client.identity)
+    return side
 
 
 def trace_side(connection: Connection | None, args: argparse.Namespace, side: Side, kind: str, out: Path) -> None:
@@ -124,12 +143,13 @@ def main(argv: list[str] | None = None) -> int:
             f"better one: {'a tool' if args.tools == 'others' else 'a row or group of rows'} is one bet, and there are {len(early.sizes)}, "
             f"the largest of {max(early.sizes)} rows"
         )
+    recipe = read_recipe(args.recipe, args.track) if args.recipe else None
     sides, asked = list[Side](), what_is_asked(args, inputs, examples)
     if args.save:
         is_finished(args, asked, name, [])  # before a model is loaded
     try:
         for kind in args.models:
-            sides.append(Side(make_client(kind, settings, args.track, examples, seed=args.seed, **client_options(args))))
+            sides.append(open_side(kind, args, settings, examples, recipe))
             if told := getattr(sides[-1].client, "warning", None):
                 warn(told)
         if args.save and is_finished(args, asked, name, sides):

@@ -18,6 +18,7 @@ from slm_swap.clients.loading import model_path
 from slm_swap.clients.replicas import take_one_gpu
 from slm_swap.common.reports import sha256_file
 from slm_swap.common.settings import Launch, display_path, find_path, load_settings
+from slm_swap.evaluating.recipe import ROW_FLAGS
 from slm_swap.rows.examples import Example, read_examples
 from slm_swap.rows.lines import read_jsonl
 from slm_swap.scoring.tracks import TRACKS
@@ -44,6 +45,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--preset", choices=PRESETS, default="documented", help="what the hyperparameters are where no flag says otherwise"
     )
     parser.add_ask()
+    parser.add_recipe(ROW_FLAGS)
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N rows of --train")
     parser.add_argument("--save-steps", type=not_negative, default=100, metavar="N", help="steps between checkpoints; 0: none")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint, if there is one")

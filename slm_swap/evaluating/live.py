@@ -1,7 +1,7 @@
 """Two models side by side over the same rows, batch by batch, until all rows are answered or the verdict is certain."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from slm_swap.evaluating.report import summary
 from slm_swap.evaluating.row import Row
 from slm_swap.evaluating.row_traces import model_name
 from slm_swap.rows.examples import Example
+from slm_swap.rows.few_shot import FewShot
 from slm_swap.scoring.metrics import Reference
 from slm_swap.scoring.tracks import TRACKS, Track
 from slm_swap.verdict.decision import FINE_TUNE, NEED_MORE_DATA
@@ -21,10 +22,11 @@ if TYPE_CHECKING:
 
 
 class Side:
-    """One of the two models: what it has answered and how long it took."""
+    """One of the two models: what it has answered and how long it took. `form` gives a row as this model is asked it, with
+    shots of `few_shot` where there is one."""
 
-    def __init__(self, client: Client):
-        self.client, self.rows, self.seconds = client, [], 0.0
+    def __init__(self, client: Client, form: Callable[[Example], Example] = lambda example: example, few_shot: FewShot | None = None):
+        self.client, self.form, self.few_shot, self.rows, self.seconds = client, form, few_shot, [], 0.0
 
     @property
     def unmeasured(self) -> int:
@@ -34,7 +36,7 @@ class Side:
 
     def work(self, track: str, batch: list[Example], gold: list[Reference]) -> tuple[list[Row], float]:
         clock = Stopwatch()
-        return evaluate(track, self.client, batch, gold, len(batch)), clock.lap()
+        return evaluate(track, self.client, list(map(self.form, batch)), gold, len(batch)), clock.lap()
 
 
 def side_by_side(

@@ -1,0 +1,156 @@
+"""Close the gap by the cheapest means that works: climb the ladder on validation rows, and write what to deploy as recipe.json.
+
+    python 04_ft/improve.py --track toolcall --dry-run
+    python 04_ft/improve.py --track toolcall --azure 01_eval/reports/toolcall_azure_val.json --delta 0.05 --hours 3
+    python 04_ft/improve.py --track structured --rungs ask,few-shot,constrain
+
+Each rung (how it is asked, thinking, more tokens, few-shot, constrained decoding, fine-tuning, combinations of them) is evaluated on the
+validation split, and stays where a paired test shows a gain. It ends early where the verdict on these rows would be SWAP: --azure is the
+hosted model's report of the same rows. The test split is not looked at. Interrupted in any way, the same command goes on.
+"""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
+
+from slm_swap.cli import Parser, check_out, load_rows, positive, positive_number, run, share
+from slm_swap.clients.pricing import load_prices
+from slm_swap.common.errors import UserError
+from slm_swap.common.reports import write_json
+from slm_swap.common.settings import PACKAGE, display_path, find_path, load_settings
+from slm_swap.evaluating.recipe import make_recipe
+from slm_swap.rows.prompts import ASKS
+from slm_swap.scoring.tracks import TRACKS
+from slm_swap.tuning.hyperparameters import PRESETS
+from slm_swap.tuning.ladder import KINDS, Ladder, Setting, rungs
+from slm_swap.tuning.ladder_tables import outlook, show, show_outlook
+from slm_swap.tuning.stages import Budget, Stages
+from slm_swap.verdict.evaluations import Evaluation, read_evaluation
+
+
+def several(known: tuple[str, ...] | dict) -> Any:
+    """Some of `known` with commas between, for argparse."""
+
+    def read(text: str) -> list[str]:
+        chosen = [word.strip() for word in text.split(",")]
+        if unknown := [word for word in chosen if word not in known]:
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r}: give some of {', '.join(known)} with commas between")
+        return [name for name in known if name in chosen]
+
+    return read
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(description=__doc__)
+    parser.add_track()
+    parser.add_argument("--split", default="val", help="the rows of 02_dataset/<track>/<split>.jsonl to measure on, never the test split")
+    parser.add_argument("--dataset", metavar="FILE", help="rows from this file instead of a split")
+    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N rows")
+    parser.add_argument("--ask", choices=ASKS, help="how rows are asked to begin with (default: conversations native, others text)")
+    parser.add_argument("--train", metavar="FILE", help="rows to show and to train on (default: train.jsonl beside those rows, if it is there)")
+    parser.add_argument("--azure", metavar="REPORT", help="the hosted model's report of the same rows (default: 01_eval/reports/<track>_azure_<split>.json, if it is there)")
+    parser.add_argument("--delta", type=share, default=0.02, help="non-inferiority margin of that verdict, 0..1")
+    parser.add_argument("--alpha", type=share, default=0.05, help="error rate of each rung's test and of that verdict")
+    parser.add_argument("--rungs", type=several(KINDS), default=list(KINDS), metavar="KINDS", help=f"which kinds of rungs: {','.join(KINDS)}")
+    parser.add_argument("--presets", type=several(PRESETS), default=["fast"], metavar="NAMES", help=f"trainings: {','.join(PRESETS)}")
+    parser.add_argument("--training-flags", default="", metavar="FLAGS", help='further flags of train_unsloth.py, in one word: "--epochs 2"')
+    parser.add_argument("--hours", type=positive_number, help="most hours of work, those of an interrupted run included")
+    parser.add_argument("--spend", type=positive_number, metavar="MONEY", help="most money for the machine, by the prices of prices.toml")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done, for how long, at what cost")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="the ladder's folder (default: 04_ft/improve_<track>)")
+    parser.add_client(replay=False)
+    parser.add_seed()
+    parser.add_tracing()
+    args = parser.parse_args(argv)
+    if args.delta >= 1 or not 0 < args.alpha < 0.5:
+        parser.error("--delta must be below 1, and --alpha above 0 and below 0.5")
+    return args
+
+
+def common_flags(args: argparse.Namespace, rows: Path) -> list[str]:
+    """What every evaluation is given."""
+    named = {"track": args.track, "dataset": rows, "limit": args.limit, "engine": args.engine, "batch-size": args.batch_size, "seed": args.seed}
+    named |= {"precision": args.precision, "session": args.session}
+    flags = [word for name, value in named.items() if value is not None for word in (f"--{name}", str(value))]
+    return flags + [f"--{name.replace('_', '-')}" for name in ("trust_remote_code", "langfuse_optional", "no_trace_content") if getattr(args, name)]
+
+
+def find_hosted(args: argparse.Namespace, name: str) -> Evaluation | None:
+    """The hosted model's evaluation, where there is one.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    usual = PACKAGE / f"01_eval/reports/{args.track}_azure_{name}.json"
+    path = args.azure or (usual if usual.is_file() else None)
+    if path is None:
+        say(
+            f"no report of the hosted model on these rows, so no verdict and no early end: make it with python 01_eval/eval.py --track {args.track} "
+            f"--model-kind azure {f'--dataset {args.dataset}' if args.dataset else f'--split {args.split}'}, and pass it as --azure"
+        )
+        return None
+    return read_evaluation(path, TRACKS[args.track], with_rows=True)
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    settings = load_settings()
+    prices = load_prices(settings.prices_file)
+    if args.spend is not None and prices.local.hour is None:
+        raise UserError("--spend needs the machine's price: write `hour` under [local] in prices.toml")
+    examples, inputs, name = load_rows(args, [])
+    folder = args.out or PACKAGE / f"04_ft/improve_{args.track}"
+    path, rows = folder / "recipe.json", find_path(inputs["path"])
+    check_out(path)
+    train = find_path(args.train) if args.train else rows.with_name("train.jsonl")
+    if args.train and not train.is_file():
+        raise UserError(f"no train rows at {display_path(train)}: check --train")
+    train = train if train.is_file() else None
+    if train is None:
+        say("no train rows: few-shot and fine-tuning are left out; name them with --train")
+    local = settings.slm_base_url is None
+    kinds = [kind for kind in args.rungs if local or kind not in ("constrain", "train", "combine")]
+    if not local:
+        say("the model of SLM_BASE_URL is served elsewhere: constrained decoding and fine-tuning are left out")
+    training = ["--track", args.track, "--train", str(train), "--val", str(rows), "--seed", str(args.seed), *shlex.split(args.training_flags)]
+    plan, common = rungs(kinds, train, args.presets, folder, training), common_flags(args, rows)
+    begin: Setting = {name: getattr(args, name) for name in ("ask", "thinking", "adapter") if getattr(args, name) is not None}
+    begin["max_new_tokens"] = args.max_new_tokens
+    stages = Stages(folder, Budget(args.hours and 3600 * args.hours, args.spend), prices, common, training, say)
+
+    def measure(name: str, setting: Setting, preset: str | None, report: Path) -> float:
+        trained = stages.train(preset, setting) if preset else 0.0
+        return trained + stages.evaluate(name, setting, report)
+
+    hosted = find_hosted(args, name)
+    ladder = Ladder(folder, args.track, inputs | {"rows": len(examples)}, plan, common, measure, hosted, args.delta, args.alpha, prices, say)
+    if args.dry_run:
+        show_outlook(outlook(ladder, begin, examples, stages, train), prices.local.cost)
+        return 0
+    stages.budget.spent_seconds, stages.budget.spent_money = ladder.spent()
+    best = ladder.climb(begin)
+    write_json(path, make_recipe(best.evaluation.report, display_path(ladder.path)))
+    show(ladder)
+    tell_commands(args, path, ladder.verdict)
+    return 0
+
+
+def tell_commands(args: argparse.Namespace, recipe: Path, verdict: str | None) -> None:
+    """What to do next: the test split is asked once, by the recipe."""
+    report = f"01_eval/reports/{args.track}_slm_recipe.json"
+    say(f"recipe: {display_path(recipe)}")
+    say(f"on the validation rows the verdict is {verdict or 'not known'}. Now measure the recipe on the test split, which nothing was chosen on:")
+    say(f"  python 01_eval/eval.py --track {args.track} --model-kind slm --recipe {display_path(recipe)} --out {report}")
+    say(f"  python 03_compare/compare.py --track {args.track} --azure 01_eval/reports/{args.track}_azure_test.json --slm {report} --delta {args.delta:g} --table")
+
+
+if __name__ == "__main__":
+    run(main)
