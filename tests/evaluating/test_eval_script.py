@@ -180,7 +180,7 @@ def test_missing_files(evaluate, files, tmp_path):
         (("--dataset", tmp_path / "none.jsonl", "--replies", files[1]), "no rows at"),
         (("--dataset", files[0], "--replies", tmp_path / "none.jsonl"), "cannot read"),
         (("--replies", tmp_path / "none.jsonl"), "no replies at"),
-        (("--dataset", tmp_path, "--replies", files[1]), "no rows at"),
+        (("--dataset", tmp_path, "--replies", files[1]), "(Is a directory)"),
         (("--replies", files[1]), "no `prompt` or no `reference`"),
     ):
         code, _, error = evaluate(*flags)
