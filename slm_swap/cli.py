@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from slm_swap.clients.engines import ENGINES, PRECISIONS, STARTS
 from slm_swap.clients.thinking import THINKING
 from slm_swap.common.errors import UserError
-from slm_swap.common.os_errors import mendable
+from slm_swap.common.os_errors import ELSEWHERE, mendable
 from slm_swap.common.reports import code_version, sha256_file
 from slm_swap.common.secrets import hide_in_tracebacks
 from slm_swap.common.settings import PACKAGE, Settings, display_path, find_path, load_launch, load_settings, real_path
@@ -180,7 +180,7 @@ def find_rows(args: argparse.Namespace, kinds: Sequence[str]) -> tuple[Dataset, 
     own = "replay" in kinds and args.replies and not args.dataset and not args.split
     split = PACKAGE / "02_dataset" / args.track / f"{args.split or 'test'}.jsonl"
     path = find_path(args.replies if own else args.dataset or split)
-    if not path.is_file():
+    if not os.path.lexists(path):
         advice = "check --replies" if own else "make them with 02_dataset/prepare_data.py or pass --dataset FILE"
         raise UserError(f"no {'replies' if own else 'rows'} at {display_path(path)}: {advice}")
     if own:
@@ -230,20 +230,20 @@ def client_options(args: argparse.Namespace) -> dict[str, Any]:
     return options | ({"replies": find_path(args.replies)} if options.get("replies") else {})
 
 
-def check_out(*outs: Path, inputs: Sequence[str | Path | None] = ()) -> None:
+def check_out(*outs: Path, inputs: Sequence[str | Path | None] = (), advice: str | None = None) -> None:
     """Notice before the work starts that its results cannot be written, or would overwrite what they are made from; what a killed
-    process left of writing them goes. The first of them is what --out names.
+    process left of writing them goes. The first of them is what --out names; `advice` is what to do where they go by another flag.
 
     Raises:
-        UserError: a place is a folder, lies below a file or in a folder that may not be written, or is one of the inputs.
+        UserError: a place is a folder, a pipe or a device, lies below a file or in a folder that may not be written, or is one of the inputs.
     """
     sources = {real_path(find_path(path)) for path in inputs if path is not None}
     for out in outs:
         folder = next(parent for parent in out.absolute().parents if parent.exists())
-        if out.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise UserError(f"cannot write {display_path(out)}: {elsewhere(outs[0])}")
+        if (out.exists() and not out.is_file()) or not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise UserError(f"cannot write {display_path(out)}: {advice or elsewhere(outs[0])}")
         if real_path(out) in sources:
-            raise UserError(f"{display_path(out)} is read and would be overwritten: choose another place with --out")
+            raise UserError(f"{display_path(out)} is read and would be overwritten: {advice or ELSEWHERE}")
         remove_leftovers(out)
 
 

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, settings
 
 from slm_swap.cli import run
 from tests.support import processes
+from tests.support.disks import mounted
 from tests.support.scripts import load_script
 
 # Several tests fork: a child would wait for threads of torch's that are not there. Before anything imports it.
@@ -57,6 +58,13 @@ def write_rows(tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A disk of its own, of 8 MiB."""
+    with mounted(tmp_path / "disk", 8) as made:
+        yield made
 
 
 @pytest.fixture

@@ -10,15 +10,18 @@ and ends once the verdict is certain at --delta and --alpha, however often one l
 
 import argparse
 import sys
+import tempfile
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
-from slm_swap.cli import Parser, client_options, load_rows, run, run_metadata, share, tracing_options, warn
+from slm_swap.cli import Parser, check_out, client_options, load_rows, run, run_metadata, share, tracing_options, warn
 from slm_swap.clients.protocol import MODEL_KINDS
 from slm_swap.common.errors import UserError
+from slm_swap.common.os_errors import without_advice
 from slm_swap.common.reports import SCHEMA_VERSION, rows_path, write_json, write_jsonl
 from slm_swap.common.settings import PACKAGE, Settings, display_path, load_settings
 from slm_swap.evaluating.evaluation import Stopwatch, check_rows, references
@@ -34,6 +37,7 @@ from slm_swap.tracing.runs import Connection, connect, trace_run
 from slm_swap.verdict.evaluations import QUESTIONS
 
 LIVE_BATCH = 32  # rows between two looks with --batch-size auto
+ELSEWHERE = "choose another place with --out-dir"
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -67,8 +71,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def report_path(args: argparse.Namespace, kind: str, name: str) -> Path:
-    return args.out_dir / f"{args.track}_{kind}_{name}_live.json"
+def report_path(args: argparse.Namespace, kind: str, name: str, folder: Path | None = None) -> Path:
+    return (folder or args.out_dir) / f"{args.track}_{kind}_{name}_live.json"
 
 
 def what_is_asked(args: argparse.Namespace, inputs: dict, examples: list[Example]) -> dict[str, Any]:
@@ -93,17 +97,22 @@ def is_finished(args: argparse.Namespace, asked: dict[str, Any], name: str, side
 
 
 def save(
-    args: argparse.Namespace, sides: list[Side], inputs: dict, name: str, clock: Stopwatch, early: EarlyStop | None, asked: dict[str, Any]
+    args: argparse.Namespace, folder: Path, sides: list[Side], inputs: dict, name: str, clock: Stopwatch, early: EarlyStop | None, asked: dict[str, Any]
 ) -> None:
+    """Both reports, in a folder.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     flags = vars(args) | {"out_dir": display_path(args.out_dir)}
     for side, kind in zip(sides, args.models, strict=True):
-        out = report_path(args, kind, name)
+        out = report_path(args, kind, name, folder)
         shown = {"few_shot": side.few_shot.report()} if side.few_shot else {}
         report = make_report(args.track, side.client, side.rows, side.seconds, clock.total, inputs | shown, flags)
         report |= {"latency": no_latency("both models were asked at once: eval.py measures it")}
         report |= {"asked": asked | {"model": side.client.identity}, "stopped_early": early and early.to_json(len(side.rows))}
-        write_jsonl(rows_path(out), (row.to_json(TRACKS[args.track]) for row in side.rows))
-        write_json(out, report)
+        write_jsonl(rows_path(out), (row.to_json(TRACKS[args.track]) for row in side.rows), ELSEWHERE)
+        write_json(out, report, ELSEWHERE)
         print(f"report: {display_path(out)}")
 
 
@@ -118,6 +127,25 @@ def open_side(kind: str, args: argparse.Namespace, settings: Settings, examples:
     side = Side(make_client(kind, settings, args.track, list(map(form, examples)), seed=args.seed, **options), form, few_shot)
     recipe.check(side.client.identity)
     return side
+
+
+def save_somewhere(args: argparse.Namespace, *told: Any) -> None:
+    """`save` in --out-dir, or else in a new folder: the same command would ask, and pay for, every row again.
+
+    Raises:
+        UserError: --out-dir cannot be written; where the reports are instead, if that could be.
+    """
+    try:
+        save(args, args.out_dir, *told)
+    except UserError as error:
+        for place in (Path.cwd(), Path.home(), Path(tempfile.gettempdir())):
+            with suppress(OSError, UserError):
+                folder = Path(tempfile.mkdtemp(prefix="live_compare-", dir=place))
+                save(args, folder, *told)
+                break
+        else:
+            raise
+        raise UserError(f"{without_advice(error)}: both reports are in {folder} instead, move them from there: nothing needs to be asked again") from None
 
 
 def trace_side(connection: Connection | None, args: argparse.Namespace, side: Side, kind: str, out: Path) -> None:
@@ -145,8 +173,10 @@ def main(argv: list[str] | None = None) -> int:
         )
     recipe = read_recipe(args.recipe, args.track) if args.recipe else None
     sides, asked = list[Side](), what_is_asked(args, inputs, examples)
-    if args.save:
-        is_finished(args, asked, name, [])  # before a model is loaded
+    if args.save:  # before a model is loaded
+        outs = [report_path(args, kind, name) for kind in args.models]
+        check_out(*outs, *map(rows_path, outs), inputs=[inputs["path"], args.replies], advice=ELSEWHERE)
+        is_finished(args, asked, name, [])
     try:
         for kind in args.models:
             sides.append(open_side(kind, args, settings, examples, recipe))
@@ -168,7 +198,7 @@ def main(argv: list[str] | None = None) -> int:
     if early and finished:
         print(early.saved(sides[args.models.index("azure")]))
     if args.save:
-        save(args, sides, inputs, name, clock, early, asked | {"rows": asked["rows"] if finished else done})
+        save_somewhere(args, sides, inputs, name, clock, early, asked | {"rows": asked["rows"] if finished else done})
     for side, kind in zip(sides, args.models, strict=True):
         trace_side(connection, args, side, kind, report_path(args, kind, name))
     return 0 if finished else 130

@@ -130,14 +130,14 @@ def main(argv: list[str] | None = None) -> int:
         found = [labelled(row, args.track, example, own, needed, teacher) for row, example, own in zip(rows, examples, votes, strict=True)]
         kept = [row for row in found if row is not None]
         journal.require_place(out)
-        if kept:
-            write_jsonl(out, kept, elsewhere(out))
         left = [(row, own) for row, own, row_found in zip(rows, votes, found, strict=True) if row_found is None]
         write_jsonl(review, (row | {"votes": [vote.to_json() for vote in own]} for row, own in left), elsewhere(out))
         told = {"schema_version": SCHEMA_VERSION, "stage": "label", "created_at": now(), "code": code_version(), "asked": asked, "model": labelling.model}
         told |= {"rows": len(rows), "kept": len(kept), "review": len(left), "different_answers": counts_of(votes)}
         told |= {"cost": labelling.spent, "replies_without_usage": labelling.unknown}
         write_json(report, told, elsewhere(out))
+        if kept:  # last: once it is there, the same command is refused
+            write_jsonl(out, kept, elsewhere(out))
         journal.remove()
     print(f"{len(kept)} of {len(rows)} rows: {needed} of {args.samples} samples agree; they cost {labelling.spent:.4g} {client.prices.currency or ''}".rstrip())
     print(f"{'labelled: ' + display_path(out) if kept else 'nothing is labelled'}\nto review: {display_path(review)} ({len(left)} rows with their votes)")

@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
     entries, repeated = distinct(entries)
     dropped = in_order(dropped + repeated)
     if not entries:
-        journal.unlink()
+        journal.unlink(missing_ok=True)
         why = ", ".join(f"{reason} {count}" for reason, count in dropped.items()) or "none was found"
         raise UserError(f"none of {pulled.read} generations makes a row ({why}): check --from, --to and the filters")
     own = sum(entry.own for entry in entries)
@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
         },
     }
     write_json(report_path, report)
-    journal.unlink()
+    journal.unlink(missing_ok=True)
     show(report)
     if own:
         warn(f"{own} of {len(entries)} rows are this program's own runs, test rows among them perhaps: give --name or --tags")

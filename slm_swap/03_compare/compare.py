@@ -120,9 +120,9 @@ def main(argv: list[str] | None = None) -> int:
         warn(text)
     with trace_run(connection, f"compare-{args.track}", out, run_metadata(args), ["compare", args.track]) as trace:
         log(trace, told)
-        write_json(out, told | {"trace": {"id": trace.id, "url": trace.url}})
-        if look:
+        if look:  # first: a decision that is there was counted
             record(ledger, look, told["verdict"], args.delta, slm.label)
+        write_json(out, told | {"trace": {"id": trace.id, "url": trace.url}})
     from slm_swap.verdict.text_report import brief, markdown, table
 
     (table if args.table else brief)(told)

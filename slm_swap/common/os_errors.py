@@ -43,6 +43,11 @@ def os_error(error: OSError, doing: str, path: str | Path | None = None, advice:
     return UserError(f"{what}: {known.get(error.errno) or advice or 'check that place'}")
 
 
+def without_advice(told: UserError) -> str:
+    """What happened, of a line of `os_error`."""
+    return f"{str(told).rpartition('): ')[0]})"
+
+
 @contextmanager
 def writing(path: str | Path, advice: str = ELSEWHERE) -> Iterator[None]:
     """Around what writes a file or a folder.

@@ -15,7 +15,7 @@ from typing import IO, Any
 from slm_swap.common.errors import UserError
 from slm_swap.common.exact_json import ExactEncoder
 from slm_swap.common.os_errors import ELSEWHERE, reading, writing
-from slm_swap.common.settings import PACKAGE, ROOT, display_path
+from slm_swap.common.settings import PACKAGE, ROOT, display_path, real_path
 from slm_swap.common.temporary import beside, remove_leftovers
 
 SCHEMA_VERSION = 1
@@ -43,12 +43,13 @@ def now() -> str:
 
 
 def write_atomically(path: str | Path, write: Callable[[IO[str]], object], advice: str = ELSEWHERE) -> None:
-    """Write a text file beside its place and rename it: readers see the old file or the new one, never half of one.
+    """Write a text file beside its place and rename it: readers see the old file or the new one, never half of one. A symbolic link stays
+    one: it is the file behind it that is written.
 
     Raises:
         UserError: the folder cannot be made or written, or the disk is full; `advice` is what to do where the error does not say.
     """
-    path = Path(path)
+    path = real_path(path)
     with writing(path, advice):
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path)

@@ -27,8 +27,9 @@ from slm_swap.common.errors import UserError
 from slm_swap.common.os_errors import ELSEWHERE, os_error, reading, writing
 from slm_swap.common.reports import json_line, now, rows_path
 from slm_swap.common.settings import display_path
-from slm_swap.rows.lines import decode_line, dump_json, is_whole, with_checksum
+from slm_swap.rows.lines import CHECKSUM, decode_line, dump_json, is_whole, with_checksum
 
+ROW = b'"row": '  # how a reply's line goes on after its checksum
 SYNC_SECONDS = 1.0  # between two fsyncs: one a row would cost more than all else that a row costs
 RUN_KEYS = ("started_at", "run_id")  # of the header: what differs between two runs of the same command
 
@@ -41,13 +42,24 @@ def journal_path(report: str | Path) -> Path:
 def elsewhere(out: Path) -> str:
     """What to do where a report cannot be written: how to take along the replies that its journal has, if it is there."""
     journal = journal_path(out).absolute()
-    if not (os.path.isfile(journal) and os.path.getsize(journal)):
+    if not _has_replies(journal):
         return ELSEWHERE
     folders = (Path.cwd(), Path.home(), Path(tempfile.gettempdir()))
     free = (place for place in folders if os.access(place, os.W_OK) and not any(map(os.path.lexists, (place / journal.name, place / out.name))))
     place = next(free, Path("DIR"))
     copy, there = shlex.join(["cp", str(journal), f"{place}/"]), shlex.quote(str(place / out.name))
     return f"its replies are kept, so copy them by `{copy}` and run the same command with --out {there}: nothing is asked twice"
+
+
+def _has_replies(journal: Path) -> bool:
+    """Whether a journal is there, and is more than its beginning; one that cannot be read may be."""
+    try:
+        with open(journal, "rb") as lines:
+            return any(line.startswith(ROW, CHECKSUM) for line in lines)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return journal.is_file()
 
 
 class Journal:

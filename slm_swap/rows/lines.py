@@ -85,14 +85,16 @@ def is_whole(line: bytes) -> bool:
     return mark is not None and int(mark[1], 16) == zlib.crc32(line[mark.end() :])
 
 
-def read_jsonl(path: str | Path) -> Iterator[tuple[str, Any]]:
+def read_jsonl(path: str | Path, torn: bool = False) -> Iterator[tuple[str, Any]]:
     """Yield ("file:line", decoded value) for each line that is not blank: see `read_lines`."""
-    for where, _, value in read_lines(path):
+    for where, _, value in read_lines(path, torn):
         yield where, value
 
 
-def read_lines(path: str | Path) -> Iterator[tuple[str, int, Any]]:
+def read_lines(path: str | Path, torn: bool = False) -> Iterator[tuple[str, int, Any]]:
     """Yield ("file:line", the line's first byte in the file, decoded value) for each line that is not blank.
+
+    `torn`: the last line may be the beginning of one, as a kill or a full disk leaves it, and is passed over then.
 
     Raises:
         UserError: the file is missing or unreadable, or a line is not UTF-8 or not JSON (NaN is not); the line is named.
@@ -104,6 +106,8 @@ def read_lines(path: str | Path) -> Iterator[tuple[str, int, Any]]:
                 try:
                     yield f"{shown}:{number}", start, decode_line(line)
                 except (ValueError, RecursionError) as error:
+                    if torn and not line.endswith(b"\n"):
+                        return
                     reason = " ".join(str(error).split())
                     raise UserError(f"{shown}:{number}: not a line of JSON ({reason}): one JSON object a line") from None
             start += len(line)

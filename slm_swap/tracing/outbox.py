@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from slm_swap.common.errors import UserError
+from slm_swap.common.os_errors import os_error
 from slm_swap.common.settings import ROOT, display_path
 from slm_swap.rows.lines import CHECKSUM, is_whole, with_checksum
 from slm_swap.tracing.wire import Server, timestamp
@@ -45,6 +46,7 @@ KINDS = ("spans", "scores")
 BEGINS = {"spans": b'"span":', "scores": b'"scores":'}  # how a record's line goes on after its checksum
 MARK = b'"delivered":'
 HEADERS = 2  # copies, so that no damaged byte costs the whole file
+NO_PLACE = "it takes what Langfuse is told: let it be written, or move away what is in its place"  # another --out might ask all rows again
 RESEND = "python 01_eval/resend_traces.py"
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=str).encode
 
@@ -170,8 +172,7 @@ class Outbox:
                 if not self._file.size:
                     self.path.unlink()
             os.close(self._file.descriptor)
-            advice = "make room, or choose another place with --out"
-            raise UserError(f"cannot write {display_path(self.path)} ({error.strerror}): {advice}") from None
+            raise os_error(error, "write", self.path, NO_PLACE) from None
 
     def _read(self) -> None:
         self._end = self.damaged = 0  # where the last line that has an end ends
@@ -367,7 +368,7 @@ def _open_alone(path: Path) -> int:
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
-            raise UserError(f"cannot write {display_path(path)} ({error.strerror}): choose another place with --out") from None
+            raise os_error(error, "write", path, NO_PLACE) from None
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(descriptor), path.stat()):  # else the process that had it has finished, and it is elsewhere or gone

@@ -15,6 +15,7 @@ from typing import Any
 
 from slm_swap.common.errors import UserError
 from slm_swap.common.exact_json import EXACT, ExactEncoder
+from slm_swap.common.os_errors import reading, writing
 from slm_swap.common.reports import write_jsonl
 from slm_swap.common.settings import display_path
 from slm_swap.dataset.keys import record_keys
@@ -121,10 +122,12 @@ def _read_journal(path: Path) -> list[dict]:
     """The whole lines of a journal; one that was cut off is taken out of the file."""
     if not path.exists():
         return []
-    content = path.read_bytes()
+    with reading(path):
+        content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) < len(content):
-        os.truncate(path, len(whole))
+        with writing(path):
+            os.truncate(path, len(whole))
     try:
         return [json.loads(line, **EXACT) for line in whole.splitlines()]
     except ValueError:
@@ -132,14 +135,12 @@ def _read_journal(path: Path) -> list[dict]:
 
 
 def _append(path: Path, line: dict) -> None:
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="utf-8") as stream:
             stream.write(json.dumps(line, cls=ExactEncoder) + "\n")
             stream.flush()
             os.fsync(stream.fileno())
-    except OSError as error:
-        raise UserError(f"cannot write {display_path(path)} ({error.strerror}): choose another place with --out") from None
 
 
 # -- Which rows stay -------------------------------------------------------------------------------------------------------------

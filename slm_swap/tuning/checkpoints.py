@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from slm_swap.common.errors import UserError
-from slm_swap.common.os_errors import ELSEWHERE, os_error
+from slm_swap.common.os_errors import ELSEWHERE, os_error, writing
 from slm_swap.common.reports import read_json, sha256_file, write_json
 from slm_swap.common.settings import display_path
 from slm_swap.rows.lines import text_hash
@@ -23,6 +23,7 @@ from slm_swap.rows.lines import text_hash
 RUN = "run.json"  # what the checkpoints are of
 LOCK = "lock"  # held by the process that trains
 MARKER = "complete.json"  # in a checkpoint that is whole
+GO_ON = "let it be written, and go on with --resume"
 
 
 class Checkpoints:
@@ -121,11 +122,12 @@ class Checkpoints:
     def complete(self, step: int, progress: dict[str, Any], best: int | None = None) -> None:
         """Mark a checkpoint as whole; of the others, the last one before it and the one of step `best` stay."""
         files = file_hashes(self.path(step))
-        write_json(self.path(step) / MARKER, {"progress": progress, "files": files, "sha256": _hash(progress, files)})
+        write_json(self.path(step) / MARKER, {"progress": progress, "files": files, "sha256": _hash(progress, files)}, GO_ON)
         steps = self.steps()
-        for other in set(steps) - {step, best, *[before for before in steps if before < step][-1:]}:
-            (self.path(other) / MARKER).unlink()
-            shutil.rmtree(self.path(other))
+        with writing(self.folder, GO_ON):
+            for other in set(steps) - {step, best, *[before for before in steps if before < step][-1:]}:
+                (self.path(other) / MARKER).unlink()
+                shutil.rmtree(self.path(other))
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -13,8 +13,9 @@ import torch
 from torch.utils.data import Sampler
 from transformers import TrainerCallback
 
+from slm_swap.common.os_errors import writing
 from slm_swap.evaluating.evaluation import Stopwatch
-from slm_swap.tuning.checkpoints import Checkpoints
+from slm_swap.tuning.checkpoints import GO_ON, Checkpoints
 
 LOG_EVERY = 0.05  # of all steps
 
@@ -49,6 +50,20 @@ def use_seeded_order(trainer: Any, seed: int, by_length: bool) -> SeededOrder:
     order = SeededOrder(len(dataset), seed, lengths, group)
     trainer._get_train_sampler = lambda _=None: order  # both back ends' trainers ask here
     return order
+
+
+def tell_where_it_saves(trainer: Any, folder: Path) -> None:
+    """Let a trainer name the checkpoints' folder where it cannot write one: what it raises names no file, and may be a package's own.
+
+    Around the saving alone: a file that training cannot read is not one that it cannot write.
+    """
+    save = trainer._save_checkpoint  # both back ends' trainers save here
+
+    def save_or_tell(*given: Any, **named: Any) -> Any:
+        with writing(folder, GO_ON):
+            return save(*given, **named)
+
+    trainer._save_checkpoint = save_or_tell
 
 
 class Watch(TrainerCallback):
@@ -145,6 +160,7 @@ def run_trainer(
             "eval_loss": {"before": trainer.evaluate()["eval_loss"] if rows else None},
             "metrics": {"before": sample()},
         }
+    tell_where_it_saves(trainer, checkpoints.folder)
     watch = Watch(parameters, order, checkpoints, save_steps, sample, clock, earlier | {"sessions": earlier["sessions"] + 1})
     trainer.add_callback(watch)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -1,6 +1,7 @@
 """An adapter merged into its base model: a checkpoint of its own, for engines that take no adapters."""
 
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from slm_swap.clients.loading import (
     with_adapter,
 )
 from slm_swap.common.errors import UserError
+from slm_swap.common.os_errors import wrapped, writing
 from slm_swap.common.reports import code_version, now, read_json, sha256_file, write_json
 from slm_swap.common.settings import display_path
+from slm_swap.common.temporary import beside, remove_leftovers
 from slm_swap.tuning.record import INFO
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -45,17 +48,19 @@ def merge_adapter(base: Path, adapter: Path, out: Path, dtype: str) -> dict[str,
     found = files_hash(base)
     require_base(adapter, base, found, "pass its base with --model")
     require_undamaged(adapter, files_hash(adapter))
-    staged = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(staged, ignore_errors=True)
-    try:
-        staged.mkdir(parents=True)  # first: a place that cannot be written is told of at once
+    with ExitStack() as stack:
+        with writing(out):  # first: a place that cannot be written is told of at once
+            out.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(out)
+            staged = stack.enter_context(beside(out, folder=True))
         tokenizer = load_tokenizer(base)
         model = whole_model(merged(load_model(base, dtype, device_map={"": "cpu"}), adapter, base), base)
         generation = model.generation_config
         # other servers go by this file alone
         generation.eos_token_id = sorted(reply_ends(tokenizer, generation.eos_token_id, getattr(model.config, "eos_token_id", None)))
         left_out = make_valid(generation)
-        save(model, tokenizer, base, staged)
+        with writing(out):
+            save(model, tokenizer, base, staged)
         info["merged"] = {
             "created_at": now(),
             "adapter": {"path": display_path(adapter), "sha256": sha256_file(weights)},
@@ -65,12 +70,9 @@ def merge_adapter(base: Path, adapter: Path, out: Path, dtype: str) -> dict[str,
             "code": code_version(),
         }
         info["files_sha256"] = files_hash(staged)
-        write_json(staged / INFO, info)
-        staged.rename(out)
-    except OSError as error:
-        raise UserError(f"cannot write {display_path(out)} ({error.strerror or error}): choose another place with --out") from None
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
+        with writing(out):
+            write_json(staged / INFO, info)
+            staged.rename(out)
     return info
 
 
@@ -140,7 +142,7 @@ def save(model: Any, tokenizer: Any, base: Path, folder: Path) -> None:
     """Write model and tokenizer into a folder, and beside them what else the base's family reads.
 
     Raises:
-        OSError: the folder cannot be written.
+        OSError: the folder cannot be written; a package's own exception may stand for it (`os_errors.wrapped`).
         UserError: transformers or safetensors does not write this model.
     """
     from safetensors import SafetensorError
@@ -149,6 +151,8 @@ def save(model: Any, tokenizer: Any, base: Path, folder: Path) -> None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     except (SafetensorError, RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+        if wrapped(error):
+            raise
         raise UserError(f"cannot write the merged model of {display_path(base)} ({first_line(error)}): serve base and adapter as they are") from None
     for path in sorted({path for pattern in BESIDE for path in base.glob(pattern)}):
         if path.is_file() and not (folder / path.name).exists():

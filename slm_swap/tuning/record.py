@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from slm_swap.clients.loading import files_hash
+from slm_swap.common.os_errors import writing
 from slm_swap.common.reports import write_json, write_jsonl
 from slm_swap.common.settings import display_path
-from slm_swap.tuning.checkpoints import Checkpoints
+from slm_swap.tuning.checkpoints import GO_ON, Checkpoints
 from slm_swap.tuning.untrained import trained_tokens
 
 INFO, LOG, PLOT = "training_info.json", "training_log.jsonl", "training_log.png"
@@ -63,6 +64,12 @@ def save_adapter(model: Any, tokenizer: Any, out: Path, info: dict, log: list[di
     staged, old = checkpoints.folder / "adapter", checkpoints.folder / "old"
     for folder in (staged, old):
         shutil.rmtree(folder, ignore_errors=True)
+    with writing(out, GO_ON):
+        _save(model, tokenizer, out, staged, old, info, log, base)
+    checkpoints.remove()
+
+
+def _save(model: Any, tokenizer: Any, out: Path, staged: Path, old: Path, info: dict, log: list[dict], base: Path) -> None:
     model.peft_config["default"].base_model_name_or_path = display_path(base)
     model.save_pretrained(staged, save_embedding_layers=False)  # LoRA changes none; PEFT would guess
     tokenizer.save_pretrained(staged)
@@ -74,4 +81,3 @@ def save_adapter(model: Any, tokenizer: Any, out: Path, info: dict, log: list[di
     if out.exists():
         out.rename(old)
     staged.rename(out)
-    checkpoints.remove()

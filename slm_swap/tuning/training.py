@@ -97,10 +97,12 @@ def train(
     checkpoint beside `out`, from the last of which `resume` goes on, and there `run_id` is kept. Gives what `training_info.json` holds.
 
     Raises:
-        UserError: no row is short enough, or a completion is not a reply of the track; the model or the checkpoints do not fit, or
+        UserError: `out` is no folder; no row is short enough, or a completion is not a reply of the track; the model or the checkpoints do not fit, or
             the back end cannot train this model right.
     """
     clock = Stopwatch()
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{display_path(out)} is there and is no folder: choose another --out, or move it away")
     if backend == "trl":
         head_options(read_config(base))
     if backend == "unsloth":
@@ -145,8 +147,11 @@ def train(
         if launch.rank == 0:
             save_adapter(trainer.model, tokenizer, out, info, log, base, checkpoints)
     except BaseException:
-        if launch.rank == 0 and not checkpoints.steps():
-            checkpoints.remove()
+        if launch.rank == 0:
+            if steps := checkpoints.steps():
+                say(f"step {steps[-1]} is kept: the same command with --resume goes on from there")
+            else:
+                checkpoints.remove()
         raise
     return info
 

@@ -10,18 +10,22 @@ two one-sided tests exclude each other. So the usual way, from a base model that
 rows that were never looked at.
 """
 
+import errno
+import fcntl
 import hashlib
 import json
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from slm_swap.common.errors import UserError
 from slm_swap.common.os_errors import writing
 from slm_swap.common.reports import json_line, now
 from slm_swap.common.settings import display_path
-from slm_swap.rows.lines import read_jsonl
+from slm_swap.rows.lines import decode_line, read_jsonl
 from slm_swap.verdict.decision import FINE_TUNE
 
 FIRST, SECOND = 0.7, 0.2
@@ -96,7 +100,7 @@ def look_at(ledger: Path, rows: Sequence[dict[str, Any]], azure: dict | None, sl
     """
     entry = {"rows": sorted(map(row_hash, rows)), "azure": model_hash(azure), "slm": model_hash(slm)}
     key, there = _key(entry), dict[str, dict[str, Any]]()
-    for where, line in read_jsonl(ledger) if ledger.exists() else ():
+    for where, line in read_jsonl(ledger, torn=True) if ledger.exists() else ():
         if not isinstance(line, dict) or not isinstance(line.get("rows"), list) or not {"azure", "slm", "verdict"} <= line.keys():
             raise UserError(f"{where}: not a line of a ledger of looks: restore the file, or move it away and count the looks yourself")
         there.setdefault(_key(line), {}).update(line)  # in the order of the first looks, with the last verdicts
@@ -123,5 +127,23 @@ def record(ledger: Path, look: Look, verdict: str, delta: float, label: str) -> 
         return
     with writing(ledger, "choose another --out"):
         ledger.parent.mkdir(parents=True, exist_ok=True)
-        with open(ledger, "a", encoding="utf-8") as file:
-            file.write(json_line({"at": now(), "verdict": verdict, "delta": delta, "label": label} | look.entry))
+        with open(ledger, "a+b", buffering=0) as file:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            _append(file, json_line({"at": now(), "verdict": verdict, "delta": delta, "label": label} | look.entry).encode())
+
+
+def _append(file: IO[bytes], line: bytes) -> None:
+    """Add a line behind the whole ones, all of it or nothing; the beginning of one that an earlier process could not end goes."""
+    file.seek(0)
+    content = file.read()
+    end = content.rfind(b"\n") + 1
+    try:
+        if content[end:]:
+            decode_line(content[end:])
+            end, line = len(content), b"\n" + line  # whole, and only without its end
+    except (ValueError, RecursionError):
+        file.truncate(end)
+    if file.write(line) < len(line):
+        file.truncate(end)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -170,3 +170,21 @@ def test_code_version_without_git(tmp_path, monkeypatch, asked_anew):
 def test_packages_and_hardware_are_json():
     assert json.loads(json.dumps(package_versions()))["python"]
     assert set(hardware()) == {"machine", "processor", "cores", "gpus"} and hardware()["cores"] >= 1
+
+
+def test_a_symbolic_link_stays_one(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link.json").symlink_to(tmp_path / "disk/report.json")
+    for value in (1, 2):
+        write_json(tmp_path / "link.json", {"value": value})
+        assert (tmp_path / "link.json").is_symlink() and read_json(tmp_path / "disk/report.json", "x") == {"value": value}
+    assert len(list(tmp_path.rglob("*"))) == 3
+
+
+def test_a_full_disk_keeps_the_older_file(disk):
+    path = disk.folder / "r.json"
+    write_json(path, {"value": 1})
+    disk.leave(8)
+    with pytest.raises(UserError, match=r"r\.json \(No space left on device\): make room and run the same command again$"):
+        write_json(path, {"value": "x" * 20_000})
+    assert read_json(path, "x") == {"value": 1} and set(disk.files()) == {"r.json"}

@@ -1,7 +1,10 @@
 """label.py from prompts to labelled rows, against a hosted model over a real socket."""
 
+import errno
 import json
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -93,6 +96,21 @@ def test_rows_on_which_the_samples_agree_are_labelled(label, served, tmp_path):
     assert 0 < report["cost"] < 1 and report["replies_without_usage"] == 0
     code, _, error = label("--budget", 1)
     assert code == 2 and "is there already" in error and set(served.asked.values()) == {3}
+
+
+@pytest.mark.parametrize("name", ["labels.review.jsonl", "labels.report.json", "labels.jsonl"])
+def test_whatever_cannot_be_written_the_same_command_goes_on(label, served, tmp_path, monkeypatch, name):
+    def refuse(source, place, replace=os.replace):
+        if Path(place).name == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, place)
+
+    with monkeypatch.context() as full:
+        full.setattr(os, "replace", refuse)
+        code, _, error = label("--budget", 1)
+    assert code == 2 and error.endswith(f"{name} (No space left on device): make room and run the same command again\n")
+    code, _, error = label("--budget", 1)
+    assert code == 0 and set(served.asked.values()) == {3} and len(lines(tmp_path / "labels.jsonl")) == 12, error
 
 
 def test_equal_values_agree_and_others_go_to_review_with_their_votes(label, served, tmp_path):

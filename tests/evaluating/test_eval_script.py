@@ -1,6 +1,7 @@
 """eval.py from the command line to its files, on recorded replies; and the real replies of ../shared/data, miss by miss."""
 
 import json
+import os
 
 import pytest
 
@@ -180,7 +181,7 @@ def test_missing_files(evaluate, files, tmp_path):
         (("--dataset", tmp_path / "none.jsonl", "--replies", files[1]), "no rows at"),
         (("--dataset", files[0], "--replies", tmp_path / "none.jsonl"), "cannot read"),
         (("--replies", tmp_path / "none.jsonl"), "no replies at"),
-        (("--dataset", tmp_path, "--replies", files[1]), "no rows at"),
+        (("--dataset", tmp_path, "--replies", files[1]), "(Is a directory)"),
         (("--replies", files[1]), "no `prompt` or no `reference`"),
     ):
         code, _, error = evaluate(*flags)
@@ -218,6 +219,32 @@ def test_a_report_that_cannot_be_written_is_noticed_before_the_work(evaluate, fi
     for out in ("folder", "rows.jsonl/out.json", "taken.json"):
         code, _, error = evaluate("--dataset", files[0], "--replies", files[1], out=out)
         assert code == 2 and error.startswith("error: cannot write") and error.count("\n") == 1
+    os.mkfifo(tmp_path / "pipe")
+    for flags in (("--dataset", tmp_path / "pipe", "--replies", files[1]), ("--replies", tmp_path / "pipe")):
+        code, _, error = evaluate(*flags)
+        assert code == 2 and "is no file but a pipe or a device: write what it gives to a file" in error and error.count("\n") == 1
+    code, _, error = evaluate("--dataset", files[0], "--replies", files[1], out="pipe")
+    assert code == 2 and "cannot write" in error and (tmp_path / "pipe").is_fifo()
+    os.symlink("loop", tmp_path / "loop")
+    code, _, error = evaluate("--dataset", tmp_path / "loop", "--replies", files[1])
+    assert code == 2 and "its symbolic links lead round in a circle" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("kib", [0, 4, 40, 400, 800])
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(run_script, eval_script, write_rows, disk, monkeypatch, kib):
+    rows = [{"id": f"r{number}", "prompt": f"p{number}", "completion": '{"a":1}'} for number in range(400)]
+    replies = [{"id": row["id"], "prediction": '{"a":1}' + " " * 500} for row in rows]
+    flags = ("--track", "structured", "--model-kind", "replay", "--dataset", write_rows("rows.jsonl", rows), "--replies", write_rows("replies.jsonl", replies))
+    disk.leave(kib)
+    code, printed, error = run_script(eval_script, *flags, "--out", disk.folder / "out.json")
+    told = error.splitlines()[-1]
+    assert (code, printed) == (2, "") and "Traceback" not in error, error
+    assert told.startswith(f"error: cannot write {disk.folder}/out.") and told.endswith("(No space left on device): make room and run the same command again")
+    assert set(disk.files()) <= {"out.rows.jsonl.part"}, "nothing half written, nothing hidden"
+    disk.make_room()
+    code, _, error = run_script(eval_script, *flags, "--out", disk.folder / "out.json")
+    assert code == 0 and set(disk.files()) == {"out.json", "out.rows.jsonl"}, error
+    assert ("rows are answered already" in error) == (kib > 0) and read(disk.folder / "out.json")["metrics"]["exact_match_rate"] == 1
 
 
 def test_no_report_overwrites_what_it_is_made_from(evaluate, files, write_rows, tmp_path):

@@ -19,7 +19,7 @@ from slm_swap.common.reports import write_atomically, write_jsonl
 from slm_swap.common.settings import PACKAGE, Settings
 from slm_swap.demo.azure_simulator import AzureSimulator, Faults
 from slm_swap.evaluating.evaluation import check_rows, evaluate_rows
-from slm_swap.evaluating.journal import Journal, journal_path
+from slm_swap.evaluating.journal import Journal, elsewhere, journal_path
 from slm_swap.evaluating.report import Tally, make_report
 from slm_swap.evaluating.row import read_reply, score_row
 from slm_swap.rows.examples import Dataset, Example
@@ -204,6 +204,23 @@ def test_a_journal_without_an_answer_is_removed(path):
     with begun(path) as journal:
         journal.add(0, *ENTRIES[2], 1.0)
     assert not path.exists()
+
+
+def test_what_is_kept_is_taken_along_where_a_report_cannot_be_written(path, tmp_path, monkeypatch):
+    out = tmp_path / "out.json"
+    assert journal_path(out) == path and elsewhere(out) == "choose another place with --out"
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with begun(path) as journal:
+        assert elsewhere(out) == "choose another place with --out", "a journal that has but begun"
+        journal.note({"parameters": {"row": 1}})
+        assert elsewhere(out) == "choose another place with --out"
+        journal.add(0, *ENTRIES[0], 0.5)
+        told = elsewhere(out)
+    assert told.endswith(f"run the same command with --out {tmp_path / 'here/out.json'}: nothing is asked twice")
+    subprocess.run(told.partition("`")[2].partition("`")[0], shell=True, check=True)
+    with begun(journal_path(tmp_path / "here/out.json")) as journal:
+        assert journal.answered == 1
 
 
 def test_a_full_disk_is_told_in_one_line(path):

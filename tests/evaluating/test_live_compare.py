@@ -105,6 +105,26 @@ def test_saved_reports_are_kept(files):
     assert len(saved_ids(files)) == 5
 
 
+@pytest.mark.parametrize("kib", [0, 24])
+def test_reports_that_do_not_fit_are_kept_elsewhere(files, disk, kib):
+    """The rows are paid for: the disk takes neither of both reports, or one."""
+    disk.leave(kib)
+    with AzureSimulator(read_examples(files / "rows.jsonl")) as server:
+        _, error = (process := start(files, server, "--save", "--out-dir", disk.folder, folder=files)).communicate()
+    assert process.returncode == 2 and error.count("\n") == 1 and "_live" in error, error
+    (kept,) = files.glob("live_compare-*")
+    assert f"(No space left on device): both reports are in {kept} instead, move them from there: nothing needs to be asked again" in error
+    assert len(list(kept.iterdir())) == 4 and all(len(path.read_text().splitlines()) == 12 for path in kept.glob("*.rows.jsonl"))
+    kept.rename(files / "out")
+    assert len(saved_ids(files)) == 12 and [report["counts"]["rows"] for report in reports(files)] == [12, 12]
+
+
+def test_a_place_that_takes_no_reports_is_noticed_before_a_model_is_asked(files):
+    with AzureSimulator(read_examples(files / "rows.jsonl")) as server:
+        _, error = (process := start(files, server, "--save", "--out-dir", files / "rows.jsonl")).communicate()
+        assert process.returncode == 2 and error.endswith("choose another place with --out-dir\n") and not server.counts
+
+
 def test_the_same_model_twice_is_a_mistake(files):
     done = run_python(SCRIPT, "--track", "structured", "--models", "slm", "slm")
     assert done.returncode == 2 and "two different models" in done.stderr and done.stderr.count("\n") == 1

@@ -9,10 +9,12 @@ import pytest
 from slm_swap.clients.loading import files_hash, load_model, with_adapter
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import Settings
+from slm_swap.common.temporary import _host
 from slm_swap.rows.prompts import text_request
 from slm_swap.slm_client import SLMClient
 from slm_swap.tuning.merging import merge_adapter
 from slm_swap.tuning.training import train
+from tests.support.disks import mounted
 from tests.support.scripts import load_script
 from tests.support.training_rows import BASE, INPUTS, QUICK, ROWS
 
@@ -125,10 +127,23 @@ def test_what_does_not_fit_is_one_line_and_writes_nothing(adapter, tmp_path, scr
     with monkeypatch.context() as patched:  # before any work
         patched.setattr("slm_swap.tuning.merging.load_model", None)
         code, _, error = run_script(script, "--adapter", adapter, "--out", other / "config.json/new")
-        assert code == 2 and "config.json/new (Not a directory): choose another place with --out" in error
+        assert code == 2 and "config.json/new (File exists): choose another place with --out" in error
     monkeypatch.setattr("slm_swap.tuning.merging.write_json", full)
     code, _, error = run_script(script, "--adapter", adapter, "--out", tmp_path / "new")
     assert code == 2 and "No space left on device" in error and sorted(tmp_path.iterdir()) == before
+
+
+def test_a_full_disk_takes_nothing_and_the_next_merge_clears_what_a_killed_one_left(adapter, tmp_path, script, run_script):
+    with mounted(tmp_path / "big", 48) as disk:
+        (left := disk.folder / f".merged.{_host()}~1~0123abcd").mkdir()
+        (left / "model.safetensors").write_bytes(b"a part")
+        disk.leave(1000)
+        code, _, error = run_script(script, "--adapter", adapter, "--out", disk.folder / "merged")
+        assert code == 2 and error == f"error: cannot write {disk.folder / 'merged'} (No space left on device): make room and run the same command again\n"
+        assert disk.files() == {} and [path.name for path in disk.folder.iterdir()] == ["ballast"]
+        disk.make_room()
+        assert run_script(script, "--adapter", adapter, "--out", disk.folder / "merged")[0] == 0
+        assert [path.name for path in disk.folder.iterdir()] == ["merged"] and "merged/training_info.json" in disk.files()
 
 
 @pytest.mark.parametrize(
@@ -225,5 +240,5 @@ def test_what_packages_say_is_one_line_and_nothing_is_left(adapter, adapter_of, 
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
     code, _, error = run_script(script, "--adapter", adapter, "--out", tmp_path / "merged")
-    assert code == 2 and "No space left on device" in error and error.count("\n") == 1, error
+    assert code == 2 and error.endswith("/merged (No space left on device): make room and run the same command again\n") and error.count("\n") == 1, error
     assert [path.name for path in tmp_path.iterdir()] == ["torn"]

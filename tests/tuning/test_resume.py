@@ -19,6 +19,7 @@ from slm_swap.scoring.tracks import TRACKS
 from slm_swap.slm_client import SLMClient
 from slm_swap.tuning.checkpoints import LOCK, MARKER, RUN, Checkpoints
 from slm_swap.tuning.training import identity, train
+from tests.support.disks import mounted
 from tests.support.training_rows import BASE, INPUTS, QUICK, ROWS, example
 
 # Epochs in another order each, dropout, an accumulation that the epoch does not divide by, a best step before the last one.
@@ -183,3 +184,28 @@ def test_the_best_step_may_go_by_the_tracks_own_metric(tmp_path):
     client = SLMClient(Settings(slm_model_path=str(BASE)), precision="fp32", adapter=out)
     scored = evaluate("structured", client, rows, references(TRACKS["structured"], rows), 8)
     assert summary(TRACKS["structured"], scored)["metrics"] == told["metrics"]["after"]
+
+
+@pytest.mark.parametrize("kib, kept", [(4_000, []), (15_000, ["step 1 is kept: the same command with --resume goes on from there"])])
+def test_a_full_disk_is_named_and_the_training_goes_on(tmp_path, kib, kept):
+    """Full while the first checkpoint is written, by torch or safetensors, and while the adapter is."""
+    rows, parameters, said = ROWS[:8], replace(QUICK, epochs=1), []
+    train("structured", BASE, rows, [], tmp_path / "whole", parameters, "trl", INPUTS, save_steps=1)
+    with mounted(tmp_path / "big", 48) as disk:
+        out = disk.folder / "adapter"
+        disk.leave(kib)
+        place = out if kept else f"{out}.checkpoints"
+        with pytest.raises(UserError, match=rf"^cannot write {place} \(No space left on device\): make room and run the same command again$"):
+            train("structured", BASE, rows, [], out, parameters, "trl", INPUTS, save_steps=1, say=said.append)
+        assert [line for line in said if "is kept" in line] == kept and bool(disk.files()) == bool(kept)
+        disk.make_room()
+        train("structured", BASE, rows, [], out, parameters, "trl", INPUTS, save_steps=1, resume=True)
+        assert (out / "adapter_model.safetensors").read_bytes() == (tmp_path / "whole/adapter_model.safetensors").read_bytes()
+        assert [path.name for path in disk.folder.iterdir()] == ["adapter"]
+
+
+def test_a_place_that_is_no_folder_is_refused_and_kept(tmp_path):
+    (tmp_path / "adapter").write_text("mine")
+    with pytest.raises(UserError, match="is there and is no folder"):
+        train("structured", BASE, ROWS, [], tmp_path / "adapter", QUICK, "trl", INPUTS)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]

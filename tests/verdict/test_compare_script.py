@@ -1,6 +1,7 @@
 """compare.py: what it prints, writes, exits with and refuses."""
 
 import json
+import os
 import random
 
 import pytest
@@ -147,6 +148,20 @@ def test_the_decision_does_not_hang_on_the_order_of_rows(compare, make, decision
             found.append({name: value for name, value in told.items() if name != "created_at"})
         edit_rows(slm, lambda rows: random.sample(rows, len(rows)))
     assert found[0] == found[2] == found[4] and found[1] == found[3] == found[5]
+
+
+def test_no_decision_is_there_that_was_not_counted(compare, make, tmp_path):
+    (tmp_path / "toolcall.looks.jsonl").mkdir()
+    code, _, error = compare(make("azure"), make("slm"))
+    assert code == 2 and "toolcall.looks.jsonl (Is a directory)" in error and not (tmp_path / "decision.json").exists()
+
+
+def test_neither_a_pipe_nor_a_device_is_written_over(compare, make, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for flags in (("--out", tmp_path / "pipe"), ("--markdown", tmp_path / "pipe")):
+        code, printed, error = compare(make("azure"), make("slm"), *flags)
+        assert (code, printed, error.count("\n")) == (2, "", 1) and "cannot write" in error
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_the_two_questions(compare, make, decision):

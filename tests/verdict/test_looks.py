@@ -107,3 +107,37 @@ def test_a_ledger_that_cannot_be_read_is_no_empty_one(tmp_path, line):
     ledger.write_text(line + "\n")
     with pytest.raises(UserError, match=r"toolcall\.looks\.jsonl:1"):
         look_at(ledger, rows(0, 2), AZURE, BASE)
+
+
+@pytest.mark.parametrize("kept", [1, 40, -2])
+def test_a_line_that_could_not_be_ended_is_none_and_the_next_takes_its_place(look, tmp_path, kept):
+    """As a kill or a full disk leaves it, anywhere in the line."""
+    look(rows(0, 100), BASE)
+    ledger = tmp_path / "reports/toolcall.looks.jsonl"
+    first = ledger.read_bytes()
+    look(rows(0, 100), TUNED)
+    ledger.write_bytes(ledger.read_bytes()[: len(first) + kept if kept > 0 else kept])
+    assert look(rows(0, 100), TUNED).number == 2
+    lines = ledger.read_bytes().splitlines(keepends=True)
+    assert lines[0] == first and len(lines) == 2 and all(map(json.loads, lines))
+
+
+def test_a_whole_line_without_its_end_counts(look, tmp_path):
+    look(rows(0, 100), BASE)
+    ledger = tmp_path / "reports/toolcall.looks.jsonl"
+    ledger.write_bytes(ledger.read_bytes().rstrip(b"\n"))
+    assert look(rows(0, 100), TUNED).number == 2
+    assert len(list(map(json.loads, ledger.read_text().splitlines()))) == 2
+
+
+def test_a_full_disk_takes_the_whole_line_or_nothing(disk):
+    ledger = ledger_path(disk.folder / "decision.json", "toolcall")
+    record(ledger, look_at(ledger, rows(0, 10), AZURE, BASE), "SWAP", 0.02, "phi")
+    before, further = ledger.read_bytes(), look_at(ledger, rows(0, 2000), AZURE, TUNED)
+    disk.leave(4)  # of the 30 that it takes
+    with pytest.raises(UserError, match=r"cannot write .*toolcall.looks.jsonl \(No space left on device\): make room"):
+        record(ledger, further, "SWAP", 0.02, "phi")
+    assert ledger.read_bytes() == before
+    disk.make_room()
+    record(ledger, further, "SWAP", 0.02, "phi")
+    assert look_at(ledger, rows(0, 2000), AZURE, BASE).number == 3

@@ -674,6 +674,21 @@ def test_what_is_no_decision(run_script, render_script, tmp_path, content):
     assert code == 2 and error.count("\n") == 1 and "broken.json" in error and "03_compare/compare.py" in error
 
 
+@given(st.permutations(range(5)), st.permutations(range(5)))
+def test_rows_are_paired_by_their_ids_as_compare_does(tmp_path_factory, one, other):
+    folder = tmp_path_factory.mktemp("order")
+    examples, azure, slm = make_rows(5)
+    decision = make_decision(folder, lines=(examples, azure, slm))
+    told = json.loads(decision.read_text())
+    in_order = list(open_rows(read_decision(decision)))
+    for side, lines, order in (("azure", azure, one), ("slm", slm, other)):
+        path = folder / f"{side}.rows.jsonl"
+        path.write_text("".join(json.dumps(lines[at]) + "\n" for at in order))
+        told["reports"][side]["rows_sha256"] = sha256_file(path)
+    decision.write_text(json.dumps(told))
+    assert list(open_rows(read_decision(decision))) == [in_order[at] for at in one]
+
+
 def test_rows_that_are_none_or_of_another_row_are_refused(run_script, render_script, tmp_path):
     examples, azure, slm = make_rows(4)
     for bad in ([*slm[:3], slm[3] | {"reply": None}], [*slm[:2], {"id": 7}, slm[3]], [*slm, slm[0]], [*slm[:3], slm[0]], slm[:3]):

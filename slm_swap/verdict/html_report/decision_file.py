@@ -4,7 +4,6 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import suppress
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -277,10 +276,7 @@ class Rows:
             UserError: a line is not a row, or the files hold other rows; the line is named.
         """
         prompts = prompts_of(self.dataset) if self.dataset else {}
-        end = (f"{display_path(self.azure)}, behind its end", None)
-        for (where, azure), (_, slm) in zip_longest(read_jsonl(self.azure), read_jsonl(self.slm), fillvalue=end):
-            if not is_row(azure) or not is_row(slm) or azure["id"] != slm["id"]:
-                raise UserError(f"{where}: not the same row as in {display_path(self.slm)}: evaluate and compare again")
+        for azure, slm in self.pairs():
             marks = [mark for mark, ids in self.marks.items() if azure["id"] in ids]
             row = {
                 "id": azure["id"],
@@ -292,6 +288,28 @@ class Rows:
             if azure.get("prompt_sha256") in prompts:
                 row["prompt"] = prompts[azure["prompt_sha256"]]
             yield all_visible(row)
+
+    def pairs(self) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+        """The lines of both files with the same id, in the order of the hosted model's; the other's wait in memory as far as theirs is another.
+
+        Raises:
+            UserError: as `__iter__`.
+        """
+        lines, waiting = read_jsonl(self.slm), dict[str, dict[str, Any]]()
+        for where, azure in read_jsonl(self.azure):
+            if not is_row(azure):
+                raise self._mismatch(where)
+            while azure["id"] not in waiting:
+                _, slm = next(lines, (None, None))
+                if not is_row(slm) or slm["id"] in waiting:
+                    raise self._mismatch(where)
+                waiting[slm["id"]] = slm
+            yield azure, waiting.pop(azure["id"])
+        if waiting or next(lines, None):
+            raise self._mismatch(f"{display_path(self.azure)}, behind its end")
+
+    def _mismatch(self, where: str) -> UserError:
+        return UserError(f"{where}: not the same row as in {display_path(self.slm)}: evaluate and compare again")
 
     def group(self, row: dict[str, Any]) -> str:
         """The row's group; the tool that its reference calls where tools are what is compared, or no group is given."""
