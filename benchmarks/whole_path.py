@@ -127,9 +127,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    scratch = args.scratch.resolve()
+    scratch = args.scratch.resolve() / f"{args.shape}-path"
     scratch.mkdir(parents=True, exist_ok=True)
-    base, adapter, stage = chat_checkpoint(scratch, args.shape), scratch / "adapter", Stages(scratch)
+    base, adapter, stage = chat_checkpoint(scratch.parent, args.shape), scratch / "adapter", Stages(scratch)
     rows = {split: scratch / f"rows/{TRACK}/{split}.jsonl" for split in ("train", "val", "test")}
     sample = PACKAGE / "02_dataset/sample/xlam_sample.jsonl"
     stage("rows", rows["test"], "02_dataset/prepare_data.py", "--source", "xlam", "--dataset-path", sample, "--out-dir", scratch / "rows")
