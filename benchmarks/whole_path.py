@@ -95,8 +95,8 @@ def compared(one: dict[str, str], other: dict[str, str]) -> dict[str, Any]:
     for name, left in one.items():
         right = other[name]
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False)))
-        shares.append(same / max(len(left), len(right), 1))
-    return {"equal": sum(share == 1 for share in shares) / len(shares), "agree_from_the_start": sum(shares) / len(shares), "rows": len(shares)}
+        shares.append(1.0 if left == right else same / max(len(left), len(right)))
+    return {"equal": shares.count(1.0) / len(shares), "agree_from_the_start": sum(shares) / len(shares), "rows": len(shares)}
 
 
 def pairs(names: list[str]) -> list[tuple[str, str]]:
