@@ -24,6 +24,10 @@ SHAPES = {  # the class of each one's configuration, and what it is told
         "vocab_size": 2048, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "rope_parameters": PHI_ROPE, "original_max_position_embeddings": 4096,
     }),
+    "tiny-qwen3": ("Qwen3Config", {
+        "vocab_size": 4608, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 32, "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+    }),
 }  # fmt: skip
 
 

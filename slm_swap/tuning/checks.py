@@ -115,6 +115,9 @@ def reach_report(reach: dict[str, Any]) -> list[str]:
     return lines
 
 
+FUSED = ("phi3", "phi4_multimodal")  # one linear layer makes queries, keys and values, and one gate and up
+
+
 def memory_needed(config: Any, parameters: Any, longest: int) -> dict[str, float]:
     """An estimate of the GiB of GPU memory that training takes: weights, LoRA with its optimizer, activations, logits, the
     allocator's loss.
@@ -128,24 +131,30 @@ def memory_needed(config: Any, parameters: Any, longest: int) -> dict[str, float
     hidden, inter, layers, vocabulary = config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.vocab_size
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or hidden // heads
-    attention = size * (heads + 2 * (getattr(config, "num_key_value_heads", None) or heads))
-    linear = layers * (hidden * attention + hidden * hidden + 3 * hidden * inter)
+    query, keys = size * heads, size * (getattr(config, "num_key_value_heads", None) or heads)
+    attention = query + 2 * keys
+    linear = layers * (hidden * (attention + query) + 3 * hidden * inter)
     experts = 0
     if count := expert_count(config):
         inter = getattr(config, "moe_intermediate_size", None) or inter
         experts = layers * count * 3 * hidden * inter
-        linear = layers * (hidden * attention + hidden * hidden)
+        linear = layers * hidden * (attention + query)
         inter *= getattr(config, "num_experts_per_tok", None) or 1  # what a token's way leads through
     head = vocabulary * hidden * (1 if config.tie_word_embeddings else 2)
     width = {"int8": 1, "nf4": 0.55, "bf16": 2, "fp32": 4}[parameters.precision]
     other = 4 if parameters.precision == "fp32" else 2
-    lora = layers * parameters.lora_r * (2 * hidden + attention + (0 if experts else 3 * hidden + 3 * inter))
+    fused = config.model_type in FUSED
+    readers = 2 if fused else 5  # linear layers with LoRA that read the hidden states
+    lora = layers * parameters.lora_r * ((2 if fused else 4) * hidden + query + attention + (0 if experts else (2 if fused else 3) * hidden + 3 * inter))
     tokens = parameters.pack_length if parameters.packing else parameters.batch_size * longest
-    # What a layer keeps of a token for its backward pass; compiled, it computes again what is cheap, dropout included.
+    # What a layer keeps of a token for its backward pass, counted in what torch.compile saves for Phi-4-mini's layers and Qwen3-4B's: compiled, it
+    # computes again what is cheap. LoRA's dropout leaves each of its layers an input and a mask of its own.
+    dropped = readers * hidden + query + inter
     if parameters.compiled:
-        kept = other * (6 * hidden + 2 * attention + 3 * inter)
+        kept = other * (2 * hidden + 3 * query + 3 * keys + 2 * inter)
+        kept += (other + 1) * dropped if parameters.lora_dropout else other * (2 * hidden + inter)
     else:
-        kept = other * (6 * hidden + 2 * attention + 5 * inter) + (4 * (3 * hidden + inter) if parameters.lora_dropout else 0)
+        kept = other * (4 * hidden + 2 * query + 2 * attention + 5 * inter) + (4 * dropped if parameters.lora_dropout else 0)
     through = other * hidden * layers + kept if parameters.gradient_checkpointing else kept * layers
     chunk = min(tokens, 1024)  # tokens whose logits are there at once
     parts = {

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, FalconConfig, Gemma3Config, GPT2Config, Mamba2Config, Phi3Config
+from transformers import AutoModelForCausalLM, FalconConfig, Gemma3Config, GPT2Config, Mamba2Config, Phi3Config, Qwen3Config
 
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import ROOT
@@ -34,6 +34,11 @@ PHI4_MINI = Phi3Config(
     hidden_size=3072, intermediate_size=8192, num_hidden_layers=32, num_attention_heads=24, num_key_value_heads=8, vocab_size=200_064,
     tie_word_embeddings=True, pad_token_id=0,
 )  # fmt: skip
+QWEN3_4B = Qwen3Config(
+    hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128, vocab_size=151_936,
+    tie_word_embeddings=True,
+)  # fmt: skip
+SHAPES = {"phi-4-mini": PHI4_MINI, "qwen3-4b": QWEN3_4B}
 FAST = Hyperparameters(**PRESETS["fast"])
 
 
@@ -173,16 +178,22 @@ def test_layers_that_lora_does_not_fit_are_left_out_and_said(family, left):
     assert reach_report(reach)[-1].startswith(f"LoRA leaves {left} as they are")
 
 
-RESULTS = (ROOT / "benchmarks/results").glob("train*.json")
-MEASURED = {name: told for path in RESULTS for name, told in json.loads(path.read_text())["configurations"].items()}
+MEASURED = {
+    f"{path.stem} {name}": (report["shape"], told)
+    for path in (ROOT / "benchmarks/results").glob("train*.json")
+    for report in [json.loads(path.read_text())]
+    for name, told in report["configurations"].items()
+    if "peak_gib" in told
+}
 
 
-@pytest.mark.parametrize("name", [name for name, told in MEASURED.items() if "peak_gib" in told])
+@pytest.mark.parametrize("name", MEASURED)
 def test_the_estimate_is_what_was_measured_on_a_gpu(name):
     """The longest of the benchmark's rows has 599 tokens. Too little would be found out late; Unsloth offloads, and takes less."""
-    told = MEASURED[name]["hyperparameters"]
+    shape, measured = MEASURED[name]
+    told, peak = measured["hyperparameters"], measured["peak_gib"]
     parameters = Hyperparameters(**told | {"compile": "yes" if told["packing"] else "no"})
-    needed, peak = sum(memory_needed(PHI4_MINI, parameters, 599).values()), MEASURED[name]["peak_gib"]
+    needed = sum(memory_needed(SHAPES[shape], parameters, 599).values())
     assert max(peak["allocated"], 0.95 * peak["reserved"]) < needed < 1.4 * peak["reserved"]
 
 
