@@ -188,7 +188,7 @@ class Ladder:
                 continue
             gain = self._gain(best, found)
             stays = gain["p_value"] < self.alpha
-            why = f"p = {gain['p_value']:.2g}: {'a gain' if stays else 'no gain is shown'} at alpha {self.alpha:g}"
+            why = f"p = {gain['p_value']:.2g}"
             best = found if stays else best
             self._tell(found, gain, STAYS if stays else GOES, why, rung.what)
         return best

@@ -60,17 +60,17 @@ def show_outlook(told: list[tuple[str, str, float | None, str]], hour: Any = Non
 def show(ladder: Ladder) -> None:
     """Each rung: what it gained, at what price, and why it stayed or went."""
     metric = ladder.told[0]["metric"]
-    title = f"{ladder.track}: {ladder.inputs['rows']} validation rows, {metric}; intervals hold for all rungs at once"
-    table = _table(title, ("rung", metric, "gain", "interval", "tokens in + out", "s a row", ""), (1, 2, 3, 4, 5))
+    title = f"{ladder.track}: {ladder.inputs['rows']} validation rows; a gain stays where p < {ladder.alpha:g}, its interval holds for all rungs at once"
+    table = _table(title, ("rung", metric, "gain", "interval", "tokens in + out", "s alone", ""), (1, 2, 3, 4, 5))
     for one in ladder.told:
         if one["outcome"] == NOT_TRIED:
             table.add_row(one["rung"], "", "", "", "", "", f"not tried: {one['why']}")
             continue
-        gain, tokens = one["gain"], one["tokens_per_row"].values()
+        gain, tokens, alone = one["gain"], one["tokens_per_row"].values(), (one["latency"] or {}).get("alone")
         low, high = gain["interval"] if gain else (None, None)
         table.add_row(
             one["rung"], f"{one['value']:.3f}", f"{gain['gain']:+.3f}" if gain else "", f"{low:+.3f} to {high:+.3f}" if gain else "",
-            " + ".join("?" if count is None else f"{count:.0f}" for count in tokens), f"{one['seconds_per_row']:.3g}", f"{one['outcome']}: {one['why']}",
+            " + ".join("?" if count is None else f"{count:.0f}" for count in tokens), f"{alone['p50']:.3g}" if alone else "?", f"{one['outcome']}: {one['why']}",
         )  # fmt: skip
     _print(table)
 
