@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
         write_jsonl(review, (row | {"votes": [vote.to_json() for vote in own]} for row, own in left), elsewhere(out))
         told = {"schema_version": SCHEMA_VERSION, "stage": "label", "created_at": now(), "code": code_version(), "asked": asked, "model": labelling.model}
         told |= {"rows": len(rows), "kept": len(kept), "review": len(left), "different_answers": counts_of(votes)}
-        told |= {"cost": labelling.spent, "replies_without_usage": labelling.unknown}
+        told |= {"cost": round(labelling.spent, 9), "replies_without_usage": labelling.unknown}
         write_json(report, told, elsewhere(out))
         if kept:  # last: once it is there, the same command is refused
             write_jsonl(out, kept, elsewhere(out))
