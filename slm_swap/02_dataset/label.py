@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     out = args.out or PACKAGE / f"02_dataset/labels_{args.track}.jsonl"
     review, report = out.with_suffix(".review.jsonl"), out.with_suffix(".report.json")
     check_out(out, review, report, journal_path(out), inputs=[args.prompts])
-    if out.exists() and not args.overwrite:
+    if out.exists() and not args.overwrite and not journal_path(out).exists():  # with a journal, a run was killed while it wrote its results
         raise UserError(f"{display_path(out)} is there already: pass --overwrite, or choose another --out")
     rows, examples = read_prompts(args)
     settings, make = load_settings(), partial(sampler, args, load_settings())
