@@ -29,7 +29,7 @@ SCRIPTS = (
 # What two runs of one command may have different: times, what counts sessions, and flags that change nothing.
 APART = {
     "created_at", "seconds", "latency", "run_id", "sessions", "cached_replies", "trace", "tokens_per_second", "peak_memory_gib", "out", "out_dir",
-    "cache", "overwrite", "at", "ledger", "langfuse_optional",
+    "load", "cache", "overwrite", "at", "ledger", "langfuse_optional",
 }  # fmt: skip
 SAMPLES = 2
 REPLIES = {"prompt", "prediction", "id"}
@@ -150,8 +150,8 @@ def _page(folder: Path) -> str:
 
 TOOLCALL = ("--track", "toolcall", "--dataset")
 TRAIN = (
-    "--track", "structured", "--backend", "trl", "--precision", "fp32", "--batch-size", 2, "--gradient-accumulation", 1, "--no-gradient-checkpointing",
-    "--learning-rate", "5e-3", "--save-steps", 2, "--eval-steps", 3, "--epochs", 2, "--resume",
+    "--track", "structured", "--backend", "trl", "--precision", "fp32", "--batch-size", 1, "--gradient-accumulation", 1, "--no-gradient-checkpointing",
+    "--learning-rate", "5e-3", "--save-steps", 1, "--eval-steps", 2, "--epochs", 2, "--resume",
 )  # fmt: skip
 LOCAL = ("--model-kind", "slm", "--precision", "fp32", "--engine", "transformers", "--limit", 3, "--max-new-tokens", 12, "--latency-rows", 0)
 STAGES = {
@@ -238,8 +238,8 @@ def write_inputs(folder: Path, rows: int) -> None:
     """The rows that stages read, in a folder: of the embedded sample, `rows` of the track toolcall are evaluated."""
     sample = (PACKAGE / "02_dataset/sample/xlam_sample.jsonl").read_text().splitlines(keepends=True)
     (folder / "xlam.jsonl").write_text("".join(sample[: 6 * rows]))
-    write_jsonl(folder / "train.jsonl", (row.to_json() for row in ROWS[:6]))
-    write_jsonl(folder / "val.jsonl", (row.to_json() for row in ROWS[6:]))
+    write_jsonl(folder / "train.jsonl", (row.to_json() for row in ROWS[:2]))
+    write_jsonl(folder / "val.jsonl", (row.to_json() for row in ROWS[2:3]))
 
 
 def choose_rows(data: Path, folder: Path, rows: int) -> None:

@@ -6,6 +6,7 @@ its end by `atexit` and flushing. This process must have no threads.
 
 import gc
 import importlib
+import logging
 import os
 import resource
 import select
@@ -26,6 +27,13 @@ from tests.support.scripts import load_script
 PATIENCE = 300.0  # seconds that a run may take
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link")
+# What the scripts and their packages import only when they are at work.
+LAZY = (
+    *(f"slm_swap.tuning.{name}" for name in ("training", "loop", "merging", "fast_training", "model_checks")),
+    *(f"slm_swap.{name}" for name in ("verdict.html_report.page", "verdict.text_report", "evaluating.reply_cache", "slm_client", "azure_client")),
+    "aiohttp.web", "dotenv.main", "deepspeed", "matplotlib.figure", "matplotlib.backends.backend_agg", "mpl_toolkits.mplot3d", "torch.nn.attention.varlen",
+    "transformers.models.phi3.modeling_phi3", "transformers.models.auto.modeling_auto", "peft.tuners.lora.bnb", "peft.utils.transformers_weight_conversion",
+)  # fmt: skip
 _scripts: dict[str, ModuleType] = {}
 
 
@@ -70,9 +78,13 @@ class Ended:
 
 def load(*scripts: str) -> None:
     """Import scripts and what they import when they are at work."""
+    logging.disable()  # that there is no GPU, and the like
     fork_server.load()
-    for name in ("tuning.training", "tuning.loop", "tuning.merging", "demo.azure_simulator", "verdict.html_report.page", "verdict.text_report"):
-        importlib.import_module(f"slm_swap.{name}")
+    for name in LAZY:
+        with suppress(ImportError):
+            importlib.import_module(name)
+    logging.disable(logging.NOTSET)
+    importlib.import_module("torch").set_num_threads(1)  # two of them in each of several forks would wait for each other
     for script in scripts:
         _scripts[script] = load_script(script)
     gc.freeze()  # or each fork copies all of it as its own collections look at it
