@@ -289,9 +289,8 @@ def kill(trial: Trial) -> Iterator[tuple[str, str]]:
         fault = draw_fault(trial.dice, whole)
         ended = session(fault)
         how = "in a write" if isinstance(fault, InWrite) else signal.Signals(fault.signal).name
-        if ended.code == (-signal.SIGXFSZ if isinstance(fault, InWrite) else ENDS[fault.signal]):
-            yield how, "killed"
-        elif name == "live_compare" and "no batch was answered" in ended.error and is_refused(ended):  # Ctrl-C, and it has nothing to show
+        nothing_to_show = name == "live_compare" and "no batch was answered" in ended.error and is_refused(ended)  # by Ctrl-C
+        if nothing_to_show or ended.code == (-signal.SIGXFSZ if isinstance(fault, InWrite) else ENDS[fault.signal]):
             yield how, "killed"
         elif ended.code in stage.codes or any(text in ended.error for text in AGAIN):
             break  # it had ended, now or before

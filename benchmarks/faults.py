@@ -20,7 +20,6 @@ valid, and a trace file that ends earlier or lacks whole lines. `failed` has the
 
 import argparse
 import contextlib
-import json
 import multiprocessing
 import multiprocessing.connection
 import os
