@@ -12,7 +12,7 @@ import tempfile
 import threading
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -69,23 +69,26 @@ class Campaign:
         words = [*stage.words(self.scene, folder), *more]
         return run_script(stage.script, words, folder, self.scene.environment(trial, session, **environment), fault, changes)
 
-    def prepare(self) -> None:
-        """Run every stage undisturbed, and some of them half-way."""
+    def prepare(self, training: bool = True) -> None:
+        """Run every stage undisturbed, and some of them half-way. Without `training` no trial may train, merge or take an adapter."""
         folder = self.scene.folder
-        for name in ("eval", "eval --cache", "eval of replies", "live_compare", "label", "prepare_data", "train"):
+        for name in ("eval", "eval --cache", "eval of replies", "live_compare", "label", "prepare_data"):
             self._undisturbed(name)
-        shutil.copytree(folder / "whole/train/adapter", folder / "adapter")
         (folder / "sides").mkdir()
         for side, stage in (("azure", "eval"), ("slm", "eval of replies")):
             for end in (".json", ".rows.jsonl"):
                 shutil.copy(folder / f"whole/{stage}/report{end}", folder / f"sides/{side}{end}")
-        for name, given in (("eval --adapter", "adapter"), ("merge", None), ("merge of a copy", "adapter"), ("compare", None)):
-            self._undisturbed(name, given and [folder / given])
+        self._undisturbed("compare")
         self._undisturbed("compare of copies", sorted((folder / "sides").iterdir()))
         self._undisturbed("render_report", [folder / "whole/compare/decision.json"])
         self._half_done("eval", InWrite(int(0.8 * self.whole["eval"].largest)))
-        saving = next(at for at, change in enumerate(self.whole["train"].ended.changes, 1) if "checkpoints/adapter" in change)
-        self._half_done("train", Before(saving, signal.SIGKILL))
+        if training:
+            self._undisturbed("train")
+            shutil.copytree(folder / "whole/train/adapter", folder / "adapter")
+            for name, given in (("eval --adapter", [folder / "adapter"]), ("merge", []), ("merge of a copy", [folder / "adapter"])):
+                self._undisturbed(name, given)
+            saving = next(at for at, change in enumerate(self.whole["train"].ended.changes, 1) if "checkpoints/adapter" in change)
+            self._half_done("train", Before(saving, signal.SIGKILL))
         stage = STAGES["eval of replies"]
         with langfuse() as server:
             place = self._place("traced")
@@ -100,9 +103,9 @@ class Campaign:
         place.mkdir(parents=True)
         return place
 
-    def _undisturbed(self, name: str, given: list[Path] | None = None) -> None:
+    def _undisturbed(self, name: str, given: Sequence[Path] = ()) -> None:
         stage, place = STAGES[name], self._place(name)
-        for path in given or ():
+        for path in given:
             shutil.copytree(path, place / path.name) if path.is_dir() else shutil.copy(path, place)
         ended = self.run(stage, place, "whole", changes=True)
         self._require(stage, ended)

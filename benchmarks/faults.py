@@ -206,9 +206,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     began, counts = time.monotonic(), Counts()
-    code = code_version()
+    about = {"created_at": now(), "code": code_version(), "packages": package_versions(), "hardware": hardware(), "seed": args.seed, "jobs": args.jobs}
     with scratch_folder() as folder:
         memory = Memory(args.memory_rows, folder / "memory") if args.memory_rows else None
+
+        def write(**more: Any) -> None:
+            if not args.only:
+                write_json(args.out, about | counts.to_json() | more | {"seconds": round(time.monotonic() - began, 1)})
+
         if args.only or args.minutes or any((args.kills, args.damage, args.disks, args.servers)):
             load(*SCRIPTS)
             with scene(folder) as made:
@@ -219,12 +224,14 @@ def main(argv: list[str] | None = None) -> int:
                     counts.add(result)
                     if result["why"] or args.only:
                         print(f"{result['trial']}: {result['why'] or result['told']}", flush=True)
-        told = {"memory": memory.measured()} if memory else {}
-    told |= {"created_at": now(), "code": code, "packages": package_versions(), "hardware": hardware(), "seed": args.seed, **counts.to_json()}
-    told["seconds"] = round(time.monotonic() - began, 1)
-    print(f"{counts.killed.total()} kills, {counts.damaged.total()} damaged files, {counts.disks.total()} disks, {counts.trials['server']} servers: {len(counts.failed)} failed")
+                    if counts.trials.total() % 50 == 0:
+                        write()  # a machine may be taken away
+        write(**({"memory": memory.measured()} if memory else {}))
+    print(
+        f"{counts.killed.total()} kills, {counts.damaged.total()} damaged files, {counts.disks.total()} disks, {counts.trials['server']} servers: "
+        f"{len(counts.failed)} failed"
+    )
     if not args.only:
-        write_json(args.out, told)
         print(f"report: {display_path(args.out)}")
     return 1 if counts.failed else 0
 
