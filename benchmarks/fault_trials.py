@@ -92,11 +92,11 @@ class Campaign:
         stage = STAGES["eval of replies"]
         with langfuse() as server:
             place = self._place("traced")
-            self._require(stage, self.run(stage, place, "whole", **keys(server.url)))
+            require_end(stage, self.run(stage, place, "whole", **keys(server.url)))
             self.traced = server.arrived(place)
             server("server.refuse()")
             self.left["untold"] = self._place("untold")
-            self._require(stage, self.run(stage, self.left["untold"], "whole", 1, None, ("--langfuse-optional",), **keys(server.url)))
+            require_end(stage, self.run(stage, self.left["untold"], "whole", 1, None, ("--langfuse-optional",), **keys(server.url)))
 
     def _place(self, name: str) -> Path:
         place = self.scene.folder / "whole" / name
@@ -108,7 +108,7 @@ class Campaign:
         for path in given:
             shutil.copytree(path, place / path.name) if path.is_dir() else shutil.copy(path, place)
         ended = self.run(stage, place, "whole", changes=True)
-        self._require(stage, ended)
+        require_end(stage, ended)
         sizes = [path.stat().st_size for path in place.rglob("*") if path.is_file()]
         self.whole[name] = Whole(ended, stage.found(place), files_of(place), max(sizes))
 
@@ -118,10 +118,11 @@ class Campaign:
         if ended.code >= 0:
             raise RuntimeError(f"{name} was not killed: {ended.error}")
 
-    @staticmethod
-    def _require(stage: Stage, ended: Ended) -> None:
-        if ended.code not in stage.codes:
-            raise RuntimeError(f"{stage.name} ended with {ended.code} undisturbed: {ended.error}")
+
+def require_end(stage: Stage, ended: Ended) -> None:
+    """That an undisturbed run ended as it should."""
+    if ended.code not in stage.codes:
+        raise RuntimeError(f"{stage.name} ended with {ended.code} undisturbed: {ended.error}")
 
 
 @dataclass
@@ -157,7 +158,7 @@ def scene(folder: Path) -> Iterator[Scene]:
     (folder / "asked").mkdir()
     place, unread, stage = folder / "whole/prepared", Scene(folder, ""), STAGES["prepare_data"]
     place.mkdir(parents=True)
-    Campaign(unread, 0)._require(stage, run_script(stage.script, stage.words(unread, place), place, unread.environment("whole", 0)))
+    require_end(stage, run_script(stage.script, stage.words(unread, place), place, unread.environment("whole", 0)))
     choose_rows(place / "data", folder, ROWS)
     with in_process(lambda there: _simulate(folder, there)) as here:
         yield Scene(folder, here.recv())

@@ -37,7 +37,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere
 
 from fault_stages import SCRIPTS
-from fault_trials import OUTCOMES, TRIALS, Campaign, one_trial, scene
+from fault_trials import OUTCOMES, TRIALS, Campaign, can_mount, one_trial, scene
 from forked import load
 
 from slm_swap.cli import Parser, minutes, not_negative, positive, run
@@ -215,6 +215,8 @@ def main(argv: list[str] | None = None) -> int:
                 write_json(args.out, about | counts.to_json() | more | {"seconds": round(time.monotonic() - began, 1)})
 
         if args.only or args.minutes or any((args.kills, args.damage, args.disks, args.servers)):
+            if args.disks and not can_mount():
+                print("no tmpfs can be mounted here: of disks only limits on a file's size are tried", flush=True)
             load(*SCRIPTS)
             with scene(folder) as made:
                 campaign = Campaign(made, args.seed)

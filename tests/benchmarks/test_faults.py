@@ -31,13 +31,13 @@ with faults.scene(folder) as made:
     def run(*names):
         return list(faults.Trials(campaign, 2).results(iter(names)))
 
-    results["sound"] = run(*(f"kill-{{n}}" for n in range(1, 5)), *(f"damage-{{n}}" for n in range(1, 9)), "disk-1", "server-1")
+    results["sound"] = run(*(f"kill-{{n}}" for n in range(1, 4)), *(f"damage-{{n}}" for n in range(1, 7)), "disk-1", "server-1")
     results["again"] = run("damage-3")
     for kinds, one in ((fault_trials.DAMAGED, "journal"), (fault_trials.KINDS, "a flipped bit")):
         for kind in kinds.keys() - {{one}}:
             del kinds[kind]
     journal.is_whole = lambda line: True
-    results["planted"] = run(*(f"damage-{{n}}" for n in range(1, 7)))
+    results["planted"] = run(*(f"damage-{{n}}" for n in range(1, 6)))
 (folder / "results.json").write_text(json.dumps(results))
 """
 
@@ -54,7 +54,7 @@ def results(tmp_path_factory):
 def test_a_few_trials_of_each_kind_find_nothing(results):
     assert {result["trial"]: result["why"] for result in results["sound"] if result["why"]} == {}
     told = {result["trial"]: result["told"] for result in results["sound"]}
-    assert len(told) == 14 and all(told[f"damage-{number}"] for number in range(1, 9))
+    assert len(told) == 11 and all(told[f"damage-{number}"] for number in range(1, 7))
     killed = Counter(outcome for name, parts in told.items() if name.startswith("kill") for _, outcome in parts)
     assert killed["killed"] >= 2 and killed["killed"] + killed["went on"] + killed["refused"] == killed.total()
     same = {result["trial"]: result["told"] for result in results["again"]}
@@ -63,7 +63,7 @@ def test_a_few_trials_of_each_kind_find_nothing(results):
 
 def test_a_planted_fault_is_found(results):
     found = [result for result in results["planted"] if result["why"]]
-    assert len(found) >= 3 and {"wrong silently"} <= {outcome for result in found for _, outcome in result["told"]}
+    assert len(found) >= 2 and {"wrong silently"} <= {outcome for result in found for _, outcome in result["told"]}
     assert all("a flipped bit in report.rows.jsonl.part" in result["why"] for result in found)
 
 
