@@ -1,10 +1,12 @@
 """The campaign of faults: a few trials of each kind find nothing, and a fault that is planted is found."""
 
 import importlib
+import itertools
 import json
 import sys
 from collections import Counter
 from random import Random
+from types import SimpleNamespace
 
 import pytest
 
@@ -102,6 +104,18 @@ def test_kinds_take_turns_until_the_numbers_are_reached(benchmarks):
     assert told["kill"]["kills"] == 4 and told["kill"]["outcomes"]["went on"] == 2 and told["failed"] == {}
     counts.add({"trial": "kill-3", "told": [("eval", "lost")], "why": "lost: a row"})
     assert counts.to_json()["kill"]["outcomes"]["lost"] == 1 and counts.to_json()["failed"] == {"kill-3": "lost: a row"}
+
+
+def test_with_minutes_it_goes_on_in_the_same_shares_until_they_are_over(benchmarks, monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setattr(benchmarks["faults"], "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    faults, counts, names = benchmarks["faults"], SimpleNamespace(killed=Counter(), trials=Counter()), []
+    args = faults.parse_args(["--minutes", "1", "--kills", "0", "--damage", "2", "--disks", "1", "--servers", "0"])
+    for name in faults.planned(args, counts):
+        names.append(name)
+        counts.trials[name.partition("-")[0]] += 1
+    kinds = Counter(name.partition("-")[0] for name in names)
+    assert len(names) > 50 and set(kinds) == {"damage", "disk"} and 1.5 < kinds["damage"] / kinds["disk"] < 2.5 and len(set(names)) == len(names)
 
 
 @pytest.mark.parametrize("name", ["kill", "kill-", "fire-1", "damage-x"])
