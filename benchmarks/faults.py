@@ -171,6 +171,11 @@ class Memory:
             [sys.executable, "-c", code, PACKAGE / "01_eval/eval.py", *words], env=os.environ | {"LANGFUSE_DISABLED": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
 
+    def end(self) -> None:
+        """Nobody waits for it any more."""
+        self.process.kill()
+        self.process.wait()
+
     def measured(self) -> dict[str, Any]:
         """What came of it.
 
@@ -207,8 +212,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     began, counts = time.monotonic(), Counts()
     about = {"created_at": now(), "code": code_version(), "packages": package_versions(), "hardware": hardware(), "seed": args.seed, "jobs": args.jobs}
-    with scratch_folder() as folder:
+    with scratch_folder() as folder, contextlib.ExitStack() as ends:
         memory = Memory(args.memory_rows, folder / "memory") if args.memory_rows else None
+        if memory:
+            ends.callback(memory.end)
 
         def write(**more: Any) -> None:
             if not args.only:
@@ -226,8 +233,8 @@ def main(argv: list[str] | None = None) -> int:
                     counts.add(result)
                     if result["why"] or args.only:
                         print(f"{result['trial']}: {result['why'] or result['told']}", flush=True)
-                    if counts.trials.total() % 50 == 0:
-                        write()  # a machine may be taken away
+                    if counts.trials.total() % 20 == 0:
+                        write()  # it may be stopped, or the machine taken away
         write(**({"memory": memory.measured()} if memory else {}))
     print(
         f"{counts.killed.total()} kills, {counts.damaged.total()} damaged files, {counts.disks.total()} disks, {counts.trials['server']} servers: "
