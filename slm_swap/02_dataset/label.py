@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     out = args.out or PACKAGE / f"02_dataset/labels_{args.track}.jsonl"
     review, report = out.with_suffix(".review.jsonl"), out.with_suffix(".report.json")
     check_out(out, review, report, journal_path(out), inputs=[args.prompts])
-    if out.exists() and not args.overwrite:
+    if out.exists() and not args.overwrite and not journal_path(out).exists():  # with a journal, a run was killed while it wrote its results
         raise UserError(f"{display_path(out)} is there already: pass --overwrite, or choose another --out")
     rows, examples = read_prompts(args)
     settings, make = load_settings(), partial(sampler, args, load_settings())
@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
         write_jsonl(review, (row | {"votes": [vote.to_json() for vote in own]} for row, own in left), elsewhere(out))
         told = {"schema_version": SCHEMA_VERSION, "stage": "label", "created_at": now(), "code": code_version(), "asked": asked, "model": labelling.model}
         told |= {"rows": len(rows), "kept": len(kept), "review": len(left), "different_answers": counts_of(votes)}
-        told |= {"cost": labelling.spent, "replies_without_usage": labelling.unknown}
+        told |= {"cost": round(labelling.spent, 9), "replies_without_usage": labelling.unknown}
         write_json(report, told, elsewhere(out))
         if kept:  # last: once it is there, the same command is refused
             write_jsonl(out, kept, elsewhere(out))

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from slm_swap.clients.protocol import Client, Reply
+from slm_swap.evaluating.finished import SETS
 from slm_swap.evaluating.journal import Journal
 from slm_swap.evaluating.outage import Outage
 from slm_swap.evaluating.row import read_reply, score_row
@@ -49,15 +50,26 @@ class Labelling:
 
         Requests that failed and may be answered later are missing, and `failure` says why.
         """
-        complete = True
+        complete, self.model = True, dict(journal.kept.get("model") or {})
         for sample in range(self.samples):
             client = make(sample)
             with closing(client):
                 if not sample:
                     self._count(client, journal)
                 complete &= self._sample(client, journal, sample, outage, on_reply)
-                self.model = client.describe()
+                told = client.describe()
+        if self.model and "seed" in told.get("parameters", ()):  # the last sample's, whichever was asked last
+            self.model |= {"parameters": self.model["parameters"] | {"seed": told["parameters"]["seed"]}}
+        self.model = self.model or told
         return complete
+
+    def _learn(self, client: Client, journal: Journal) -> None:
+        """Write down what is known of the model since its reply, over all sessions: the one that ends the run may ask nothing."""
+        told = client.describe()
+        told |= {name: sorted({*self.model.get(name, ()), *told.get(name, ())}) for name in SETS}
+        if told != self.model:
+            self.model = told
+            journal.keep("model", told)
 
     def _count(self, client: Client, journal: Journal) -> None:
         """Count what all samples of earlier sessions cost, before anything is asked."""
@@ -105,6 +117,7 @@ class Labelling:
             self._pay(client, self.requests[row], reply)
             line = score_row(self.track, self.examples[row], replace(reply, cut=None)).line(self.track)
             journal.add(first + row, line, reply, reply.seconds, kept=reply.finish_reason == "error" and not reply.transient)
+            self._learn(client, journal)
             self.failure = reply.error if reply.transient else self.failure
             done.add(row)
             on_reply()

@@ -164,6 +164,41 @@ def test_a_request_that_failed_is_asked_again_by_the_same_command(label, served,
     assert sum(served.asked.values()) == 10
 
 
+@pytest.mark.parametrize("written", range(4))
+def test_a_run_that_is_killed_at_its_end_goes_on_by_the_same_command_to_the_same_results(label, served, script, monkeypatch, tmp_path, written):
+    """After so many of the files that it writes: labels, review, report."""
+    served.script = lambda prompt, before, asked, answer: calling(answer, "order_status", '{"order": 9}') if prompt.endswith(" 2?") and before else answer
+
+    def results() -> list:
+        report = read_json(tmp_path / "labels.report.json", "label.py")
+        return [lines(tmp_path / "labels.jsonl"), lines(tmp_path / "labels.review.jsonl"), {**report, "created_at": None}]
+
+    assert label("--budget", 1, numbers=[1, 2, 3])[0] == 0
+    whole, asked = results(), served.asked.copy()
+    assert whole[2]["model"]["system_fingerprint"] and whole[2]["kept"] == 2
+    for path in tmp_path.glob("labels*"):
+        path.unlink()
+    served.asked.clear()
+    calls = []
+
+    def interrupted(write):
+        def wrapped(*args):
+            if len(calls) == written:
+                raise KeyboardInterrupt
+            calls.append(1)
+            return write(*args)
+
+        return wrapped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "write_jsonl", interrupted(script.write_jsonl))
+        patch.setattr(script, "write_json", interrupted(script.write_json))
+        patch.setattr(script.Journal, "remove", interrupted(script.Journal.remove))
+        assert label("--budget", 1, numbers=[1, 2, 3])[0] == 130
+    assert label("--budget", 1, numbers=[1, 2, 3])[0] == 0
+    assert results() == whole and served.asked == asked and not list(tmp_path.glob("*.part"))
+
+
 @pytest.mark.parametrize(
     ("fields", "what"),
     [({"calls": []}, "has a `calls` already"), ({"messages": "no"}, "`messages` must be a list"), ({"tools": ["order_status"]}, "is not an object")],
