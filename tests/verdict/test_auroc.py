@@ -32,7 +32,8 @@ def test_the_area_is_mann_and_whitneys_with_ties(rows):
 def test_rows_that_are_their_own_clusters_count_as_rows(rows, size):
     values, right = zip(*rows, strict=True)
     alone = auroc(values, right)
-    assert alone == auroc(values, right, list(range(len(rows)))) or alone[0] in (0.0, 1.0)
+    apart = auroc(values, right, list(range(len(rows))))
+    assert apart == alone or apart[1] == pytest.approx(alone[1])
     together = auroc(values, right, [at // size for at in range(len(rows))])
     if alone:
         assert together[0] == alone[0] and together[1][0] <= alone[1][0] + 1e-9 and together[1][1] >= alone[1][1] - 1e-9, "clusters never tell more"
@@ -55,7 +56,7 @@ def test_newcombes_interval_holds_his_equation():
 
 def test_where_nothing_overlaps_the_interval_is_no_point():
     area, (low, high) = auroc([*range(50)], [at >= 10 for at in range(50)])
-    assert area == 1.0 and high == 1.0 and 0.8 < low < 0.98
+    assert area == 1.0 and high == 1.0 and 0.75 < low < 0.98
     wider = auroc([*range(50)], [at >= 10 for at in range(50)], [at // 5 for at in range(50)])
     assert wider[1][0] < low, "clusters are fewer than rows"
     assert auroc([1, 2, 3, 2.5, 3, 4], [False] * 3 + [True] * 3, "aaabcd")[1] == (0.0, 1.0), "of one cluster's wrong rows little is known"

@@ -3,9 +3,10 @@
 The area (AUROC) is the chance that a right row has a larger number than a wrong one, ties counted half: Mann and Whitney's U over the
 number of pairs. Its interval is Newcombe's (Statistics in Medicine 25:559-573, 2006, method 5): every area that is no further from the
 measured one than its own standard error allows, by Hanley and McNeil's variance with the mean of both sample sizes. Unlike DeLong's it
-has its level where few rows are wrong, and does not shrink to a point where the two do not overlap. Where ties are many it is too wide
-rather than too narrow. Rows that belong together widen it by their design effect: Obuchowski's variance for clusters (Biometrics
-53:567-578, 1997) over DeLong's for rows (Biometrics 44:837-845, 1988), at least 1.
+has its level where few rows are wrong, and does not shrink to a point where the two do not overlap. That variance holds for smooth
+distributions: it is scaled up where the sample's own is larger, which is DeLong's (Biometrics 44:837-845, 1988), and of rows that belong
+together Obuchowski's for clusters (Biometrics 53:567-578, 1997), and Student's t is taken for the normal distribution, with as many degrees
+of freedom as the rarer kind has rows or clusters, less one.
 """
 
 import math
@@ -34,17 +35,12 @@ def auroc(
     own[good], own[~good] = rankdata(given[good]), rankdata(given[~good])
     placed = np.where(good, (ranks - own) / counts[1], 1 - (ranks - own) / counts[0])
     area = float(placed[good].mean())
-    sizes: tuple[float, float] = counts
-    effect = 1.0
-    if labels is not None:
-        _, cluster = np.unique(np.array([hash(label) for label in labels]), return_inverse=True)
-        clusters = tuple(len(set(cluster[kind].tolist())) for kind in (good, ~good))
-        rows = sum(_spread(placed[kind] - area, np.arange(count)) for kind, count in ((good, counts[0]), (~good, counts[1])))
-        if rows > 0:
-            effect = max(1.0, _clustered(placed - area, good, cluster) / rows)
-        else:  # nothing overlaps: what the clusters share is not to be seen, and may be all
-            sizes = clusters
-    return area, interval(area, *sizes, alpha, effect)
+    cluster = np.arange(len(given)) if labels is None else np.unique([hash(label) for label in labels], return_inverse=True)[1]
+    clusters = [len(set(cluster[kind].tolist())) for kind in (good, ~good)]
+    spread = max(_variance(placed - area, good, units) for units in (np.arange(len(given)), cluster))
+    if spread == 0:  # nothing overlaps: what the rows of a cluster share is not to be seen, and may be all
+        counts = clusters[0], clusters[1]
+    return area, interval(area, *counts, alpha, spread, max(1, min(clusters) - 1))
 
 
 def _spread(deviations: np.ndarray, cluster: np.ndarray) -> float:
@@ -54,8 +50,8 @@ def _spread(deviations: np.ndarray, cluster: np.ndarray) -> float:
     return float((sums**2).sum() * count / (count - 1) / len(deviations) ** 2) if count > 1 else 0.0
 
 
-def _clustered(deviations: np.ndarray, good: np.ndarray, cluster: np.ndarray) -> float:
-    """Obuchowski's variance: that of both kinds, and twice their covariance, as a cluster may have rows of both.
+def _variance(deviations: np.ndarray, good: np.ndarray, cluster: np.ndarray) -> float:
+    """The sample's own variance: that of both kinds, and twice their covariance, as a cluster may have rows of both.
 
     Infinite where several rows of a kind are all in one cluster: how clusters differ is not to be seen.
     """
@@ -64,24 +60,30 @@ def _clustered(deviations: np.ndarray, good: np.ndarray, cluster: np.ndarray) ->
         return math.inf
     sums = [np.bincount(cluster[kind], deviations[kind], minlength=count) / kind.sum() for kind in (good, ~good)]
     alone = sum(_spread(deviations[kind], cluster[kind]) for kind in (good, ~good))
-    return float(alone + 2 * (sums[0] * sums[1]).sum() * count / (count - 1))
+    return float(alone + 2 * (sums[0] * sums[1]).sum() * count / max(count - 1, 1))
 
 
-def interval(area: float, right: float, wrong: float, alpha: float, effect: float = 1.0) -> tuple[float, float]:
-    """Newcombe's interval for an area between so many right and wrong rows, its variance times `effect`."""
+def interval(area: float, right: int, wrong: int, alpha: float, variance: float = 0.0, df: float = math.inf) -> tuple[float, float]:
+    """Newcombe's interval for an area between so many right and wrong rows; the variance at the area itself is at least `variance`, and the
+    quantile is Student's with `df` degrees of freedom."""
     from scipy.optimize import brentq
-    from scipy.special import ndtri
+    from scipy.special import ndtri, stdtrit
 
-    if math.isinf(effect):
+    if math.isinf(variance):
         return 0.0, 1.0
-    z, mean = -float(ndtri(alpha / 2)), (right + wrong) / 2 - 1
+    z, mean = -float(ndtri(alpha / 2) if math.isinf(df) else stdtrit(df, alpha / 2)), (right + wrong) / 2 - 1
+
+    def smooth(true: float) -> float:
+        return true * (1 - true) * (1 + mean * ((1 - true) / (2 - true) + true / (1 + true))) / (right * wrong)
+
+    scale = max(1.0, variance / smooth(area)) if 0 < area < 1 else 1.0
 
     def reach(true: float) -> float:
-        shape = 1 + mean * ((1 - true) / (2 - true) + true / (1 + true))
-        return z * math.sqrt(effect * true * (1 - true) * shape / (right * wrong))
+        return z * math.sqrt(scale * smooth(true))
 
-    low = brentq(lambda true: area - true - reach(true), 1e-12, area) if area > 1e-9 else 0.0
-    high = brentq(lambda true: true - area - reach(true), area, 1 - 1e-12) if area < 1 - 1e-9 else 1.0
+    least, most = 1e-12, 1 - 1e-12  # at 0 and 1 themselves the standard error is 0, and they would solve their own equation
+    low = brentq(lambda true: area - true - reach(true), least, min(area, most)) if area > 1e-9 else 0.0
+    high = brentq(lambda true: true - area - reach(true), max(area, least), most) if area < 1 - 1e-9 else 1.0
     return float(low), float(high)
 
 
