@@ -10,6 +10,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from slm_swap.clients.confidence import confidence
 from slm_swap.clients.engines import Engine, Generated, Prompt, Workload, choose_engine
 from slm_swap.clients.loading import (
     adapter_path,
@@ -191,13 +192,14 @@ class SLMClient:
         return [told for request in requests for told in self._encode([request])]
 
     def _reply(self, prompt: Prompt, request: Request, made: Generated) -> Reply:
-        text, calls, thinking = read_reply(self.tokenizer, request, made.tokens, made.stopped)
+        text, calls, thinking = read = read_reply(self.tokenizer, request, made.tokens, made.stopped)
         spent = len(made.tokens) + made.stopped  # the end token was generated too
         reason = "stop" if made.stopped else "length"
         thought = self.count_tokens(thinking) if thinking else None
         return Reply(
             text, reason, len(prompt.tokens), spent, made.cached, made.seconds,
             batch=made.batch, limit=prompt.limit, reasoning_tokens=thought, calls=calls,
+            confidence=confidence(self.tokenizer, request, made.tokens, made.chances, read),
         )  # fmt: skip
 
     def count_tokens(self, text: str) -> int | None:

@@ -82,7 +82,7 @@ def decide(args: argparse.Namespace, sides: dict[str, Evaluation], prices: Price
 
 def log(trace: RunTrace, told: dict[str, Any]) -> None:
     """The decision as an event, its verdict and differences as scores."""
-    brief = {name: value for name, value in told.items() if name not in ("groups", "gold_audit")}
+    brief = {name: value for name, value in told.items() if name not in ("groups", "gold_audit", "confidence")}
     trace.event("decision", brief)
     trace.scores({"verdict": told["verdict"]} | {f"{name}_difference": values["difference"] for name, values in told["metrics"].items()})
     trace.update(output={"verdict": told["verdict"], "metrics": told["metrics"]})

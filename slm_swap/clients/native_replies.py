@@ -17,7 +17,7 @@ _BEGUN = "{"  # arguments that were due and did not come: "" would be a call wit
 _KEPT = re.compile("\x00(\\d+)\x00")
 _NAME = re.compile(r'"name"\s*:\s*("(?:[^"\\\n]|\\.)*")')
 _ARGUMENTS = re.compile(r'"(?:arguments|parameters)"\s*:\s*')
-_RECIPIENT = re.compile(r"to=functions\.([^\s<]+)")
+RECIPIENT = re.compile(r"to=functions\.([^\s<]+)")
 PHI_CALLS = re.compile(r"<\|tool_call\|>|functools(?=\s*\[\s*[{\]])"), "<|/tool_call|>"
 TAGGED_CALLS = re.compile("<tool_call>"), "</tool_call>"
 
@@ -145,7 +145,7 @@ def read_channels(text: str) -> Spoken:
     """A reply of gpt-oss: a message for a function is a call, one of the channel `analysis` is thinking, others are content."""
     content, calls, thinking = [], [], []
     for header, body, _ in channel_messages(text):
-        if recipient := _RECIPIENT.search(header):
+        if recipient := RECIPIENT.search(header):
             calls.append({"name": recipient[1], "arguments": body.strip() or _BEGUN})
         else:
             (thinking if "analysis" in header else content).append(body)

@@ -30,7 +30,8 @@ class Reply:
     included is how long we held its requests back to keep within the quota, as that says nothing of the model. `load` is how many rows
     were asked at a time (1: this one alone; None: not known, or a local batch). `retries` are the tries before the last one: seconds
     (counted likewise) after the row was handed over, seconds that the try took, and its HTTP status (None: no answer). `batch` names the
-    local model's batch that the row was in.
+    local model's batch that the row was in. `confidence` is how sure a local model was, see `confidence.confidence`; None: not known, as of
+    every model that a server or a file stands for.
     """
 
     text: str
@@ -48,6 +49,7 @@ class Reply:
     load: int | None = None
     transient: bool = False
     calls: list[dict[str, str]] | None = None
+    confidence: dict[str, Any] | None = None
 
     @property
     def shown(self) -> str:

@@ -17,6 +17,7 @@ from slm_swap.rows.lines import text_hash
 from slm_swap.rows.prompts import request_of
 from slm_swap.scoring.metrics import ERRORS, MATCHERS, Match
 from slm_swap.scoring.tracks import TRACKS, Track
+from slm_swap.verdict.confidence import SIGNALS, discrimination, signals_of
 
 ANSWERED = ("stop", "length", "refusal", "content_filter")  # what says how long the model takes: not a failure, not a prompt that is too long
 
@@ -46,7 +47,7 @@ class Digests:
 
 
 class Tally:
-    """What a report says of rows, without the rows: of each, some 200 bytes are kept.
+    """What a report says of rows, without the rows: of each, some 250 bytes are kept.
 
     `hosted` is whether every cut reply is unmeasured: see `scoring.measured`.
     """
@@ -64,6 +65,8 @@ class Tally:
         self.contents, self.prompts = Digests(), Digests()
         self.asks: set[str] = set()
         self.teachers: Counter[str] = Counter()  # of rows whose gold is a model's own reply
+        self.signals = {name: array("d") for name in SIGNALS}  # of each row; NaN where it has none
+        self.right, self.groups = bytearray(), array("q")  # of each row, too; groups by their hashes, below 0 of rows without one
 
     def __len__(self) -> int:
         return self.rows
@@ -102,6 +105,16 @@ class Tally:
                 self.tokens[name] += count
         if reply.load is not None and reply.finish_reason in ANSWERED:
             self.seconds[reply.load].append(reply.seconds)
+        for name, value in signals_of({"confidence": reply.confidence} | row.form._asdict()).items():
+            self.signals[name].append(math.nan if value is None else value)
+        self.right.append(scored.strict.exact)
+        group = row.example.group
+        self.groups.append(-self.rows if group is None else hash(group) & 0x7FFF_FFFF_FFFF_FFFF)
+
+    def confidence(self) -> dict[str, Any] | None:
+        """The report's `confidence`: see `verdict.confidence.discrimination`."""
+        grouped = any(group >= 0 for group in self.groups)
+        return discrimination(self.signals, [bool(right) for right in self.right], self.groups if grouped else None)
 
     def summary(self) -> dict[str, Any]:
         """Metrics and counts: what a report and a running display show."""
@@ -195,6 +208,7 @@ def make_report(
         "ask": None if client.kind == "replay" else tally.ask,
         "references_by_teacher": dict(tally.teachers),
         **tally.summary(),
+        "confidence": tally.confidence(),
         "tokens": sums | {"rows": tally.counted},
         "sessions": sessions,
         "cached_replies": cached_replies,

@@ -11,6 +11,7 @@ from slm_swap.common.reports import json_line, json_text
 from slm_swap.rows.conversations import unsaid
 from slm_swap.rows.examples import Example
 from slm_swap.rows.lines import text_hash
+from slm_swap.scoring.form import UNKNOWN, Form, form_of
 from slm_swap.scoring.measured import unmeasured
 from slm_swap.scoring.metrics import MATCHERS, Reference, Scored
 from slm_swap.scoring.several import Calls
@@ -19,12 +20,13 @@ from slm_swap.scoring.tracks import TRACKS, Track
 
 @dataclass(frozen=True)
 class Row:
-    """One row with its reply and scores; `tool` is its gold's."""
+    """One row with its reply and scores; `tool` is its gold's, `form` what can be said of the reply without the gold."""
 
     example: Example
     reply: Reply
     scored: Scored
     tool: str | None = None
+    form: Form = UNKNOWN
 
     def unmeasured(self, hosted: bool) -> str | None:
         """Why the row says nothing of the model: see `scoring.measured`."""
@@ -47,12 +49,18 @@ class Row:
             f'"reply_error": {json_text(reply.error)}, "cut": {json_line(reply.cut)[:-1] if reply.cut else "null"}, '
             f'"tokens": {{"input": {_number(reply.input_tokens)}, "cached": {_number(reply.cached_tokens)}, '
             f'"output": {_number(reply.output_tokens)}, "reasoning": {_number(reply.reasoning_tokens)}}}, '
-            f'"seconds": {round(reply.seconds, 6)}, "load": {_number(reply.load)}}}\n'
+            f'"seconds": {round(reply.seconds, 6)}, "load": {_number(reply.load)}, '
+            f'"confidence": {json_line(reply.confidence)[:-1] if reply.confidence else "null"}, '
+            f'"parses": {_flag(self.form.parses)}, "keeps_schema": {_flag(self.form.keeps_schema)}}}\n'
         )
 
 
 def _number(value: int | None) -> str:
     return "null" if value is None else str(value)
+
+
+def _flag(value: bool | None) -> str:
+    return "null" if value is None else "true" if value else "false"
 
 
 @lru_cache(maxsize=4096)
@@ -72,7 +80,8 @@ def make_row(track: Track, example: Example, gold: Reference | Calls, reply: Rep
     """`score_row` where the gold is parsed already."""
     if reply.finish_reason == "length" and reply.cut is None:
         reply = replace(reply, cut=cut_of(reply, example.completion, client))
-    return Row(example, reply, track.score(gold, reply.text, reply.finish_reason, reply.calls), gold.tool)
+    told = reply.text, reply.finish_reason, reply.calls
+    return Row(example, reply, track.score(gold, *told), gold.tool, form_of(track.title, example, *told))
 
 
 def cut_of(reply: Reply, reference: str, client: Client | None) -> dict[str, Any]:
@@ -109,4 +118,5 @@ def read_reply(line: dict[str, Any]) -> Reply:
         cut=line.get("cut"),
         load=line.get("load"),
         calls=line.get("calls"),
+        confidence=line.get("confidence"),
     )

@@ -36,6 +36,7 @@ def trace_rows(
             scores=TRACKS[track_name].row_metrics(row.scored.strict) | {"error": row.scored.error or "none"},
             error=row.scored.error,
             cost=client.cost(*counts, reply.seconds) if counts else None,
+            metadata=row.form._asdict() | ({"confidence": reply.confidence} if reply.confidence else {}),
             parent=parent,
             ended=ended,
             attributes=partial(experiment.root_attributes, row.example) if experiment else None,

@@ -7,6 +7,7 @@ from slm_swap.clients.pricing import Prices, compare_costs, row_cost
 from slm_swap.scoring.metrics import MATCHERS
 from slm_swap.scoring.tracks import Track
 from slm_swap.verdict.cautions import cautions
+from slm_swap.verdict.confidence import SIGNALS, discrimination, signals_of
 from slm_swap.verdict.decision import NEED_MORE_DATA, SWAP, Decision, point_decision
 from slm_swap.verdict.evaluations import QUESTIONS, Evaluation, aligned, model_of, tools_of
 from slm_swap.verdict.gap import by_group, gains, gap, gold_audit
@@ -16,7 +17,7 @@ from slm_swap.verdict.unmeasured import account
 
 EVIDENCE = (
     "question", "questions", "tools", "unmeasured", "filtered", "latency", "matchers", "flips", "gap", "groups", "gold_audit", "before",
-    "cost", "sequential", "repeat", "looks",
+    "cost", "sequential", "repeat", "looks", "confidence",
 )  # what only rows can show
 
 
@@ -54,6 +55,7 @@ def examine(track: Track, sides: dict[str, Evaluation], gate: Gate, prices: Pric
         "gap": split,
         "groups": by_group(rows["azure"], rows["slm"], track, ("tool", "group"), gate.alpha),
         "gold_audit": gold_audit(rows["azure"], rows["slm"], track, lambda some: judge.decide(some=some)),
+        "confidence": sureness(rows["slm"], track, labels),
         "before": gains(rows["before"], rows["slm"], track, gate.alpha, labels) if "before" in rows else None,
         "cost": compare_costs(
             azure.report, slm.report, prices, model.get("training_seconds"), delta=gate.delta, verdict=decision.verdict
@@ -65,6 +67,13 @@ def examine(track: Track, sides: dict[str, Evaluation], gate: Gate, prices: Pric
         "warnings": cautions(sides, {name: own.verdict for name, own in by_matcher.items()}, told, judge),
     }
     return found | {"sentence": sentence(decision, len(azure.rows), found, tuned=bool(model.get("adapter")))}
+
+
+def sureness(rows: list[dict[str, Any]], track: Track, labels: list[str] | None) -> dict[str, Any] | None:
+    """How well the small model's confidence tells its right replies from its wrong ones: see `confidence.discrimination`."""
+    told = [signals_of(row) for row in rows]
+    right = [row["scores_by_matcher"]["strict"][track.exact] == 1 for row in rows]
+    return discrimination({name: [one[name] for one in told] for name in SIGNALS}, right, labels, curves=True)
 
 
 def without_filtered(rows: dict[str, list[dict]], judge: Judge, decision: Decision) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ from slm_swap.rows.lines import read_jsonl
 from slm_swap.scoring.metrics import ERRORS, MATCHERS, InvalidReply
 from slm_swap.scoring.several import TOOLS_BETWEEN
 from slm_swap.scoring.tracks import Track
+from slm_swap.verdict.confidence import is_confidence
 from slm_swap.verdict.decision import Values
 
 MADE_BY = "01_eval/eval.py"
@@ -111,6 +112,8 @@ def _is_row(row: Any, names: Sequence[str], yes_no: Sequence[str], exact: str) -
         return False
     scores = row.get("scores_by_matcher")
     if not isinstance(scores, dict) or not all(isinstance(scores.get(matcher), dict) for matcher in MATCHERS):
+        return False
+    if not is_confidence(row):
         return False
     if (row.get("error") is None) != (scores["strict"].get(exact) == 1):  # what went wrong adds up to the misses
         return False

@@ -194,6 +194,8 @@ def tables(told: dict[str, Any]) -> list[Table]:
         audit = told["gold_audit"]
         rows = [[plain(row[name], 120) for name in ("id", "reference", "reply")] for row in audit["rows"][:MOST]]
         found.append((f"Doubtful references, {len(rows)} of {audit['count']}", ("id", "reference", "both models say"), rows))
+    if told.get("confidence"):
+        found.append(_confidence(told["confidence"]))
     if told.get("before"):
         rows = [
             (name, points(own["before"]), points(own["slm"]), points(own["gain"]), _range(own["interval"]))
@@ -232,6 +234,16 @@ def _gap(gap: dict[str, Any]) -> list[Table]:
     if remedies:
         found.append(("What would close it, the cheapest first" + (f"; begin with {gap['first']}" if gap.get("first") else ""), ("remedy", "slm rows", "gain at most", "right but for that"), remedies))
     return found
+
+
+def _confidence(confidence: dict[str, Any]) -> Table:
+    rows = [
+        (name, "" if own["auroc"] is None else f"{own['auroc']:.3f}", "" if own["interval"] is None else "{:.3f} to {:.3f}".format(*own["interval"]),
+         str(own["rows"]), str(own["missing"]))
+        for name, own in confidence.items()
+    ]  # fmt: skip
+    title = "How well confidence tells right slm replies from wrong ones (AUROC: 0.5 not at all, 1 always)"
+    return title, ("signal", "AUROC", "95% interval", "rows", "rows without"), rows
 
 
 def _bills(cost: dict[str, Any]) -> Table:

@@ -1,6 +1,8 @@
 """The engines of the local model, as far as a machine without a GPU goes: on the embedded tiny model, in fp32."""
 
 import json
+import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -197,3 +199,74 @@ def test_vllm_starts_for_its_workload(client, tmp_path):
     for rank, wanted in ((4, 8), (8, 8), (64, 64), (65, 128)):
         (tmp_path / "adapter_config.json").write_text(f'{{"r": 1, "rank_pattern": {{"q": {rank}}}}}')
         assert lora_rank(tmp_path) == wanted
+
+
+# -- Chances ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def forward(client, prompts, expected) -> dict[int, list[tuple[float, float]]]:
+    """Each prompt's chances by transformers' own pass over prompt and reply at once, the end token included where there is one."""
+    model, found = client.engine.model, {}
+    model.set_attn_implementation("sdpa")
+    for prompt in prompts:
+        reply = expected[prompt.index]
+        with torch.inference_mode():
+            logits = model(input_ids=torch.tensor([prompt.tokens + reply])).logits[0, len(prompt.tokens) - 1 :].double()
+        best = logits.topk(2).values
+        chosen = [*reply, int(logits[-1].argmax())][: prompt.limit]
+        logprobs = logits.log_softmax(-1)
+        found[prompt.index] = [(float(logprobs[at, token]), float(best[at, 0] - best[at, 1])) for at, token in enumerate(chosen)]
+    model.set_attn_implementation(GROUPED)
+    return found
+
+
+def require_chances(made, forward) -> None:
+    for one in made:
+        assert len(one.chances) == len(one.tokens) + one.stopped
+        assert one.chances == [pytest.approx(chance, abs=1e-4) for chance in forward[one.index]]
+
+
+@pytest.mark.parametrize("size", [1, 3, 16])
+def test_chances_are_those_of_the_models_distribution(client, prompts, forward, size, monkeypatch):
+    """In any batch, and as rows leave it."""
+    monkeypatch.setattr(client.engine, "batch_size", size)
+    made = list(client.engine.generate(prompts))
+    require_chances(made, forward)
+    assert {one.stopped for one in made} == {True, False}, "with and without an end token"
+
+
+@pytest.mark.parametrize("size", [1, 3, 16])
+def test_static_caches_give_the_same_chances(client, captured, prompts, forward, size, monkeypatch):
+    monkeypatch.setattr(client.engine, "batch_size", size)
+    monkeypatch.setattr(captured_module, "PREFILL_TOKENS", 600)
+    require_chances(client.engine.generate(prompts), forward)
+    require_chances(client.engine.generate(prompts), forward)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 5), st.integers(2, 40), st.sampled_from([torch.float32, torch.bfloat16]), st.integers(0, 999))
+def test_a_chance_is_of_the_chosen_token_whatever_was_best(rows, vocabulary, dtype, seed):
+    """A constrained choice need not be the best token: the margin is still between the two best. In float32 whatever the logits are in."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = (8 * torch.randn(rows, vocabulary, generator=generator)).to(dtype)
+    chosen = torch.randint(vocabulary, (rows,), generator=generator)
+    found = captured_module.chances_of(logits, chosen)
+    exact = logits.double()
+    best = exact.topk(2, -1).values
+    assert found.dtype == torch.float32 and found.shape == (rows, 2)
+    assert torch.allclose(found[:, 0].double(), exact.log_softmax(-1).gather(-1, chosen[:, None])[:, 0], atol=1e-4)
+    assert torch.allclose(found[:, 1].double(), best[:, 0] - best[:, 1], atol=1e-5)
+
+
+def test_two_best_tokens_alike_have_no_margin():
+    assert captured_module.chances_of(torch.tensor([[1.0, 1.0, 0.0]]), torch.tensor([1])).tolist() == [[pytest.approx(-math.log(2 + math.exp(-1))), 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("token", "told", "chance"),
+    [(7, {7: -0.1, 3: -2.5}, (-0.1, 2.4)), (3, {3: -2.5, 7: -0.1}, (-2.5, 2.4)), (9, {9: -6.0, 7: -0.1, 3: -2.5}, (-6.0, 2.4)), (7, {7: -0.7, 3: -0.7}, (-0.7, 0.0))],
+)
+def test_vllms_log_probabilities_are_read(token, told, chance):
+    """Of the chosen token, which is the best, the second, or neither (under a constraint)."""
+    assert vllm_engine.chance_of(token, {one: SimpleNamespace(logprob=logprob) for one, logprob in told.items()}) == pytest.approx(chance)

@@ -71,6 +71,28 @@ def test_captured_steps_give_the_same_replies(launched, size):
     assert any(step.graph is not None for step in asked.engine._captured._steps.values())
 
 
+@pytest.mark.parametrize("size", [4, 32])
+def test_captured_steps_give_the_same_chances(size):
+    """Also of rows that go on in a smaller batch."""
+    asked = client(engine="transformers", precision="fp32", batch_size=size)
+    captured = [reply.confidence for reply in asked.generate(ROWS)]
+    assert any(step.graph is not None for step in asked.engine._captured._steps.values())
+    asked.engine._captured = None
+    assert captured == [pytest.approx(reply.confidence, abs=1e-3) for reply in asked.generate(ROWS)]
+    asked.close()
+
+
+@vllm
+def test_vllm_gives_the_same_chances():
+    replies = []
+    for engine in ("transformers", "vllm"):
+        asked = client(engine=engine, precision="fp32")
+        replies.append(asked.generate(ROWS))
+        asked.close()
+    same = [pair for pair in zip(*replies, strict=True) if pair[0].text == pair[1].text]
+    assert len(same) > 0.8 * len(ROWS) and all(one.confidence == pytest.approx(other.confidence, abs=1e-2) for one, other in same)
+
+
 def test_longrope_is_captured_within_the_first_context(tmp_path):
     """Phi-4-mini's own rotary embedding, on random weights: the same numbers with and without graphs."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer

@@ -11,8 +11,8 @@ from slm_swap.clients.protocol import Reply
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import json_line
 from slm_swap.evaluating.evaluation import Stopwatch, evaluate, references, score_replies
-from slm_swap.evaluating.report import Digests, make_report, percentile, summary
-from slm_swap.evaluating.row import Row
+from slm_swap.evaluating.report import Digests, Tally, make_report, percentile, summary
+from slm_swap.evaluating.row import Row, read_reply, score_row
 from slm_swap.evaluating.row_traces import model_name, trace_rows
 from slm_swap.rows.examples import Example
 from slm_swap.rows.lines import text_hash
@@ -117,9 +117,39 @@ def test_a_line_of_the_rows_file():
         "tokens": {"input": 20, "cached": 0, "output": 3, "reasoning": None},
         "seconds": 1.0,
         "load": None,
+        "confidence": None,
+        "parses": True,
+        "keeps_schema": None,
     }
     assert rows[3].to_json(STRUCTURED)["reply_error"] == "HTTP 500"
     assert rows[4].to_json(STRUCTURED)["scores_by_matcher"]["lenient"]["exact_match"] == 1
+
+
+SURE = {"min_logprob": -0.5, "sum_logprob": -1.25, "tokens": 4, "tool_logprob": None, "min_margin": 0.75}
+
+
+def test_confidence_is_kept_in_a_line_and_older_lines_have_none():
+    row = score_row(STRUCTURED, EXAMPLES[0], Reply('{"a":1}', confidence=SURE))
+    line = json.loads(row.line(STRUCTURED))
+    assert line["confidence"] == SURE and read_reply(line).confidence == SURE
+    older = {name: value for name, value in line.items() if name not in ("confidence", "parses", "keeps_schema")}
+    assert read_reply(older).confidence is None
+    assert score_row(STRUCTURED, EXAMPLES[0], read_reply(line)).line(STRUCTURED) == row.line(STRUCTURED), "a journal's row that is read again"
+
+
+@pytest.mark.parametrize(("groups", "low"), [((None,) * 8, 0.2), ((*"aabb", *"ccdd"), 0.0)])
+def test_the_report_says_how_well_confidence_tells_right_from_wrong(groups, low):
+    """By hand: three of four right rows lie above all four wrong ones, the last above two. One row has no confidence."""
+    examples = [Example(f"p{at}", '{"a":1}', f"r{at}", group=group) for at, group in enumerate(groups)]
+    sure, tally = [-0.1, -0.2, -0.3, -0.6, -0.4, -0.5, -0.7, -0.8], Tally("structured")
+    for at, (example, logprob) in enumerate(zip(examples, sure, strict=True)):
+        tally.add(score_row(STRUCTURED, example, Reply(f'{{"a":{1 + at // 4}}}', confidence=SURE | {"min_logprob": logprob})))
+    tally.add(score_row(STRUCTURED, Example("p", '{"a":1}', "r"), Reply("{")))
+    found = tally.confidence()
+    assert set(found) == {"min_logprob", "sum_logprob", "min_margin", "parses"}
+    assert {name: found["min_logprob"][name] for name in ("auroc", "rows", "missing")} == {"auroc": 14 / 16, "rows": 8, "missing": 1}
+    assert low <= found["min_logprob"]["interval"][0] < 14 / 16 < found["min_logprob"]["interval"][1] <= 1
+    assert found["min_margin"]["auroc"] == 0.5 and (found["parses"]["rows"], found["parses"]["auroc"]) == (9, 0.6)
 
 
 def test_summary():
@@ -138,7 +168,7 @@ def test_the_report_has_the_design_s_keys():
     assert set(report) == {
         "schema_version", "stage", "created_at", "track", "args", "code", "packages", "hardware", "model", "inputs",
         "prompt_sha256", "ask", "references_by_teacher", "metrics", "metrics_by_matcher", "counts", "tokens", "sessions", "cached_replies", "seconds", "latency",
-        "cost",
+        "cost", "confidence",
     }  # fmt: skip
     assert report["stage"] == "eval" and report["schema_version"] == 1 and report["track"] == "structured"
     assert report["model"] == {"kind": "azure", "deployment": "canned"} and report["args"] == {"seed": 42}

@@ -13,8 +13,10 @@ from slm_swap.common.reports import sha256_file
 from slm_swap.evaluating.row import Row
 from slm_swap.rows.examples import Example
 from slm_swap.rows.lines import dump_json
+from slm_swap.scoring.form import form_of
 from slm_swap.scoring.metrics import MATCHERS
 from slm_swap.scoring.tracks import TRACKS
+from slm_swap.verdict.comparison import sureness
 
 TRACK = TRACKS["toolcall"]
 TOOLS = (
@@ -66,7 +68,9 @@ def make_reply(tool: str, arguments: dict, error: str | None, rng: Random) -> Re
     text = {"truncated": text[:-25], "no_json": "Sorry, I cannot do that.", "extra_text": f"Sure! Here you are:\n{text}"}.get(
         error, text
     )
-    return Reply(text, finish_reason=finish, input_tokens=160, output_tokens=40, seconds=rng.uniform(0.1, 0.6))
+    sure = -rng.expovariate(1.0 if error else 5.0)
+    told = {"min_logprob": sure, "sum_logprob": 3 * sure, "tokens": 9, "tool_logprob": -rng.expovariate(9.0), "min_margin": rng.uniform(0, 9)}
+    return Reply(text, finish_reason=finish, input_tokens=160, output_tokens=40, seconds=rng.uniform(0.1, 0.6), confidence=told)
 
 
 def make_rows(
@@ -83,7 +87,8 @@ def make_rows(
         for lines, miss in zip(sides, misses, strict=True):
             error = rng.choice(MADE) if rng.random() < miss else None
             reply = same or make_reply(tool, arguments, error, rng)
-            lines.append(Row(example, reply, TRACK.score(reference, reply.text, reply.finish_reason)).to_json(TRACK))
+            form = form_of("toolcall", example, reply.text, reply.finish_reason)
+            lines.append(Row(example, reply, TRACK.score(reference, reply.text, reply.finish_reason), form=form).to_json(TRACK))
     return examples, *sides
 
 
@@ -290,6 +295,7 @@ def make_decision(
         "flips": True,
         "gap": make_gap(azure, slm),
         "groups": make_groups(azure, slm),
+        "confidence": sureness(slm, TRACK, None),
         "gold_audit": {
             "rows": suspect,
             "count": len(suspect),

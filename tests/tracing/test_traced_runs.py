@@ -115,6 +115,10 @@ def test_local_rows_are_under_their_batch_and_the_trace_names_model_and_engine(s
     assert Counter(batches[row.parent].name for row in rows) == {"batch 0": 4, "batch 1": 2}
     assert {row.attributes["langfuse.trace.metadata.model"] for row in rows} == {"phi-tiny"}
     assert {row.attributes["langfuse.trace.metadata.engine"] for row in rows} == {"transformers"}
+    lines = {line["id"]: line for line in map(json.loads, (files / "report.rows.jsonl").read_text().splitlines())}
+    for row in rows:
+        told = {name: json.loads(row.attributes[f"langfuse.observation.metadata.{name}"]) for name in ("confidence", "parses")}
+        assert told == {name: lines[row.name][name] for name in told} and told["confidence"]["tokens"] > 0
 
 
 def test_without_content_nothing_of_a_row_leaves_an_evaluation(server, files):

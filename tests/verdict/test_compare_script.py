@@ -19,7 +19,7 @@ DECISION = {  # the keys of the decision file
     "schema_version", "stage", "created_at", "code", "track", "verdict", "fine_tune", "sentence", "rule", "delta", "alpha", "rows", "clusters",
     "reports", "models", "labels", "inputs", "metrics", "failing", "need", "swap_alpha", "withheld", "question", "questions", "tools",
     "unmeasured", "filtered", "latency", "repeat", "looks", "matchers", "flips", "gap", "groups", "gold_audit", "before", "cost",
-    "sequential", "warnings", "trace",
+    "sequential", "confidence", "warnings", "trace",
 }  # fmt: skip
 
 
@@ -260,7 +260,7 @@ def test_a_gap_of_just_the_margin_is_not_more_than_it(compare, make, decision, s
     assert printed.splitlines()[-3:-1] == [f"FINE_TUNE={int(code == 10)}", f"VERDICT={told['verdict']}"]
     assert told["reports"]["slm"]["rows_path"] is None and told["metrics"]["args_f1"]["azure"] == 0.9
     assert set(told["failing"]) == (set(GATE) if code else set())
-    nothing = ("clusters", "need", "matchers", "flips", "gap", "groups", "gold_audit", "before", "cost", "sequential")
+    nothing = ("clusters", "need", "matchers", "flips", "gap", "groups", "gold_audit", "before", "cost", "sequential", "confidence")
     assert all(told[name] is None for name in nothing) and told["sentence"].startswith("By the means of 200 rows alone")
 
 

@@ -359,6 +359,7 @@ def test_a_decision_of_the_point_rule_shows_what_it_has(tmp_path, draw_once):
         'id="gap"',
         'id="groups"',
         'id="cost"',
+        'id="confidence"',
         'id="before"',
         'id="holds"',
         'id="rows"',
@@ -370,7 +371,7 @@ def test_a_decision_of_the_point_rule_shows_what_it_has(tmp_path, draw_once):
 
 
 PARTS = (
-    "sentence", "need", "matchers", "gap", "groups", "gold_audit", "before", "cost", "sequential", "warnings", "trace", "labels",
+    "sentence", "need", "matchers", "gap", "groups", "gold_audit", "before", "cost", "sequential", "confidence", "warnings", "trace", "labels",
     "models",
     "clusters", "inputs", "alpha", "rows", "code", "created_at", "flips", "failing",
 )  # fmt: skip
@@ -397,6 +398,7 @@ def test_what_is_null_is_left_out(tmp_path, parts, draw_once):
         "groups": "groups",
         "before": "before",
         "cost": "cost",
+        "confidence": "confidence",
         "warnings": "warnings",
     }.items():
         assert (f'id="{place}"' in page) == (part not in parts)

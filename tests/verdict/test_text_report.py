@@ -14,7 +14,7 @@ from slm_swap.verdict.comparison import examine, examine_means
 from slm_swap.verdict.evaluations import read_evaluation
 from slm_swap.verdict.judge import Gate
 from slm_swap.verdict.sentence import points
-from slm_swap.verdict.text_report import _escape, brief, markdown, notes, plain, table, tables
+from slm_swap.verdict.text_report import _confidence, _escape, brief, markdown, notes, plain, table, tables
 from tests.support.evaluated import AZURE, REPLIES, SLM, TUNED, calls, replies, write_report
 
 TRACK = TRACKS["toolcall"]
@@ -52,6 +52,13 @@ def make(tmp_path_factory):
 @pytest.fixture(scope="module")
 def told(make):
     return make()
+
+
+def test_the_table_of_confidence():
+    own = {"auroc": 0.8125, "interval": [0.7, 0.9], "rows": 40, "missing": 2}
+    title, headings, rows = _confidence({"min_logprob": own, "parses": own | {"auroc": None, "interval": None}})
+    assert "AUROC" in title and len(headings) == 5
+    assert rows == [("min_logprob", "0.812", "0.700 to 0.900", "40", "2"), ("parses", "", "", "40", "2")]
 
 
 def printed(told, capsys, monkeypatch, width=80):

@@ -11,6 +11,11 @@ STARTS = ("auto", "eager", "graphs")
 PRECISIONS = {"transformers": ("int8", "bf16", "fp32", "nf4"), "vllm": ("bf16", "fp8", "fp32")}  # the first is the default
 
 
+# Of a generated token: its log-probability, and the margin between the most likely and the second token; both in nats, from the model's own
+# distribution over its whole vocabulary, whatever the choice was constrained to. Not finite where the model's logits are not.
+Chance = tuple[float, float]
+
+
 @dataclass(frozen=True)
 class Prompt:
     """One row to be continued greedily: its place among the rows, its tokens, and how many new ones it may get at most."""
@@ -26,6 +31,8 @@ class Generated:
 
     `seconds` go from when the prompt was handed to the model until its last token. `cached` counts those of the prompt's tokens
     that were not computed again (None: the engine does not say). `batch` names the batch, where there are batches.
+
+    `chances` has a `Chance` for each token that was generated, the one that ended the reply included; None: the engine gave none.
     """
 
     index: int
@@ -34,6 +41,7 @@ class Generated:
     seconds: float
     cached: int | None = 0
     batch: str | None = None
+    chances: list[Chance] | None = None
 
 
 @dataclass(frozen=True)

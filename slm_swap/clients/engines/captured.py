@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from slm_swap.clients.architecture import fixed_length, text_config
+from slm_swap.clients.engines import Chance
 from slm_swap.common.errors import UserError
 
 CACHE_ROUND = 256  # and static caches to a multiple of this one
@@ -13,10 +14,26 @@ CHECK_EVERY = 8  # captured steps between two looks at who has finished: each lo
 HOST_ROPE = {"longrope", "dynamic"}  # rotary embeddings whose factors are chosen by the longest position
 PREFILL_TOKENS = 16_384  # of a captured batch's prompts at a time
 
+Row = tuple[list[int], list[Chance]]  # a row's new tokens, the one that ended it included, and their chances
+
 
 def positions_of(mask: Any) -> Any:
     """Each token's place in its own prompt; padding on the left is at 0."""
     return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def chances_of(logits: Any, chosen: Any) -> Any:
+    """Each row's `Chance` of its chosen token, as float32 [rows, 2]. logits: [rows, vocabulary], of any precision; chosen: [rows].
+
+    All of it stays on the device, and nothing waits for it.
+    """
+    import torch
+
+    logits = logits.float()
+    best, place = logits.max(-1, keepdim=True)
+    logprobs = logits.gather(-1, chosen[:, None]) - logits.logsumexp(-1, keepdim=True)
+    second = logits.scatter(-1, place, -torch.inf).amax(-1, keepdim=True)  # on a GPU sooner than topk, which searches a row by one block
+    return torch.cat([logprobs, best - second], -1)
 
 
 def one_token_cache(model: Any) -> Any:
@@ -71,7 +88,8 @@ class Step:
     slot: Any  # [1], where in the cache the last token goes
     left: Any  # [rows], tokens that a row may still get; 0: it is done
     made: Any  # [rows, CHECK_EVERY], the tokens since the last look
-    at: Any  # [1], the column of `made` that is written next
+    chances: Any  # [rows, CHECK_EVERY, 2], theirs
+    at: Any  # [1], the column of `made` and `chances` that is written next
     graph: Any = None
 
 
@@ -95,15 +113,15 @@ class CapturedDecoder:
     def fits(self, length: int) -> bool:
         return self.longest is None or length + CHECK_EVERY <= self.longest
 
-    def decode(self, ids: Any, mask: Any, limits: list[int]) -> list[list[int]]:
-        """The new tokens of each row, the one that ended it included. ids, mask: [rows, width]."""
+    def decode(self, ids: Any, mask: Any, limits: list[int]) -> list[Row]:
+        """The new tokens of each row, the one that ended it included, and their chances. ids, mask: [rows, width]."""
         import torch
 
         rows, width = ids.shape
         length = -(-(width + max(limits) + CHECK_EVERY) // CACHE_ROUND) * CACHE_ROUND
         step = self._prepare(1 << (rows - 1).bit_length(), length)
-        first = self._prefill(step, ids, mask)
-        tokens = [[token] for token in first.tolist()]
+        first, sure = self._prefill(step, ids, mask)
+        tokens, chances = [[token] for token in first.tolist()], [[tuple(chance)] for chance in sure.tolist()]
         left = torch.tensor(limits, device=ids.device) - 1
         left[torch.isin(first, torch.tensor(sorted(self.ends), device=ids.device))] = 0
         step.left.zero_()
@@ -119,22 +137,24 @@ class CapturedDecoder:
         names = list(range(rows))  # which prompt each row of the step is
         while names:
             self._run(step)
-            made, still = step.made.tolist(), step.left.tolist()
+            made, sure, still = step.made.tolist(), step.chances.tolist(), step.left.tolist()
             for at, name in enumerate(names):
+                had = len(tokens[name])
                 take(tokens[name], made[at], limits[name], self.ends)
+                chances[name] += map(tuple, sure[at][: len(tokens[name]) - had])
             kept = [at for at in range(len(names)) if still[at]]
             if not kept:
                 break
             if len(kept) <= step.tokens.shape[0] // 2:
                 step, names = self._shrink(step, kept), [names[at] for at in kept]
-        return tokens
+        return list(zip(tokens, chances, strict=True))
 
-    def _prefill(self, step: Step, ids: Any, mask: Any) -> Any:
-        """Fill the step's cache with the prompts, some rows at a time; gives each row's first new token, [rows]."""
+    def _prefill(self, step: Step, ids: Any, mask: Any) -> tuple[Any, Any]:
+        """Fill the step's cache with the prompts, some rows at a time; gives each row's first new token, [rows], and its chance, [rows, 2]."""
         import torch
 
         rows, width = ids.shape
-        size, first = max(1, PREFILL_TOKENS // width), []
+        size, first, chances = max(1, PREFILL_TOKENS // width), [], []
         for start in range(0, rows, size):
             part = slice(start, min(start + size, rows))
             out = self.model(
@@ -145,12 +165,13 @@ class CapturedDecoder:
                 logits_to_keep=1,
             )
             first.append(out.logits[:, -1].argmax(-1))
+            chances.append(chances_of(out.logits[:, -1], first[-1]))
             for static, grown in zip(step.cache.layers, out.past_key_values.layers, strict=True):
                 static.keys[part, :, :width] = grown.keys
                 static.values[part, :, :width] = grown.values
         for layer in step.cache.layers:
             set_length(layer, width)
-        return torch.cat(first)
+        return torch.cat(first), torch.cat(chances)
 
     def _prepare(self, rows: int, length: int) -> Step:
         """The step of that shape, not captured yet."""
@@ -167,6 +188,7 @@ class CapturedDecoder:
             slot=torch.zeros(1, dtype=torch.long, device=device),
             left=torch.zeros(rows, dtype=torch.long, device=device),
             made=torch.zeros(rows, CHECK_EVERY, dtype=torch.long, device=device),
+            chances=torch.zeros(rows, CHECK_EVERY, 2, device=device),
             at=torch.zeros(1, dtype=torch.long, device=device),
         )
         self._steps[rows, length] = step
@@ -234,6 +256,7 @@ class CapturedDecoder:
         )
         new = out.logits[:, -1].argmax(-1)
         step.made.index_copy_(1, step.at, new[:, None])
+        step.chances.index_copy_(1, step.at, chances_of(out.logits[:, -1], new)[:, None])
         step.left.sub_(1).clamp_(min=0)
         for end in self.ends:
             step.left.masked_fill_(new == end, 0)

@@ -13,8 +13,17 @@ from typing import Any
 
 from slm_swap.clients.architecture import config_ends, longrope_border, usable_context
 from slm_swap.clients.endings import reply_ends
-from slm_swap.clients.engines import Generated, Prompt
-from slm_swap.clients.engines.captured import CACHE_ROUND, CapturedDecoder, cache_of, can_capture, one_token_cache, positions_of
+from slm_swap.clients.engines import Chance, Generated, Prompt
+from slm_swap.clients.engines.captured import (
+    CACHE_ROUND,
+    CapturedDecoder,
+    Row,
+    cache_of,
+    can_capture,
+    chances_of,
+    one_token_cache,
+    positions_of,
+)
 from slm_swap.clients.loading import first_line
 from slm_swap.common.errors import UserError
 
@@ -90,7 +99,7 @@ class TransformersEngine:
                 raise
         else:
             seconds = time.perf_counter() - started
-            return [self._generated(prompt, tokens, seconds, name) for prompt, tokens in zip(batch, rows, strict=True)]
+            return [self._generated(prompt, row, seconds, name) for prompt, row in zip(batch, rows, strict=True)]
         if len(batch) == 1:
             raise UserError(
                 f"a prompt of {len(batch[0].tokens)} tokens alone does not fit in memory: use --precision nf4 or a larger GPU"
@@ -102,12 +111,13 @@ class TransformersEngine:
         half = len(batch) // 2
         return self._halving(batch[:half], name) + self._halving(batch[half:], name)
 
-    def _generated(self, prompt: Prompt, tokens: list[int], seconds: float, name: str) -> Generated:
+    def _generated(self, prompt: Prompt, row: Row, seconds: float, name: str) -> Generated:
+        tokens, chances = row
         stopped = tokens[-1] in self.ends
-        return Generated(prompt.index, tokens[:-1] if stopped else tokens, stopped, seconds, batch=name)
+        return Generated(prompt.index, tokens[:-1] if stopped else tokens, stopped, seconds, batch=name, chances=chances)
 
-    def _decode(self, batch: Sequence[Prompt]) -> list[list[int]]:
-        """The new tokens of each prompt, the one that ended it included."""
+    def _decode(self, batch: Sequence[Prompt]) -> list[Row]:
+        """The new tokens of each prompt, the one that ended it included, and their chances."""
         import torch
 
         width = -(-max(len(prompt.tokens) for prompt in batch) // ROUND) * ROUND
@@ -140,22 +150,24 @@ class TransformersEngine:
         self.capture_error, self._captured = reason, None
         torch.cuda.empty_cache()  # the graphs' and the static caches'
 
-    def _step_by_step(self, ids: Any, mask: Any, limits: list[int]) -> list[list[int]]:
+    def _step_by_step(self, ids: Any, mask: Any, limits: list[int]) -> list[Row]:
         import torch
 
         tokens: list[list[int]] = [[] for _ in limits]
+        steps: list[tuple[list[int], Any]] = []  # the rows of each step with their chances, which are fetched once all is done
         rows = list(range(len(limits)))  # the prompts that are still in the batch
         done = [False] * len(limits)
         out = self.model(input_ids=ids, attention_mask=mask, position_ids=positions_of(mask), use_cache=True, logits_to_keep=1)
         position, cache = mask.sum(1, keepdim=True), cache_of(self.model, out)
         while True:
             new = out.logits[:, -1].argmax(-1)
+            steps.append((rows, chances_of(out.logits[:, -1], new)))
             for row, token in zip(rows, new.tolist(), strict=True):
                 if not done[row]:
                     tokens[row].append(token)
                     done[row] = token in self.ends or len(tokens[row]) == limits[row]
             if all(done):
-                return tokens
+                return list(zip(tokens, chances_by_row(steps, [len(row) for row in tokens]), strict=True))
             left = [at for at, row in enumerate(rows) if not done[row]]
             if len(left) <= len(rows) // 2:
                 kept = torch.tensor(left, device=mask.device)
@@ -188,6 +200,19 @@ class TransformersEngine:
     def forget(self) -> None: ...  # nothing of a batch is kept
 
     def close(self) -> None: ...
+
+
+def chances_by_row(steps: Sequence[tuple[list[int], Any]], lengths: Sequence[int]) -> list[list[Chance]]:
+    """Each row's chances, as many as it has tokens, from those of each step: [rows that were in the batch, 2]."""
+    import torch
+
+    chances: list[list[Chance]] = [[] for _ in lengths]
+    fetched = iter(torch.cat([sure for _, sure in steps]).tolist())
+    for rows, _ in steps:
+        for row, (logprob, margin) in zip(rows, fetched, strict=False):  # `rows` ends first: the fetched ones of the next step stay
+            if len(chances[row]) < lengths[row]:
+                chances[row].append((logprob, margin))
+    return chances
 
 
 def out_of_memory(error: BaseException | None) -> bool:

@@ -7,14 +7,14 @@ has the seconds of both). The graphs are captured without compiling the model fi
 import json
 import os
 import time
-from collections.abc import Container, Generator, Iterable, Iterator
+from collections.abc import Container, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from slm_swap.clients.architecture import config_ends, text_config, usable_context
 from slm_swap.clients.endings import reply_ends
-from slm_swap.clients.engines import Generated, Prompt, Workload
+from slm_swap.clients.engines import Chance, Generated, Prompt, Workload
 from slm_swap.clients.loading import first_line, load_config, require_precision
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import display_path
@@ -151,13 +151,16 @@ class VllmEngine:
             stop_token_ids=self._ends,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
+            logprobs=2,  # of the two best tokens, and of the chosen one if it is neither
+            flat_logprobs=True,  # lists of numbers until they are read: objects for each token would keep the garbage collector busy
         )
 
     @staticmethod
     def _generated(prompt: Prompt, output: Any, seconds: float) -> Generated:
         made = output.outputs[0]
         tokens, stopped = list(made.token_ids), made.finish_reason == "stop"
-        return Generated(prompt.index, tokens[:-1] if stopped else tokens, stopped, seconds, output.num_cached_tokens)
+        chances = [chance_of(token, told) for token, told in zip(tokens, made.logprobs, strict=True)]
+        return Generated(prompt.index, tokens[:-1] if stopped else tokens, stopped, seconds, output.num_cached_tokens, chances=chances)
 
     def describe(self) -> dict[str, Any]:
         return {"device": "cuda"}
@@ -176,6 +179,12 @@ class VllmEngine:
         shutdown = getattr(self._engine.engine_core, "shutdown", None)
         if shutdown:
             shutdown()
+
+
+def chance_of(token: int, told: Mapping[int, Any]) -> Chance:
+    """A generated token's chance, from the log-probabilities that vLLM tells at its place: by token, the best two among them."""
+    best, second, *_ = sorted((one.logprob for one in told.values()), reverse=True)
+    return told[token].logprob, best - second
 
 
 @contextmanager

@@ -190,6 +190,17 @@ SCHEMA = record(
             metrics_without=maybe(named(record(**COMPARED))),
         )
     ),
+    confidence=maybe(
+        named(
+            record(
+                auroc=maybe(RATE),
+                interval=maybe({"type": "array", "items": RATE, "minItems": 2, "maxItems": 2}),
+                rows=COUNT,
+                missing=maybe(COUNT),
+                curve=listed({"type": "array", "items": RATE, "minItems": 2, "maxItems": 2}),
+            )
+        )
+    ),
     before=maybe(
         record(
             metrics=named(

@@ -268,6 +268,34 @@ def cost_steps(
     return draw
 
 
+def risk_coverage(names: Sequence[str], curves: Sequence[Sequence[tuple[float, float]]]) -> Draw:
+    """The share of wrong replies among those that are answered, over the share that is answered: one line for each signal."""
+
+    def draw(canvas: Canvas) -> None:
+        from matplotlib.lines import Line2D
+        from matplotlib.ticker import MaxNLocator
+
+        theme = canvas.theme
+        legend = [one_line(name, 40) for name in names]
+        axes = canvas.axes(240, left=58, right=20, legend=legend)
+        axes.grid(True, color=theme.grid, linewidth=1)
+        dashes, colors = ["-", (0, (6, 2)), (0, (1, 2))], (theme.slm, theme.azure, theme.text, theme.muted)
+        # Neither colour nor dash comes twice in a row, and no pair of them twice among twelve.
+        styles = [{"color": colors[at % 4], "linewidth": 2, "linestyle": dashes[at % 3]} for at in range(len(names))]
+        for curve, style in zip(curves, styles, strict=True):
+            marker = "o" if len(curve) < 3 else None  # a signal of yes and no has hardly a line
+            axes.plot([100 * coverage for coverage, _ in curve], [100 * risk for _, risk in curve], marker=marker, markersize=5, **style)
+        axes.set_xlim(0, 101)
+        axes.set_ylim(0, 1.08 * max(100 * risk for curve in curves for _, risk in curve) or 1)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(4 if canvas.narrow else 6))
+        axes.set_ylabel("% of these wrong", color=theme.muted)
+        canvas.x_label(axes, "% of rows answered, the surest first")
+        canvas.legend(axes, [Line2D([], [], **style) for style in styles], legend)
+
+    return draw
+
+
 # -- Parts of plots --------------------------------------------------------------------------------------------------------------
 
 

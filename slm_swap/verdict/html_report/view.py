@@ -316,6 +316,27 @@ class Page:
         head = [groups["by"].capitalize(), "Rows", "Hosted", "Small", "Behind by, points", "Estimate (interval), points"]
         return Table(f"Gap on {self.name(groups['metric'])} by {groups['by']}, the largest first", head, rows)
 
+    # -- Confidence --------------------------------------------------------------------------------------------------------------
+
+    def signal(self, name: str) -> str:
+        return words.SIGNALS.get(name, (one_line(name, 40), ""))[0]
+
+    def confidence_figure(self) -> Figure:
+        signals = self.decision["confidence"]
+        names = [self.signal(name) for name in signals]
+        told = "; ".join(f"{name}: {auroc_of(own)}" for name, own in zip(names, signals.values(), strict=True))
+        caption = "Further down is better: answering only the surest replies leaves fewer wrong ones. A flat line tells nothing."
+        draw = plots.risk_coverage(names, [own["curve"] for own in signals.values()])
+        return Figure(plots.svgs(draw), f"Share of wrong replies by the share answered. AUROC: {told}.", caption)
+
+    def confidence_table(self) -> Table:
+        rows = [
+            [f"{self.signal(name)}: {words.SIGNALS[name][1]}" if name in words.SIGNALS else self.signal(name), auroc_of(own),
+             count(own["rows"]), count(own["missing"] or 0)]
+            for name, own in self.decision["confidence"].items()
+        ]  # fmt: skip
+        return Table("How well each signal tells right replies from wrong ones", ["Signal", "AUROC (95% interval)", "Rows", "Rows without it"], rows)
+
     # -- Before and after --------------------------------------------------------------------------------------------------------
 
     def before_figure(self) -> Figure:
@@ -389,6 +410,13 @@ class Page:
         """The trace's address, where it is one that a browser may be sent to."""
         url = (self.decision["trace"] or {}).get("url")
         return url if url and url.lower().startswith(("https://", "http://")) else None
+
+
+def auroc_of(own: dict[str, Any]) -> str:
+    """`0.812 (0.761 to 0.853)`"""
+    if own["auroc"] is None:
+        return "all rows alike"
+    return f"{own['auroc']:.3f}" + (" ({:.3f} to {:.3f})".format(*own["interval"]) if own["interval"] else "")
 
 
 def p_value(p: float | None) -> str:

@@ -57,6 +57,14 @@ MATCHERS = {
     "schema": ("By schema", "types that the schema can convert and its defaults count as right"),
     "lenient": ("Lenient", "also other upper and lower case, white space and text around the reply"),
 }
+SIGNALS = {  # of a reply's confidence
+    "min_logprob": ("Least sure token", "the smallest log-probability of a token of the values and the tool's name"),
+    "sum_logprob": ("All tokens", "the sum of these log-probabilities"),
+    "tool_logprob": ("Tool's name", "the log-probability of the tool's name"),
+    "min_margin": ("Smallest margin", "between the most likely and the second token"),
+    "parses": ("Parses", "the reply is JSON, or calls a tool on offer"),
+    "keeps_schema": ("Keeps the schema", "it parses and keeps to the schema"),
+}
 COST_PARTS = {  # of the small model's month
     "machines": "machines",
     "tokens": "its own tokens",
