@@ -37,3 +37,9 @@ def outage(server, trouble):
         server.hanging = True
     else:
         server.status = trouble
+
+
+def found_failing(folder):
+    """Whether the sender has noted that a request failed."""
+    marks = [json.loads(line) for line in outbox_path(folder / "report.json").read_text().splitlines() if '"delivered"' in line]
+    return any(mark["reason"] for mark in marks)

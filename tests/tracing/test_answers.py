@@ -10,7 +10,8 @@ from slm_swap.common.errors import UserError
 from slm_swap.tracing.api import LangfuseApi
 from slm_swap.tracing.runs import connect, outbox_path
 from slm_swap.tracing.wire import NoLangfuse, Server
-from tests.support.traces import REPLY, kept, send_rows, settings_for
+from tests.support.processes import wait_until
+from tests.support.traces import REPLY, found_failing, kept, send_rows, settings_for
 
 SPAN = {"id": "01" * 8, "parent": "", "name": "n", "start": 1, "end": 2, "facts": {}, "trace": "02" * 16, "shared": {}}
 SCORE = {"id": "s", "traceId": "02" * 16, "name": "n", "value": 1.0, "dataType": "NUMERIC", "timestamp": "2026-01-01T00:00:00+00:00"}
@@ -103,6 +104,7 @@ def test_a_page_with_200_delivers_nothing_and_loses_nothing(server, traced, impa
     with traced(settings_for(server)) as trace:
         server.raw = HTML
         send_rows(trace, 20)
+        wait_until(lambda: found_failing(tmp_path))
     assert "21 spans and 20 scores have not reached Langfuse" in (said := capsys.readouterr().err)
     assert "it answers like no Langfuse: HTTP 200, text/html" in said and said.count("\n") == 1
     code, printed, error = resend(server, tmp_path, "--seconds", 2)

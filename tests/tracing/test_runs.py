@@ -29,13 +29,7 @@ from slm_swap.tracing.outbox import parse
 from slm_swap.tracing.runs import _answer, connect, outbox_path
 from tests.support.langfuse_server import scores_of, spans_of
 from tests.support.processes import PATIENCE, wait_until
-from tests.support.traces import MESSAGES, REPLY, kept, outage, send_rows, settings_for
-
-
-def found_failing(folder):
-    """Whether the sender has noted that a request failed."""
-    marks = [json.loads(line) for line in outbox_path(folder / "report.json").read_text().splitlines() if '"delivered"' in line]
-    return any(mark["reason"] for mark in marks)
+from tests.support.traces import MESSAGES, REPLY, found_failing, kept, outage, send_rows, settings_for
 
 
 def plain(value):

@@ -124,7 +124,7 @@ def test_an_older_adapter_is_replaced_only_by_a_whole_one(tmp_path, monkeypatch)
         raise OSError("no space left on device")
 
     monkeypatch.setattr(PeftModel, "save_pretrained", full)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(UserError, match="no space"):
         train("structured", BASE, ROWS[:2], [], out, QUICK, "trl", INPUTS)
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"] and (out / "adapter_config.json").read_text() == "old"
 
