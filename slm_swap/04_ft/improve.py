@@ -72,11 +72,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def common_flags(args: argparse.Namespace, rows: Path) -> list[str]:
-    """What every evaluation is given."""
+    """What every evaluation is given that its replies hang on."""
     named = {"track": args.track, "dataset": rows, "limit": args.limit, "engine": args.engine, "batch-size": args.batch_size, "seed": args.seed}
-    named |= {"precision": args.precision, "session": args.session}
+    named |= {"precision": args.precision}
     flags = [word for name, value in named.items() if value is not None for word in (f"--{name}", str(value))]
-    return flags + [f"--{name.replace('_', '-')}" for name in ("trust_remote_code", "langfuse_optional", "no_trace_content") if getattr(args, name)]
+    return flags + ["--trust-remote-code"] * args.trust_remote_code
+
+
+def tracing_flags(args: argparse.Namespace, session: str | None) -> list[str]:
+    """What every stage is given besides: its runs are one session in Langfuse."""
+    flags = ["--session", args.session or session or f"improve-{args.track}"]
+    return flags + [f"--{name.replace('_', '-')}" for name in ("langfuse_optional", "no_trace_content") if getattr(args, name)]
 
 
 def find_hosted(args: argparse.Namespace, name: str) -> Evaluation | None:
@@ -124,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
     plan, common = rungs(kinds, train, args.presets, folder, training), common_flags(args, rows)
     begin: Setting = {name: getattr(args, name) for name in ("ask", "thinking", "adapter") if getattr(args, name) is not None}
     begin["max_new_tokens"] = args.max_new_tokens
-    stages = Stages(folder, Budget(args.hours and 3600 * args.hours, args.spend), prices, common, training, say)
+    stages = Stages(folder, Budget(args.hours and 3600 * args.hours, args.spend), prices, common, training, tracing_flags(args, settings.session), say)
 
     def measure(name: str, setting: Setting, preset: str | None, report: Path) -> float:
         trained = stages.train(preset, setting) if preset else 0.0

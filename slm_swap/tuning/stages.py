@@ -51,8 +51,9 @@ class Budget:
 @dataclass
 class Stages:
     """Args:
-    common: flags of every evaluation, as of the rows, the engine and Langfuse.
+    common: flags of every evaluation: the rows, the engine.
     training: flags of every training.
+    tracing: flags of both: how they are traced.
     """
 
     folder: Path
@@ -60,6 +61,7 @@ class Stages:
     prices: Prices
     common: list[str]
     training: list[str]
+    tracing: list[str]
     say: Callable[[str], object]
 
     def evaluate(self, name: str, setting: Setting, report: Path) -> float:
@@ -84,7 +86,7 @@ class Stages:
         return self._stage(f"training {preset}", "04_ft/train_unsloth.py", flags)
 
     def _stage(self, name: str, script: str, flags: list[str]) -> float:
-        left, began = self.budget.left(), time.monotonic()
+        left, began, flags = self.budget.left(), time.monotonic(), [*flags, *self.tracing]
         log = self.folder / "logs" / f"{file_name(name)}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         self.say(f"{name}: python {script} {' '.join(flags)}")

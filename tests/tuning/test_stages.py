@@ -1,0 +1,125 @@
+"""The ladder's processes: their ends, their hours and money, and that they end with it; and improve.py from the command line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from slm_swap.clients.pricing import LocalPrices, Prices
+from slm_swap.common.errors import UserError
+from slm_swap.common.settings import PACKAGE, ROOT
+from slm_swap.rows.prompts import toolcall_prompt
+from slm_swap.tuning import stages
+from slm_swap.tuning.ladder import OutOfBudget, Unfit
+from slm_swap.tuning.stages import Budget, Stages
+from tests.support.processes import wait_until
+from tests.support.scripts import load_script
+
+WRITES = "import sys; from pathlib import Path; Path(sys.argv[sys.argv.index('--out') + 1]).write_text(' '.join(sys.argv[1:]))"
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    """A function that makes Stages whose eval.py is the given code."""
+    monkeypatch.setattr(stages, "PACKAGE", tmp_path)
+    (tmp_path / "01_eval").mkdir()
+
+    def make(code: str, budget: Budget | None = None, hour: float | None = None) -> Stages:
+        (tmp_path / "01_eval/eval.py").write_text(code)
+        prices = Prices("prices.toml", local=LocalPrices(hour=hour))
+        return Stages(tmp_path / "ladder", budget or Budget(), prices, ["--track", "toolcall"], [], ["--session", "s"], lambda text: None)
+
+    return make
+
+
+def test_an_evaluation_is_given_its_flags(made, tmp_path):
+    stage = made(WRITES, hour=3600.0)
+    seconds = stage.evaluate("few-shot 1", {"few_shot": Path("train.jsonl"), "shots": 1}, tmp_path / "out.json")
+    told = (tmp_path / "out.json").read_text()
+    assert told == f"--model-kind slm --track toolcall --few-shot train.jsonl --shots 1 --out {tmp_path / 'out.json'} --session s"
+    assert stage.budget.spent_money == pytest.approx(seconds) and (tmp_path / "ladder/logs/few-shot_1.log").exists()
+
+
+def test_what_cannot_be_asked_is_told_by_its_own_line(made, tmp_path):
+    stage = made("import sys; print('warning: x', file=sys.stderr); print('error: no such thing: do that', file=sys.stderr); sys.exit(2)")
+    with pytest.raises(Unfit, match=r"^no such thing: do that$"):
+        stage.evaluate("ask", {}, tmp_path / "out.json")
+    with pytest.raises(Unfit, match="it ended with exit code 2: its log is"):
+        made("import sys; sys.exit(2)").evaluate("ask", {}, tmp_path / "out.json")
+    with pytest.raises(UserError, match=r"01_eval/eval.py ended with exit code 7: its log is"):
+        made("import sys; sys.exit(7)").evaluate("ask", {}, tmp_path / "out.json")
+
+
+def test_hours_and_money_end_it(made, tmp_path):
+    with pytest.raises(OutOfBudget, match=r"the hours are spent, after 1 s of it: the same command with more --hours goes on"):
+        made("import time; time.sleep(600)", Budget(seconds=1.0)).evaluate("ask", {}, tmp_path / "out.json")
+    with pytest.raises(OutOfBudget, match="the 1 hours are spent"):
+        made(WRITES, Budget(seconds=3600.0, spent_seconds=3600.0)).evaluate("ask", {}, tmp_path / "out.json")
+    with pytest.raises(OutOfBudget, match="the 2 of --spend are spent"):
+        made(WRITES, Budget(money=2.0, spent_money=2.5)).evaluate("ask", {}, tmp_path / "out.json")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux'")
+def test_a_stage_ends_with_a_killed_ladder(made, tmp_path):
+    """Else the next run would find its journal in use."""
+    made("import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(600)")
+    code = (
+        "from pathlib import Path; from slm_swap.tuning import stages; from slm_swap.clients.pricing import Prices; import sys\n"
+        "stages.PACKAGE = Path(sys.argv[1])\n"
+        "stages.Stages(Path('ladder'), stages.Budget(), Prices('p'), [], [], [], print).evaluate('ask', {}, Path('out.json'))"
+    )
+    ladder = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)
+    wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+    pid = int((tmp_path / "pid").read_text())
+    ladder.send_signal(signal.SIGKILL)
+    ladder.wait()
+    wait_until(lambda: not Path(f"/proc/{pid}").exists() or Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] == "Z")
+
+
+TOOL = {"name": "paint", "description": "Paint.", "parameters": {"type": "object", "properties": {"color": {"type": "string"}}}}
+
+
+@pytest.fixture
+def improve(run_script, write_rows, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLM_MODEL_PATH", str(PACKAGE / "models/phi-tiny"))
+    completion = '<tool_call name="paint">{"color":"red"}</tool_call>'
+    rows = [{"prompt": toolcall_prompt([TOOL], text), "completion": completion, "tools": [TOOL]} for text in ("paint a door", "a red fence", "the roof")]
+    val = write_rows("val.jsonl", rows)
+    flags = ("--track", "toolcall", "--dataset", val, "--engine", "transformers", "--precision", "fp32", "--max-new-tokens", 2, "--out", tmp_path / "ladder")
+    return lambda *more: run_script(load_script("04_ft/improve.py"), *flags, *more)
+
+
+def test_improve_climbs_writes_a_recipe_and_goes_on(improve, tmp_path):
+    code, printed, error = improve("--rungs", "tokens,few-shot,train")
+    assert code == 0, error
+    assert "no train rows: few-shot and fine-tuning are left out; name them with --train" in printed
+    assert "no report of the hosted model on these rows, so no verdict and no early end" in printed
+    told, recipe = (json.loads((tmp_path / "ladder" / name).read_text()) for name in ("ladder.json", "recipe.json"))
+    assert [one["rung"] for one in told["rungs"]] == ["base", "tokens"] and told["rungs"][1]["outcome"] == "goes"
+    assert recipe["max_new_tokens"] == 2 and recipe["few_shot"] is None and recipe["engine"] == "transformers"
+    assert "--recipe" in printed.splitlines()[-2] and "compare.py" in printed.splitlines()[-1]
+    code, printed, _ = improve("--rungs", "tokens")
+    assert code == 0 and "base: measured already" in printed and "tokens: measured already" in printed
+    code, printed, _ = improve("--rungs", "tokens", "--dry-run")
+    assert code == 0 and "by 3 rows" in printed and "if every reply takes all 8 tokens" in printed
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        (("--rungs", "ask,magic"), "'magic': give some of ask, thinking, tokens, few-shot, constrain, train, combine"),
+        (("--hours", "0"), "0 is not a number above 0"),
+        (("--spend", "3"), "--spend needs the machine's price: write `hour` under [local] in prices.toml"),
+        (("--train", "none.jsonl"), "none.jsonl: check --train"),
+        (("--azure", "none.json"), "none.json"),
+        (("--delta", "1"), "--delta must be below 1"),
+    ],
+)
+def test_bad_input_is_one_line(improve, flags, why, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, error = improve(*flags)
+    assert code == 2 and why in error and error.count("\n") == 1 and not (tmp_path / "ladder").exists()
