@@ -161,6 +161,15 @@ def test_what_no_configuration_tells_is_found_on_the_loaded_model():
         check_loss(model, row)
 
 
+def test_a_large_vocabulary_is_no_other_loss():
+    """One token far above very many others: torch loses some of their small exponentials in 32 bits."""
+    model = tiny_family("phi", vocab_size=262_144, tie_word_embeddings=False)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.lm_head.bias.zero_()[0] = 12.5
+    check_loss(model, list(range(5, 40)))
+
+
 def test_a_bias_that_peft_leaves_out_is_noticed():
     _, base = with_lora(tiny_family("phi", tie_word_embeddings=False), trainable_token_indices={"lm_head": [2, 50]})
     with torch.no_grad():
