@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from slm_swap.clients.engines import ENGINES, PRECISIONS, STARTS
+from slm_swap.clients.engines import CONSTRAINTS, ENGINES, PRECISIONS, STARTS
 from slm_swap.clients.thinking import THINKING
 from slm_swap.common.errors import UserError
 from slm_swap.common.os_errors import ELSEWHERE, mendable
@@ -107,6 +107,8 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--precision", choices=precisions, help=f"weights of the local model (default: {defaults})")
         self.add_argument("--adapter", metavar="DIR", help="LoRA adapter for the local model")
         self.add_argument("--thinking", choices=THINKING, help="ask the small model to think before it replies (default: off, where its chat template can)")
+        constrains = "always: replies under the grammar of what may be replied; retry: only where a free reply is not of that form"
+        self.add_argument("--constrain", choices=CONSTRAINTS, default="off", help=constrains)
         limits = f"longest reply, thinking included (default: {MAX_NEW_TOKENS}; with --thinking on {MAX_WITH_THINKING})"
         self.add_argument("--max-new-tokens", type=positive, help=limits)
         self.add_argument("--concurrency", type=positive, default=32, help="rows that the hosted model is asked at a time")
@@ -225,9 +227,15 @@ def few_shot_report(few_shot: FewShot | None) -> dict[str, Any]:
 
 def client_options(args: argparse.Namespace) -> dict[str, Any]:
     """The flags of `Parser.add_client` as options of `factory.make_client`."""
-    local = ("model", "engine", "engine_start", "precision", "adapter", "max_new_tokens", "batch_size", "trust_remote_code", "thinking")
+    local = ("model", "engine", "engine_start", "precision", "adapter", "max_new_tokens", "batch_size", "trust_remote_code", "thinking", "constrain")
     options = {name: getattr(args, name) for name in (*local, "replies", "concurrency") if getattr(args, name, None) is not None}
     return options | ({"replies": find_path(args.replies)} if options.get("replies") else {})
+
+
+def require_own_model(parser: Parser, args: argparse.Namespace, kinds: Sequence[str]) -> None:
+    """Refuse --constrain where no model of ours is asked: a hosted one or recorded replies cannot be decoded under a grammar."""
+    if args.constrain != "off" and "slm" not in kinds:
+        parser.error(f"--constrain needs --model-kind slm: the replies of {', '.join(kinds)} are not decoded here")
 
 
 def check_out(*outs: Path, inputs: Sequence[str | Path | None] = (), advice: str | None = None) -> None:

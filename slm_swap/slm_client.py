@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Container, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import cache, cached_property
 from itertools import chain, islice
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from slm_swap.clients.confidence import confidence
 from slm_swap.clients.engines import Engine, Generated, Prompt, Workload, choose_engine
+from slm_swap.clients.grammar import NoGrammar
 from slm_swap.clients.loading import (
     adapter_path,
     count_tokens,
@@ -32,12 +34,15 @@ from slm_swap.clients.loading import (
 from slm_swap.clients.native import CannotShow, chat_format, read_reply, uses_tools
 from slm_swap.clients.pricing import load_prices, to_float
 from slm_swap.clients.protocol import Client, Reply
+from slm_swap.clients.reply_forms import row_grammar
 from slm_swap.clients.templates import particulars
 from slm_swap.clients.thinking import thinking as thinking_of
 from slm_swap.common.reports import sha256_file
 from slm_swap.common.seeds import set_seed
 from slm_swap.common.settings import Settings, display_path
 from slm_swap.rows.prompts import Request
+from slm_swap.scoring.json_values import parse_json
+from slm_swap.scoring.replies import native_calls, parse_calls, parse_structured, parse_toolcall, tries_to_call
 
 ENCODED_AT_ONCE = 64  # rows: most of what the cores gain, and short enough not to keep the GPU waiting
 
@@ -68,6 +73,43 @@ def checked(rows: Iterable[Request], tokenizer: Callable[[], Any]) -> Iterable[R
     return chain(first, coming)
 
 
+def in_form(request: Request, reply: Reply) -> bool:
+    """Whether a reply is of the form that was asked for, and need not be made again under a grammar.
+
+    It is not where the limit cut it, where it is no valid JSON or not the calls that are wanted, and where it names a tool that is not on
+    offer. Values that break a schema are no matter of form: they are the model's answer.
+    """
+    wanted, text, calls = request.wanted, reply.text, reply.calls
+    if reply.finish_reason != "stop":
+        return False
+    if wanted is None:
+        return True
+    try:
+        if wanted.form not in ("call", "calls"):
+            of_object = wanted.form == "object" and not request.native and (wanted.schema or {}).get("type", "object") == "object"
+            parse_structured(text) if of_object else parse_json(text)
+            return True
+        if wanted.form == "call":
+            made = native_calls(calls) if calls is not None else (parse_toolcall(text),)
+        else:
+            made = native_calls(calls) if calls is not None else parse_calls(text)
+    except ValueError:
+        return False
+    if not made:
+        return wanted.form == "calls" and wanted.choice != "required" and bool(text.strip()) and not tries_to_call(text)
+    offered = {tool["name"] for tool in wanted.tools or ()}
+    return (wanted.form == "calls" or len(made) == 1) and all(call.name in offered or not offered for call in made)
+
+
+def made_again(free: Reply, bound: Reply) -> Reply:
+    """The reply under a grammar in place of the free one, at the tokens and seconds of both; what else the free one tells of the model stays."""
+    thought = [count for count in (free.reasoning_tokens, bound.reasoning_tokens) if count is not None]
+    return replace(
+        free, text=bound.text, calls=bound.calls, finish_reason=bound.finish_reason, output_tokens=free.output_tokens + bound.output_tokens,
+        seconds=free.seconds + bound.seconds, reasoning_tokens=sum(thought) if thought else None,
+    )  # fmt: skip
+
+
 class SLMClient:
     """The local model: greedy decoding by one of `engines.ENGINES`, only the new tokens decoded.
 
@@ -81,6 +123,9 @@ class SLMClient:
         workload: what vLLM is started for.
         tokenizer: the checkpoint's, where it is loaded already, with that `thinking`.
         thinking: whether prompts ask for thinking: see `thinking.use_thinking`.
+        constrain: one of engines.CONSTRAINTS. "always" decodes each reply under the grammar of what may be replied: see `grammar`. "retry" decodes
+            freely, and again under the grammar where a reply is not `in_form`: all others stay as they are. A row that no grammar
+            describes is asked freely, and its reply says so.
 
     Raises:
         UserError: no checkpoint or adapter, one that does not fit the other, an engine that cannot run here, or prices that
@@ -103,7 +148,9 @@ class SLMClient:
         workload: Workload | None = None,
         tokenizer: Any = None,
         thinking: str | None = None,
+        constrain: str = "off",
     ):
+        self.constrain, self.grammars = constrain, None
         self.max_new_tokens = max_new_tokens
         self.prices = load_prices(settings.prices_file)
         self.path, self.adapter = model_path(settings, model), adapter_path(adapter)
@@ -114,6 +161,10 @@ class SLMClient:
         with ThreadPoolExecutor(1) as background:  # while the model is loaded
             hashes = background.submit(lambda: [files_hash(folder) for folder in folders])
             self.tokenizer = tokenizer or load_tokenizer(self.path, trust_remote_code, thinking)
+            if constrain != "off":
+                from slm_swap.clients.engines.masks import Grammars
+
+                self.grammars = Grammars(self.tokenizer)
             self._load(name, batch_size, trust_remote_code, engine_start, workload, settings.launch.world)
         self._files_sha256 = hashes.result()
         for folder, files_sha256 in zip(folders, self._files_sha256, strict=True):
@@ -138,7 +189,10 @@ class SLMClient:
         if name == "vllm":
             from slm_swap.clients.engines.vllm_engine import VllmEngine
 
-            self.engine: Engine = VllmEngine(self.path, self.precision, self.adapter, engine_start, workload, trust_remote_code, self.tokenizer)
+            constrained = self.grammars is not None
+            self.engine: Engine = VllmEngine(
+                self.path, self.precision, self.adapter, engine_start, workload, trust_remote_code, self.tokenizer, constrained
+            )
             self._parameters = {"max_new_tokens": self.max_new_tokens, "do_sample": False}
         else:
             from slm_swap.clients.engines.transformers_engine import TransformersEngine
@@ -146,7 +200,7 @@ class SLMClient:
             loaded = load_model(self.path, self.precision, placement(self.path, self.precision, processes), trust_remote_code)
             if self.adapter:
                 loaded = with_adapter(loaded, self.adapter, self.path)
-            self.engine = TransformersEngine(loaded.eval(), self.tokenizer, batch_size)
+            self.engine = TransformersEngine(loaded.eval(), self.tokenizer, batch_size, grammars=self.grammars)
             self._parameters = {"max_new_tokens": self.max_new_tokens, "batch_size": batch_size, "do_sample": False}
 
     def generate(self, batch: list[Request]) -> list[Reply]:
@@ -156,7 +210,32 @@ class SLMClient:
 
     def stream(self, rows: Iterable[tuple[int, Request]], answered: Container[int] = ()) -> Generator[tuple[int, Reply]]:
         asked: dict[int, tuple[Prompt, Request]] = {}
+        free: dict[int, Reply] = {}  # what was made again
+        why: dict[int, str] = {}
         refused: list[tuple[int, Reply]] = []
+
+        def bound(prompt: Prompt, request: Request) -> Prompt | None:
+            """The prompt with its row's grammar; None where there is none."""
+            try:
+                grammar = row_grammar(self.tokenizer, request, self.engine.ends, self.grammars.special)
+                error = self.grammars.why_not(grammar)
+            except NoGrammar as reason:
+                error = str(reason)
+            if error is None:
+                return replace(prompt, grammar=grammar, again=None)
+            if prompt.index not in answered:
+                why[prompt.index] = error
+            return None
+
+        def again(prompt: Prompt, request: Request) -> Callable[[Generated], Prompt | None]:
+            def look(made: Generated) -> Prompt | None:
+                reply = self._reply(prompt, request, made)
+                other = None if in_form(request, reply) else bound(prompt, request)
+                if other and prompt.index not in answered:
+                    free[prompt.index] = reply
+                return other
+
+            return look
 
         def prompts() -> Iterator[Prompt]:
             coming = iter(rows)
@@ -169,6 +248,10 @@ class SLMClient:
                     room = self.engine.context - len(tokens)
                     if room > 0:
                         prompt = Prompt(index, tokens, min(self.max_new_tokens, room))
+                        if self.constrain == "always":
+                            prompt = bound(prompt, request) or prompt
+                        elif self.constrain == "retry":
+                            prompt = replace(prompt, again=again(prompt, request))
                         if index not in answered:
                             asked[index] = prompt, request
                         yield prompt
@@ -177,7 +260,13 @@ class SLMClient:
                         refused.append((index, Reply("", "prompt_too_long", len(tokens), 0, 0, error=error)))
 
         for made in self.engine.generate(prompts(), answered):
-            yield made.index, self._reply(*asked.pop(made.index), made)
+            prompt, request = asked.pop(made.index)
+            reply = self._reply(prompt, request, made)
+            if self.constrain != "off":
+                told = free.pop(made.index, None)
+                constrained = prompt.grammar is not None or told is not None
+                reply = replace(made_again(told, reply) if told else reply, constrained=constrained, grammar_error=why.pop(made.index, None))
+            yield made.index, reply
             yield from refused
             refused.clear()
         yield from refused
@@ -221,6 +310,7 @@ class SLMClient:
             "parameters": self._parameters,
             **particulars(self.tokenizer),
             **({"thinking": asked} if (asked := thinking_of(self.tokenizer)) else {}),
+            **({"constrain": self.constrain} if self.grammars else {}),
             **self.engine.describe(),
         }
 

@@ -30,6 +30,7 @@ from slm_swap.cli import (
     not_negative,
     positive,
     progress,
+    require_own_model,
     run,
     run_metadata,
     tracing_options,
@@ -95,6 +96,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"{flag} is of no use with --replies, where no model is asked")
     if args.recipe and args.model_kind != "slm":
         parser.error("--recipe says how the small model is asked: leave it out, or give --model-kind slm")
+    require_own_model(parser, args, [args.model_kind])
     if args.again and args.overwrite:
         parser.error("--again keeps the report's other rows and --overwrite keeps none: give one of them")
     return args

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
-from slm_swap.cli import Parser, client_options, few_shot_of, positive, run
+from slm_swap.cli import Parser, client_options, few_shot_of, positive, require_own_model, run
 from slm_swap.common.errors import UserError
 from slm_swap.common.os_errors import os_error
 from slm_swap.common.settings import display_path, find_path, load_settings
@@ -33,7 +33,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_ask()
     parser.add_client(replay=False)
     parser.add_seed()
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    require_own_model(parser, args, [args.model_kind])
+    return args
 
 
 def read_row(args: argparse.Namespace) -> Example:

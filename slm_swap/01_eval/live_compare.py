@@ -18,7 +18,18 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
-from slm_swap.cli import Parser, check_out, client_options, load_rows, run, run_metadata, share, tracing_options, warn
+from slm_swap.cli import (
+    Parser,
+    check_out,
+    client_options,
+    load_rows,
+    require_own_model,
+    run,
+    run_metadata,
+    share,
+    tracing_options,
+    warn,
+)
 from slm_swap.clients.protocol import MODEL_KINDS
 from slm_swap.common.errors import UserError
 from slm_swap.common.os_errors import without_advice
@@ -62,6 +73,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.models[0] == args.models[1]:
         parser.error("--models takes two different models")
+    require_own_model(parser, args, args.models)
     if args.stop_early and "azure" not in args.models:
         parser.error("--stop-early saves calls of the hosted model: name azure as one of --models")
     if args.recipe and "slm" not in args.models:

@@ -32,6 +32,9 @@ class Reply:
     (counted likewise) after the row was handed over, seconds that the try took, and its HTTP status (None: no answer). `batch` names the
     local model's batch that the row was in. `confidence` is how sure a local model was, see `confidence.confidence`; None: not known, as of
     every model that a server or a file stands for.
+
+    `constrained` is whether the reply was made under a grammar, None where the run has none; `grammar_error` is why a row that was to have
+    one was asked freely.
     """
 
     text: str
@@ -50,6 +53,8 @@ class Reply:
     transient: bool = False
     calls: list[dict[str, str]] | None = None
     confidence: dict[str, Any] | None = None
+    constrained: bool | None = None
+    grammar_error: str | None = None
 
     @property
     def shown(self) -> str:

@@ -9,7 +9,7 @@ from slm_swap.clients.templates import SWITCHES
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import Settings
 
-LOCAL_ONLY = {"engine": "auto", "engine_start": "auto", "precision": None, "adapter": None}  # options of a model that is loaded here
+LOCAL_ONLY = {"engine": "auto", "engine_start": "auto", "precision": None, "adapter": None, "constrain": "off"}  # options of a model that is loaded here
 
 
 class ServedClient(ChatClient):

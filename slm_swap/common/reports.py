@@ -22,6 +22,7 @@ SCHEMA_VERSION = 1
 PACKAGES = (
     "torch",
     "transformers",
+    "llguidance",
     "bitsandbytes",
     "accelerate",
     "deepspeed",
@@ -73,7 +74,7 @@ def json_line(row: dict) -> str:
     return _LINE_ENCODER.encode(row) + "\n"
 
 
-def json_text(text: str | None) -> str:
+def json_text(text: str | bool | None) -> str:
     """A text as it stands in `json_line`."""
     return "null" if text is None else _LINE_ENCODER.encode(text)
 

@@ -27,6 +27,11 @@ def show(report: dict[str, Any], out: Path, argv: Sequence[str], warn: Callable[
         if line:
             print(line)
     _warn_of_unmeasured(report, argv, warn)
+    if bound := counts.get("constrained"):
+        print(f"under a grammar: {bound['rows']} of {counts['rows']} replies")
+        if reasons := bound["without_grammar"]:
+            told = "; ".join(f"{count} for {reason}" for reason, count in reasons.items())
+            warn(f"{sum(reasons.values())} of {counts['rows']} rows have no grammar and were asked freely: {told}")
     cut = counts["errors"]["truncated"]
     if report["model"].get("kind") == "slm" and cut >= NEARLY_ALL * counts["rows"]:
         warn(

@@ -72,7 +72,8 @@ class ReplyCache:
             self._run("INSERT OR REPLACE INTO replies VALUES (?, ?)", key, _checksum(key, told) + told)
 
     def _key(self, request: Request) -> bytes:
-        text = json.dumps([self._identity, request.key()], sort_keys=True, cls=ExactEncoder)
+        asked = [self._identity, request.key(), *([request.wanted] if "constrain" in self._identity else [])]
+        text = json.dumps(asked, sort_keys=True, cls=ExactEncoder)
         return hashlib.sha256(text.encode()).digest()
 
     def _run(self, statement: str, *values: Any) -> sqlite3.Cursor:

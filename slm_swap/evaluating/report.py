@@ -64,6 +64,8 @@ class Tally:
         self.seconds: defaultdict[int, array] = defaultdict(lambda: array("d"))  # of answered rows, by how many were asked at a time
         self.contents, self.prompts = Digests(), Digests()
         self.asks: set[str] = set()
+        self.constrained: Counter[bool] = Counter()  # whether a reply was made under a grammar, where a run has any
+        self.without_grammar: Counter[str] = Counter()  # by reason
         self.teachers: Counter[str] = Counter()  # of rows whose gold is a model's own reply
         self.signals = {name: array("d") for name in SIGNALS}  # of each row; NaN where it has none
         self.right, self.groups = bytearray(), array("q")  # of each row, too; groups by their hashes, below 0 of rows without one
@@ -103,6 +105,10 @@ class Tally:
             self.counted += 1
             for name, count in zip(self.tokens, counts, strict=True):
                 self.tokens[name] += count
+        if reply.constrained is not None:
+            self.constrained[reply.constrained] += 1
+        if reply.grammar_error is not None:
+            self.without_grammar[reply.grammar_error] += 1
         if reply.load is not None and reply.finish_reason in ANSWERED:
             self.seconds[reply.load].append(reply.seconds)
         for name, value in signals_of({"confidence": reply.confidence} | row.form._asdict()).items():
@@ -128,6 +134,7 @@ class Tally:
                 "failed_requests": self.failed_requests,
                 "prompt_too_long": self.errors["prompt_too_long"],
                 "unmeasured": {why: self.unmeasured[why] for why in ("failed", "truncated")},
+                "constrained": {"rows": self.constrained[True], "without_grammar": dict(self.without_grammar)} if self.constrained else None,
             },
         }
 

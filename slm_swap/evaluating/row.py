@@ -47,6 +47,7 @@ class Row:
             f'"reference": {json_text(example.completion)}, '
             f'{_scores_json(track.title, self.scored)}, "finish_reason": {json_text(reply.finish_reason)}, '
             f'"reply_error": {json_text(reply.error)}, "cut": {json_line(reply.cut)[:-1] if reply.cut else "null"}, '
+            f'"constrained": {json_text(reply.constrained)}, "grammar_error": {json_text(reply.grammar_error)}, '
             f'"tokens": {{"input": {_number(reply.input_tokens)}, "cached": {_number(reply.cached_tokens)}, '
             f'"output": {_number(reply.output_tokens)}, "reasoning": {_number(reply.reasoning_tokens)}}}, '
             f'"seconds": {round(reply.seconds, 6)}, "load": {_number(reply.load)}, '
@@ -119,4 +120,6 @@ def read_reply(line: dict[str, Any]) -> Reply:
         load=line.get("load"),
         calls=line.get("calls"),
         confidence=line.get("confidence"),
+        constrained=line.get("constrained"),
+        grammar_error=line.get("grammar_error"),
     )

@@ -4,6 +4,7 @@ Evaluation, training and the dataset all go through this module, so a model is a
 """
 
 import json
+import re
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -41,11 +42,30 @@ CONVERSATION_PROMPTS = {  # where any number of calls may be due, or any JSON va
 }
 
 
+class Wanted(NamedTuple):
+    """What a reply may be, for those who constrain it: one "call", any number of "calls" or a text, a JSON "object" or any JSON "value".
+
+    `tools` are those on offer (flat; None: not known), `schema` is the value's. `choice` is production's tool_choice, where it was
+    "required" or "none", and `several` whether it took several calls. `separators` are those between the items of the row's own JSON and
+    behind its keys (None: it has other white space too), `escaped` is whether its strings may have `\\u00e9` for what is not ASCII: rows
+    that this program did not make may be written, and taught, so.
+    """
+
+    form: str
+    tools: list[dict] | None = None
+    schema: dict | None = None
+    choice: str | None = None
+    several: bool = True
+    separators: tuple[str, str] | None = (",", ":")
+    escaped: bool = False
+
+
 class Request(NamedTuple):
     """What a model is asked for one row.
 
     In text form only `messages` is set, plain chat messages. In `native` form `messages` are OpenAI's with their tool_calls and tool
-    results, `tools` what is on offer (flat), `schema` the wanted value's, and `options` what production sent besides.
+    results, `tools` what is on offer (flat), `schema` the wanted value's, and `options` what production sent besides. `wanted` is no part
+    of what is asked.
     """
 
     messages: Messages
@@ -53,10 +73,11 @@ class Request(NamedTuple):
     schema: dict | None = None
     options: dict[str, Any] | None = None
     native: bool = False
+    wanted: Wanted | None = None
 
     def key(self) -> Any:
-        """What a reply depends on: a text request's messages alone."""
-        return list(self) if self.native else self.messages
+        """What a free reply depends on: a text request's messages alone."""
+        return list(self[:-1]) if self.native else self.messages
 
 
 def request_of(track: str, example: Example) -> Request:
@@ -66,7 +87,7 @@ def request_of(track: str, example: Example) -> Request:
     Raises:
         UserError: a row that is only a text cannot be asked natively.
     """
-    request = _alone(track, example)
+    request = _alone(track, example)._replace(wanted=_wanted(track, example))
     if not example.shots:
         return request
     system = next((at for at, message in enumerate(request.messages) if message["role"] != "system"), 0)
@@ -117,6 +138,29 @@ def shot_turns(track: str, shot: Example, native: bool, number: int) -> Messages
     # each call has its result, without which servers and some templates refuse a conversation
     results = [{"role": "tool", "tool_call_id": call["id"], "content": "done"} for call in made]
     return [*turns, {"role": "assistant", "content": None, "tool_calls": made}, *results]
+
+
+_STRINGS, _TAGS = re.compile(r'"(?:[^"\\]|\\.)*"'), re.compile(r"<tool_call name=\"\">|</tool_call>")
+
+
+def _wanted(track: str, example: Example) -> Wanted:
+    """What the row's reply may be. A tool that production named is the one on offer."""
+    if example.messages is None:
+        form = "call" if track == "toolcall" else "value" if example.completion.lstrip()[:1] == "[" else "object"
+        bare = _TAGS.sub("", _STRINGS.sub('""', example.completion)).strip()
+        separators = ", " if ", " in bare else ",", ": " if ": " in bare else ":"
+        plain = not any(map(str.isspace, bare.replace(separators[0], "").replace(separators[1], "")))
+        own = example.tools is None and example.schema is None
+        return Wanted(form, example.tools, example.schema, separators=separators if plain else None, escaped=own)
+    if track == "structured":
+        return Wanted("value", schema=example.schema)
+    options = (example.options or {}) if asked_natively(example) else {}
+    choice, tools = options.get("tool_choice"), example.tools
+    choice = choice.get("type") if isinstance(choice, dict) and choice.get("type") != "function" else choice
+    if isinstance(choice, dict):
+        named = (choice.get("function") or choice).get("name")
+        tools, choice = [tool for tool in tools or [] if tool["name"] == named] or tools, "required"
+    return Wanted("calls", tools, None, choice if choice in ("required", "none") else None, options.get("parallel_tool_calls") is not False)
 
 
 def text_request(track: str, prompt: str) -> Request:

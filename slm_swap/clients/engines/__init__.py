@@ -1,12 +1,13 @@
 """What makes a local model's replies: transformers everywhere, vLLM where it is installed and a CUDA GPU is there."""
 
-from collections.abc import Container, Generator, Iterable
+from collections.abc import Callable, Collection, Container, Generator, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from slm_swap.common.errors import UserError
 
 ENGINES = ("auto", "transformers", "vllm")
+CONSTRAINTS = ("off", "retry", "always")
 STARTS = ("auto", "eager", "graphs")
 PRECISIONS = {"transformers": ("int8", "bf16", "fp32", "nf4"), "vllm": ("bf16", "fp8", "fp32")}  # the first is the default
 
@@ -18,11 +19,17 @@ Chance = tuple[float, float]
 
 @dataclass(frozen=True)
 class Prompt:
-    """One row to be continued greedily: its place among the rows, its tokens, and how many new ones it may get at most."""
+    """One row to be continued greedily: its place among the rows, its tokens, and how many new ones it may get at most.
+
+    `grammar` is what it may be continued with, in llguidance's form (None: anything). `again` looks at what was made, and gives the prompt
+    to be continued in its place: that one's is then given alone, and the row's batch, where there are batches, is the same on every run.
+    """
 
     index: int
     tokens: list[int]
     limit: int
+    grammar: str | None = None
+    again: "Callable[[Generated], Prompt | None] | None" = None
 
 
 @dataclass(frozen=True)
@@ -53,10 +60,11 @@ class Workload:
 
 
 class Engine(Protocol):
-    """A loaded model. `context` is the most tokens that a prompt and its reply may have."""
+    """A loaded model. `context` is the most tokens that a prompt and its reply may have, `ends` are the tokens that end a reply."""
 
     name: str
     context: int
+    ends: Collection[int]
 
     def generate(self, prompts: Iterable[Prompt], answered: Container[int] = ()) -> Generator[Generated]:
         """What each prompt gets, as it comes; those that are `answered` get nothing, but keep their place in a batch."""

@@ -1,12 +1,13 @@
 """Decoding by CUDA graphs: a batch's step captured once and replayed."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from slm_swap.clients.architecture import fixed_length, text_config
 from slm_swap.clients.engines import Chance
+from slm_swap.clients.engines.masks import Masks
 from slm_swap.common.errors import UserError
 
 CACHE_ROUND = 256  # and static caches to a multiple of this one
@@ -91,6 +92,8 @@ class Step:
     chances: Any  # [rows, CHECK_EVERY, 2], theirs
     at: Any  # [1], the column of `made` and `chances` that is written next
     graph: Any = None
+    logits: Any = None  # [rows, vocabulary], of the step's first half alone, which rows with a grammar have
+    forward: Any = None  # and its graph
 
 
 class CapturedDecoder:
@@ -113,15 +116,20 @@ class CapturedDecoder:
     def fits(self, length: int) -> bool:
         return self.longest is None or length + CHECK_EVERY <= self.longest
 
-    def decode(self, ids: Any, mask: Any, limits: list[int]) -> list[Row]:
-        """The new tokens of each row, the one that ended it included, and their chances. ids, mask: [rows, width]."""
+    def decode(self, ids: Any, mask: Any, limits: list[int], masks: Masks | None = None) -> list[Row]:
+        """The new tokens of each row, the one that ended it included, and their chances. ids, mask: [rows, width].
+
+        With `masks` only the model's own part of a step is replayed: the host has to see each token before it knows which may follow.
+        """
         import torch
 
         rows, width = ids.shape
         length = -(-(width + max(limits) + CHECK_EVERY) // CACHE_ROUND) * CACHE_ROUND
         step = self._prepare(1 << (rows - 1).bit_length(), length)
-        first, sure = self._prefill(step, ids, mask)
+        first, sure = self._prefill(step, ids, mask, masks)
         tokens, chances = [[token] for token in first.tolist()], [[tuple(chance)] for chance in sure.tolist()]
+        for row, (token,) in enumerate(tokens if masks else ()):
+            masks.take(row, token, token in self.ends or limits[row] == 1)
         left = torch.tensor(limits, device=ids.device) - 1
         left[torch.isin(first, torch.tensor(sorted(self.ends), device=ids.device))] = 0
         step.left.zero_()
@@ -136,12 +144,18 @@ class CapturedDecoder:
         step.slot.fill_(width)
         names = list(range(rows))  # which prompt each row of the step is
         while names:
-            self._run(step)
-            made, sure, still = step.made.tolist(), step.chances.tolist(), step.left.tolist()
+            if masks:
+                self._run_masked(step, masks, names)
+            else:
+                self._run(step)
+            count = 1 if masks else CHECK_EVERY
+            made, sure, still = step.made[:, :count].tolist(), step.chances[:, :count].tolist(), step.left.tolist()
             for at, name in enumerate(names):
                 had = len(tokens[name])
                 take(tokens[name], made[at], limits[name], self.ends)
                 chances[name] += map(tuple, sure[at][: len(tokens[name]) - had])
+                if masks and len(tokens[name]) > had:
+                    masks.take(name, tokens[name][-1], not still[at])
             kept = [at for at in range(len(names)) if still[at]]
             if not kept:
                 break
@@ -149,7 +163,7 @@ class CapturedDecoder:
                 step, names = self._shrink(step, kept), [names[at] for at in kept]
         return list(zip(tokens, chances, strict=True))
 
-    def _prefill(self, step: Step, ids: Any, mask: Any) -> tuple[Any, Any]:
+    def _prefill(self, step: Step, ids: Any, mask: Any, masks: Masks | None) -> tuple[Any, Any]:
         """Fill the step's cache with the prompts, some rows at a time; gives each row's first new token, [rows], and its chance, [rows, 2]."""
         import torch
 
@@ -164,8 +178,9 @@ class CapturedDecoder:
                 use_cache=True,
                 logits_to_keep=1,
             )
-            first.append(out.logits[:, -1].argmax(-1))
-            chances.append(chances_of(out.logits[:, -1], first[-1]))
+            logits = out.logits[:, -1]
+            first.append((masks.apply(logits, range(part.start, part.stop)) if masks else logits).argmax(-1))
+            chances.append(chances_of(logits, first[-1]))
             for static, grown in zip(step.cache.layers, out.past_key_values.layers, strict=True):
                 static.keys[part, :, :width] = grown.keys
                 static.values[part, :, :width] = grown.values
@@ -222,31 +237,59 @@ class CapturedDecoder:
 
     def _run(self, step: Step) -> None:
         """CHECK_EVERY steps."""
-        import torch
-
         step.at.zero_()
         if step.graph is None:
-            # The first steps run as usual, which also sets up what must not be set up while capturing; then one is captured.
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(CHECK_EVERY):
-                    self._step(step)
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            if self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
-            # The inner context does not leave its stream where capturing fails: this one does.
-            with torch.cuda.stream(torch.cuda.current_stream()), fixed_rope(self.model), torch.cuda.graph(graph, pool=self._pool):
-                self._step(step)
-            step.graph = graph
+            step.graph = self._capture(lambda: self._step(step), CHECK_EVERY)
             return
         for _ in range(CHECK_EVERY):
             step.graph.replay()
 
+    def _run_masked(self, step: Step, masks: Masks, names: list[int]) -> None:
+        """One step, each row's token one of those that its grammar allows: the first column of `made`."""
+        step.at.zero_()
+        self._run_forward(step)
+        new = step.tokens[:, 0].clone()
+        new[: len(names)] = masks.apply(step.logits[: len(names)], names).argmax(-1)
+        self._advance(step, step.logits, new)
+
+    def _run_forward(self, step: Step) -> None:
+        """The model's part of one step."""
+        if step.forward is None:
+            step.forward = self._capture(lambda: self._forward(step), 1)
+        else:
+            step.forward.replay()
+
+    def _capture(self, work: Callable[[], None], times: int) -> Any:
+        """A graph of some work. It is done so many times before, as usual: that also sets up what must not be set up while capturing."""
+        import torch
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(times):
+                work()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        # The inner context does not leave its stream where capturing fails: this one does.
+        with torch.cuda.stream(torch.cuda.current_stream()), fixed_rope(self.model), torch.cuda.graph(graph, pool=self._pool):
+            work()
+        return graph
+
     def _step(self, step: Step) -> None:
         """One token for every row; all of it on the device."""
+        logits = self._next_logits(step)
+        self._advance(step, logits, logits.argmax(-1))
 
+    def _forward(self, step: Step) -> None:
+        logits = self._next_logits(step)
+        if step.logits is None:
+            step.logits = logits.clone()  # where the graph writes them too
+        step.logits.copy_(logits)
+
+    def _next_logits(self, step: Step) -> Any:
+        """[rows, vocabulary]"""
         out = self.model(
             input_ids=step.tokens,
             attention_mask=step.mask,
@@ -254,9 +297,12 @@ class CapturedDecoder:
             past_key_values=step.cache,
             use_cache=True,
         )
-        new = out.logits[:, -1].argmax(-1)
+        return out.logits[:, -1]
+
+    def _advance(self, step: Step, logits: Any, new: Any) -> None:
+        """Add each row's new token, [rows], and its chance by the free logits, [rows, vocabulary]."""
         step.made.index_copy_(1, step.at, new[:, None])
-        step.chances.index_copy_(1, step.at, chances_of(out.logits[:, -1], new)[:, None])
+        step.chances.index_copy_(1, step.at, chances_of(logits, new)[:, None])
         step.left.sub_(1).clamp_(min=0)
         for end in self.ends:
             step.left.masked_fill_(new == end, 0)

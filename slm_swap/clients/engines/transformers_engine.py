@@ -24,6 +24,7 @@ from slm_swap.clients.engines.captured import (
     one_token_cache,
     positions_of,
 )
+from slm_swap.clients.engines.masks import Grammars, Masks
 from slm_swap.clients.loading import first_line
 from slm_swap.common.errors import UserError
 
@@ -38,6 +39,7 @@ class TransformersEngine:
     Args:
         batch_size: prompts in one batch; "auto" takes what fits in the free memory.
         capture: use CUDA graphs where they can be used. They keep memory.
+        grammars: what the prompts' grammars are compiled by; None: none has one.
 
     A batch that does not fit in memory is halved and tried again. Rows leave a batch when they are done: it goes on with the others
     once half have left.
@@ -45,10 +47,10 @@ class TransformersEngine:
 
     name = "transformers"
 
-    def __init__(self, model: Any, tokenizer: Any, batch_size: int | str = 8, capture: bool = True):
+    def __init__(self, model: Any, tokenizer: Any, batch_size: int | str = 8, capture: bool = True, grammars: Grammars | None = None):
         from slm_swap.clients.engines.attention import use_grouped_attention
 
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.grammars = model, tokenizer, grammars
         use_grouped_attention(model.get_base_model() if hasattr(model, "get_base_model") else model)
         self.context = usable_context(model.config, tokenizer)
         self.ends = reply_ends(tokenizer, model.generation_config.eos_token_id, *config_ends(model.config))
@@ -69,7 +71,9 @@ class TransformersEngine:
             for batch in self._cut(window):
                 if any(prompt.index not in answered for prompt in batch):
                     made = self._halving(batch, str(self._batches))
-                    yield from (one for one in made if one.index not in answered)
+                    again = [other for prompt, one in zip(batch, made, strict=True) if prompt.again and (other := prompt.again(one))]
+                    made = {one.index: one for one in [*made, *(self._halving(again, str(self._batches)) if again else ())]}
+                    yield from (one for one in made.values() if one.index not in answered)
                 self._batches += 1
 
     def _cut(self, window: list[Prompt]) -> Iterator[list[Prompt]]:
@@ -127,16 +131,20 @@ class TransformersEngine:
         mask = torch.tensor([[0] * (width - len(prompt.tokens)) + [1] * len(prompt.tokens) for prompt in batch])
         ids, mask = ids.to(self.model.device), mask.to(self.model.device)
         limits = [prompt.limit for prompt in batch]
+        masks = Masks(self.grammars, batch) if self.grammars and any(prompt.grammar for prompt in batch) else None
         with torch.inference_mode():
             if self._captured and self._captured.fits(width + max(limits)):
                 try:
-                    return self._captured.decode(ids, mask, limits)
+                    return self._captured.decode(ids, mask, limits, masks)
+                except UserError:
+                    raise
                 except Exception as error:  # of any package: whatever a model does in its step
                     if out_of_memory(error):
                         raise
                     reason = f"{type(error).__name__}: {first_line(error)}"
                 self._stop_capturing(reason)  # here, where the error no longer holds the decoder's tensors
-            return self._step_by_step(ids, mask, limits)
+                masks = masks and Masks(self.grammars, batch)
+            return self._step_by_step(ids, mask, limits, masks)
 
     def _stop_capturing(self, reason: str) -> None:
         import torch
@@ -150,7 +158,7 @@ class TransformersEngine:
         self.capture_error, self._captured = reason, None
         torch.cuda.empty_cache()  # the graphs' and the static caches'
 
-    def _step_by_step(self, ids: Any, mask: Any, limits: list[int]) -> list[Row]:
+    def _step_by_step(self, ids: Any, mask: Any, limits: list[int], masks: Masks | None = None) -> list[Row]:
         import torch
 
         tokens: list[list[int]] = [[] for _ in limits]
@@ -160,12 +168,15 @@ class TransformersEngine:
         out = self.model(input_ids=ids, attention_mask=mask, position_ids=positions_of(mask), use_cache=True, logits_to_keep=1)
         position, cache = mask.sum(1, keepdim=True), cache_of(self.model, out)
         while True:
-            new = out.logits[:, -1].argmax(-1)
-            steps.append((rows, chances_of(out.logits[:, -1], new)))
+            logits = out.logits[:, -1]
+            new = (masks.apply(logits, rows) if masks else logits).argmax(-1)
+            steps.append((rows, chances_of(logits, new)))
             for row, token in zip(rows, new.tolist(), strict=True):
                 if not done[row]:
                     tokens[row].append(token)
                     done[row] = token in self.ends or len(tokens[row]) == limits[row]
+                    if masks:
+                        masks.take(row, token, done[row])
             if all(done):
                 return list(zip(tokens, chances_by_row(steps, [len(row) for row in tokens]), strict=True))
             left = [at for at, row in enumerate(rows) if not done[row]]

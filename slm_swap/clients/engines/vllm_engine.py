@@ -62,6 +62,7 @@ class VllmEngine:
         start: one of engines.STARTS; "auto" decides by the workload's rows.
         workload: what it is started for. The engine's context is just what the longest row needs: with LongRoPE, vLLM takes the
             long factors for every row as soon as the context is longer than the model was first trained on.
+        constrained: prompts may have a grammar. vLLM loads a tokenizer of its own only for these.
 
     Raises:
         UserError: vLLM cannot start, or takes no such adapter.
@@ -78,6 +79,7 @@ class VllmEngine:
         workload: Workload | None = None,
         trust_remote_code: bool = False,
         tokenizer: Any = None,
+        constrained: bool = False,
     ):
         if adapter and precision == "fp32":
             raise UserError("the vllm engine has no adapters in fp32: use --precision bf16 or --engine transformers")
@@ -87,20 +89,21 @@ class VllmEngine:
         if precision == "fp8":
             require_precision(path, config, precision)
         context = min(usable_context(config, tokenizer), workload.longest if workload else FIRST_CONTEXT)
-        self._ends = end_tokens(path, config, tokenizer)
+        self.ends = end_tokens(path, config, tokenizer)
         # Of a model that also sees or hears, the text decoder alone: the rest would take memory, and files that a merged checkpoint lacks.
         part = {} if text_config(config) is config else {"language_model_only": True}
         from vllm import LLM, SamplingParams
         from vllm.lora.request import LoRARequest
 
         self.start = start if start != "auto" else start_for(workload.rows if workload else 1)
+        # Of vLLM's four back ends, the one by llguidance. A tokenizer of Mistral's own package is none that it reads.
+        tokens = {"structured_outputs_config": {"backend": "guidance"}, "tokenizer_mode": "hf"} if constrained else {"skip_tokenizer_init": True}
         graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": CAPTURED}
         self._sampling = SamplingParams
         self._lora = LoRARequest("adapter", 1, str(adapter)) if adapter else None
         try:
             self._llm = LLM(
                 model=str(path),
-                skip_tokenizer_init=True,
                 trust_remote_code=trust_remote_code,
                 dtype=DTYPES[precision],
                 quantization="fp8" if precision == "fp8" else None,
@@ -111,6 +114,7 @@ class VllmEngine:
                 disable_log_stats=True,
                 **rank,
                 **part,
+                **tokens,
             )
         except Exception as error:  # of whatever package the checkpoint needs
             raise UserError(
@@ -123,9 +127,10 @@ class VllmEngine:
         """Prompts join and leave the running batch one by one, so that those that are answered already are just left out."""
         prompts = (prompt for prompt in prompts if prompt.index not in answered)
         asked: dict[str, tuple[Prompt, float]] = {}
+        again: list[Prompt] = []
         try:
             while True:
-                while len(asked) < QUEUED and (prompt := next(prompts, None)):
+                while len(asked) < QUEUED and (prompt := again.pop() if again else next(prompts, None)):
                     name = str(prompt.index)
                     asked[name] = prompt, time.perf_counter()
                     with said_in_one_line():
@@ -137,7 +142,11 @@ class VllmEngine:
                 for output in outputs:
                     if output.finished:
                         prompt, began = asked.pop(output.request_id)
-                        yield self._generated(prompt, output, time.perf_counter() - began)
+                        made = self._generated(prompt, output, time.perf_counter() - began)
+                        if prompt.again and (other := prompt.again(made)):
+                            again.append(other)
+                        else:
+                            yield made
         finally:
             if asked:
                 self._engine.abort_request(list(asked))
@@ -145,21 +154,29 @@ class VllmEngine:
     def _limit(self, prompt: Prompt) -> Any:
         from vllm.sampling_params import RequestOutputKind
 
+        bound = {}
+        if prompt.grammar:
+            from vllm.sampling_params import StructuredOutputsParams
+
+            bound["structured_outputs"] = StructuredOutputsParams(grammar=prompt.grammar)
         return self._sampling(
             temperature=0.0,
             max_tokens=prompt.limit,
-            stop_token_ids=self._ends,
+            stop_token_ids=self.ends,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
-            logprobs=2,  # of the two best tokens, and of the chosen one if it is neither
-            flat_logprobs=True,  # lists of numbers until they are read: objects for each token would keep the garbage collector busy
+            logprobs=None if prompt.grammar else 2,  # of the two best tokens, and of the chosen one if it is neither
+            flat_logprobs=not prompt.grammar,  # lists of numbers until they are read: objects for each token would keep the garbage collector busy
+            **bound,
         )
 
     @staticmethod
     def _generated(prompt: Prompt, output: Any, seconds: float) -> Generated:
         made = output.outputs[0]
         tokens, stopped = list(made.token_ids), made.finish_reason == "stop"
-        chances = [chance_of(token, told) for token, told in zip(tokens, made.logprobs, strict=True)]
+        chances = None
+        if not prompt.grammar:  # under one, vLLM tells the chances among the tokens that it allows: a forced one would look certain
+            chances = [chance_of(token, told) for token, told in zip(tokens, made.logprobs, strict=True)]
         return Generated(prompt.index, tokens[:-1] if stopped else tokens, stopped, seconds, output.num_cached_tokens, chances=chances)
 
     def describe(self) -> dict[str, Any]:

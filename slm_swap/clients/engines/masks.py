@@ -1,0 +1,108 @@
+"""Grammars over the tokens of a model, by llguidance: which token may come next, for each row of a batch."""
+
+import re
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+from slm_swap.clients.engines import Prompt
+from slm_swap.common.errors import UserError
+
+_PLACE = re.compile(r"^(at )?\d+\(\d+\): ")  # in the grammar, in front of an error
+KEPT = 512  # compiled grammars: a tool set takes some milliseconds to be compiled, and some 100 KiB
+
+
+class Grammars:
+    """Compiled grammars for one tokenizer, each distinct text compiled once.
+
+    `special` are the texts that are tokens and no text for it, with their ids. `seconds` is what compiling has taken, `compiled` how many there were.
+
+    Raises:
+        UserError: the tokenizer is none of the tokenizers package.
+    """
+
+    def __init__(self, tokenizer: Any):
+        from llguidance import LLExecutor
+        from llguidance.hf import from_tokenizer
+
+        try:
+            self._tokens = from_tokenizer(tokenizer)
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"--constrain: llguidance cannot read this checkpoint's tokenizer ({error}): leave the flag out") from None
+        added = tokenizer.added_tokens_decoder.items()
+        self.special = {str(token): id for id, token in added if self._tokens.is_special_token(id)}
+        self.executor = LLExecutor()
+        self.words = -(-self._tokens.vocab_size // 32)  # 32-bit words of a mask
+        self._made: OrderedDict[str, Any] = OrderedDict()
+        self.seconds, self.compiled = 0.0, 0
+
+    def why_not(self, grammar: str) -> str | None:
+        """Why llguidance takes no such grammar; None where it does."""
+        made = self._compiled(grammar)
+        if not made.is_error():
+            return None
+        lines = made.get_error().split("\n")
+        told = next((line for line in lines if line.startswith("error:")), lines[0])  # of a regular expression, below a picture of it
+        return "llguidance: " + " ".join(_PLACE.sub("", told.removeprefix("error:")).split())[:120]
+
+    def matcher(self, grammar: str) -> Any:
+        """A matcher at the start of a reply."""
+        return self._compiled(grammar).deep_copy()
+
+    def _compiled(self, grammar: str) -> Any:
+        from time import perf_counter
+
+        from llguidance import LLMatcher
+
+        if grammar not in self._made:
+            started = perf_counter()
+            self._made[grammar] = LLMatcher(self._tokens, grammar, log_level=0)
+            self.seconds, self.compiled = self.seconds + perf_counter() - started, self.compiled + 1
+            if len(self._made) > KEPT:
+                self._made.popitem(last=False)
+        self._made.move_to_end(grammar)
+        return self._made[grammar]
+
+
+class Masks:
+    """Where each row of a batch is in its grammar; rows without one are free."""
+
+    def __init__(self, grammars: Grammars, prompts: Sequence[Prompt]):
+        self._grammars = grammars
+        self._matchers = [grammars.matcher(prompt.grammar) if prompt.grammar else None for prompt in prompts]
+
+    def apply(self, logits: Any, rows: Sequence[int]) -> Any:
+        """Logits, [len(rows), vocabulary], with minus infinity for the tokens that may not come next; `rows` says whose they are.
+
+        What is computed on the host is computed while the device still works on the logits.
+        """
+        import torch
+
+        words, device, vocabulary = self._grammars.words, logits.device, logits.shape[1]
+        free = [self._matchers[row] is None for row in rows]
+        if all(free):
+            return logits
+        bits = torch.full((len(rows), words), -1, dtype=torch.int32, pin_memory=device.type == "cuda")
+        asked = [(self._matchers[row], at) for at, row in enumerate(rows) if not free[at]]
+        self._grammars.executor.unsafe_compute_mask_ptr(asked, bits.data_ptr(), words * 4, len(rows))
+        bits = bits.to(device, non_blocking=True)
+        allowed = ((bits[:, :, None] >> torch.arange(32, dtype=torch.int32, device=device)) & 1).bool().flatten(1)[:, :vocabulary]
+        if allowed.shape[1] < vocabulary:  # embeddings that are no tokens
+            rest = torch.tensor(free, device=device)[:, None].expand(-1, vocabulary - allowed.shape[1])
+            allowed = torch.cat([allowed, rest], 1)
+        return logits.masked_fill(~allowed, float("-inf"))
+
+    def take(self, row: int, token: int, done: bool) -> None:
+        """Go on by one token of a row; one that is done is free from here on.
+
+        Raises:
+            UserError: the grammar did not allow it.
+        """
+        matcher = self._matchers[row]
+        if matcher is None:
+            return
+        if done:
+            self._matchers[row] = None
+        elif not matcher.consume_token(token):
+            told = " ".join(matcher.get_error().split())[:160]
+            raise UserError(f"llguidance failed while it decoded ({told}): run the same command again without --constrain")
