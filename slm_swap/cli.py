@@ -62,7 +62,7 @@ class Parser(argparse.ArgumentParser):
         for name in (*known, "model"):
             if (flag := f"--{name.replace('_', '-')}") in given:
                 self.error(f"{flag} is a part of the recipe: leave it out, or leave --recipe out")
-        vars(args).update({name: recipe.flags.get(name) for name in known}, model=recipe.model)
+        vars(args).update({name: recipe.flags[name] for name in known if name in recipe.flags}, model=recipe.model)
 
     def add_recipe(self, flags: Sequence[str] = FLAGS) -> None:
         """Take `flags`, some of recipe.FLAGS, from a recipe."""

@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
     training = ["--track", args.track, "--train", str(train), "--val", str(rows), "--seed", str(args.seed), *shlex.split(args.training_flags)]
     plan, common = rungs(kinds, train, args.presets, folder, training), common_flags(args, rows)
     begin: Setting = {name: getattr(args, name) for name in ("ask", "thinking", "adapter") if getattr(args, name) is not None}
-    begin["max_new_tokens"] = args.max_new_tokens
+    begin |= {"max_new_tokens": args.max_new_tokens} | ({"constrain": args.constrain} if args.constrain != "off" else {})
     stages = Stages(folder, Budget(args.hours and 3600 * args.hours, args.spend), prices, common, training, tracing_flags(args, settings.session), say)
 
     def measure(name: str, setting: Setting, preset: str | None, report: Path) -> float:
