@@ -2,6 +2,7 @@
 
     python demo/quickstart.py
     python demo/quickstart.py --short
+    python demo/quickstart.py --long
 
 Nothing here is a real model of anybody: the "hosted" side is a simulator that answers from the references with a share of
 mistakes, the local side a tiny model pretrained on generated text. The stages are the real ones; each command is shown.
@@ -40,6 +41,7 @@ class Demo:
 
     out: Path
     short: bool
+    long: bool = False
     environment: dict[str, str] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -48,6 +50,9 @@ class Demo:
         with self.lock:
             print(f"[{time.perf_counter() - self.started:4.0f} s] {text}", flush=True)
 
+    def log(self, title: str) -> Path:
+        return self.out / "logs" / f"{title.replace(' ', '_')}.log"
+
     def stage(self, title: str, script: str, *flags: object, accept: tuple[int, ...] = (0,)) -> int:
         """Run a stage script, its output into a log; gives its exit code.
 
@@ -55,7 +60,7 @@ class Demo:
             UserError: it ended with an exit code that is not in `accept`; the end of its log is shown.
         """
         command = [sys.executable, str(PACKAGE / script), *map(str, flags)]
-        log = self.out / "logs" / f"{title.replace(' ', '_')}.log"
+        log = self.log(title)
         log.parent.mkdir(parents=True, exist_ok=True)
         self.say(f"{title}: python {script} {' '.join(display_path(flag) if '/' in str(flag) else str(flag) for flag in flags)}")
         with open(log, "w") as output:
@@ -101,6 +106,8 @@ class Demo:
         evaluate("before", *local)
         if compare("before", "decision_before") == "SWAP":
             return {name: paths[name] for name in ("azure", "before", "decision_before", "page")}  # "after" may be another run's
+        if self.long:
+            self.ladder(track, rows[:2], data, limit)
         adapter = self.out / f"adapter_{track}"
         self.stage(
             f"{track} fine-tune", "train_unsloth.py", "--track", track, "--train", data / "train.jsonl", "--val", data / "val.jsonl",
@@ -110,6 +117,19 @@ class Demo:
         evaluate("after", *local, "--adapter", adapter)
         compare("after", "decision_after", "--before", paths["before"])
         return paths
+
+
+    def ladder(self, track: str, of_track: tuple, data: Path, limit: tuple) -> None:
+        """Climb the means that need no training, on the validation rows; its table is shown."""
+        hosted, title = self.out / f"reports/{track}_azure_val.json", f"{track} ladder"
+        rows = (*of_track, "--dataset", data / "val.jsonl")
+        self.stage(f"{track} evaluate azure on val", "01_eval/eval.py", *rows, "--model-kind", "azure", *limit, "--overwrite", "--out", hosted)
+        self.stage(
+            title, "04_ft/improve.py", *rows, *limit, "--azure", hosted, "--delta", DELTA, "--rungs", "few-shot,constrain", "--engine", "transformers",
+            "--precision", "fp32", "--batch-size", 32, "--max-new-tokens", 96, "--out", self.out / f"improve_{track}",
+        )  # fmt: skip
+        log = self.log(title).read_text(encoding="utf-8")
+        self.say(f"{title}:\n{log[log.index(f'{track}: ') :] if f'{track}: ' in log else log}")
 
 
 def table(results: dict[str, dict[str, Path]], rows: int):
@@ -137,6 +157,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "runs/quickstart", help="where everything is written")
     parser.add_argument("--short", action="store_true", help="a few rows only, to see that every stage runs")
+    parser.add_argument("--long", action="store_true", help="climb the ladder, too: few-shot and constrained decoding on the validation rows")
     return parser.parse_args(argv)
 
 
@@ -145,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     from rich.console import Console
 
     settings = load_settings()
-    demo = Demo(args.out.resolve(), args.short)
+    demo = Demo(args.out.resolve(), args.short, args.long)
     traced = settings.langfuse_disabled or all(
         (settings.langfuse_public_key, settings.langfuse_secret_key, settings.langfuse_base_url)
     )
