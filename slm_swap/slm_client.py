@@ -26,6 +26,7 @@ from slm_swap.clients.loading import (
     placement,
     prompt_text,
     require_base,
+    require_numbers,
     require_undamaged,
     trained_base,
     training_seconds,
@@ -200,7 +201,8 @@ class SLMClient:
             loaded = load_model(self.path, self.precision, placement(self.path, self.precision, processes), trust_remote_code)
             if self.adapter:
                 loaded = with_adapter(loaded, self.adapter, self.path)
-            self.engine = TransformersEngine(loaded.eval(), self.tokenizer, batch_size, grammars=self.grammars)
+            require_numbers(self.adapter or self.path, loaded.eval())
+            self.engine = TransformersEngine(loaded, self.tokenizer, batch_size, grammars=self.grammars)
             self._parameters = {"max_new_tokens": self.max_new_tokens, "batch_size": batch_size, "do_sample": False}
 
     def generate(self, batch: list[Request]) -> list[Reply]:

@@ -4,7 +4,7 @@ A chat template ends a turn with a token of its own, perhaps behind white space.
 too, and each may lack the others': a reply that is not ended by all of them runs on to the limit.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -22,17 +22,19 @@ class Ending(NamedTuple):
     id: int
 
 
-def reply_ends(tokenizer: Any, *named: int | Iterable[int] | None) -> set[int]:
+def reply_ends(tokenizer: Any, *named: int | Collection[int] | None) -> set[int]:
     """Every token that ends a reply: the chat template's, the tokenizer's, and those `named` by generation_config and config.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or one that is no number.
     """
     ends = {tokenizer.eos_token_id}
     for given in named:
-        ends.update([given] if isinstance(given, int) or given is None else given)
+        ends.update(given if isinstance(given, (list, tuple, set)) else [given])
     ends.update(ending.id for ending in (turn_ending(tokenizer), call_ending(tokenizer)) if ending)
     ends.discard(None)
+    if odd := [end for end in ends if type(end) is not int]:
+        raise UserError(f"generation_config.json or config.json names {odd[0]!r} as eos_token_id, which takes numbers of tokens: correct it there")
     if not ends:
         raise UserError("nothing ends a reply: neither the chat template nor generation_config, config or tokenizer name an end: use an instruct checkpoint")
     return ends
@@ -82,7 +84,7 @@ def _call_ending(key: "_Key") -> Ending | None:
     turn = [{"role": "user", "content": _ASKED}, {"role": "assistant", "content": "", "tool_calls": [call]}]
     try:
         shown = apply(tokenizer, turn, open_turn=False)
-    except (TemplateError, TypeError, ValueError, KeyError):  # it knows no calls, or wants their tools
+    except TemplateError:  # it knows no calls, or wants their tools
         return None
     written = shown.rpartition(_SAID)[2] if _SAID in shown else ""
     ids = tokenizer(written, add_special_tokens=False)["input_ids"]

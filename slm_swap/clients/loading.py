@@ -38,6 +38,10 @@ def model_path(settings: Settings, given: str | Path | None = None) -> Path:
         raise UserError(f"SLM_MODEL_PATH is not set: get the model with `{DOWNLOAD}` and set SLM_MODEL_PATH=models/phi-4-mini")
     path = find_path(wanted)
     if not (path / "config.json").is_file():
+        if (path / "adapter_config.json").is_file():
+            raise UserError(f"{display_path(path)} is an adapter, no model: pass it with --adapter, and its base as SLM_MODEL_PATH")
+        if path.suffix == ".gguf" or any(path.glob("*.gguf")):
+            raise UserError(f"{display_path(path)} is in GGUF: serve it (llama.cpp, Ollama) and set SLM_BASE_URL, or get the model's safetensors checkpoint")
         raise UserError(f"no checkpoint at {display_path(path)} (no config.json): get it with `{DOWNLOAD}` or set SLM_MODEL_PATH")
     return path
 
@@ -143,6 +147,7 @@ def load_model(path: Path, precision: str, device_map: Any = "auto", trust_remot
 
     disable_progress_bar()
     config = load_config(path, trust_remote_code)
+    require_generation_config(path)
     require_precision(path, config, precision)
     known = [auto for auto in (AutoModelForCausalLM, AutoModelForImageTextToText) if type(config) in auto._model_mapping]
     wanted = None if quantized_by(config) else quantization(precision)
@@ -166,6 +171,8 @@ def load_model(path: Path, precision: str, device_map: Any = "auto", trust_remot
     except Exception as error:  # of whatever package the checkpoint needs
         raise _cannot_load(display_path(path), error, config) from None
     require_whole(path, told)
+    if not quantized_by(config):  # of those, packages write biases that are all 0
+        require_used(path, model, told)
     return model
 
 
@@ -209,6 +216,23 @@ def require_precision(path: Path, config: Any, precision: str) -> None:
         raise UserError(f"{display_path(path)} is quantized in a way that transformers does not know ({method}): pip install -U transformers, or use --engine vllm")
 
 
+def require_generation_config(path: Path) -> None:
+    """Refuse a generation_config.json that cannot be read: transformers goes on without it, and so without the ends that it names.
+
+    Raises:
+        UserError: so.
+    """
+    file = path / "generation_config.json"
+    if not file.exists():
+        return
+    try:
+        told = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {display_path(file)} ({first_line(error)}): download it again") from None
+    if not isinstance(told, dict):
+        raise UserError(f"{display_path(file)} is no JSON object: download it again")
+
+
 def require_whole(path: Path, told: dict[str, Any]) -> None:
     """Refuse a model of which weights were not in the checkpoint: transformers makes them up at random and goes on.
 
@@ -226,6 +250,37 @@ def require_whole(path: Path, told: dict[str, Any]) -> None:
                 f"{display_path(path)} {said} {len(names)} weights ({shown}), which would be random: "
                 "download it again, or use a checkpoint that has them"
             )
+
+
+def require_used(path: Path, model: Any, told: dict[str, Any]) -> None:
+    """Refuse a checkpoint with weights of layers that the model has but would run without, as a bias that its config.json denies.
+
+    Whole parts to spare (for images, for predicting several tokens) are nobody's loss. `told` is what transformers says of loading it.
+
+    Raises:
+        UserError: so.
+    """
+    layers = {name for name, _ in model.named_modules()}
+    spare = sorted(name for name in told["unexpected_keys"] if name.endswith((".weight", ".bias")) and name.rpartition(".")[0] in layers)
+    if spare:
+        shown = ", ".join(spare[:3]) + (", ..." if len(spare) > 3 else "")
+        raise UserError(f"{display_path(path)} has {len(spare)} weights that its config.json leaves out ({shown}): download it again, or use another checkpoint")
+
+
+def require_numbers(path: Path, model: Any) -> None:
+    """Refuse a model whose logits are no numbers: the best of them is then token 0, and each reply the same nonsense.
+
+    Raises:
+        UserError: so.
+    """
+    import torch
+
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor([[1, 2, 3]], device=model.device)).logits
+    if not logits.isfinite().all():
+        raise UserError(
+            f"{display_path(path)} gives no numbers (NaN or infinity): its weights are damaged, or too large for this --precision: use another, or download it again"
+        )
 
 
 @contextmanager
@@ -261,7 +316,53 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False, thinking: str | 
         tokenizer.pad_token = tokenizer.eos_token
     require_text(tokenizer)
     use_thinking(tokenizer, thinking)
+    require_vocabulary(tokenizer, path, trust_remote_code)
     return tokenizer
+
+
+def require_vocabulary(tokenizer: Any, path: Path, trust_remote_code: bool) -> None:
+    """Refuse a tokenizer without a vocabulary, which transformers makes where its files are not there, and one whose chat template writes
+    tokens that the model has no embeddings for. What it has besides, a token for images or for padding, is looked for in each prompt.
+
+    Raises:
+        UserError: so.
+    """
+    from slm_swap.clients.native import CannotShow
+    from slm_swap.rows.prompts import Request
+
+    said = tokenizer("probe", add_special_tokens=False)["input_ids"]
+    if "probe" not in tokenizer.decode(said):
+        raise UserError(
+            f"the tokenizer of {display_path(path)} knows no words: its vocabulary (tokenizer.json, tokenizer.model or vocab.json) is missing or empty: "
+            "download the checkpoint again"
+        )
+    tokenizer.slm_swap_embeddings = getattr(text_config(load_config(path, trust_remote_code)), "vocab_size", None)
+    try:
+        encode_prompts(tokenizer, [Request([{"role": "user", "content": "probe"}])])
+    except CannotShow as error:
+        reason = str(error).partition(": ")[0]
+        raise UserError(f"the tokenizer of {display_path(path)} is another model's ({reason}): download the checkpoint again, or use another") from None
+
+
+def require_embedded(tokenizer: Any, tokens: list[int]) -> None:
+    """Look whether the model has an embedding for each of a row's tokens: on a GPU another one ends the whole process.
+
+    Raises:
+        CannotShow: it has not.
+    """
+    from slm_swap.clients.native import CannotShow
+
+    known = getattr(tokenizer, "slm_swap_embeddings", None)
+    if known is not None and max(tokens, default=0) >= known:
+        token = tokenizer.convert_ids_to_tokens(max(tokens))
+        raise CannotShow(f"the model has no embedding for the token {token!r}, number {max(tokens)} of {known}: leave the row out, or take another checkpoint")
+
+
+def padding_id(tokenizer: Any) -> int:
+    """The token for places that are masked: the tokenizer's own, or any where it has none or the model no embedding for it."""
+    known = getattr(tokenizer, "slm_swap_embeddings", None)
+    own = tokenizer.pad_token_id
+    return 0 if own is None or (known is not None and own >= known) else own
 
 
 def _cannot_load(what: str, error: Exception, config: Any = None) -> UserError:
@@ -269,8 +370,12 @@ def _cannot_load(what: str, error: Exception, config: Any = None) -> UserError:
     text, shown = str(error), first_line(error)
     if "trust_remote_code" in text:
         return UserError(f"{what} brings code of its own: read it, then pass --trust-remote-code to run it")
-    if isinstance(error, ImportError):
+    if isinstance(error, ImportError) and "cannot import name" in text:
+        advice = "its own code is for another version of transformers: use --engine vllm, or a checkpoint that needs no code"
+    elif isinstance(error, ImportError):
         advice = "install the package that it names with pip, or use --engine vllm"
+    elif "Weights only load failed" in text:
+        shown, advice = "its .bin file holds more than weights, and would run as code", "use a checkpoint in safetensors"
     elif "does not recognize this architecture" in text or "Unrecognized model" in text:
         import transformers
 
@@ -302,9 +407,17 @@ def encode_prompt(tokenizer: Any, request: Request) -> list[int]:
 
 
 def encode_prompts(tokenizer: Any, rows: list[Request]) -> list[list[int]]:
-    """`encode_prompt` of several rows, by all cores at once."""
+    """`encode_prompt` of several rows, by all cores at once.
+
+    Raises:
+        CannotShow: a row cannot be shown, by the chat template or for want of an embedding.
+        UserError: as `prompt_text`.
+    """
     texts = [prompt_text(tokenizer, request) for request in rows]
-    return tokenizer(texts, add_special_tokens=False)["input_ids"]
+    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    for tokens in encoded:
+        require_embedded(tokenizer, tokens)
+    return encoded
 
 
 def count_tokens(tokenizer: Any, text: str) -> int:

@@ -227,7 +227,7 @@ class ChatFormat:
             return tagged
         if has_channels(self.tokenizer) and proven(_channels):
             return _channels
-        template = template or _known_template(self.tokenizer.chat_template)
+        template = template or _known_template(self.tokenizer.get_chat_template(tools=tools))
         try:
             reader = TemplateReader(self.tokenizer, template, prefix, self.end).read if template else None
             if reader and proven(reader):

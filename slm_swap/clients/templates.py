@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 from slm_swap.common.errors import UserError
+from slm_swap.common.settings import display_path
 
 DATE = datetime(2026, 1, 1)
 SWITCHES = ("enable_thinking", "thinking")  # the variables by which templates ask for thinking or not: see thinking.py
@@ -18,13 +19,34 @@ _SYSTEM, _USER = "probe system 7d1f", "probe user 7d1f"
 def apply(tokenizer: Any, messages: list[dict[str, Any]], open_turn: bool, **options: Any) -> str:
     """A conversation as text, with the beginning of a reply behind it where the turn is `open_turn`; without thinking, unless `use_thinking`."""
     fixed = {"strftime_now": DATE.strftime} | getattr(tokenizer, "slm_swap_variables", dict.fromkeys(SWITCHES, False))
-    return tokenizer.apply_chat_template(fitted(tokenizer, messages), tokenize=False, add_generation_prompt=open_turn, **fixed, **options)
+    return rendered(tokenizer, fitted(tokenizer, messages), add_generation_prompt=open_turn, **fixed, **options)
+
+
+def rendered(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> str:
+    """What the chat template writes for these messages.
+
+    Raises:
+        jinja2.TemplateError: the template fails, in whatever way: it is a program that may divide by zero or add a text to None.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except TemplateError:
+        raise
+    except Exception as error:
+        raise TemplateError(f"{type(error).__name__}: {error}") from error
+
+
+def template_key(tokenizer: Any) -> str:
+    """The chat template as a key of caches. It may be several by name, of which transformers takes `tool_use` where there are tools."""
+    return str(tokenizer.chat_template)
 
 
 def particulars(tokenizer: Any) -> dict[str, str]:
     """What a report says of how prompts were written; empty for a template that takes all messages and writes no date."""
     told = {} if takes_system(tokenizer) else {"system_text": "in front of the first user message"}
-    return told | ({"template_date": f"{DATE:%Y-%m-%d}"} if _writes_date(tokenizer, tokenizer.chat_template) else {})
+    return told | ({"template_date": f"{DATE:%Y-%m-%d}"} if _writes_date(tokenizer, template_key(tokenizer)) else {})
 
 
 @lru_cache(maxsize=8)
@@ -35,7 +57,7 @@ def _writes_date(tokenizer: Any, template: str) -> bool:
     messages = [{"role": "user", "content": _USER}]
     days = (DATE, datetime(1999, 12, 31))
     try:
-        first, second = (tokenizer.apply_chat_template(messages, tokenize=False, strftime_now=day.strftime) for day in days)
+        first, second = (rendered(tokenizer, messages, strftime_now=day.strftime) for day in days)
     except TemplateError:
         return False
     return first != second
@@ -65,14 +87,16 @@ def require_text(tokenizer: Any) -> None:
     try:
         if _USER in apply(tokenizer, [{"role": "user", "content": _USER}], open_turn=True):
             return
-    except (TemplateError, TypeError, ValueError, KeyError) as error:
+    except TemplateError as error:
         reason = str(error).strip().split("\n")[0][:120]
-    raise UserError(f"the chat template cannot show a user's message that is a text ({reason}): take an instruct checkpoint of a text model")
+    raise UserError(
+        f"the chat template of {display_path(tokenizer.name_or_path)} cannot show a user's message that is a text ({reason}): use an instruct checkpoint of a text model"
+    )
 
 
 def takes_system(tokenizer: Any) -> bool:
     """Whether the chat template shows a system message; found by trying, as some refuse it and some leave it out."""
-    return _takes_system(tokenizer, tokenizer.chat_template)
+    return _takes_system(tokenizer, template_key(tokenizer))
 
 
 @lru_cache(maxsize=8)
@@ -80,7 +104,10 @@ def _takes_system(tokenizer: Any, template: str) -> bool:
     from jinja2 import TemplateError
 
     messages = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": _USER}]
+    tool = {"type": "function", "function": {"name": "probe_tool", "description": "", "parameters": {"type": "object", "properties": {}}}}
+    several = isinstance(tokenizer.chat_template, dict) and "tool_use" in tokenizer.chat_template
+    offered = [{}, {"tools": [tool]}] if several else [{}]
     try:
-        return _SYSTEM in tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return all(_SYSTEM in rendered(tokenizer, messages, add_generation_prompt=True, **tools) for tools in offered)
     except TemplateError:
         return False

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from slm_swap.clients.templates import SWITCHES, apply
+from slm_swap.clients.templates import SWITCHES, apply, rendered, template_key
 from slm_swap.common.errors import UserError
 
 THINKING = ("off", "on")
@@ -38,19 +38,19 @@ def use_thinking(tokenizer: Any, wanted: str | None) -> None:
 
 def thinking(tokenizer: Any) -> str | None:
     """"on" or "off" as prompts ask where the chat template has a switch, "always" where it has none, None where it never mentions thinking."""
-    if _has_switch(tokenizer, tokenizer.chat_template):
+    if _has_switch(tokenizer, template_key(tokenizer)):
         return "on" if _asked_for(tokenizer) else "off"
     return "always" if prefilled(tokenizer) or has_channels(tokenizer) else None
 
 
 def has_channels(tokenizer: Any) -> bool:
     """Whether replies come in gpt-oss' channels."""
-    return "<|channel|>final" in str(tokenizer.chat_template)
+    return "<|channel|>final" in template_key(tokenizer)
 
 
 def prefilled(tokenizer: Any) -> str | None:
     """What closes the thinking that a prompt of the chat template opens, so that a reply begins inside of it; None where it opens none."""
-    return _prefilled(tokenizer, tokenizer.chat_template, _asked_for(tokenizer))
+    return _prefilled(tokenizer, template_key(tokenizer), _asked_for(tokenizer))
 
 
 def _asked_for(tokenizer: Any) -> bool:
@@ -67,12 +67,12 @@ def _prefilled(tokenizer: Any, template: str, on: bool) -> str | None:
 def _has_switch(tokenizer: Any, template: str) -> bool:
     """Whether a prompt depends on the variables."""
     messages = [{"role": "system", "content": "probe system 7d1f"}, *_PROBE]
-    rendered = [
-        _shown(lambda told=told, on=on: tokenizer.apply_chat_template(told, tokenize=False, add_generation_prompt=True, **dict.fromkeys(SWITCHES, on)))
+    found = [
+        _shown(lambda told=told, on=on: rendered(tokenizer, told, add_generation_prompt=True, **dict.fromkeys(SWITCHES, on)))
         for told in (messages, _PROBE)
         for on in (False, True)
     ]
-    return rendered[0] != rendered[1] or rendered[2] != rendered[3]
+    return found[0] != found[1] or found[2] != found[3]
 
 
 def _shown(render: Callable[[], str]) -> str | None:
@@ -80,7 +80,7 @@ def _shown(render: Callable[[], str]) -> str | None:
 
     try:
         return render()
-    except (TemplateError, TypeError, ValueError, KeyError):  # each template has its own way to refuse
+    except TemplateError:  # each template has its own way to refuse
         return None
 
 

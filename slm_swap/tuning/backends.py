@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from slm_swap.clients.architecture import text_config
-from slm_swap.clients.loading import load_model, quiet_int8
+from slm_swap.clients.loading import load_model, quiet_int8, require_numbers
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import PACKAGE, Launch, display_path, find_path
 from slm_swap.tuning.hyperparameters import Hyperparameters
@@ -85,6 +85,7 @@ def load_trainable(
     from peft import LoraConfig, get_peft_model
 
     model = load_model(path, parameters.precision, device_map={"": device})
+    require_numbers(path, model)
     if getattr(text_config(model.config), "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")  # transformers' `sdpa` leaves soft-capping out without a word
     tokens = find_untrained(model)

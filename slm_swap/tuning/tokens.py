@@ -5,7 +5,7 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 from slm_swap.clients.endings import Ending, call_ending, require_ending, turn_opening
-from slm_swap.clients.loading import prompt_text
+from slm_swap.clients.loading import prompt_text, require_embedded
 from slm_swap.clients.native import CannotShow, native_turn, read_reply
 from slm_swap.common.exact_json import EXACT, same
 from slm_swap.rows.examples import Example
@@ -88,6 +88,7 @@ def _encoded(tokenizer: Any, prompt: str, reply: str) -> tuple[list[int], list[i
     """The token ids of a prompt, as evaluation gives them, and of its reply as it stands behind that prompt: some tokenizers put a space
     in front of a text of its own."""
     ids, whole = tokenizer([prompt, prompt + reply], add_special_tokens=False)["input_ids"]
+    require_embedded(tokenizer, whole)
     if whole[: len(ids)] == ids:
         return ids, whole[len(ids) :]
     return ids, tokenizer(reply, add_special_tokens=False)["input_ids"]  # one token lies across the border, which no reply can begin with

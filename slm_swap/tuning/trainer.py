@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from slm_swap.clients.loading import padding_id
 from slm_swap.tuning.backends import decoder_of
 from slm_swap.tuning.hyperparameters import Hyperparameters
 from slm_swap.tuning.packing import PackCollator, add_targets, packed_rows
@@ -102,9 +103,9 @@ def make_trainer(
         compile_layers(base)
     if parameters.packing:
         multiple_of = CHUNK if compiled else 1
-        collator = PackCollator.for_packs([*train_rows, *val_rows], parameters.pack_length, tokenizer.pad_token_id, multiple_of)
+        collator = PackCollator.for_packs([*train_rows, *val_rows], parameters.pack_length, padding_id(tokenizer), multiple_of)
     else:
-        pad = DataCollatorForLanguageModeling(tokenizer.pad_token_id)
+        pad = DataCollatorForLanguageModeling(padding_id(tokenizer))
 
         def collator(rows: list[dict]) -> dict:
             return add_targets(pad(rows))

@@ -108,3 +108,9 @@ def test_a_checkpoint_that_names_other_ends_replies_as_before(tmp_path, lacks):
         replies.append([(reply.text, reply.finish_reason) for reply in client.generate(BATCH[:3])])
         client.close()
     assert replies[0] == replies[1] and {reason for _, reason in replies[0]} == {"stop"}
+
+
+@pytest.mark.parametrize("named", ["<|end|>", ["<|end|>"], [1.5], True])
+def test_an_end_that_is_no_number_is_refused(named):
+    with pytest.raises(UserError, match=r"names .* as eos_token_id, which takes numbers of tokens: correct it there"):
+        reply_ends(load_tokenizer(BASE), named)

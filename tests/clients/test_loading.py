@@ -11,9 +11,21 @@ from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from slm_swap.clients.engines.vllm_engine import lora_rank
-from slm_swap.clients.loading import load_config, load_model, load_tokenizer, require_precision, weight_bytes, with_adapter
+from slm_swap.clients.loading import (
+    load_config,
+    load_model,
+    load_tokenizer,
+    model_path,
+    require_precision,
+    weight_bytes,
+    with_adapter,
+)
 from slm_swap.common.errors import UserError
-from slm_swap.common.settings import PACKAGE
+from slm_swap.common.settings import PACKAGE, Settings
+from slm_swap.rows.examples import Example
+from slm_swap.rows.prompts import text_request
+from slm_swap.slm_client import SLMClient
+from slm_swap.tuning.tokens import tokenize
 
 BASE = PACKAGE / "models/phi-tiny"
 TEXT = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16)
@@ -65,6 +77,8 @@ def test_weights_that_are_not_there_are_not_made_up(checkpoint, caplog, capsys):
     assert name in refused(checkpoint, r"lacks 1 weights .*, which would be random: download it again")
     save_file(whole | {name: whole[name][:, :4].clone()}, file, {"format": "pt"})
     assert re.search(r"\[\d+, 4\] instead of", refused(checkpoint, "has of other shapes than its config.json says 1 weights"))
+    save_file(whole | {name.replace("weight", "bias"): torch.ones(len(whole[name]))}, file, {"format": "pt"})
+    assert name.replace("weight", "bias") in refused(checkpoint, r"has 1 weights that its config.json leaves out .*: download it again")
     save_file(whole | {"mtp.weight": torch.zeros(2)}, file, {"format": "pt"})
     assert load_model(checkpoint, "fp32"), "what is left over does no harm"
     assert "LOAD REPORT" not in caplog.text and not capsys.readouterr().err
@@ -99,6 +113,8 @@ def test_code_of_a_checkpoints_own_is_run_only_if_asked_for(checkpoint):
     refused(checkpoint, "brings code of its own: read it, then pass --trust-remote-code to run it")
     (checkpoint / "own.py").write_text("import a_package_that_nobody_has\n")
     refused(checkpoint, r"a_package_that_nobody_has.*: install the package", load=lambda folder, precision: load_model(folder, precision, trust_remote_code=True))
+    (checkpoint / "own.py").write_text("from transformers import NothingOfThisName\n")
+    refused(checkpoint, r"NothingOfThisName.*: its own code is for another version", load=lambda folder, precision: load_model(folder, precision, trust_remote_code=True))
 
 
 @pytest.mark.parametrize(
@@ -152,6 +168,85 @@ def test_a_broken_tokenizer_is_said(checkpoint):
     with pytest.raises(UserError, match=r"cannot load the tokenizer of .*: check the checkpoint or download it again") as error:
         load_tokenizer(checkpoint)
     assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_without_its_vocabulary(checkpoint):
+    """transformers makes an empty one."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (checkpoint / name).unlink()
+    change(checkpoint, model_type="qwen3")
+    with pytest.raises(UserError, match=r"the tokenizer of .*model knows no words: its vocabulary .* is missing or empty: download the checkpoint again"):
+        load_tokenizer(checkpoint)
+
+
+def test_a_token_without_an_embedding(checkpoint):
+    """A row with it is refused, alone and in training; as padding it does no harm; in the chat template it is another model's."""
+    tokenizer, texts = load_tokenizer(checkpoint), ["Red", "Red <image>", "A red wall, please."]
+    plain = SLMClient(Settings(slm_model_path=str(checkpoint)), precision="fp32", max_new_tokens=4)
+    wanted = plain.generate([text_request("structured", text) for text in texts])
+    tokenizer.add_special_tokens({"pad_token": "<padding>", "additional_special_tokens": ["<image>"]})
+    tokenizer.save_pretrained(checkpoint)
+    client = SLMClient(Settings(slm_model_path=str(checkpoint)), precision="fp32", max_new_tokens=4)
+    red, image, wall = client.generate([text_request("structured", text) for text in texts])
+    assert (red.text, wall.text) == (wanted[0].text, wanted[2].text) and red.error is None
+    assert image.finish_reason == "error" and "no embedding for the token '<image>'" in image.error
+    told = tokenize(load_tokenizer(checkpoint), "structured", [Example(text, '{"a":1}') for text in texts], 1000)
+    assert len(told.rows) == 2 and [(reason, count) for reason, count in told.untaught.items() if "<image>" in reason and count == 1]
+    (checkpoint / "chat_template.jinja").write_text("<image>" + load_tokenizer(BASE).chat_template)
+    with pytest.raises(UserError, match=r"the tokenizer of .*model is another model's \(the model has no embedding for the token '<image>', number \d+ of \d+\): download"):
+        load_tokenizer(checkpoint)
+
+
+def test_a_tokenizer_without_padding_or_end(checkpoint):
+    """No token has to be there for padding."""
+    file = checkpoint / "tokenizer_config.json"
+    file.write_text(json.dumps({name: value for name, value in json.loads(file.read_text()).items() if name not in ("pad_token", "eos_token")}))
+    clients = [SLMClient(Settings(slm_model_path=str(path)), precision="fp32", max_new_tokens=4) for path in (checkpoint, BASE)]
+    rows = [text_request("structured", text) for text in ("Red", "A wall that is red, please.")]
+    assert clients[0].tokenizer.pad_token_id is None
+    without, plain = ([reply.text for reply in client.generate(rows)] for client in clients)
+    assert without == plain
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ('{"eos_token_id": [1,', "cannot read .*generation_config.json .*: download it again"),
+        ("[]", "generation_config.json is no JSON object: download it again"),
+    ],
+)
+def test_a_generation_config_that_cannot_be_read_is_not_left_out(written, said, checkpoint):
+    (checkpoint / "generation_config.json").write_text(written)
+    refused(checkpoint, said)
+
+
+def test_a_model_that_gives_no_numbers(checkpoint):
+    weights = load_file(checkpoint / "model.safetensors")
+    name = next(name for name in weights if name.endswith("norm.weight"))
+    save_file(weights | {name: weights[name] * float("nan")}, checkpoint / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"model gives no numbers \(NaN or infinity\): its weights are damaged"):
+        SLMClient(Settings(slm_model_path=str(checkpoint)), precision="fp32")
+
+
+def test_what_is_no_checkpoint_is_named(tmp_path, adapter):
+    with pytest.raises(UserError, match="adapter is an adapter, no model: pass it with --adapter, and its base as SLM_MODEL_PATH"):
+        model_path(Settings(), adapter)
+    (tmp_path / "phi.gguf").write_bytes(b"GGUF")
+    for path in (tmp_path, tmp_path / "phi.gguf"):
+        with pytest.raises(UserError, match=rf"{path.name} is in GGUF: serve it .* and set SLM_BASE_URL"):
+            model_path(Settings(), path)
+
+
+def test_pickled_code_is_not_run(checkpoint, capfd):
+    (checkpoint / "model.safetensors").unlink()
+    torch.save({"a": Unwanted()}, checkpoint / "pytorch_model.bin")
+    refused(checkpoint, "would run as code.*: use a checkpoint in safetensors")
+    assert "it ran" not in capfd.readouterr().out
+
+
+class Unwanted:
+    def __reduce__(self):
+        return print, ("it ran",)
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ def ids(tokenizer, text):
 def gpt_oss():
     tokenizer = tokenizer_of("gptoss", marks=False)
     tokenizer.add_tokens(GPT_OSS, special_tokens=True)
+    tokenizer.slm_swap_embeddings = None  # no model is asked
     return tokenizer
 
 

@@ -22,6 +22,7 @@ def tokenizer_of(family: str, marks: bool = True):
         known = next((told for name, told in MARKS.items() if family.startswith(name)), MARKS["qwen"])
         tokenizer.add_tokens(known, special_tokens=True)
         tokenizer.add_tokens(["<tool_call>", "</tool_call>", "<think>", "</think>"])  # in Qwen's tokenizer, too, these are not special
+        tokenizer.slm_swap_embeddings = None  # no model is asked
     return tokenizer
 
 

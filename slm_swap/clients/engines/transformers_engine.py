@@ -25,7 +25,7 @@ from slm_swap.clients.engines.captured import (
     positions_of,
 )
 from slm_swap.clients.engines.masks import Grammars, Masks
-from slm_swap.clients.loading import first_line
+from slm_swap.clients.loading import first_line, padding_id
 from slm_swap.common.errors import UserError
 
 WINDOW = 2048  # prompts that are sorted by length together
@@ -126,7 +126,7 @@ class TransformersEngine:
 
         width = -(-max(len(prompt.tokens) for prompt in batch) // ROUND) * ROUND
         width = min(width, self.context - 1)
-        pad = self.tokenizer.pad_token_id
+        pad = padding_id(self.tokenizer)
         ids = torch.tensor([[pad] * (width - len(prompt.tokens)) + prompt.tokens for prompt in batch])
         mask = torch.tensor([[0] * (width - len(prompt.tokens)) + [1] * len(prompt.tokens) for prompt in batch])
         ids, mask = ids.to(self.model.device), mask.to(self.model.device)
