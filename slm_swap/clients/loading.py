@@ -486,6 +486,7 @@ def with_adapter(model: Any, adapter: Path, base: Path) -> Any:
             # layers of the model for which the adapter has no weights would stay as they are
             warnings.filterwarnings("error", message=".*missing adapter keys")
             tuned = PeftModel.from_pretrained(model, str(adapter))
+        require_taken(tuned, adapter)
         put_rows_in_place(tuned)
         return tuned
     except torch.OutOfMemoryError:
@@ -497,6 +498,25 @@ def with_adapter(model: Any, adapter: Path, base: Path) -> Any:
             f"the adapter {display_path(adapter)} does not fit the model {display_path(base)} ({first_line(error)}): "
             "train it again on this model"
         ) from None
+
+
+def require_taken(tuned: Any, adapter: Path) -> None:
+    """Refuse LoRA weights of layers that the model has and adapter_config.json leaves out: PEFT would go on without them.
+
+    Raises:
+        ValueError: so.
+    """
+    from safetensors import safe_open
+
+    file = adapter / "adapter_model.safetensors"
+    if not file.exists():
+        return
+    layers = dict(tuned.get_base_model().named_modules())
+    with safe_open(file, "pt") as tensors:
+        names = [name.removeprefix("base_model.model.").partition(".lora_A")[0] for name in tensors.keys() if ".lora_A" in name]  # noqa: SIM118
+    left = sorted(name for name in names if name in layers and not hasattr(layers[name], "lora_A"))
+    if left:
+        raise ValueError(f"its target_modules leave out {len(left)} layers that it has weights for, as {left[0]}")
 
 
 def put_rows_in_place(tuned: Any) -> None:

@@ -256,12 +256,14 @@ def adapter(tmp_path):
     return tmp_path / "adapter"
 
 
-@pytest.mark.parametrize("fault", ["lacks weights", "other shapes", "other layers", "no weights", "cut", "another kind"])
+@pytest.mark.parametrize("fault", ["lacks weights", "spare weights", "other shapes", "other layers", "no weights", "cut", "another kind"])
 def test_an_adapter_that_does_not_fit_is_said(fault, adapter):
     config, weights = adapter / "adapter_config.json", adapter / "adapter_model.safetensors"
     told, whole = json.loads(config.read_text()), load_file(weights)
     if fault == "lacks weights":  # PEFT warns, and goes on with half of the adapter
         save_file(dict(list(whole.items())[1:]), weights)
+    elif fault == "spare weights":  # PEFT says nothing
+        save_file(whole | {name.replace("o_proj", "qkv_proj"): weight.clone() for name, weight in whole.items()}, weights)
     elif fault == "other shapes":
         save_file({name: weight[:, :3].clone() for name, weight in whole.items()}, weights)
     elif fault == "other layers":
