@@ -172,6 +172,7 @@ def load_model(path: Path, precision: str, device_map: Any = "auto", trust_remot
         raise _cannot_load(display_path(path), error, config) from None
     require_whole(path, told)
     if not quantized_by(config):  # of those, packages write biases that are all 0
+        require_plain_weights(path)
         require_used(path, model, told)
     return model
 
@@ -216,6 +217,9 @@ def require_precision(path: Path, config: Any, precision: str) -> None:
         raise UserError(f"{display_path(path)} is quantized in a way that transformers does not know ({method}): pip install -U transformers, or use --engine vllm")
 
 
+_LAYER = re.compile(r"\blayers\.(\d+)\b")
+
+
 def require_generation_config(path: Path) -> None:
     """Refuse a generation_config.json that cannot be read: transformers goes on without it, and so without the ends that it names.
 
@@ -253,7 +257,8 @@ def require_whole(path: Path, told: dict[str, Any]) -> None:
 
 
 def require_used(path: Path, model: Any, told: dict[str, Any]) -> None:
-    """Refuse a checkpoint with weights of layers that the model has but would run without, as a bias that its config.json denies.
+    """Refuse a checkpoint with weights that the model would run without: of layers that it has, as a bias that its config.json denies, or
+    of further layers of the decoder.
 
     Whole parts to spare (for images, for predicting several tokens) are nobody's loss. `told` is what transformers says of loading it.
 
@@ -261,10 +266,35 @@ def require_used(path: Path, model: Any, told: dict[str, Any]) -> None:
         UserError: so.
     """
     layers = {name for name, _ in model.named_modules()}
-    spare = sorted(name for name in told["unexpected_keys"] if name.endswith((".weight", ".bias")) and name.rpartition(".")[0] in layers)
+    config = text_config(model.config)
+    # those of multi-token prediction stand behind the decoder's and have their names
+    count = getattr(config, "num_hidden_layers", 0) + (getattr(config, "num_nextn_predict_layers", None) or 0)
+
+    def has_layer(name: str) -> bool:
+        place = _LAYER.search(name)
+        return name in layers or (place is not None and int(place[1]) >= count and f"{name[: place.start(1)]}0{name[place.end(1) :]}" in layers)
+
+    spare = sorted(name for name in told["unexpected_keys"] if name.endswith((".weight", ".bias")) and has_layer(name.rpartition(".")[0]))
     if spare:
         shown = ", ".join(spare[:3]) + (", ..." if len(spare) > 3 else "")
         raise UserError(f"{display_path(path)} has {len(spare)} weights that its config.json leaves out ({shown}): download it again, or use another checkpoint")
+
+
+def require_plain_weights(path: Path) -> None:
+    """Refuse whole numbers and 8-bit floats as weights where config.json does not say how they were quantized: their scales would be lost.
+
+    Raises:
+        UserError: so.
+    """
+    from safetensors import safe_open
+
+    for file in sorted(path.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  it is no mapping
+                if name.endswith(".weight") and (dtype := tensors.get_slice(name).get_dtype()).startswith(("I", "U", "F8")):
+                    raise UserError(
+                        f"{display_path(file)} has weights in {dtype} ({name}), and config.json does not say how they were quantized: download it again"
+                    )
 
 
 def require_numbers(path: Path, model: Any) -> None:

@@ -86,6 +86,25 @@ def test_weights_that_are_not_there_are_not_made_up(checkpoint, caplog, capsys):
     refused(checkpoint, r"lacks \d\d weights \(.*, \.\.\.\), which would be random")
 
 
+def test_layers_that_the_configuration_does_not_count_are_not_left_out(checkpoint):
+    file = checkpoint / "model.safetensors"
+    whole = load_file(file)
+    more = {name.replace("layers.0.", "layers.9."): tensor.clone() for name, tensor in whole.items() if "layers.0." in name}
+    save_file(whole | more, file, {"format": "pt"})
+    refused(checkpoint, rf"has {len(more)} weights that its config.json leaves out \(model.layers.9..*: download it again")
+    change(checkpoint, num_nextn_predict_layers=9)
+    assert load_model(checkpoint, "fp32"), "layers that predict a further token stand behind the decoder's"
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantized_weights_without_their_scales_are_refused(checkpoint, dtype):
+    file = checkpoint / "model.safetensors"
+    whole = load_file(file)
+    name = next(name for name in whole if "q_proj" in name or "qkv_proj" in name)
+    save_file(whole | {name: whole[name].to(dtype)}, file, {"format": "pt"})
+    refused(checkpoint, r"has weights in .* \(.*\), and config.json does not say how they were quantized: download it again")
+
+
 def test_a_shard_that_is_not_there_is_said(checkpoint):
     whole = load_file(checkpoint / "model.safetensors")
     (checkpoint / "model.safetensors").unlink()
