@@ -110,5 +110,5 @@ class LiveClient(SLMClient):
     def __init__(self, model: Any, tokenizer: Any):
         from slm_swap.clients.engines.transformers_engine import TransformersEngine
 
-        self.tokenizer, self.max_new_tokens = tokenizer, MAX_NEW_TOKENS
+        self.tokenizer, self.max_new_tokens, self.constrain, self.grammars = tokenizer, MAX_NEW_TOKENS, "off", None
         self.engine = TransformersEngine(model, tokenizer, BATCH, capture=False)

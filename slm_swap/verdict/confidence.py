@@ -5,7 +5,6 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from slm_swap.clients.confidence import SIGNALS as OF_REPLIES
-from slm_swap.verdict.stats.auroc import auroc, risk_coverage
 
 SIGNALS = (*OF_REPLIES, "parses", "keeps_schema")  # the larger, the surer
 
@@ -34,6 +33,8 @@ def discrimination(
 
     `labels` are those of each row's cluster: None, every row is its own.
     """
+    from slm_swap.verdict.stats.auroc import auroc, risk_coverage
+
     found = {}
     for name, given in values.items():
         has = [at for at, value in enumerate(given) if value is not None and math.isfinite(value)]

@@ -225,7 +225,7 @@ def test_a_reply_with_calls_and_thinking_becomes_a_reply(client, monkeypatch):
     end, made = require_ending(client.tokenizer).id, ids(client.tokenizer, text)
 
     def decode(batch):
-        return [[*made, end] for _ in batch]
+        return [([*made, end], None) for _ in batch]
 
     monkeypatch.setattr(client.engine, "_decode", decode)
     (reply,) = client.generate([asked()])
@@ -240,7 +240,7 @@ def test_a_conversation_that_the_template_cannot_show_is_that_rows_error(client,
     assert measure_workload(tokenizer, rows, 5).longest == len(ids(tokenizer, native_prompt(tokenizer, rows[2]))) + 5
     monkeypatch.setattr(client, "tokenizer", tokenizer)
     monkeypatch.setattr(client.engine, "context", 4096)
-    monkeypatch.setattr(client.engine, "_decode", lambda batch: [[7] for _ in batch])
+    monkeypatch.setattr(client.engine, "_decode", lambda batch: [([7], None) for _ in batch])
     replies = client.generate(rows)
     assert [reply.finish_reason for reply in replies] == ["length", "error", "length"]
     assert "only supports single tool-calls" in replies[1].error and "\n" not in replies[1].error

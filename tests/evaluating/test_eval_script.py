@@ -59,7 +59,7 @@ def test_a_replay_from_files_to_files(evaluate, files, tmp_path):
     assert set(report) == {
         "schema_version", "stage", "created_at", "track", "args", "code", "packages", "hardware", "model", "inputs",
         "prompt_sha256", "ask", "references_by_teacher", "metrics", "metrics_by_matcher", "counts", "tokens", "sessions", "cached_replies", "seconds", "cost",
-        "trace", "latency", "repeat", "again", "asked", "run_id",
+        "trace", "latency", "repeat", "again", "asked", "run_id", "confidence",
     }  # fmt: skip
     assert report["metrics"] == {
         "json_valid_rate": 1 / 4, "exact_match_rate": 1 / 4, "field_precision": 1 / 4, "field_recall": 1 / 4, "field_f1": 1 / 4,

@@ -113,6 +113,8 @@ def test_a_line_of_the_rows_file():
         "error": "wrong_value",
         "finish_reason": "stop",
         "reply_error": None,
+        "constrained": None,
+        "grammar_error": None,
         "cut": None,
         "tokens": {"input": 20, "cached": 0, "output": 3, "reasoning": None},
         "seconds": 1.0,

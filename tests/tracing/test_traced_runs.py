@@ -168,7 +168,8 @@ def test_a_killed_and_resumed_evaluation_is_one_trace_with_a_generation_a_row(se
     generations = [span for span in server.spans if span.kind == "generation"]
     assert report["counts"]["rows"] == 60 and report["sessions"] == 3
     assert {span.trace for span in server.spans} == {report["trace"]["id"]}
-    assert len(generations) == len({span.id for span in generations}) == len({span.name for span in generations}) == 60
+    # a killed run's sender may have no time to note what has arrived: it comes again, as the same span
+    assert len({span.id for span in generations}) == len({span.name for span in generations}) == len({(span.id, span.name) for span in generations}) == 60
     of_rows = [score["id"] for score in server.scores if score.get("observationId")]
     assert len(of_rows) == len(set(of_rows)) == 60 * 6
     assert not list(files.glob("*.traces.jsonl")) and not list(files.glob("*.part"))

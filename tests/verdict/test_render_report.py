@@ -597,7 +597,7 @@ def test_the_same_decision_gives_the_same_bytes(full, tmp_path):
 
 def test_plots_come_for_both_themes_and_widths(full):
     pictures = SVG.findall(full.read_text())
-    assert len(pictures) == 4 * 6 and len(set(pictures)) == 4 * 6  # gap, models, errors, tools, cost, before and after
+    assert len(pictures) == 4 * 7 and len(set(pictures)) == 4 * 7  # gap, models, errors, tools, cost, before and after, confidence
     draw = plots.behind(["a $x^2$ <b>", ""], [0.01, -0.02], [None, [-0.05, 0.01]], 0.02, "points")
     found = plots.svgs(draw)
     assert "a $x^2$ &lt;b&gt;" in base64.b64decode(found["wide_light"].address.split(",", 1)[1]).decode()  # a dollar is a dollar
@@ -939,7 +939,7 @@ def test_by_keyboard_alone(open_page, full):
 def test_without_javascript_everything_but_the_rows_is_there(open_page, full):
     page, _ = open_page(full, java_script_enabled=False)
     assert "needs JavaScript" in page.locator("noscript").inner_text() and not page.locator("#browser").is_visible()
-    assert page.locator("figure img").count() == 6
+    assert page.locator("figure img").count() == 7
     summary = page.locator("#quality summary")
     summary.click()
     assert page.get_by_text("Both models on every metric").is_visible()

@@ -98,8 +98,8 @@ def test_the_brief_by_the_point_rule(make, capsys):
 def test_every_table_holds_its_numbers(told):
     found = {title.split(",")[0].split(":")[0].split(" (")[0]: rows for title, _, rows in tables(told)}
     assert list(found) == [
-        "240 rows", "Verdict by matcher", "Where the gap in args_exact_rate comes from", "What would close it", "By tool", "Doubtful references", "Before",
-        "What a month costs",
+        "240 rows", "Verdict by matcher", "Where the gap in args_exact_rate comes from", "What would close it", "By tool", "Doubtful references",
+        "How well confidence tells right slm replies from wrong ones", "Before", "What a month costs",
     ]  # fmt: skip
     own = told["metrics"]["args_f1"]
     assert found["240 rows"][-1] == [
