@@ -59,7 +59,11 @@ def stop_at_own_length(processes: int) -> None:
     from slm_swap.clients.engines import Prompt
 
     _, replies = lengths(WORKLOAD, 7)
-    slm_client.Prompt = lambda index, tokens, limit: Prompt(index, tokens, min(limit, replies[index // processes]))
+    class OwnLength(Prompt):
+        def __init__(self, index, tokens, limit, **more):
+            super().__init__(index, tokens, min(limit, replies[index // processes]), **more)
+
+    slm_client.Prompt = OwnLength
 
 
 def spans(rows: int, processes: int) -> dict[str, range]:

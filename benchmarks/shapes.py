@@ -67,7 +67,8 @@ def _tokenizer(vocabulary: int):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.WordLevel({"<|end|>": 0, "<|pad|>": PAD, **{f"t{n}": n for n in range(PAD + 1, vocabulary)}}, unk_token="<|end|>"))
+    words = {"<|end|>": 0, "<|pad|>": PAD, **{f"t{n}": n for n in range(PAD + 1, vocabulary - 1)}, "probe": vocabulary - 1}  # the last: see loading.py
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<|end|>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     template = " ".join(f"t{n}" for n in range(PAD + 1, PAD + PREFIX + 1)) + " {{ messages[-1]['content'] }}{% if add_generation_prompt %}{% endif %}"
     return PreTrainedTokenizerFast(
@@ -82,7 +83,7 @@ def write_rows(path: Path, rows: int, vocabulary: int = SHAPES["phi-4-mini"][1][
     rng, completion = numpy.random.default_rng(seed + 1), json.dumps({"tool_name": "none", "arguments": {}})
     with open(path, "w", encoding="utf-8") as file:
         for number, length in enumerate(lengths(rows, seed)[0]):
-            words = " ".join(f"t{token}" for token in rng.integers(PAD + 1, vocabulary, length - PREFIX))
+            words = " ".join(f"t{token}" for token in rng.integers(PAD + 1, vocabulary - 1, length - PREFIX))
             for copy in range(copies):
                 file.write(json.dumps({"id": f"row-{number}.{copy}", "prompt": words, "completion": completion}) + "\n")
     return path
