@@ -93,3 +93,19 @@ def test_a_damaged_or_changed_adapter_is_neither_evaluated_nor_merged(tmp_path):
     shutil.copy(tmp_path / "merged/generation_config.json", tmp_path / "merged/another.json")
     with pytest.raises(UserError, match="merged are not those"):
         SLMClient(Settings(slm_model_path=str(tmp_path / "merged")), precision="fp32")
+
+
+def test_a_kill_while_they_are_removed_leaves_no_run_that_cannot_go_on(checkpoints, monkeypatch):
+    """The adapter is in its place by then, and the same command is to work: whatever of the folder goes first."""
+
+    def killed(folder, **_):
+        (folder / "run.json").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.remove()
+    again = Checkpoints(checkpoints.folder.with_name("adapter"))
+    again.open({"seed": 1}, resume=True)
+    assert again.latest() is None and [path.name for path in again.folder.iterdir() if path.is_dir()] == []
