@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slm_swap.common.reports import sha256_file, write_jsonl
+from slm_swap.common.reports import sha256_file, write_atomically, write_jsonl
 from slm_swap.common.settings import PACKAGE
 from slm_swap.demo.azure_simulator import AzureSimulator, Faults
 from slm_swap.rows.examples import read_examples
@@ -75,8 +75,15 @@ class Scene:
         return kept | {
             "AZURE_ENDPOINT": self.endpoint, "AZURE_DEPLOYMENT": "simulator", "AZURE_API_VERSION": "2024-10-21",
             "AZURE_API_KEY": f"simulator-key.{trial}.{session}", "SLM_MODEL_PATH": str(PACKAGE / "models/phi-tiny"), "OMP_NUM_THREADS": "1",
-            "PRICES_FILE": str(PACKAGE / "demo/prices.toml"), "LANGFUSE_DISABLED": "1",
+            "PRICES_FILE": str(self._prices()), "LANGFUSE_DISABLED": "1",
         } | more  # fmt: skip
+
+    def _prices(self) -> Path:
+        """The hosted model's prices alone: what a machine costs goes by its seconds, which are no two times the same."""
+        path = self.folder / "prices.toml"
+        if not path.exists():
+            write_atomically(path, lambda file: file.write((PACKAGE / "demo/prices.toml").read_text(encoding="utf-8").partition("[local]")[0]))
+        return path
 
     def asked(self, trial: str) -> list[tuple[int, int]]:
         """(session, row of the journal) of each answer that the simulator has given to a trial."""

@@ -633,8 +633,20 @@ def server(trial: Trial) -> Iterator[tuple[str, str]]:
 TRIALS: dict[str, Callable[[Trial], Iterator[tuple[str, str]]]] = {"kill": kill, "damage": damage, "disk": disk, "server": server}
 
 
+TRIES, NO_THREADS = 5, "Invalid thread pool!"  # torch's, in a fork: no script of ours is started so
+
+
 def one_trial(campaign: Campaign, name: str) -> dict[str, Any]:
-    """What came of a trial: (what, outcome) of each part of it, why it failed, and its seconds."""
+    """As `_one_trial`; made again where a fork took torch's threads along in a state that it refuses to work in."""
+    for _ in range(TRIES):
+        result = _one_trial(campaign, name)
+        if not (result["why"] and NO_THREADS in result["why"]):
+            break
+    return result
+
+
+def _one_trial(campaign: Campaign, name: str) -> dict[str, Any]:
+    """What came of a trial: (what, outcome) of each part of it, and why it failed."""
     folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=campaign.scene.folder))
     trial = Trial(campaign, name, folder, Random(f"{campaign.seed}:{name}"))
     told, why = list[tuple[str, str]](), None
