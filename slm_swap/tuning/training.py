@@ -135,6 +135,8 @@ def train(
         trainer = load_together(lambda: make_trainer(model, tokenizer, arguments, rows, held_out, parameters, backend), launch.world)
         sample = GenerationSample(trainer, tokenizer, track, val_rows[: parameters.eval_generate], backend, say)
         told, log = run_trainer(trainer, parameters, sample, checkpoints, save_steps, clock, say)
+        if trainer.state.global_step == 1 and 0 < parameters.warmup_share < 1:
+            say("warning: the only step had a learning rate of 0, with which the warm-up begins: nothing was learned; give more rows or --epochs")
         info = {
             "preset": preset,
             "run_id": run_id,

@@ -114,6 +114,15 @@ def test_presets_are_hyperparameters():
     assert all(Hyperparameters(**preset).packing for name, preset in PRESETS.items() if name != "documented")
 
 
+def test_a_training_of_one_step_says_that_it_learned_nothing(tmp_path):
+    told = []
+    info = train("structured", BASE, ROWS[:1], [], tmp_path / "one", replace(QUICK, epochs=1), "trl", INPUTS, say=told.append)
+    assert info["steps"] == 1 and any("nothing was learned; give more rows or --epochs" in line for line in told)
+    told.clear()
+    info = train("structured", BASE, ROWS[:1], [], tmp_path / "two", replace(QUICK, epochs=2), "trl", INPUTS, say=told.append)
+    assert info["steps"] == 2 and not any("nothing was learned" in line for line in told)
+
+
 def test_an_older_adapter_is_replaced_only_by_a_whole_one(tmp_path, monkeypatch):
     out = tmp_path / "adapter"
     out.mkdir()
