@@ -120,7 +120,7 @@ class Tally:
     def confidence(self) -> dict[str, Any] | None:
         """The report's `confidence`: see `verdict.confidence.discrimination`."""
         grouped = any(group >= 0 for group in self.groups)
-        return discrimination(self.signals, [bool(right) for right in self.right], self.groups if grouped else None)
+        return discrimination(self.signals, self.right, self.groups if grouped else None)
 
     def summary(self) -> dict[str, Any]:
         """Metrics and counts: what a report and a running display show."""

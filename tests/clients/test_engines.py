@@ -222,6 +222,8 @@ def forward(client, prompts, expected) -> dict[int, list[tuple[float, float]]]:
 
 
 def require_chances(made, forward) -> None:
+    made = list(made)
+    assert sorted(one.index for one in made) == sorted(forward)
     for one in made:
         assert len(one.chances) == len(one.tokens) + one.stopped
         assert one.chances == [pytest.approx(chance, abs=1e-4) for chance in forward[one.index]]

@@ -10,6 +10,7 @@ of freedom as the rarer kind has rows or clusters, less one.
 """
 
 import math
+from array import array
 from collections.abc import Hashable, Sequence
 
 import numpy as np
@@ -35,18 +36,32 @@ def auroc(
     own[good], own[~good] = rankdata(given[good]), rankdata(given[~good])
     placed = np.where(good, (ranks - own) / counts[1], 1 - (ranks - own) / counts[0])
     area = float(placed[good].mean())
-    cluster = np.arange(len(given)) if labels is None else np.unique([hash(label) for label in labels], return_inverse=True)[1]
-    clusters = [len(set(cluster[kind].tolist())) for kind in (good, ~good)]
-    spread = max(_variance(placed - area, good, units) for units in (np.arange(len(given)), cluster))
+    alone = np.arange(len(given))
+    cluster = alone if labels is None else cluster_numbers(labels)
+    clusters = [_count(cluster[kind]) for kind in (good, ~good)]
+    spread = _variance(placed - area, good, alone)
+    if labels is not None:
+        spread = max(spread, _variance(placed - area, good, cluster))
     if spread == 0:  # nothing overlaps: what the rows of a cluster share is not to be seen, and may be all
         counts = clusters[0], clusters[1]
     return area, interval(area, *counts, alpha, spread, max(1, min(clusters) - 1))
 
 
+def cluster_numbers(labels: Sequence[Hashable]) -> np.ndarray:
+    """A number from 0 on for each label: the same for equal ones, however labels are written."""
+    given = labels if isinstance(labels, np.ndarray | array) else [hash(label) for label in labels]
+    return np.unique(np.asarray(given), return_inverse=True)[1]
+
+
+def _count(cluster: np.ndarray) -> int:
+    """How many clusters there are."""
+    return len(np.unique(cluster))
+
+
 def _spread(deviations: np.ndarray, cluster: np.ndarray) -> float:
     """The variance of the mean of deviations whose sums by cluster are independent."""
     sums = np.bincount(cluster, deviations)
-    count = len(set(cluster.tolist()))
+    count = _count(cluster)
     return float((sums**2).sum() * count / (count - 1) / len(deviations) ** 2) if count > 1 else 0.0
 
 
@@ -56,7 +71,7 @@ def _variance(deviations: np.ndarray, good: np.ndarray, cluster: np.ndarray) -> 
     Infinite where several rows of a kind are all in one cluster: how clusters differ is not to be seen.
     """
     count = int(cluster.max()) + 1
-    if any(kind.sum() > 1 and len(set(cluster[kind].tolist())) < 2 for kind in (good, ~good)):
+    if any(kind.sum() > 1 and _count(cluster[kind]) < 2 for kind in (good, ~good)):
         return math.inf
     sums = [np.bincount(cluster[kind], deviations[kind], minlength=count) / kind.sum() for kind in (good, ~good)]
     alone = sum(_spread(deviations[kind], cluster[kind]) for kind in (good, ~good))
