@@ -22,6 +22,7 @@ from slm_swap.clients.pricing import load_prices
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import write_json
 from slm_swap.common.settings import PACKAGE, display_path, find_path, load_settings
+from slm_swap.evaluating.evaluation import check_rows
 from slm_swap.evaluating.recipe import make_recipe
 from slm_swap.rows.prompts import ASKS
 from slm_swap.scoring.tracks import TRACKS
@@ -85,21 +86,23 @@ def tracing_flags(args: argparse.Namespace, session: str | None) -> list[str]:
     return flags + [f"--{name.replace('_', '-')}" for name in ("langfuse_optional", "no_trace_content") if getattr(args, name)]
 
 
-def find_hosted(args: argparse.Namespace, name: str) -> Evaluation | None:
-    """The hosted model's evaluation, where there is one.
+def find_hosted(args: argparse.Namespace, name: str, rows_sha256: str) -> Evaluation | None:
+    """The hosted model's evaluation of these rows, where there is one; `rows_sha256` is theirs.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: --azure cannot be read, or is of other rows.
     """
     usual = PACKAGE / f"01_eval/reports/{args.track}_azure_{name}.json"
     path = args.azure or (usual if usual.is_file() else None)
-    if path is None:
-        say(
-            f"no report of the hosted model on these rows, so no verdict and no early end: make it with python 01_eval/eval.py --track {args.track} "
-            f"--model-kind azure {f'--dataset {args.dataset}' if args.dataset else f'--split {args.split}'}, and pass it as --azure"
-        )
-        return None
-    return read_evaluation(path, TRACKS[args.track], with_rows=True)
+    found = read_evaluation(path, TRACKS[args.track], with_rows=True) if path else None
+    if found and found.report["inputs"].get("rows_sha256") == rows_sha256:
+        return found
+    how = f"python 01_eval/eval.py --track {args.track} --model-kind azure {f'--dataset {args.dataset}' if args.dataset else f'--split {args.split}'}"
+    how += f" --limit {args.limit}" if args.limit else ""
+    if args.azure:
+        raise UserError(f"{display_path(found.path)} is of other rows than these: evaluate the hosted model on them by {how}")
+    say(f"no report of the hosted model on these rows, so no verdict and no early end: make it with {how}, and pass it as --azure")
+    return None
 
 
 def say(text: str) -> None:
@@ -136,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
         trained = stages.train(preset, setting) if preset else 0.0
         return trained + stages.evaluate(name, setting, report)
 
-    hosted = find_hosted(args, name)
+    hosted = find_hosted(args, name, check_rows(args.track, examples).contents.together())
     ladder = Ladder(folder, args.track, inputs | {"rows": len(examples)}, plan, common, measure, hosted, args.delta, args.alpha, prices, say)
     if args.dry_run:
         show_outlook(outlook(ladder, begin, examples, stages, train), prices.local.cost)

@@ -15,7 +15,7 @@ PROBED = 8  # rows that a dry run asks, where nothing was measured yet
 
 
 def outlook(ladder: Ladder, begin: Setting, examples: list[Example], stages: Stages, train: Path | None) -> list[tuple[str, str, float | None, str]]:
-    """(rung, what, seconds at most, how that is known) for the base and each rung; seconds are None where they are not known.
+    """(rung, what, seconds, how they are estimated) for the base and each rung; seconds are None where they are not known.
 
     Where the folder holds no measured base, PROBED rows are asked.
     """
@@ -35,6 +35,8 @@ def outlook(ladder: Ladder, begin: Setting, examples: list[Example], stages: Sta
         elif rung.kind in ("thinking", "tokens"):
             most = MORE_TOKENS * limit if rung.kind == "tokens" else THINKING_TOKENS
             found.append((rung.name, rung.what, load + rows * each * most / limit, f"if every reply takes all {most} tokens"))
+        elif rung.name == "retry":
+            found.append((rung.name, rung.what, load + 2 * rows * each, "if every reply is made twice"))
         elif rung.kind == "train":
             found.append((rung.name, rung.what, None, "the training's speed is not known before it has run"))
         else:
@@ -50,7 +52,7 @@ def longer_prompts(track: str, examples: list[Example], train: Path | None, coun
 
 
 def show_outlook(told: list[tuple[str, str, float | None, str]], hour: Any = None) -> None:
-    table = _table("what would be done; times are upper estimates", ("rung", "what", "minutes", "cost", "how that is known"), (2, 3))
+    table = _table("what would be done, by estimate", ("rung", "what", "minutes", "cost", "how that is estimated"), (2, 3))
     for name, what, seconds, how in told:
         cost = None if seconds is None else to_float(hour(seconds)) if hour else None
         table.add_row(name, what, "?" if seconds is None else f"{seconds / 60:.1f}", "?" if cost is None else f"{cost:.4g}", how)

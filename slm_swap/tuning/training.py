@@ -123,7 +123,7 @@ def train(
         checkpoints.open(run, resume, run_id)
     from slm_swap.tuning.loop import run_trainer
 
-    try:
+    with said_what_is_kept(checkpoints, launch.rank, say):
         arguments = trainer_arguments(parameters, backend, str(checkpoints.folder), deepspeed)
         warn_of_memory(base, parameters, lengths[-1], arguments.device, say)
         learn = partial(untrained_tokens, tokenizer=tokenizer, rows=rows)
@@ -148,14 +148,21 @@ def train(
         info |= {"ending": require_ending(tokenizer)._asdict(), "thinking": thinking(tokenizer)} | told | account(trainer.state, log, lengths, too_long, told["seconds"]["train"])
         if launch.rank == 0:
             save_adapter(trainer.model, tokenizer, out, info, log, base, checkpoints)
+    return info
+
+
+@contextmanager
+def said_what_is_kept(checkpoints: Checkpoints, rank: int, say: Callable[[str], object]) -> Iterator[None]:
+    """Around a training: where it ends early, say from which checkpoint it can go on; without one, nothing of it stays."""
+    try:
+        yield
     except BaseException:
-        if launch.rank == 0:
+        if rank == 0:
             if steps := checkpoints.steps():
                 say(f"step {steps[-1]} is kept: the same command with --resume goes on from there")
             else:
                 checkpoints.remove()
         raise
-    return info
 
 
 def require_rows(told: Tokenized, kind: str, max_length: int, say: Callable) -> None:

@@ -16,6 +16,7 @@ from slm_swap.rows.prompts import toolcall_prompt
 from slm_swap.tuning import stages
 from slm_swap.tuning.ladder import OutOfBudget, Unfit
 from slm_swap.tuning.stages import Budget, Stages
+from tests.support.evaluated import AZURE, calls, replies, write_report
 from tests.support.processes import wait_until
 from tests.support.scripts import load_script
 
@@ -106,6 +107,13 @@ def test_improve_climbs_writes_a_recipe_and_goes_on(improve, tmp_path):
     assert code == 0 and "base: measured already" in printed and "tokens: measured already" in printed
     code, printed, _ = improve("--rungs", "tokens", "--dry-run")
     assert code == 0 and "by 3 rows" in printed and "if every reply takes all 8 tokens" in printed
+
+
+def test_a_hosted_report_of_other_rows_is_refused_before_anything_runs(improve, tmp_path):
+    other = write_report(tmp_path / "azure.json", rows := calls(4), replies(rows, ["right"]), AZURE)
+    code, _, error = improve("--azure", other)
+    assert code == 2 and "azure.json is of other rows than these: evaluate the hosted model on them by python 01_eval/eval.py" in error
+    assert not (tmp_path / "ladder").exists()
 
 
 @pytest.mark.parametrize(
