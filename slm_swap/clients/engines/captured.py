@@ -33,7 +33,7 @@ def chances_of(logits: Any, chosen: Any) -> Any:
     logits = logits.float()
     best, place = logits.max(-1, keepdim=True)
     logprobs = logits.gather(-1, chosen[:, None]) - logits.logsumexp(-1, keepdim=True)
-    second = logits.scatter(-1, place, -torch.inf).amax(-1, keepdim=True)  # on a GPU sooner than topk, which searches a row by one block
+    second = logits.scatter(-1, place, -torch.inf).amax(-1, keepdim=True)  # not by topk, which searches a row by one block on a GPU (by reading)
     return torch.cat([logprobs, best - second], -1)
 
 
