@@ -15,12 +15,13 @@ from slm_swap.clients.engines import Workload
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import write_jsonl
 from slm_swap.common.settings import PACKAGE, Settings
-from slm_swap.rows.prompts import text_request
-from slm_swap.slm_client import SLMClient
+from slm_swap.rows.examples import Example
+from slm_swap.rows.prompts import request_of, text_request, toolcall_prompt
+from slm_swap.slm_client import SLMClient, in_form
 from slm_swap.tuning.training import train
 from tests.support import local_runs
 from tests.support.processes import free_port
-from tests.support.tool_requests import ask
+from tests.support.tool_requests import TOOLS, ask
 from tests.support.training_rows import BASE, INPUTS, QUICK
 from tests.support.training_rows import ROWS as TAUGHT
 
@@ -91,6 +92,39 @@ def test_vllm_gives_the_same_chances():
         asked.close()
     same = [pair for pair in zip(*replies, strict=True) if pair[0].text == pair[1].text]
     assert len(same) > 0.8 * len(ROWS) and all(one.confidence == pytest.approx(other.confidence, abs=1e-2) for one, other in same)
+
+
+def grammar_rows() -> list:
+    """Requests whose replies a grammar describes, of two sets of tools."""
+    return [
+        request_of("toolcall", Example(toolcall_prompt(TOOLS[:tools], text), "", id=text, tools=TOOLS[:tools]))
+        for text in ("Check the weather in Oslo", "Something else", "Open it on 3 May 2026", "42", "Check weather for Lima")
+        for tools in (1, 2)
+    ]
+
+
+@pytest.mark.parametrize("size", [4, 32])
+def test_captured_steps_keep_to_grammars(size):
+    asked = client(engine="transformers", precision="fp32", batch_size=size, constrain="always")
+    captured = asked.generate(grammar_rows())
+    assert any(step.graph is not None for step in asked.engine._captured._steps.values())
+    asked.engine._captured = None
+    launched = asked.generate(grammar_rows())
+    asked.close()
+    assert [reply.text for reply in captured] == [reply.text for reply in launched]
+    assert all(reply.constrained and in_form(request, reply) for request, reply in zip(grammar_rows(), captured, strict=True))
+
+
+@vllm
+@pytest.mark.parametrize("way", ["retry", "always"])
+def test_vllm_keeps_to_grammars(way):
+    made = {}
+    for engine in ("transformers", "vllm"):
+        asked = client(engine=engine, precision="fp32", constrain=way)
+        made[engine] = asked.generate(grammar_rows())
+        asked.close()
+    assert all(in_form(request, reply) for request, reply in zip(grammar_rows(), made["vllm"], strict=True))
+    assert agreement(*[[(reply.text, reply.constrained) for reply in replies] for replies in made.values()]) > 0.8
 
 
 def test_longrope_is_captured_within_the_first_context(tmp_path):
