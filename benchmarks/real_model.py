@@ -1,10 +1,10 @@
 """What few-shot, constrained decoding and fine-tuning gain on a real pretrained base model, and how well each confidence tells right from wrong.
 
-    python benchmarks/real_model.py --model DIR --form-rows ROWS --rows FILE [FILE ...] --answers FILE [FILE ...]
+    python benchmarks/real_model.py --model DIR --rows FILE ... --answers FILE ... --form-rows FILE ... --form-answers FILE ...
     python benchmarks/real_model.py --model models/phi-tiny --rows ... --answers ... --limit 20 --out /tmp/real.json
 
-All by the stage scripts. A base model keeps no form of reply, so `--form-rows` (other rows, {prompt, completion}) teach it one first, and the adapter is merged.
-BFCL's rows are then cut in two halves. Each half is measured with the other one as its train rows, for few-shot and for fine-tuning, so that every
+All by the stage scripts, on BFCL's rows. A base model keeps no form of reply, so other rows (`--form-rows`) teach it one first, and the adapter is merged.
+The rows are then cut in two halves. Each half is measured with the other one as its train rows, for few-shot and for fine-tuning, so that every
 row counts once and none was learned from. Gains are paired, over the first setting, with intervals of 95% of their own. What was measured already in --scratch
 is not measured again.
 """
@@ -23,9 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywher
 
 from slm_swap.cli import Parser, positive, run
 from slm_swap.common.errors import UserError
-from slm_swap.common.reports import code_version, hardware, now, package_versions, read_json, sha256_file, write_json, write_jsonl
+from slm_swap.common.reports import code_version, hardware, now, package_versions, read_json, sha256_file, write_json
 from slm_swap.common.settings import PACKAGE, ROOT, display_path
-from slm_swap.rows.lines import read_jsonl
 from slm_swap.scoring.tracks import TRACKS
 from slm_swap.verdict.confidence import SIGNALS, discrimination, signals_of
 from slm_swap.verdict.evaluations import Evaluation, read_evaluation
@@ -51,7 +50,8 @@ SETTINGS = {  # TRAIN and ADAPTER stand for the other half's rows and for what w
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="the checkpoint")
-    parser.add_argument("--form-rows", type=Path, metavar="ROWS", help="rows that teach the form of a reply; none: the model keeps one")
+    parser.add_argument("--form-rows", type=Path, nargs="+", help="BFCL's rows that teach the form of a reply; none: the model keeps one")
+    parser.add_argument("--form-answers", type=Path, nargs="+", help="their answers")
     parser.add_argument("--rows", type=Path, nargs="+", required=True, help="BFCL's rows")
     parser.add_argument("--answers", type=Path, nargs="+", required=True, help="their answers")
     parser.add_argument("--limit", type=positive, help="only the first N rows of each half")
@@ -83,27 +83,23 @@ class Scripts:
         print(f"{name}: done", flush=True)
 
 
-def teach_form(scripts: Scripts, rows: Path, training: str) -> Path:
-    """The model with the form of a reply: tuned on the rows, merged."""
-    folder, every = scripts.folder, [row for _, row in read_jsonl(rows)]
-    write_jsonl(folder / "form_train.jsonl", [{"id": f"form-{at}"} | row for at, row in enumerate(every)][: len(every) * 9 // 10])
-    write_jsonl(folder / "form_val.jsonl", [{"id": f"form-{at}"} | row for at, row in enumerate(every)][len(every) * 9 // 10 :])
-    adapter, merged = folder / "form_adapter", folder / "formed"
-    flags = ["--track", TRACK, "--train", folder / "form_train.jsonl", "--val", folder / "form_val.jsonl", "--model", scripts.model]
-    scripts("form", adapter / "training_info.json", "04_ft/train_unsloth.py", *flags, "--out", adapter, *shlex.split(training))
+def prepare(scripts: Scripts, name: str, rows: list[Path], answers: list[Path], held: float) -> tuple[Path, Path]:
+    """The rows in two splits, the second with that share of them; near-duplicates are in one split."""
+    count = sum(1 for path in rows for line in path.open(encoding="utf-8") if line.strip())
+    data = scripts.folder / name
+    flags = ["--source", "bfcl", "--dataset-path", *rows, "--answers", *answers, "--val-size", int(held * count), "--test-size", 0, "--out-dir", data]
+    scripts(f"prepare {name}", data / TRACK / "train.jsonl", "02_dataset/prepare_data.py", *flags)
+    return data / TRACK / "train.jsonl", data / TRACK / "val.jsonl"
+
+
+def teach_form(scripts: Scripts, args: argparse.Namespace) -> Path:
+    """The model with the form of a reply: tuned on other rows, merged."""
+    train, val = prepare(scripts, "form_rows", args.form_rows, args.form_answers, 0.1)
+    adapter, merged = scripts.folder / "form_adapter", scripts.folder / "formed"
+    flags = ["--track", TRACK, "--train", train, "--val", val, "--model", scripts.model, "--out", adapter, *shlex.split(args.training)]
+    scripts("form", adapter / "training_info.json", "04_ft/train_unsloth.py", *flags)
     scripts("merge", merged / "config.json", "04_ft/merge_adapter.py", "--adapter", adapter, "--model", scripts.model, "--out", merged, "--dtype", "fp32")
     return merged
-
-
-def halves(scripts: Scripts, args: argparse.Namespace) -> dict[str, Path]:
-    """The rows in two halves, near-duplicates in one of them."""
-    count = sum(1 for path in args.rows for line in path.open(encoding="utf-8") if line.strip())
-    data = scripts.folder / "data"
-    scripts(
-        "prepare", data / TRACK / "train.jsonl", "02_dataset/prepare_data.py", "--source", "bfcl", "--dataset-path", *args.rows,
-        "--answers", *args.answers, "--val-size", count // 2, "--test-size", 0, "--out-dir", data,
-    )  # fmt: skip
-    return dict(zip(HALVES, (data / TRACK / "train.jsonl", data / TRACK / "val.jsonl"), strict=True))
 
 
 def measure(scripts: Scripts, args: argparse.Namespace, rows: dict[str, Path]) -> dict[str, list[Evaluation]]:
@@ -171,14 +167,14 @@ def main(argv: list[str] | None = None) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         scripts = Scripts(folder, args.model.resolve())
         if args.form_rows:
-            scripts.model = teach_form(scripts, args.form_rows, args.training)
-        rows = halves(scripts, args)
+            scripts.model = teach_form(scripts, args)
+        rows = dict(zip(HALVES, prepare(scripts, "rows", args.rows, args.answers, 0.5), strict=True))
         found = measure(scripts, args, rows)
         told = {
             "created_at": now(), "code": code_version(), "hardware": hardware(), "packages": package_versions(),
             "model": read_json(args.model / "config.json", "a checkpoint").get("model_type"), "model_config_sha256": sha256_file(args.model / "config.json"),
             "training": args.training, "evaluation": args.evaluation, "files": [path.name for path in args.rows],
-            "form_rows": args.form_rows and args.form_rows.name,
+            "form_rows": [path.name for path in args.form_rows or ()],
             "settings": {name: figures(sides, found[args.settings[0]]) for name, sides in found.items()},
         }  # fmt: skip
     show(told)

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import re
+import sys
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from slm_swap.rows.lines import text_hash
 from slm_swap.rows.prompts import Request
 
 HASH_BLOCK = 16 << 20
+GPU_DEVICE = Path("/dev/nvidia0")  # of the first GPU, where the driver has one
 # What bitsandbytes leaves in 16 bits besides vectors: embeddings, the head, and experts, which transformers fuses into one tensor a layer.
 FULL_WEIGHTS = re.compile(r"embed|lm_head|\.wte\.|\.experts\.|\.router\.")
 DOWNLOAD = "hf download microsoft/Phi-4-mini-instruct --local-dir slm_swap/models/phi-4-mini"
@@ -459,14 +461,19 @@ def placement(path: Path, precision: str, processes: int = 1) -> Any:
     """transformers' device_map: the first GPU where the model fits on it, so that no layer waits for another GPU's; else "auto".
 
     Raises:
-        UserError: it does not fit, and the other GPUs are other processes'.
+        UserError: it does not fit, and the other GPUs are other processes'; or a GPU has not even memory left to be started.
     """
     import torch
 
     if not torch.cuda.is_available():
+        if GPU_DEVICE.exists() and torch.version.cuda and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+            print("warning: torch cannot use this machine's NVIDIA GPU (see nvidia-smi): the model runs on the CPU", file=sys.stderr, flush=True)
         return "auto"
     weights = weight_bytes(path, precision)
-    free = torch.cuda.mem_get_info(0)[0]
+    try:
+        free = torch.cuda.mem_get_info(0)[0]
+    except torch.AcceleratorError as error:
+        raise UserError(f"the GPU cannot be used ({first_line(error)}): see nvidia-smi for what else runs on it") from None
     if 1.2 * weights < free:
         return {"": 0}
     if processes > 1:

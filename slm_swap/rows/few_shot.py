@@ -6,10 +6,12 @@ its reply.
 """
 
 import json
+import sys
 from collections import Counter
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from slm_swap.common.errors import UserError
@@ -22,6 +24,20 @@ from slm_swap.rows.prompts import asked_natively, request_text, shot_turns
 from slm_swap.rows.words import near, words
 
 AT_ONCE = 64  # rows of the best that are looked at before all are
+
+
+def import_bm25s() -> ModuleType:
+    """bm25s without JAX, which it loads where it is installed: JAX would take most of the GPU's memory from the model."""
+    before = sys.modules.get("jax", sys)  # sys: it is not imported
+    sys.modules["jax"] = None
+    try:
+        import bm25s
+    finally:
+        if before is sys:
+            del sys.modules["jax"]
+        else:
+            sys.modules["jax"] = before
+    return bm25s
 
 
 class FewShot:
@@ -38,8 +54,7 @@ class FewShot:
     def __init__(self, path: Path, track: str, count: int):
         if not path.is_file():
             raise UserError(f"no train rows at {display_path(path)}: name them with --few-shot, or make them with 02_dataset/prepare_data.py")
-        import bm25s
-
+        bm25s = import_bm25s()
         self.path, self.track, self.count, self.sha256 = path, track, count, sha256_file(path)
         self.shown: Counter[int] = Counter()  # how many rows were given how many
         self._rows = [row for row in read_examples(path) if row.calls != [] or row.content]  # the others have no reply to show

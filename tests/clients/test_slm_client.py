@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from slm_swap import slm_client
-from slm_swap.clients import replicas
+from slm_swap.clients import loading, replicas
 from slm_swap.clients.loading import adapter_path, encode_prompt, encode_prompts, model_path, placement, training_seconds
 from slm_swap.clients.pricing import LocalPrices, Prices
 from slm_swap.common.errors import UserError
@@ -217,6 +217,24 @@ def test_a_model_takes_one_gpu_where_it_fits_and_all_of_them_only_alone(tmp_path
         assert placement(tmp_path, precision, processes) == placed
     with pytest.raises(UserError, match="GiB free: start one process by python, which spreads it over all GPUs"):
         placement(tmp_path, "bf16", 2)
+
+
+def test_a_gpu_that_cannot_be_used_is_told(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for device, visible, warned in ((tmp_path, None, True), (tmp_path, "", False), (tmp_path / "none", None, False)):
+        monkeypatch.setattr(loading, "GPU_DEVICE", device)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible) if visible is not None else monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        assert placement(tmp_path, "bf16") == "auto"
+        assert ("cannot use this machine's NVIDIA GPU" in capfd.readouterr().err) is warned
+
+    def full(device):
+        raise torch.AcceleratorError("CUDA error: out of memory\nSearch for it.", 2)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", full)
+    with pytest.raises(UserError, match=r"cannot be used .*out of memory"):
+        placement(tmp_path, "bf16")
 
 
 def test_the_cost_is_the_machines_price_for_the_time(client, monkeypatch):

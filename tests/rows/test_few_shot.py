@@ -1,12 +1,16 @@
 """Few-shot: which train rows are shown to a row, and as what."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slm_swap.common.errors import UserError
+from slm_swap.common.settings import ROOT
 from slm_swap.rows.examples import Dataset, parse_example
 from slm_swap.rows.few_shot import FewShot
 from slm_swap.rows.prompts import request_of, structured_prompt, toolcall_prompt
@@ -148,3 +152,12 @@ def test_shots_are_the_best_of_those_that_may_be_shown(tmp_path_factory, train, 
     likely = [at for at in range(len(train)) if scores[at] > 0 and train[at].split() != request.split() and not near(words(train[at]), words(request))]
     best = sorted(likely, key=lambda at: (-scores[at], at))[:count]
     assert asked(few_shot, called(request)) == [train[at] for at in reversed(best)]
+
+
+def test_the_index_does_not_load_jax(tmp_path):
+    """It would take most of a GPU's memory."""
+    (tmp_path / "jax").mkdir()
+    (tmp_path / "jax/__init__.py").write_text("raise SystemExit('jax was loaded')")
+    code = "import sys; from slm_swap.rows.few_shot import import_bm25s; import_bm25s().BM25; assert 'jax' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
