@@ -17,6 +17,8 @@ from statistics import median
 from typing import Any
 from unittest import mock
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere
 
 from slm_swap.cli import Parser, positive, run
@@ -36,7 +38,6 @@ CALL = '<tool_call name="book_table">{"place":"Café Central","guests":4,"date":
 
 
 def make_engine(shape: str, batch_size: int) -> transformers_engine.TransformersEngine:
-    import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     gpu = torch.cuda.is_available()
@@ -52,7 +53,7 @@ def make_engine(shape: str, batch_size: int) -> transformers_engine.Transformers
 
 
 def no_chances(logits: Any, chosen: Any) -> Any:
-    return logits.new_zeros(len(chosen), 2)
+    return logits.new_zeros(len(chosen), 2, dtype=torch.float32)  # as chances_of: a graph copies them as they are
 
 
 def decode_seconds(engine: transformers_engine.TransformersEngine, prompts: list[Prompt], sure: bool) -> float:

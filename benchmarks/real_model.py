@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywher
 
 from slm_swap.cli import Parser, positive, run
 from slm_swap.common.errors import UserError
-from slm_swap.common.reports import code_version, hardware, now, package_versions, read_json, sha256_file, write_json
+from slm_swap.common.reports import now, read_json, sha256_file, write_json
 from slm_swap.common.settings import PACKAGE, ROOT, display_path
 from slm_swap.scoring.tracks import TRACKS
 from slm_swap.verdict.confidence import SIGNALS, discrimination, signals_of
@@ -170,8 +170,9 @@ def main(argv: list[str] | None = None) -> int:
             scripts.model = teach_form(scripts, args)
         rows = dict(zip(HALVES, prepare(scripts, "rows", args.rows, args.answers, 0.5), strict=True))
         found = measure(scripts, args, rows)
+        last = found[args.settings[-1]][-1].report
         told = {
-            "created_at": now(), "code": code_version(), "hardware": hardware(), "packages": package_versions(),
+            "created_at": now(), **{name: last[name] for name in ("code", "hardware", "packages")},
             "model": read_json(args.model / "config.json", "a checkpoint").get("model_type"), "model_config_sha256": sha256_file(args.model / "config.json"),
             "training": args.training, "evaluation": args.evaluation, "files": [path.name for path in args.rows],
             "form_rows": [path.name for path in args.form_rows or ()],
