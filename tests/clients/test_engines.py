@@ -177,7 +177,7 @@ def test_a_row_takes_tokens_up_to_its_end_or_limit(tokens, made, limit):
     ],
 )
 def test_the_engine_is_chosen(wanted, precision, fast, chosen, monkeypatch):
-    monkeypatch.setattr(engines, "why_not_vllm", lambda: None if fast else "no GPU")
+    monkeypatch.setattr(engines, "why_not_vllm", lambda cpu=False: None if fast else "no GPU")
     if isinstance(chosen, tuple):
         assert choose_engine(wanted, precision) == chosen
     else:

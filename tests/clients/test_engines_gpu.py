@@ -15,13 +15,12 @@ from slm_swap.clients.engines import Workload
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import write_jsonl
 from slm_swap.common.settings import PACKAGE, Settings
-from slm_swap.rows.examples import Example
-from slm_swap.rows.prompts import request_of, text_request, toolcall_prompt
+from slm_swap.rows.prompts import text_request
 from slm_swap.slm_client import SLMClient, in_form
 from slm_swap.tuning.training import train
 from tests.support import local_runs
 from tests.support.processes import free_port
-from tests.support.tool_requests import TOOLS, ask
+from tests.support.tool_requests import GRAMMAR_ROWS, ask
 from tests.support.training_rows import BASE, INPUTS, QUICK
 from tests.support.training_rows import ROWS as TAUGHT
 
@@ -84,35 +83,27 @@ def test_captured_steps_give_the_same_chances(size):
 
 
 @vllm
-def test_vllm_gives_the_same_chances():
+def test_vllm_gives_nearly_the_same_chances():
+    """Its attention is no exact one in 32 bits on a GPU; on a CPU it is: test_vllm_cpu."""
     replies = []
     for engine in ("transformers", "vllm"):
         asked = client(engine=engine, precision="fp32")
         replies.append(asked.generate(ROWS))
         asked.close()
     same = [pair for pair in zip(*replies, strict=True) if pair[0].text == pair[1].text]
-    assert len(same) > 0.8 * len(ROWS) and all(one.confidence == pytest.approx(other.confidence, abs=1e-2) for one, other in same)
-
-
-def grammar_rows() -> list:
-    """Requests whose replies a grammar describes, of two sets of tools."""
-    return [
-        request_of("toolcall", Example(toolcall_prompt(TOOLS[:tools], text), "", id=text, tools=TOOLS[:tools]))
-        for text in ("Check the weather in Oslo", "Something else", "Open it on 3 May 2026", "42", "Check weather for Lima")
-        for tools in (1, 2)
-    ]
+    assert len(same) > 0.8 * len(ROWS) and all(one.confidence == pytest.approx(other.confidence, abs=0.1) for one, other in same)
 
 
 @pytest.mark.parametrize("size", [4, 32])
 def test_captured_steps_keep_to_grammars(size):
     asked = client(engine="transformers", precision="fp32", batch_size=size, constrain="always")
-    captured = asked.generate(grammar_rows())
+    captured = asked.generate(GRAMMAR_ROWS)
     assert any(step.forward is not None for step in asked.engine._captured._steps.values())
     asked.engine._captured = None
-    launched = asked.generate(grammar_rows())
+    launched = asked.generate(GRAMMAR_ROWS)
     asked.close()
     assert [reply.text for reply in captured] == [reply.text for reply in launched]
-    assert all(reply.constrained and in_form(request, reply) for request, reply in zip(grammar_rows(), captured, strict=True))
+    assert all(reply.constrained and in_form(request, reply) for request, reply in zip(GRAMMAR_ROWS, captured, strict=True))
 
 
 @vllm
@@ -121,9 +112,9 @@ def test_vllm_keeps_to_grammars(way):
     made = {}
     for engine in ("transformers", "vllm"):
         asked = client(engine=engine, precision="fp32", constrain=way)
-        made[engine] = asked.generate(grammar_rows())
+        made[engine] = asked.generate(GRAMMAR_ROWS)
         asked.close()
-    assert all(in_form(request, reply) for request, reply in zip(grammar_rows(), made["vllm"], strict=True))
+    assert all(in_form(request, reply) for request, reply in zip(GRAMMAR_ROWS, made["vllm"], strict=True))
     assert agreement(*[[(reply.text, reply.constrained) for reply in replies] for replies in made.values()]) > 0.8
 
 

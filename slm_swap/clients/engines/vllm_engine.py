@@ -14,7 +14,7 @@ from typing import Any
 
 from slm_swap.clients.architecture import config_ends, text_config, usable_context
 from slm_swap.clients.endings import reply_ends
-from slm_swap.clients.engines import Chance, Generated, Prompt, Workload
+from slm_swap.clients.engines import Chance, Generated, Prompt, Workload, vllm_for_cpus
 from slm_swap.clients.loading import first_line, load_config, require_precision
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import display_path
@@ -35,6 +35,7 @@ ENVIRONMENT = {  # what vLLM is started with, unless it is set already
     "TORCHDYNAMO_DISABLE": "1",
     # The graphs of the decode step share 0.3 GiB, a fraction of what vLLM leaves free: measuring that first would take a second.
     "VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "4",  # GiB: on a CPU it would take nearly all of the machine's memory
 }
 # By how much a whole command takes longer to start with CUDA graphs, and a row is answered sooner: benchmarks/engine_start.py on an H200.
 EXTRA_SECONDS = 2.59
@@ -95,7 +96,8 @@ class VllmEngine:
         from vllm import LLM, SamplingParams
         from vllm.lora.request import LoRARequest
 
-        self.start = start if start != "auto" else start_for(workload.rows if workload else 1)
+        self._device = "cpu" if vllm_for_cpus() else "cuda"
+        self.start = start if start != "auto" else start_for(workload.rows if workload and self._device == "cuda" else 1)
         # Of vLLM's four back ends, the one by llguidance. A tokenizer of Mistral's own package is none that it reads.
         tokens = {"structured_outputs_config": {"backend": "guidance"}, "tokenizer_mode": "hf"} if constrained else {"skip_tokenizer_init": True}
         graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": CAPTURED}
@@ -180,7 +182,7 @@ class VllmEngine:
         return Generated(prompt.index, tokens[:-1] if stopped else tokens, stopped, seconds, output.num_cached_tokens, chances=chances)
 
     def describe(self) -> dict[str, Any]:
-        return {"device": "cuda"}
+        return {"device": self._device}
 
     def state(self) -> dict[str, Any]:
         return {"engine_start": self.start, "engine_context": self.context}
