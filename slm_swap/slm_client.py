@@ -74,6 +74,21 @@ def checked(rows: Iterable[Request], tokenizer: Callable[[], Any]) -> Iterable[R
     return chain(first, coming)
 
 
+def taken_at_once(rows: Iterable[Any], size: int) -> Iterator[list[Any] | None]:
+    """The rows in lists of at most `size`; a None among them ends a list, and is given behind it."""
+    taken: list[Any] = []
+    for row in rows:
+        if row is not None:
+            taken.append(row)
+        if taken and (row is None or len(taken) == size):
+            yield taken
+            taken = []
+        if row is None:
+            yield None
+    if taken:
+        yield taken
+
+
 def in_form(request: Request, reply: Reply) -> bool:
     """Whether a reply is of the form that was asked for, and need not be made again under a grammar.
 
@@ -210,7 +225,8 @@ class SLMClient:
         replies = dict(self.stream(enumerate(batch)))
         return [replies[index] for index in range(len(batch))]
 
-    def stream(self, rows: Iterable[tuple[int, Request]], answered: Container[int] = ()) -> Generator[tuple[int, Reply]]:
+    def stream(self, rows: Iterable[tuple[int, Request] | None], answered: Container[int] = ()) -> Generator[tuple[int, Reply]]:
+        """As of `protocol.Client`. For vLLM a None among the rows says that no other one waits now: those that came are asked at once."""
         asked: dict[int, tuple[Prompt, Request]] = {}
         free: dict[int, Reply] = {}  # what was made again
         why: dict[int, str] = {}
@@ -239,9 +255,12 @@ class SLMClient:
 
             return look
 
-        def prompts() -> Iterator[Prompt]:
-            coming = iter(rows)
-            while chunk := dict(islice(coming, ENCODED_AT_ONCE)):
+        def prompts() -> Iterator[Prompt | None]:
+            for taken in taken_at_once(rows, ENCODED_AT_ONCE):
+                if taken is None:
+                    yield None
+                    continue
+                chunk = dict(taken)
                 for (index, request), tokens in zip(chunk.items(), self._encode(list(chunk.values())), strict=True):
                     if isinstance(tokens, CannotShow):
                         if index not in answered:
@@ -262,6 +281,10 @@ class SLMClient:
                         refused.append((index, Reply("", "prompt_too_long", len(tokens), 0, 0, error=error)))
 
         for made in self.engine.generate(prompts(), answered):
+            if made is None:
+                yield from refused
+                refused.clear()
+                continue
             prompt, request = asked.pop(made.index)
             reply = self._reply(prompt, request, made)
             if self.constrain != "off":

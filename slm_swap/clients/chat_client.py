@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Container, Generator, Iterable
+from concurrent.futures import Future
 from contextvars import ContextVar
 from dataclasses import replace
 from itertools import islice
@@ -217,6 +218,10 @@ class ChatClient:
         finally:
             if under_way:
                 self._loop.call_soon_threadsafe(cancel)
+
+    def ask(self, request: Request) -> "Future[Reply]":
+        """One row's Reply to come, besides what `stream` asks; cancelling it ends its request."""
+        return asyncio.run_coroutine_threadsafe(self._ask(request), self._loop)
 
     async def _ask(self, request: Request) -> Reply:
         if not self._tried:  # one row goes ahead: a wrong key or a parameter to drop costs one refusal, not `concurrency`

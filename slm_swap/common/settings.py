@@ -52,6 +52,7 @@ class Settings:
     langfuse_base_url: str | None = None
     langfuse_disabled: bool = False
     session: str | None = None
+    swap_keys: str | None = field(default=None, repr=False)
     launch: Launch = Launch()
 
     @property
@@ -91,6 +92,7 @@ def load_settings() -> Settings:
         langfuse_base_url=text("LANGFUSE_BASE_URL", "LANGFUSE_HOST"),
         langfuse_disabled=disabled in {"1", "true", "yes"},
         session=text("SLM_SWAP_SESSION"),
+        swap_keys=text("SLM_SWAP_KEYS"),
         launch=load_launch(),
     )
 

@@ -1,6 +1,7 @@
 """recipe.json: how the small model is asked and run, each part with its hash, so that what is measured is what is deployed."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,11 @@ class Recipe:
     model: str | None
     files_sha256: list[str] | None
     served: str | None
+
+    @cached_property
+    def sha256(self) -> str:
+        """The file's."""
+        return sha256_file(self.path)
 
     def few_shot(self) -> FewShot | None:
         """The index of its shots.

@@ -20,6 +20,7 @@ from slm_swap.common.errors import UserError
 from slm_swap.common.settings import display_path
 
 FIRST_CONTEXT = 4096  # where nothing is known of the rows
+END = object()  # behind the last prompt
 QUEUED = 1024  # prompts that the engine holds at a time: enough to keep the GPU full, few enough to stream
 # Batches whose decode step is captured; those between are filled up to the next one. They take no longer to capture than vLLM's 35 sizes
 # up to 256, which leave the largest batches to be launched kernel by kernel: 285 instead of 325 requests a second on an H200.
@@ -125,20 +126,27 @@ class VllmEngine:
         self._engine = self._llm.llm_engine
         self.context = context
 
-    def generate(self, prompts: Iterable[Prompt], answered: Container[int] = ()) -> Generator[Generated]:
-        """Prompts join and leave the running batch one by one, so that those that are answered already are just left out."""
-        prompts = (prompt for prompt in prompts if prompt.index not in answered)
+    def generate(self, prompts: Iterable[Prompt | None], answered: Container[int] = ()) -> Generator[Generated | None]:
+        """Prompts join and leave the running batch one by one, so that those that are answered already are just left out.
+
+        A None among the prompts says that no other one waits now: the running batch goes on, and where there is none, None is given.
+        """
+        prompts = (prompt for prompt in prompts if prompt is None or prompt.index not in answered)
         asked: dict[str, tuple[Prompt, float]] = {}
         again: list[Prompt] = []
         try:
             while True:
-                while len(asked) < QUEUED and (prompt := again.pop() if again else next(prompts, None)):
+                prompt = None
+                while len(asked) < QUEUED and (prompt := again.pop() if again else next(prompts, END)) not in (None, END):
                     name = str(prompt.index)
                     asked[name] = prompt, time.perf_counter()
                     with said_in_one_line():
                         self._engine.add_request(name, {"prompt_token_ids": prompt.tokens}, self._limit(prompt), lora_request=self._lora)
                 if not asked:
-                    return
+                    if prompt is END:
+                        return
+                    yield None
+                    continue
                 with said_in_one_line():
                     outputs = self._engine.step()
                 for output in outputs:

@@ -6,7 +6,7 @@ row where it is a JSON value; a text without JSON and without tools on offer is 
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -63,7 +63,7 @@ def rows_of(conversation: Conversation) -> Iterator[Row | Dropped]:
             if not conversation.turns[at].trained:
                 raise Unusable("not_trained")
             if shared is None:
-                shared = _shared(conversation)
+                shared = asked_besides(conversation.asked, conversation.offered)
             if isinstance(shared, Unusable):
                 raise shared
             yield _row(conversation, own, history[:at], texts and texts[:at], conversation.turns[at], *shared)
@@ -82,15 +82,19 @@ def _hash(conversation: Conversation) -> str:
         return text_hash(conversation.where)[:16]
 
 
-def _shared(conversation: Conversation) -> tuple[list[dict] | None, dict | None, dict]:
-    """(tools, the wanted schema, options) of all of a conversation's replies."""
-    options = {name: decoded(conversation.asked[name]) for name in OPTIONS if conversation.asked.get(name) is not None}
+def asked_besides(asked: Mapping[str, Any], offered: Sequence[dict] = ()) -> tuple[list[dict] | None, dict | None, dict]:
+    """(tools, the wanted schema, options) of what was sent besides the messages; `offered` are tools that stand elsewhere.
+
+    Raises:
+        Unusable: tools or a schema that cannot be read.
+    """
+    options = {name: decoded(asked[name]) for name in OPTIONS if asked.get(name) is not None}
     if "tool_choice" in options:
         options["tool_choice"] = _tool_choice(options["tool_choice"])
-    schema, asked = wanted_schema(conversation.asked)
-    if asked is not None:
-        options["response_format"] = asked
-    return tools_of(conversation.asked, conversation.offered), schema, options
+    schema, wanted = wanted_schema(asked)
+    if wanted is not None:
+        options["response_format"] = wanted
+    return tools_of(asked, offered), schema, options
 
 
 def _tool_choice(given: Any) -> Any:
@@ -266,7 +270,7 @@ def near_text(messages: list[dict]) -> str:
 # -- What was sent besides -------------------------------------------------------------------------------------------------------
 
 
-def tools_of(asked: Mapping[str, Any], offered: list[dict]) -> list[dict] | None:
+def tools_of(asked: Mapping[str, Any], offered: Sequence[dict]) -> list[dict] | None:
     """The tools on offer in the kept form; None where there were none.
 
     Raises:

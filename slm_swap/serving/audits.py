@@ -1,0 +1,115 @@
+"""Audits: a share of what was answered locally is asked of the hosted model too, in the background, and compared by value."""
+
+import asyncio
+import json
+import random
+import time
+from typing import Any
+
+from slm_swap.clients.completions import read_completion
+from slm_swap.clients.pricing import HostedPrices, to_float
+from slm_swap.clients.protocol import Reply
+from slm_swap.rows.lines import dump_json, writable
+from slm_swap.scoring.several import answer, answer_json
+from slm_swap.serving import state
+from slm_swap.serving.hosted import Hosted, HostedDown
+from slm_swap.serving.meters import Meters
+from slm_swap.serving.options import Options
+
+AT_ONCE = 4  # audits of a worker under way; more of them are left out
+DAY = 86_400
+
+
+def agree(track: str, one: Reply, other: Reply) -> bool:
+    """Whether two replies say the same by value; one that is not well-formed agrees with none."""
+    try:
+        return answer(track, one.text, one.calls) == answer(track, other.text, other.calls)
+    except ValueError:
+        return False
+
+
+def said(track: str, reply: Reply) -> Any:
+    """A reply as JSON: its calls or its value with what it said where there are none, or its text where it cannot be read."""
+    try:
+        value = answer_json(track, reply.text, reply.calls)
+    except ValueError:
+        return {"text": writable(reply.text)}
+    return value or {"text": writable(reply.text)} if track == "toolcall" else value
+
+
+class Audits:
+    """One worker's. What was spent today stands in the shared file, so that all workers keep one budget."""
+
+    def __init__(self, options: Options, hosted: Hosted, meters: Meters, prices: HostedPrices):
+        self._options, self._hosted, self._meters, self._prices = options, hosted, meters, prices
+        self._lines, self._day, self._spent = state.Lines(options.state, state.AUDITS), 0, 0.0
+        self._under_way = 0
+
+    def due(self) -> bool:
+        """Whether this local answer is to be audited."""
+        if self._under_way >= AT_ONCE or random.random() >= self._options.audit_share:
+            return False
+        return self._options.audit_budget is None or self._left() > 0
+
+    def _left(self) -> float:
+        """What may be spent today."""
+        day = int(time.time() // DAY)
+        if day != self._day:
+            self._day, self._spent, self._lines = day, 0.0, state.Lines(self._options.state, state.AUDITS)
+        for line in self._lines.new():
+            if int(line["time"] // DAY) == day:
+                self._spent += line["cost"]["hosted"] or 0.0
+        return self._options.audit_budget - self._spent
+
+    async def audit(self, name: str, kind: str, tool: str | None, path: str, body: dict[str, Any], local: Reply) -> Reply | None:
+        """Ask the hosted model, compare, write; its reply, None where it gave none that says anything."""
+        self._under_way += 1
+        try:
+            asked = {key: value for key, value in body.items() if key not in ("stream", "stream_options")}
+            began = time.perf_counter()
+            url = self._hosted.url(path, "", self._hosted.name)
+            try:
+                raw = self._hosted.body(dump_json(asked).encode("utf-8"), asked, self._hosted.name)
+                async with self._hosted.send("POST", url, [("content-type", "application/json")], raw) as response:
+                    told = json.loads(await response.aread()) if response.status_code == 200 else None
+            except (HostedDown, ValueError):
+                return None
+            hosted = read_completion(told, self._options.track == "toolcall")
+            self.compared(name, kind, tool, body, local, hosted, time.perf_counter() - began, paid=True)
+            return hosted
+        except asyncio.CancelledError:
+            return None
+        finally:
+            self._under_way -= 1
+
+    def compared(
+        self, name: str, kind: str, tool: str | None, body: dict[str, Any], local: Reply, hosted: Reply, seconds: float, paid: bool
+    ) -> None:
+        """Both answered: write whether they agree. A hosted reply that was filtered, refused or cut says nothing. `paid`: for the audit's sake."""
+        if hosted.finish_reason != "stop":
+            return
+        same = agree(self._options.track, local, hosted)
+        cost = self._cost(local, hosted)
+        shown = self._options.audit_content and not same
+        line = {
+            "time": time.time(),
+            "id": name,
+            "kind": kind,
+            "tool": tool,
+            "agree": same,
+            "confidence": local.confidence,
+            "seconds": {"local": round(local.seconds, 6), "hosted": round(seconds, 6)},
+            "cost": {"hosted": cost if paid else 0.0},
+            "local": said(self._options.track, local) if shown else None,
+            "hosted": said(self._options.track, hosted) if shown else None,
+            "request": body if shown else None,
+        }
+        self._meters.audited(same, cost if paid else None)
+        state.append(self._options.state, state.AUDITS, line)
+
+    def _cost(self, local: Reply, hosted: Reply) -> float | None:
+        """By the hosted model's count of tokens; where it gave none, by the small model's."""
+        for reply in (hosted, local):
+            if reply.input_tokens is not None and reply.output_tokens is not None:
+                return to_float(self._prices.cost(reply.input_tokens, reply.cached_tokens or 0, reply.output_tokens))
+        return None

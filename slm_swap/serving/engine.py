@@ -1,0 +1,207 @@
+"""The small model in a process of its own, which the endpoint's workers share over a Unix socket.
+
+Each line of either direction is one JSON object. To the engine: `{"ask": n, "request": [...]}`, `{"drop": n}`. From it, first of all
+`{"hello": {...}}` with the model's identity; then `{"reply": n, ...}` with a Reply's fields, or `{"full": n}` where so many requests wait already that no more
+are taken. A worker's interpreter is never held up by the model, and a model that dies takes no request with it.
+"""
+
+import asyncio
+import dataclasses
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from slm_swap.clients.protocol import Client, Reply
+from slm_swap.common.errors import UserError
+from slm_swap.rows.lines import decode_line, dump_json
+from slm_swap.rows.prompts import Request, Wanted
+
+LINE = 64 * 2**20  # bytes of the longest line
+GATHER_SECONDS = 0.01  # that a batch of the transformers engine waits for others to join it
+FULL_BATCH = 8  # where the batch's size is not fixed
+
+
+def request_json(request: Request) -> list[Any]:
+    """A request as it goes over the socket."""
+    return list(request)
+
+
+def read_request(told: list[Any]) -> Request:
+    *parts, wanted = told
+    if wanted is not None:
+        wanted = Wanted(*wanted)
+        wanted = wanted._replace(separators=wanted.separators and tuple(wanted.separators))
+    return Request(*parts, wanted)
+
+
+def socket_address(folder: Path, descriptor: int | None = None) -> str:
+    """The socket's address by an open descriptor of its folder: a Unix socket's own path may have 107 bytes only."""
+    return f"/proc/self/fd/{os.open(folder, os.O_PATH) if descriptor is None else descriptor}/engine.sock"
+
+
+@dataclasses.dataclass(eq=False)
+class Job:
+    """A request that a worker has sent: `send` takes its answer."""
+
+    number: int
+    request: Request
+    send: Callable[[dict[str, Any]], None]
+    dropped: bool = False
+
+
+class Jobs:
+    """What the workers ask, at most `room` at a time: waiting or being answered. Taken by the thread that runs the model."""
+
+    def __init__(self, room: int):
+        self._room, self._open, self._lock = room, 0, threading.Lock()
+        self._waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
+
+    def put(self, job: Job) -> bool:
+        """False where there is no room."""
+        with self._lock:
+            if self._open >= self._room:
+                return False
+            self._open += 1
+        self._waiting.put(job)
+        return True
+
+    def take(self, seconds: float | None) -> Job | None:
+        """The next job that somebody still waits for; None where none comes in so many seconds (None: wait)."""
+        until = None if seconds is None else time.monotonic() + seconds
+        while True:
+            try:
+                left = None if until is None else until - time.monotonic()
+                job = self._waiting.get(block=left is None or left > 0, timeout=left if left is None or left > 0 else None)
+            except queue.Empty:
+                return None
+            if not job.dropped:
+                return job
+            self._ended()
+
+    def answer(self, job: Job, reply: Reply) -> None:
+        self._ended()
+        if not job.dropped:
+            told = {field.name: getattr(reply, field.name) for field in dataclasses.fields(reply)}
+            job.send({"reply": job.number} | told)
+
+    def _ended(self) -> None:
+        with self._lock:
+            self._open -= 1
+
+
+def run_engine(folder: Path, room: int, make_client: Callable[[], Client], ready: Callable[[], None]) -> None:
+    """Load the model, listen, and answer until the process is ended.
+
+    Raises:
+        UserError: as `make_client`. Anything else that is raised is a fault of the model's, of which the process ends.
+    """
+    client = make_client()
+    jobs, listening = Jobs(room), threading.Event()
+    hello = {"hello": client.identity | {"kind": client.kind}}
+    threading.Thread(target=lambda: asyncio.run(_listen(folder, jobs, hello, listening)), name="engine-socket", daemon=True).start()
+    listening.wait()
+    ready()
+    if getattr(client, "over_http", False):
+        _pass_on(client, jobs)
+    elif client.engine.name == "vllm":
+        _feed(client, jobs)
+    else:
+        _in_batches(client, jobs, client.engine.batch_size or FULL_BATCH)
+
+
+def _pass_on(client: Any, jobs: Jobs) -> None:
+    """A served model takes each request as it comes."""
+
+    def told(job: Job, future: Any) -> None:
+        error = None if future.cancelled() else future.exception()
+        failed = Reply("", "error", error=str(error) or "cancelled", transient=True)
+        jobs.answer(job, failed if error or future.cancelled() else future.result())
+
+    while True:
+        job = jobs.take(None)
+        client.ask(job.request).add_done_callback(lambda future, job=job: told(job, future))
+
+
+def _feed(client: Any, jobs: Jobs) -> None:
+    """vLLM takes what waits between any two of its steps."""
+    asked: dict[int, Job] = {}
+    count = 0
+
+    def rows() -> Iterator[tuple[int, Request] | None]:
+        nonlocal count
+        while True:
+            job = jobs.take(0 if asked else None)
+            if job is None:
+                yield None
+                continue
+            count += 1
+            asked[count] = job
+            yield count, job.request
+
+    for index, reply in client.stream(rows()):
+        jobs.answer(asked.pop(index), reply)
+
+
+def _in_batches(client: Any, jobs: Jobs, size: int) -> None:
+    """A batch is what comes within GATHER_SECONDS, and at most `size`. One that fails is asked again one by one: a row that does not fit in
+    memory is that row's error."""
+    while True:
+        batch = [jobs.take(None)]
+        until = time.monotonic() + GATHER_SECONDS
+        while len(batch) < size and (job := jobs.take(max(0.0, until - time.monotonic()))):
+            batch.append(job)
+        for part in [batch, *([job] for job in batch if len(batch) > 1)]:
+            try:
+                replies = client.generate([job.request for job in part])
+            except UserError as error:
+                if len(part) == 1:
+                    jobs.answer(part[0], Reply("", "error", error=str(error)))
+                continue
+            for job, reply in zip(part, replies, strict=True):
+                jobs.answer(job, reply)
+            if part is batch:
+                break
+
+
+async def _listen(folder: Path, jobs: Jobs, hello: dict[str, Any], listening: threading.Event) -> None:
+    loop = asyncio.get_running_loop()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        own: dict[int, Job] = {}
+
+        def send(told: dict[str, Any]) -> None:
+            own.pop(told.get("reply", told.get("full", -1)), None)
+            if not writer.is_closing():
+                writer.write(dump_json(told).encode("utf-8", "replace") + b"\n")
+
+        writer.write(dump_json(hello).encode() + b"\n")
+        try:
+            while line := await reader.readline():
+                told = decode_line(line)
+                if "drop" in told:
+                    if job := own.pop(told["drop"], None):
+                        job.dropped = True
+                    continue
+                job = Job(told["ask"], read_request(told["request"]), lambda told: loop.call_soon_threadsafe(send, told))
+                own[job.number] = job
+                if not jobs.put(job):
+                    send({"full": job.number})
+        except (ConnectionError, ValueError):  # a worker that was killed amid a line
+            pass
+        finally:
+            for job in own.values():
+                job.dropped = True
+            writer.close()
+
+    address = socket_address(folder)
+    (folder / "engine.sock").unlink(missing_ok=True)
+    before = os.umask(0o077)
+    server = await asyncio.start_unix_server(serve, address, limit=LINE)
+    os.umask(before)
+    listening.set()
+    async with server:
+        await server.serve_forever()

@@ -1,0 +1,121 @@
+"""What is counted of an endpoint: Prometheus' metrics, of all workers together, and a line of `minutes.jsonl` for each worker's minute."""
+
+import time
+from bisect import bisect_right
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+from slm_swap.clients.protocol import Reply
+from slm_swap.serving import state
+
+BINS = 20
+UNLIKE = ("tools", "unsupported", "too_long")  # reasons that say of a request that none like it was measured
+SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+
+
+class Meters:
+    """One worker's. Prometheus' values of all workers stand in files of the folder that PROMETHEUS_MULTIPROC_DIR names, set before this is made."""
+
+    def __init__(self, folder: Path, worker: int, edges: dict[str, tuple[str, list[float]]]):
+        """`edges`: for each class its signal, and the values between its bins."""
+        from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, multiprocess
+
+        self.folder, self.worker, self._edges = folder, worker, edges
+        own = CollectorRegistry()
+        self._requests = Counter("slm_swap_requests", "Requests by who answered and why", ["answered_by", "reason"], registry=own)
+        self._failures = Counter("slm_swap_failures", "Requests that nobody answered", ["reason"], registry=own)
+        self._seconds = Histogram("slm_swap_request_seconds", "Seconds to the whole answer", ["answered_by"], buckets=SECONDS, registry=own)
+        self._tokens = Counter("slm_swap_tokens", "Tokens, as each model counts them", ["answered_by", "kind"], registry=own)
+        self._saved = Counter("slm_swap_saved_money", "Hosted price of what was answered locally, by the small model's counts of tokens", registry=own)
+        self._audits = Counter("slm_swap_audits", "Local answers that the hosted model was asked for too", ["agree"], registry=own)
+        self._audit_cost = Counter("slm_swap_audit_money", "What audits cost", registry=own)
+        self._engine = Gauge("slm_swap_engine_up", "Whether the small model answers", multiprocess_mode="livemin", registry=own)
+        self._all = CollectorRegistry()
+        multiprocess.MultiProcessCollector(self._all)
+        self.begin()
+
+    def begin(self) -> None:
+        """Start a minute."""
+        self._since = time.time()
+        self._by: dict[str, Counter[str]] = defaultdict(Counter)
+        self._failed, self._unlike, self._saved_now = 0, 0, 0.0
+        self._saved_known = True
+        self._latency: dict[str, list[float]] = defaultdict(list)
+        self._signal: dict[str, list[int]] = {}
+        self._tools: Counter[str] = Counter()
+        self._counted: Counter[str] = Counter()
+
+    def answered(self, by: str, reason: str, seconds: float, tokens: tuple[int | None, int | None] = (None, None)) -> None:
+        """A request got its answer; `tokens` are its input's and output's, None where not known."""
+        self._requests.labels(by, reason).inc()
+        self._seconds.labels(by).observe(seconds)
+        self._by[by][reason] += 1
+        self._latency[by].append(seconds)
+        self._unlike += reason in UNLIKE
+        for kind, count in zip(("input", "output"), tokens, strict=True):
+            if count is not None:
+                self._tokens.labels(by, kind).inc(count)
+                self._counted[f"{by}_{kind}"] += count
+
+    def failed(self, reason: str) -> None:
+        """A request that nobody answered."""
+        self._failures.labels(reason).inc()
+        self._failed += 1
+
+    def judged(self, kind: str, reply: Reply, tool: str | None) -> None:
+        """A small model's reply was decided on."""
+        if tool:
+            self._tools[tool] += 1
+        signal, edges = self._edges.get(kind, ("", []))
+        value = (reply.confidence or {}).get(signal)
+        if value is not None and edges:
+            self._signal.setdefault(kind, [0] * (len(edges) + 1))[bisect_right(edges, value)] += 1
+
+    def saved(self, money: float | None) -> None:
+        """What a local answer would have cost; None: not known."""
+        if money is None:
+            self._saved_known = False
+        else:
+            self._saved.inc(money)
+            self._saved_now += money
+
+    def audited(self, agree: bool, cost: float | None) -> None:
+        self._audits.labels("yes" if agree else "no").inc()
+        if cost is not None:
+            self._audit_cost.inc(cost)
+
+    def engine(self, up: bool) -> None:
+        self._engine.set(up)
+
+    def text(self) -> bytes:
+        """All workers' metrics, as Prometheus reads them."""
+        from prometheus_client import generate_latest
+
+        return generate_latest(self._all)
+
+    def end(self) -> None:
+        """Write the minute's line, if anything happened in it, and start the next."""
+        if self._by or self._failed:
+            state.append(self.folder, state.MINUTES, self._line())
+        self.begin()
+
+    def _line(self) -> dict[str, Any]:
+        return {
+            "time": self._since,
+            "worker": self.worker,
+            "seconds": round(time.time() - self._since, 3),
+            "requests": {by: dict(reasons) for by, reasons in self._by.items()},
+            "failures": self._failed,
+            "latency": {by: [_quantile(told, 0.5), _quantile(told, 0.95), len(told)] for by, told in self._latency.items()},
+            "signal": self._signal,
+            "tools": dict(self._tools),
+            "tokens": dict(self._counted),
+            "saved": round(self._saved_now, 9) if self._saved_known else None,
+            "unlike": self._unlike,
+        }
+
+
+def _quantile(values: list[float], share: float) -> float:
+    """The nearest-rank quantile."""
+    return round(sorted(values)[min(len(values) - 1, int(share * len(values)))], 6)

@@ -1,0 +1,200 @@
+"""The endpoint's processes: workers that share one socket, and the small model's, which comes back where it dies."""
+
+import asyncio
+import contextlib
+import ctypes
+import fcntl
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, NoReturn
+
+from slm_swap.clients.protocol import Client
+from slm_swap.common.errors import UserError
+from slm_swap.common.os_errors import mendable
+from slm_swap.common.secrets import hide_in_tracebacks
+from slm_swap.common.settings import display_path
+from slm_swap.serving.engine import run_engine
+from slm_swap.serving.options import Options
+
+PR_SET_PDEATHSIG = 1  # of Linux' prctl
+PAUSES = (0.5, 1, 2, 5, 10, 30, 60)  # seconds before a process that died is started again; the last one from then on
+WELL_SECONDS = 300  # after so long a life the first pause holds again
+LOOK_SECONDS = 0.2
+DRAIN_SECONDS = 660  # that requests under way have after SIGTERM: beyond the hosted model's own time
+KEEP_ALIVE = 75  # seconds that an idle connection of a client stays open
+_fork = multiprocessing.get_context("fork")
+
+
+class Kept:
+    """A process that is started again where it ends."""
+
+    def __init__(self, name: str, target: Callable[..., None], *args: Any):
+        self.name, self._target, self._args = name, target, args
+        self._died = 0
+        self.process: Any = None
+        self.again: float | None = 0.0  # when it is started; None: it runs
+
+    def start(self) -> None:
+        self.process = _fork.Process(target=self._target, args=self._args, name=self.name)
+        self.process.start()
+        self._since, self.again = time.monotonic(), None
+
+    def look(self) -> None:
+        """Start it where it has ended and its pause is over."""
+        if self.again is None and self.process.exitcode is not None:
+            lived = time.monotonic() - self._since
+            self._died = 0 if lived > WELL_SECONDS else self._died
+            pause = PAUSES[min(self._died, len(PAUSES) - 1)]
+            print(f"{self.name} ended ({self.process.exitcode}) and is started again in {pause:g} s", file=sys.stderr, flush=True)
+            self._died, self.again = self._died + 1, time.monotonic() + pause
+        if self.again is not None and time.monotonic() >= self.again:
+            self.start()
+
+
+def serve(options: Options, listener: socket.socket, make_client: Callable[[], Client] | None) -> int:
+    """Run until SIGTERM or Ctrl-C, then answer what is under way; the exit code.
+
+    Raises:
+        UserError: another endpoint has the state folder.
+    """
+    stopping: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: stopping.append(number))
+    with locked(options.state):
+        metrics = options.state / "metrics"
+        shutil.rmtree(metrics, ignore_errors=True)
+        metrics.mkdir()
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(metrics)
+        kept: list[Kept] = []
+        try:
+            if make_client is not None:
+                here, there = _fork.Pipe(duplex=False)
+                engine = Kept("the small model's process", _engine, options, make_client, there, os.getpid())
+                engine.start()
+                there.close()
+                kept.append(engine)
+                if not _ready(engine, here, stopping):
+                    return 2 if not stopping else 0
+            for number in range(options.workers):
+                worker = Kept(f"worker {number}", _worker, options, listener, number, os.getpid())
+                worker.start()
+                kept.append(worker)
+            while not stopping:
+                wait([one.process.sentinel for one in kept if one.again is None], timeout=LOOK_SECONDS)
+                failed = [one for one in kept if one.process.exitcode == 2]
+                if failed:
+                    return 2  # it has said why
+                for one in kept:
+                    one.look()
+            return 0
+        finally:
+            listener.close()
+            _end(kept)
+
+
+def _ready(engine: Kept, told: Connection, stopping: list[int]) -> bool:
+    """Wait until the model is loaded; False where it cannot be, which its process has said."""
+    while not stopping:
+        if told.poll(LOOK_SECONDS):
+            with contextlib.suppress(EOFError):
+                told.recv()
+                return True
+            engine.process.join()
+            return False
+        if engine.process.exitcode is not None:
+            return False
+    return False
+
+
+def _end(kept: list[Kept]) -> None:
+    """Workers first, which still need the model for what is under way."""
+    workers = [one.process for one in kept if one.process and one.name.startswith("worker")]
+    others = [one.process for one in kept if one.process and not one.name.startswith("worker")]
+    for process in workers:
+        process.terminate()
+    until = time.monotonic() + DRAIN_SECONDS
+    for process in workers:
+        process.join(max(0.0, until - time.monotonic()))
+    for process in (*workers, *others):
+        process.kill()
+        process.join()
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """The state folder as one endpoint's.
+
+    Raises:
+        UserError: another one has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another endpoint runs on {display_path(folder)}: stop it, or give this one its own --state") from None
+        os.set_inheritable(file.fileno(), False)
+        yield
+
+
+def _begin(parent: int, when_orphaned: int) -> None:
+    """What a child does first: it ends with its parent, and decides on signals itself."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, when_orphaned)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides on Ctrl-C
+    if os.getppid() != parent:
+        os._exit(0)
+
+
+def _engine(options: Options, make_client: Callable[[], Client], told: Connection, parent: int) -> None:
+    _begin(parent, signal.SIGKILL)
+    hide_in_tracebacks(lambda: options.settings.secrets)
+
+    def ready() -> None:
+        with contextlib.suppress(OSError):  # a later start: nobody waits
+            told.send("ready")
+
+    with _said_in_one_line():
+        run_engine(options.state, options.queue, make_client, ready)
+
+
+def _worker(options: Options, listener: socket.socket, number: int, parent: int) -> None:
+    _begin(parent, signal.SIGTERM)
+    hide_in_tracebacks(lambda: options.settings.secrets)
+    with _said_in_one_line():
+        import uvicorn
+
+        from slm_swap.serving.app import make_app
+        from slm_swap.serving.service import Service
+
+        app = make_app(Service(options, number))
+        config = uvicorn.Config(
+            app, log_level="error", access_log=False, server_header=False, timeout_keep_alive=KEEP_ALIVE, ws="none", lifespan="on",
+            timeout_graceful_shutdown=DRAIN_SECONDS - 30,
+        )  # fmt: skip
+        asyncio.run(uvicorn.Server(config).serve(sockets=[listener]))
+
+
+@contextlib.contextmanager
+def _said_in_one_line() -> Iterator[None]:
+    """The user's mistake ends the process with 2; a bug keeps its traceback."""
+    try:
+        yield
+    except Exception as error:
+        told = error if isinstance(error, UserError) else mendable(error)
+        if told is None:
+            raise
+        _leave(str(told))
+
+
+def _leave(message: str) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    sys.exit(2)

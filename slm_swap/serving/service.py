@@ -1,0 +1,442 @@
+"""Who answers a request: the small model where its reply may be sent, else the hosted model, to which the request goes as it came."""
+
+import asyncio
+import json
+import os
+import sys
+import time
+import uuid
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+from slm_swap.clients.completions import read_completion
+from slm_swap.clients.pricing import HostedPrices, load_prices, to_float
+from slm_swap.clients.protocol import Reply
+from slm_swap.common.errors import UserError
+from slm_swap.common.exact_json import EXACT
+from slm_swap.common.reports import now
+from slm_swap.common.settings import display_path
+from slm_swap.rows.few_shot import FewShot
+from slm_swap.rows.prompts import Request as ModelRequest
+from slm_swap.rows.prompts import request_of
+from slm_swap.serving import state
+from slm_swap.serving.audits import Audits
+from slm_swap.serving.chat import Asked, Unsupported, completion, events, is_fit, kind_of, read_chat, tool_of
+from slm_swap.serving.hosted import CHAT, Hosted, HostedDown, answered_headers
+from slm_swap.serving.link import Link, NotNow
+from slm_swap.serving.meters import Meters
+from slm_swap.serving.options import Options
+from slm_swap.serving.streams import joined
+from slm_swap.verdict.cascade import identity_of, tool_hash
+
+HEADER = "x-slm-swap"
+RETRY_SECONDS = 5  # what a client is told to wait where nobody answers
+KEPT = 4 * 2**20  # bytes of a hosted answer that are looked at for its tokens and its reply
+DRAIN_SECONDS = 10  # that audits under way have when the worker ends
+
+
+class Refused(Exception):
+    """A request that is not taken: its status, code and message."""
+
+    def __init__(self, status: int, code: str, message: str):
+        super().__init__(message)
+        self.status, self.code = status, code
+
+
+@dataclass(frozen=True)
+class Given:
+    """An answer on its way: `body` is whole, or a stream whose last part has been sent when it ends."""
+
+    status: int
+    headers: list[tuple[str, str]]
+    body: bytes | AsyncIterator[bytes]
+
+
+@dataclass(frozen=True)
+class Local:
+    """What the small model made of a request: its reply, the class, whether it may be sent, and why or why not."""
+
+    reply: Reply
+    kind: str
+    tool: str | None
+    send: bool
+    reason: str
+
+
+@dataclass
+class Incoming:
+    """A request as it came, and what is known of it. `body` is None where it is no JSON object."""
+
+    method: str
+    path: str
+    query: str
+    headers: list[tuple[str, str]]
+    raw: bytes
+    body: dict[str, Any] | None
+    model: str | None
+    id: str
+    began: float
+
+    @property
+    def stream(self) -> bool:
+        return self.body is not None and self.body.get("stream") is True
+
+
+def incoming(method: str, path: str, query: str, headers: list[tuple[str, str]], raw: bytes) -> Incoming:
+    """A request with its body read."""
+    try:
+        body = json.loads(raw, **EXACT) if raw else None
+    except (ValueError, RecursionError):
+        body = None
+    body = body if isinstance(body, dict) else None
+    found = CHAT.fullmatch(path)
+    named = (found and found["name"]) or (body or {}).get("model")
+    model = named if isinstance(named, str) else None
+    return Incoming(method, path, query, headers, raw, body, model, f"chatcmpl-{uuid.uuid4().hex}", time.perf_counter())
+
+
+class Service:
+    """One worker's endpoint.
+
+    Raises:
+        UserError: the hosted model's or the shots' set-up is wrong.
+    """
+
+    def __init__(self, options: Options, worker: int = 0):
+        self.options, self.worker = options, worker
+        settings, cascade = options.settings, options.cascade
+        self.hosted = Hosted(settings, options.timeout) if settings.azure_endpoint or options.mode != "local" else None
+        self.few_shot = FewShot(options.few_shot, options.track, options.shots) if options.few_shot and options.small else None
+        edges = {kind: (rule["signal"], rule["quantiles"]) for kind, rule in (cascade.rules if cascade else {}).items() if rule.get("quantiles")}
+        self.meters = Meters(options.state, worker, edges)
+        self.prices = load_prices(settings.prices_file).deployment(self.hosted.name) if self.hosted else HostedPrices()
+        self.audits = Audits(options, self.hosted, self.meters, self.prices) if self.hosted else None
+        self.stopped = state.Stopped(options.state)
+        self.identity: dict[str, Any] | None = None
+        self.mismatches: list[str] = []
+        self.since = now()
+        self.traces: Any = None
+        self._link: Link | None = None
+        self._background: set[asyncio.Task[Any]] = set()
+        self._running: list[asyncio.Task[None]] = []
+
+    # -- Its life ------------------------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        if self.hosted:
+            self.hosted.open()
+        if self.options.small:
+            self._link = Link(self.options.state, self._engine_changed)
+            self._running.append(asyncio.create_task(self._link.run()))
+        else:
+            self._tell()
+        self._running.append(asyncio.create_task(self._minutes()))
+
+    async def stop(self) -> None:
+        """Let what runs in the background end, in DRAIN_SECONDS at most."""
+        if self._background:
+            await asyncio.wait(self._background, timeout=DRAIN_SECONDS)
+        for task in (*self._running, *self._background):
+            task.cancel()
+        self._end_minute()
+        if self.hosted:
+            await self.hosted.close()
+
+    async def _minutes(self) -> None:
+        while True:
+            await asyncio.sleep(self.options.minute)
+            self._end_minute()
+
+    def _end_minute(self) -> None:
+        try:
+            self.meters.end()
+        except OSError as error:
+            say(f"{state.MINUTES} cannot be written: {error}")
+
+    def _engine_changed(self, identity: dict[str, Any] | None) -> None:
+        self.meters.engine(identity is not None)
+        self.identity = identity
+        if identity is None:
+            say("the small model's process has ended: the hosted model answers until it is back", self.worker)
+            return
+        cascade, recipe, before = self.options.cascade, self.options.recipe, self.mismatches
+        self.mismatches = []
+        if cascade:
+            own = identity_of(identity, self.options.ask, self.options.max_new_tokens, self.options.few_shot_sha256)
+            self.mismatches += cascade.mismatches(own)
+        if recipe:
+            try:
+                recipe.check(identity)
+            except UserError as error:
+                self.mismatches.append(str(error))
+        if self.mismatches and self.mismatches != before:
+            say(f"MISMATCH: the hosted model answers everything, as what is loaded is not what was calibrated: {'; '.join(self.mismatches)}", self.worker)
+        self._tell()
+
+    def _tell(self) -> None:
+        """Write endpoint.json; one worker does."""
+        if self.worker == 0:
+            try:
+                state.write_endpoint(self.options.state, self.told())
+            except UserError as error:
+                say(str(error))
+
+    def told(self) -> dict[str, Any]:
+        """What runs."""
+        options = self.options
+        cascade, recipe = options.cascade, options.recipe
+        return {
+            "mode": options.mode,
+            "answers": "hosted" if self.mismatches or not options.small else options.mode,
+            "track": options.track,
+            "cascade": cascade and {"path": display_path(cascade.path), "sha256": cascade.sha256},
+            "recipe": recipe and {"path": display_path(recipe.path), "sha256": recipe.sha256},
+            "identity": self.identity,
+            "mismatches": self.mismatches,
+            "hosted": self.hosted and {"model": self.hosted.name, "endpoint": self.hosted.endpoint.place},
+            "pid": os.getppid(),
+            "since": self.since,
+            "audit_share": options.audit_share,
+            "workers": options.workers,
+        }
+
+    def health(self) -> dict[str, Any]:
+        small = "off" if not self.options.small else "up" if self.identity else "down"
+        up = state.flag(self.options.state)
+        return self.told() | {"small_model": small, "stopped": up and up["why"]}
+
+    def _do(self, work: Coroutine[Any, Any, Any]) -> None:
+        """Do something that no client waits for."""
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: "asyncio.Task[Any]") -> None:
+        self._background.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            say(f"in the background: {type(error).__name__}: {error}")
+
+    # -- A chat completion -------------------------------------------------------------------------------------------------------------
+
+    async def chat(self, asked: Incoming) -> Given:
+        """The answer of whoever gives it."""
+        reason, detail, row = self._eligible(asked)
+        shadow = self.options.mode == "shadow"
+        task = asyncio.create_task(self._local(row)) if row else None
+        try:
+            if task and not shadow:
+                try:
+                    local = await asyncio.wait_for(asyncio.shield(task), self.options.deadline)
+                    if local.send and not self.stopped:
+                        return self._sent(asked, row, local)
+                    reason = "stopped" if local.send else local.reason
+                except TimeoutError:
+                    reason = "deadline"
+                except NotNow as why:
+                    reason = str(why)
+                except Exception as error:  # whatever it is, the hosted model can answer
+                    reason = "unfit"
+                    say(f"the small model's reply could not be looked at ({type(error).__name__}): the hosted model answers", every=60)
+            try:
+                return await self._from_hosted(asked, reason, detail, row, task if shadow else None)
+            except HostedDown as down:
+                if reason == "deadline" and (local := await self._late(task)) and local.send and not self.stopped:
+                    return self._sent(asked, row, local)
+                self.meters.failed(reason)
+                say(f"the hosted model does not answer ({down})", every=10)
+                raise
+        finally:
+            if task and not shadow and not task.done():
+                task.cancel()
+
+    async def _late(self, task: "asyncio.Task[Local] | None") -> Local | None:
+        """What the small model says behind its deadline, where the hosted model is down."""
+        if task is None:
+            return None
+        try:
+            return await asyncio.wait_for(asyncio.shield(task), self.options.deadline)
+        except (TimeoutError, NotNow):
+            return None
+
+    def _eligible(self, asked: Incoming) -> tuple[str, str, Asked | None]:
+        """(why the hosted model is asked, what of the request, its row where the small model can be asked)."""
+        options = self.options
+        if options.mode == "hosted":
+            return "mode", "", None
+        if self.mismatches:
+            return "mismatch", "", None
+        if self.stopped:
+            return "stopped", "", None
+        if asked.body is None:
+            return "unsupported", "body", None
+        if self.hosted and asked.model is not None and asked.model != self.hosted.name:
+            return "unsupported", "model", None
+        try:
+            row = read_chat(options.track, asked.body, asked.id, options.plain_json)
+        except Unsupported as what:
+            return "unsupported", str(what), None
+        known = options.cascade.tools if options.cascade else None
+        if known is not None:
+            for tool in row.example.tools or ():
+                if known.get(tool["name"]) != tool_hash(tool):
+                    return "tools", tool["name"], None
+        return "mode", "", row
+
+    async def _local(self, row: Asked) -> Local:
+        """
+        Raises:
+            NotNow: the small model takes no request.
+        """
+        request = await asyncio.to_thread(self._request, row) if self.few_shot else self._request(row)
+        began = time.perf_counter()
+        reply = await self._link.ask(request)
+        reply = replace(reply, seconds=time.perf_counter() - began)
+        if reply.finish_reason == "prompt_too_long":
+            return Local(reply, "", None, False, "too_long")
+        if reply.finish_reason == "error" and reply.transient:
+            raise NotNow("engine_down")
+        track, cascade = self.options.track, self.options.cascade
+        kind, fit = kind_of(track, reply), is_fit(track, row, reply)
+        tool = tool_of(track, reply) if fit else None
+        self.meters.judged(kind, reply, tool)
+        send, why = cascade.local(kind, fit, reply.confidence) if cascade and self.options.mode != "local" else (fit, "local" if fit else "unfit")
+        return Local(reply, kind, tool, send, why)
+
+    def _request(self, row: Asked) -> ModelRequest:
+        example = replace(row.example, ask=self.options.ask)
+        if self.few_shot:
+            example = replace(example, shots=self.few_shot.turns(example))
+        return request_of(self.options.track, example)
+
+    def _sent(self, asked: Incoming, row: Asked, local: Local) -> Given:
+        """The small model's reply, counted; a share of them is audited."""
+        reply = local.reply
+        whole = completion(self.options.track, reply, asked.id, asked.model or (self.hosted.name if self.hosted else "slm"))
+        self.meters.answered("local", "local", time.perf_counter() - asked.began, (reply.input_tokens, reply.output_tokens))
+        self.meters.saved(to_float(self.prices.cost(reply.input_tokens, reply.cached_tokens or 0, reply.output_tokens)))
+        if self.audits and self.audits.due():
+            self._do(self._audit(asked, row, local))
+        elif self.traces:
+            self.traces.local(asked, local, None)
+        if self.options.log_content:
+            say(json.dumps({"id": asked.id, "request": asked.body, "local": whole}, default=str))
+        kind, body = ("text/event-stream", events(whole, row.usage)) if row.stream else ("application/json", json.dumps(whole).encode())
+        return Given(200, [("content-type", kind), (HEADER, "local; reason=local"), ("x-request-id", asked.id)], body)
+
+    async def _audit(self, asked: Incoming, row: Asked, local: Local) -> None:
+        hosted = await self.audits.audit(asked.id, local.kind, local.tool, asked.path, asked.body, local.reply)
+        if self.traces:
+            self.traces.local(asked, local, hosted)
+
+    # -- The hosted model ------------------------------------------------------------------------------------------------------------------
+
+    async def _from_hosted(
+        self, asked: Incoming, reason: str, detail: str, row: Asked | None, shadow: "asyncio.Task[Local] | None"
+    ) -> Given:
+        """
+        Raises:
+            HostedDown: it does not answer.
+            Refused: there is no hosted model.
+        """
+        if self.hosted is None:
+            self.meters.failed(reason)
+            if reason in ("queue_full", "deadline", "engine_down", "stopped", "mismatch"):
+                raise HostedDown(f"no hosted model is set up, and the small one does not answer ({reason})")
+            told = f"{reason}: {detail}" if detail else reason
+            raise Refused(400 if reason in ("unsupported", "too_long") else 502, reason, f"the small model cannot answer this ({told}), and no hosted model is set up")
+        head = (HEADER, f"hosted; reason={reason}" + (f"; detail={_token(detail)}" if detail else ""))
+        stack = AsyncExitStack()
+        url, body = self.hosted.url(asked.path, asked.query, asked.model), self.hosted.body(asked.raw, asked.body, asked.model)
+        try:
+            began = time.perf_counter()
+            response = await stack.enter_async_context(self.hosted.send(asked.method, url, asked.headers, body))
+            headers = [*answered_headers(response), head]
+            stream = "text/event-stream" in response.headers.get("content-type", "")
+            if not stream:
+                data = await self.hosted.read(response)
+                self._hosted_answered(asked, reason, row, response.status_code, data, False, began, shadow)
+                await stack.aclose()
+                return Given(response.status_code, headers, data)
+        except BaseException:
+            await stack.aclose()
+            if shadow:
+                shadow.cancel()
+            raise
+
+        async def parts() -> AsyncIterator[bytes]:
+            kept = bytearray()
+            async with stack:
+                async for part in response.aiter_raw():
+                    if len(kept) < KEPT:
+                        kept += part
+                    yield part
+            self._hosted_answered(asked, reason, row, response.status_code, bytes(kept), True, began, shadow)
+
+        return Given(response.status_code, headers, parts())
+
+    def _hosted_answered(
+        self, asked: Incoming, reason: str, row: Asked | None, status: int, data: bytes, stream: bool, began: float, shadow: "asyncio.Task[Local] | None"
+    ) -> None:
+        """Count a hosted answer; where the small model answers beside it, compare both in the background."""
+        reply = None
+        if status == 200 and len(data) <= KEPT:
+            try:
+                reply = read_completion(joined(data) if stream else json.loads(data), self.options.track == "toolcall")
+            except (ValueError, RecursionError):
+                reply = None
+        seconds = time.perf_counter() - asked.began
+        tokens = (reply.input_tokens, reply.output_tokens) if reply else (None, None)
+        self.meters.answered("hosted", reason, seconds, tokens)
+        if reply:
+            reply = replace(reply, seconds=time.perf_counter() - began)
+        if self.options.log_content:
+            say(json.dumps({"id": asked.id, "request": asked.body, "hosted": data.decode("utf-8", "replace")}, default=str))
+        if shadow:
+            self._do(self._beside(asked, shadow, reply))
+        elif self.traces and reply:
+            self.traces.hosted(asked, reply, reason, None)
+
+    async def _beside(self, asked: Incoming, task: "asyncio.Task[Local]", hosted: Reply | None) -> None:
+        """Shadow: the small model's reply beside the hosted one, compared where a cascade would have sent it."""
+        try:
+            local = await asyncio.wait_for(task, self.options.deadline)
+        except (TimeoutError, NotNow):
+            local = None
+        if local and local.send and hosted and self.audits:
+            self.audits.compared(asked.id, local.kind, local.tool, asked.body, local.reply, hosted, hosted.seconds, paid=False)
+        if self.traces and hosted:
+            self.traces.hosted(asked, hosted, "mode", local)
+
+    async def other(self, asked: Incoming) -> Given:
+        """Anything that is no chat completion: the hosted model's alone.
+
+        Raises:
+            HostedDown, Refused: as of `chat`.
+        """
+        if self.hosted is None:
+            raise Refused(404, "not_found", f"{asked.path} is not here, and no hosted model is set up")
+        return await self._from_hosted(asked, "unsupported", "path", None, None)
+
+    def models(self) -> dict[str, Any]:
+        """What is served, as /v1/models tells it."""
+        name = self.hosted.name if self.hosted else "slm"
+        return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "slm_swap"}]}
+
+
+def _token(text: str) -> str:
+    """A detail as it may stand in a header."""
+    return "".join(letter if letter.isascii() and (letter.isalnum() or letter in "_-.") else "_" for letter in text)[:64]
+
+
+_said: dict[str, float] = {}
+
+
+def say(message: str, worker: int = 0, every: float = 0.0) -> None:
+    """A line to standard error; one worker says what all know, and the same thing not again within `every` seconds."""
+    at = time.monotonic()
+    if worker == 0 and at - _said.get(message, -every - 1) > every:
+        if every:
+            _said[message] = at
+        print(message, file=sys.stderr, flush=True)

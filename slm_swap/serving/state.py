@@ -1,0 +1,111 @@
+"""The state folder of an endpoint: the flag that takes everything back, what was audited, what each minute held, and what runs.
+
+While the flag `stop.json` exists, no worker answers a request locally. `audits.jsonl` and `minutes.jsonl` have a line of JSON with its checksum
+for each audit and for each worker's minute; each line is appended in one write, so that processes share the files.
+"""
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from slm_swap.common.errors import UserError
+from slm_swap.common.os_errors import writing
+from slm_swap.common.reports import SCHEMA_VERSION, json_line, now, read_json, write_json
+from slm_swap.common.settings import PACKAGE
+from slm_swap.rows.lines import is_whole, with_checksum
+
+STATE = PACKAGE / "05_serve/state"
+STOP, AUDITS, MINUTES, ENDPOINT = "stop.json", "audits.jsonl", "minutes.jsonl", "endpoint.json"
+ADVICE = "check --state"
+
+
+def flag(folder: Path) -> dict[str, Any] | None:
+    """What the flag says; None where there is none. One that cannot be read, or is empty, is up all the same."""
+    path = folder / STOP
+    if not os.path.lexists(path):
+        return None
+    try:
+        told = read_json(path, "05_serve/watch.py")
+    except UserError:
+        told = {}
+    return told if isinstance(told.get("why"), str) else told | {"why": "a flag that does not say why"}
+
+
+def raise_flag(folder: Path, why: str, alarms: list[dict[str, Any]], rows: Iterable[str]) -> bool:
+    """Stop all local answers, in every worker; False where the flag is up already, which then stays as it is. `rows` are ids of requests that show why.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    if os.path.lexists(folder / STOP):
+        return False
+    write_json(folder / STOP, {"schema_version": SCHEMA_VERSION, "created_at": now(), "why": why, "alarms": alarms, "rows": list(rows)}, ADVICE)
+    return True
+
+
+def lower_flag(folder: Path) -> Path | None:
+    """Allow local answers again; the flag is kept as `stop-<time>.json`, whose path is given. None where there was none.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    kept = folder / f"stop-{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{time.time_ns() % 10**9:09d}.json"
+    with writing(folder, ADVICE), contextlib.suppress(FileNotFoundError):
+        os.rename(folder / STOP, kept)
+        return kept
+    return None
+
+
+class Stopped:
+    """Whether an endpoint's flag is up: one `stat` a question."""
+
+    def __init__(self, folder: Path):
+        self._path = str(folder / STOP)
+
+    def __bool__(self) -> bool:
+        return os.path.lexists(self._path)
+
+
+def append(folder: Path, name: str, value: dict[str, Any]) -> None:
+    """One line to `name`, AUDITS or MINUTES, in one write.
+
+    Raises:
+        OSError: the disk does not take it. What it took of the line is not left to be joined with the next one.
+    """
+    data = with_checksum(json_line(value).encode("utf-8", "replace"))
+    descriptor = os.open(folder / name, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    try:
+        if os.write(descriptor, data) < len(data):
+            with contextlib.suppress(OSError):
+                os.write(descriptor, b"\n")
+            raise OSError(f"{name} has no room for a line")
+    finally:
+        os.close(descriptor)
+
+
+class Lines:
+    """The whole lines of a file that grows, each given once; a line that is not as it was written is passed over."""
+
+    def __init__(self, folder: Path, name: str):
+        self._path, self._at = folder / name, 0
+
+    def new(self) -> list[dict[str, Any]]:
+        """Those that came since the last call."""
+        try:
+            with open(self._path, "rb") as stream:
+                stream.seek(self._at)
+                data = stream.read()
+        except FileNotFoundError:
+            return []
+        whole = data[: data.rfind(b"\n") + 1]
+        self._at += len(whole)
+        return [json.loads(line) for line in whole.splitlines(keepends=True) if is_whole(line)]
+
+
+def write_endpoint(folder: Path, told: dict[str, Any]) -> None:
+    """What runs: mode, cascade and recipe with hash, identity, pid, since when, audit share."""
+    write_json(folder / ENDPOINT, {"schema_version": SCHEMA_VERSION} | told)
