@@ -33,7 +33,7 @@ from slm_swap.verdict.cascade import Cascade, read_cascade
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     parser.add_track()
     add("--mode", choices=MODES, default="shadow", help="who answers")

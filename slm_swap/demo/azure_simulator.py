@@ -40,6 +40,7 @@ from slm_swap.demo.simulator_parts import (
     bad_request,
     count_tokens,
     error_answer,
+    events_of,
     filter_results,
     too_many,
 )  # fmt: skip
@@ -177,8 +178,6 @@ class AzureSimulator:
         functions = [tool.get("function") if isinstance(tool, dict) else None for tool in tools] if isinstance(tools, list) else [None]
         if not all(isinstance(function, dict) and isinstance(function.get("name"), str) for function in functions):
             return bad_request("Invalid 'tools': a list of functions is needed.", "tools", "invalid_value")
-        if body.get("stream"):
-            return bad_request("This simulator does not stream.", "stream", "unsupported_value")
         for name in body:
             if name in self.faults.unrecognized_parameters:
                 return bad_request(f"Unrecognized request argument supplied: {name}", outcome="unsupported_parameter")
@@ -263,7 +262,9 @@ class AzureSimulator:
         cut_off = self._hit("cut_off", subject)
         delay = self.faults.slow_seconds if self._hit("slow", subject) else 0.0
         outcome = "cut_off" if cut_off else "slow" if delay else reply.outcome
-        return Answer(200, reply.body, outcome, delay=delay, cut_off=cut_off)
+        usage = (body.get("stream_options") or {}).get("include_usage") is True
+        events = events_of(reply.body, usage) if body.get("stream") else ()
+        return Answer(200, reply.body, outcome, delay=delay, cut_off=cut_off, events=events)
 
     # How it is served
 
@@ -278,6 +279,8 @@ class AzureSimulator:
             self.counts[answer.outcome] += 1
             headers = {"x-ms-region": "Simulated", **self._quota_headers(), **answer.headers}
             await asyncio.sleep(answer.delay)
+            if answer.events:
+                return await self._stream(request, answer, headers)
             if not answer.cut_off:
                 return web.json_response(answer.body, status=answer.status, headers=headers)
             body = json.dumps(answer.body).encode()
@@ -290,6 +293,17 @@ class AzureSimulator:
             return response
         finally:
             self._in_flight -= 1
+
+    async def _stream(self, request: "web.Request", answer: Answer, headers: dict[str, str]) -> "web.StreamResponse":
+        from aiohttp import web
+
+        response = web.StreamResponse(headers={**headers, "Content-Type": "text/event-stream; charset=utf-8"})
+        await response.prepare(request)
+        for event in answer.events[: len(answer.events) // 2 if answer.cut_off else None]:
+            await response.write(event)
+        if answer.cut_off and request.transport is not None:
+            request.transport.close()
+        return response
 
     async def _stats(self, request: "web.Request") -> "web.Response":
         from aiohttp import web

@@ -1,5 +1,6 @@
 """What the simulator is made of: its faults, its quotas and the answers that it sends."""
 
+import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -10,6 +11,7 @@ from typing import Any
 from slm_swap.common.errors import UserError
 
 BYTES_PER_TOKEN = 4
+CHARACTERS = 12  # of a streamed part
 
 
 def count_tokens(text: str) -> int:
@@ -95,6 +97,27 @@ class Answer:
     headers: Mapping[str, str] = field(default_factory=dict)
     delay: float = 0.0
     cut_off: bool = False
+    events: tuple[bytes, ...] = ()  # of a reply that is streamed
+
+
+def events_of(body: dict[str, Any], usage: bool) -> tuple[bytes, ...]:
+    """A completion as Azure streams it: the role, the text in parts, each call's head and its arguments in parts, the end, the usage."""
+    choice = body["choices"][0]
+    message, shared = choice["message"], {key: body[key] for key in ("id", "created", "model", "system_fingerprint")}
+    shared["object"] = "chat.completion.chunk"
+    deltas: list[dict[str, Any]] = [{"role": "assistant", "content": None if message.get("tool_calls") else ""}]
+    deltas += [{key: part} for key in ("content", "refusal") for part in _parts(message.get(key) or "")]
+    for at, call in enumerate(message.get("tool_calls") or ()):
+        deltas.append({"tool_calls": [{"index": at} | call | {"function": call["function"] | {"arguments": ""}}]})
+        deltas += [{"tool_calls": [{"index": at, "function": {"arguments": part}}]} for part in _parts(call["function"]["arguments"])]
+    chunks = [{"choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas]
+    chunks.append({"choices": [{"index": 0, "delta": {}, "finish_reason": choice["finish_reason"]}]})
+    chunks += [{"choices": [], "usage": body["usage"]}] if usage else []
+    return (*(b"data: " + json.dumps(shared | chunk).encode() + b"\n\n" for chunk in chunks), b"data: [DONE]\n\n")
+
+
+def _parts(text: str) -> list[str]:
+    return [text[at : at + CHARACTERS] for at in range(0, len(text), CHARACTERS)]
 
 
 def error_answer(status: int, outcome: str, message: str, code: str | None, /, **more: Any) -> Answer:

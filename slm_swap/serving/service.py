@@ -119,6 +119,7 @@ class Service:
         self.since = now()
         self.traces: Any = None
         self._link: Link | None = None
+        self._closing = False
         self._background: set[asyncio.Task[Any]] = set()
         self._running: list[asyncio.Task[None]] = []
 
@@ -136,6 +137,7 @@ class Service:
 
     async def stop(self) -> None:
         """Let what runs in the background end, in DRAIN_SECONDS at most."""
+        self._closing = True
         if self._background:
             await asyncio.wait(self._background, timeout=DRAIN_SECONDS)
         for task in (*self._running, *self._background):
@@ -158,6 +160,8 @@ class Service:
     def _engine_changed(self, identity: dict[str, Any] | None) -> None:
         self.meters.engine(identity is not None)
         self.identity = identity
+        if identity is None and self._closing:
+            return
         if identity is None:
             say("the small model's process has ended: the hosted model answers until it is back", self.worker)
             return
@@ -297,6 +301,8 @@ class Service:
             return Local(reply, "", None, False, "too_long")
         if reply.finish_reason == "error" and reply.transient:
             raise NotNow("engine_down")
+        if reply.finish_reason != "stop":
+            return Local(reply, "", None, False, "unfit")
         track, cascade = self.options.track, self.options.cascade
         kind, fit = kind_of(track, reply), is_fit(track, row, reply)
         tool = tool_of(track, reply) if fit else None

@@ -132,7 +132,6 @@ def test_an_unknown_deployment(plain):
         ({"messages": [{"role": "user", "content": 1}]}, "messages"),
         ({"messages": [{"role": "user", "content": "x"}], "max_tokens": 0}, "max_tokens"),
         ({"messages": [{"role": "user", "content": "x"}], "max_completion_tokens": True}, "max_completion_tokens"),
-        ({"messages": [{"role": "user", "content": "x"}], "stream": True}, "stream"),
     ],
 )
 def test_a_malformed_body(plain, body, param):

@@ -23,8 +23,11 @@ class Scripted(AzureSimulator):
         self.script, self.asked = script, Counter[str]()
 
     def answer(self, request: Any, raw: bytes) -> Answer:
-        body = json.loads(raw)
-        prompt = body["messages"][-1]["content"]
+        try:
+            body = json.loads(raw)
+            prompt = str(body["messages"][-1]["content"])
+        except (ValueError, TypeError, KeyError):  # the simulator says what is wrong with it
+            return super().answer(request, raw)
         before = self.asked[prompt]
         self.asked[prompt] += 1
         return self.script(prompt, before, body, super().answer(request, raw))

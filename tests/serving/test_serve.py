@@ -1,0 +1,397 @@
+"""The endpoint with a scripted small model: who answers, in which form, and what goes wrong without a request being lost."""
+
+import json
+import os
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx2
+import openai
+import pytest
+
+from slm_swap.demo.azure_simulator import Answer
+from slm_swap.rows.examples import Example
+from slm_swap.serving import state
+from tests.support.endpoints import CHECK_STOCK, HOSTED_KEY, HOSTED_NAME, SCRIPTED, cascade, serving
+from tests.support.processes import children_of, wait_until
+from tests.support.scripted import Scripted, plain, refused
+from tests.support.shop_bot import TOOLS
+
+MESSAGES = [{"role": "user", "content": "call Porto"}]
+ORDER_STATUS = next(tool for tool in TOOLS if tool["function"]["name"] == "order_status")
+RIGHT = '<tool_call name="check_stock">{"city":"Porto","item":"lamp"}</tool_call>'
+REFERENCES = [Example("call Porto", RIGHT), Example("call Lyon", RIGHT), Example("say hello", "hello")]
+
+
+@pytest.fixture(scope="module")
+def hosted():
+    with Scripted(REFERENCES, plain, key=HOSTED_KEY) as server:
+        yield server
+
+
+@pytest.fixture
+def untouched(hosted):
+    """The simulator, whose script is its own again afterwards."""
+    yield hosted
+    hosted.script = plain
+
+
+@pytest.fixture(scope="module")
+def endpoint(hosted, tmp_path_factory):
+    """One in cascade mode."""
+    folder = tmp_path_factory.mktemp("cascade")
+    flags = ("--mode", "cascade", "--cascade", cascade(folder / "cascade.json"), "--deadline", 1, "--max-body", 20_000)
+    with serving(folder, *flags, "--audit-share", 1, hosted=hosted) as running:
+        yield running
+
+
+def post(endpoint, body, path="/v1/chat/completions", **headers):
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return httpx2.post(endpoint.url + path, content=raw, headers={"content-type": "application/json"} | headers, timeout=60)
+
+
+def test_a_sure_call_is_answered_locally_in_openais_form(endpoint):
+    told, reply = endpoint.ask("call Porto")
+    choice = reply.choices[0]
+    assert told == "local; reason=local"
+    assert (choice.finish_reason, choice.message.role, choice.message.content, reply.model) == ("tool_calls", "assistant", None, HOSTED_NAME)
+    [call] = choice.message.tool_calls
+    assert (call.type, call.function.name, json.loads(call.function.arguments)) == ("function", "check_stock", {"item": "lamp", "city": "Porto"})
+    assert (reply.usage.prompt_tokens, reply.usage.completion_tokens, reply.usage.total_tokens) == (20, 10, 30)
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [("unsure Porto", "below_threshold"), ("say hello", "class_never"), ("broken Porto", "unfit"), ("long Porto", "too_long"), ("fail Porto", "unfit")],
+)
+def test_the_hosted_model_answers_what_the_rule_keeps_from_the_small_one(endpoint, text, reason):
+    told, reply = endpoint.ask(text)
+    assert told == f"hosted; reason={reason}"
+    assert reply.model == "azure-simulator"
+
+
+@pytest.mark.parametrize(
+    "more, detail",
+    [
+        ({"n": 2}, "n"),
+        ({"logprobs": True}, "logprobs"),
+        ({"stop": ["x"]}, "stop"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {"name": "check_stock"}}}, "tool_choice"),
+        ({"tools": None}, "no_tools"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"store": True}, "store"),
+        ({"a_thing_of_next_year": 1}, "a_thing_of_next_year"),
+        ({"model": "another-model"}, "model"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:x"}}]}]}, "no_request"),
+    ],
+)
+def test_what_was_not_measured_goes_to_the_hosted_model(endpoint, more, detail):
+    told = {"model": HOSTED_NAME, "messages": MESSAGES, "tools": [CHECK_STOCK]} | more
+    answer = post(endpoint, {name: value for name, value in told.items() if value is not None})
+    assert answer.headers["x-slm-swap"] == f"hosted; reason=unsupported; detail={detail}"
+
+
+@pytest.mark.parametrize("more", [{"seed": 1}, {"temperature": 0.7}, {"user": "u"}, {"n": 1}, {"tool_choice": "auto"}, {"max_tokens": 10}, {"logprobs": False}])
+def test_what_changes_nothing_is_answered_locally(endpoint, more):
+    assert endpoint.ask("call Porto", **more)[0] == "local; reason=local"
+
+
+def test_a_reply_longer_than_the_clients_own_limit_is_not_sent(endpoint):
+    assert endpoint.ask("call Porto", max_tokens=9)[0] == "hosted; reason=unfit"
+
+
+@pytest.mark.parametrize(
+    "tools", [[ORDER_STATUS], [CHECK_STOCK, ORDER_STATUS], [CHECK_STOCK | {"function": CHECK_STOCK["function"] | {"description": "another one"}}]]
+)
+def test_tools_that_were_not_measured_go_to_the_hosted_model(endpoint, tools):
+    assert endpoint.ask("call Porto", tools)[0].startswith("hosted; reason=tools; detail=")
+
+
+def test_the_order_of_a_definitions_keys_is_nothing(endpoint):
+    turned = json.loads(json.dumps(CHECK_STOCK), object_pairs_hook=lambda pairs: dict(reversed(pairs)))
+    assert endpoint.ask("call Porto", [turned])[0] == "local; reason=local"
+
+
+def test_a_local_stream_is_one_chunk_and_its_end(endpoint):
+    with endpoint.client() as client:
+        chunks = list(
+            client.chat.completions.create(
+                model=HOSTED_NAME, messages=MESSAGES, tools=[CHECK_STOCK], stream=True, stream_options={"include_usage": True}
+            )
+        )
+    call = chunks[0].choices[0].delta.tool_calls[0]
+    assert (call.index, call.function.name, chunks[0].choices[0].finish_reason) == (0, "check_stock", "tool_calls")
+    assert (chunks[1].choices, chunks[1].usage.total_tokens, len(chunks)) == ([], 30, 2)
+    raw = post(endpoint, {"model": HOSTED_NAME, "messages": MESSAGES, "tools": [CHECK_STOCK], "stream": True})
+    assert raw.headers["content-type"] == "text/event-stream"
+    assert raw.text.endswith("\n\ndata: [DONE]\n\n") and raw.text.count("data: ") == 2
+
+
+def test_a_hosted_stream_comes_as_it_is(endpoint, hosted):
+    body = {"model": HOSTED_NAME, "messages": [{"role": "user", "content": "unsure Porto"}], "tools": [CHECK_STOCK], "stream": True}
+    there = httpx2.post(
+        f"{hosted.url}/openai/deployments/{HOSTED_NAME}/chat/completions?api-version=2024-10-21", json=body, headers={"api-key": HOSTED_KEY}
+    )
+    here = post(endpoint, body)
+    assert here.headers["x-slm-swap"] == "hosted; reason=below_threshold"
+    assert here.headers["content-type"] == there.headers["content-type"]
+    assert _without_time(here.text) == _without_time(there.text)
+
+
+def _without_time(text):
+    return [json.loads(line[6:]) | {"created": 0} for line in text.splitlines() if line.startswith("data: {")] + [text[-14:]]
+
+
+def test_an_azure_client_changes_its_endpoint_alone(endpoint):
+    with openai.AzureOpenAI(azure_endpoint=endpoint.url, api_key="none", api_version="2024-10-21", max_retries=0) as client:
+        for text, who in (("call Porto", "local"), ("unsure Porto", "hosted")):
+            raw = client.chat.completions.with_raw_response.create(
+                model=HOSTED_NAME, messages=[{"role": "user", "content": text}], tools=[CHECK_STOCK]
+            )
+            assert raw.headers["x-slm-swap"].startswith(who)
+            assert raw.parse().choices[0].message is not None
+
+
+def test_models_are_told(endpoint):
+    with endpoint.client() as client:
+        assert [model.id for model in client.models.list()] == [HOSTED_NAME]
+
+
+def test_the_raw_body_reaches_the_hosted_model_as_it_came(endpoint, untouched):
+    seen = []
+    own = untouched.answer
+
+    def answer(request, raw):
+        seen.append((raw, {name.lower(): value for name, value in request.headers.items()}))
+        return own(request, raw)
+
+    untouched.answer = answer
+    raw = b'{"messages" : [{"role":"user","content":"unsure caf\\u00e9"}],  "stop": ["x"], "seed": 12345678901234567890, "model": "simulator"}'
+    post(endpoint, raw, authorization="Bearer a-clients-own-key-0123456789", cookie="a=b", **{"x-request-id": "r1"})
+    del untouched.answer
+    [(body, headers)] = seen
+    assert body == raw
+    assert headers["api-key"] == HOSTED_KEY and headers["x-request-id"] == "r1"
+    assert not {"authorization", "cookie"} & set(headers)
+
+
+def test_a_refusal_of_the_hosted_model_is_passed_on(endpoint, untouched):
+    untouched.script = lambda *_: Answer(429, {"error": {"message": "slowly", "code": "429"}}, "refused", {"Retry-After": "7"})
+    answer = post(endpoint, {"model": HOSTED_NAME, "messages": [{"role": "user", "content": "unsure Porto"}], "tools": [CHECK_STOCK]})
+    assert (answer.status_code, answer.headers["retry-after"], answer.json()["error"]["message"]) == (429, "7", "slowly")
+
+
+def test_a_body_that_is_no_json_is_the_hosted_models_to_refuse(endpoint):
+    answer = post(endpoint, b"{")
+    assert (answer.status_code, answer.headers["x-slm-swap"]) == (400, "hosted; reason=unsupported; detail=body")
+
+
+def test_too_large_a_body_is_refused_before_it_is_read(endpoint):
+    answer = post(endpoint, b"x" * 20_001)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "request_too_large")
+    chunked = httpx2.post(f"{endpoint.url}/v1/chat/completions", content=iter([b"x" * 10_000] * 3), timeout=60)
+    assert chunked.status_code == 413
+
+
+def test_errors_are_in_openais_form(endpoint):
+    with endpoint.client() as client, pytest.raises(openai.NotFoundError) as error:
+        client.get("/nowhere".replace("/", "../../../", 1), cast_to=object)
+    assert error.value.body["type"] == "invalid_request_error"
+
+
+def test_web_pages_may_not_ask_an_endpoint_without_keys(endpoint):
+    assert post(endpoint, {"messages": MESSAGES}, origin="https://example.com").status_code == 403
+
+
+# -- What goes wrong ---------------------------------------------------------------------------------------------------------------
+
+
+def test_what_takes_too_long_goes_to_the_hosted_model_and_nothing_is_answered_twice(endpoint, hosted):
+    before = hosted.asked["slow 1.5"]
+    told, _ = endpoint.ask("slow 1.5")
+    assert told == "hosted; reason=deadline"
+    assert hosted.asked["slow 1.5"] == before + 1
+
+
+def test_a_hosted_model_that_is_down_is_said_with_a_time_to_wait(endpoint, untouched):
+    untouched.script = lambda *_: refused(502, None, "bad gateway")
+    answer = post(endpoint, {"model": HOSTED_NAME, "messages": [{"role": "user", "content": "unsure Porto"}], "tools": [CHECK_STOCK]})
+    assert (answer.status_code, answer.headers["retry-after"], answer.headers["x-slm-swap"]) == (503, "5", "none")
+    assert answer.json()["error"]["type"] == "server_error"
+    assert endpoint.ask("call Porto")[0] == "local; reason=local"
+
+
+def test_a_late_reply_stands_in_for_a_hosted_model_that_is_down(endpoint, untouched):
+    untouched.script = lambda *_: refused(500, None, "down")
+    assert endpoint.ask("slow 1.4")[0] == "local; reason=local"
+
+
+def test_the_flag_takes_everything_back_at_once(endpoint):
+    assert endpoint.ask("call Porto")[0] == "local; reason=local"
+    state.raise_flag(endpoint.state, "they disagree", [], ["r1"])
+    try:
+        assert endpoint.ask("call Porto")[0] == "hosted; reason=stopped"
+        assert httpx2.get(f"{endpoint.url}/healthz").json()["stopped"] == "they disagree"
+    finally:
+        kept = state.lower_flag(endpoint.state)
+    assert json.loads(kept.read_text())["rows"] == ["r1"]
+    assert endpoint.ask("call Porto")[0] == "local; reason=local"
+
+
+def test_every_local_answer_is_audited_where_all_are_to_be(endpoint):
+    def audits(text):
+        return [line for line in endpoint.lines("audits.jsonl") if line["id"] == text]
+
+    ids = {text: endpoint.ask(text)[1].id for text in ("call Porto", "call Lyon")}
+    wait_until(lambda: all(map(audits, ids.values())))
+    [same], [other] = audits(ids["call Porto"]), audits(ids["call Lyon"])
+    assert (same["agree"], same["kind"], same["tool"], same["request"], same["local"]) == (True, "call", "check_stock", None, None)
+    assert other["agree"] is False  # the references say Porto for both
+    assert other["local"] == [{"name": "check_stock", "arguments": {"item": "lamp", "city": "Lyon"}}]
+    assert other["hosted"][0]["arguments"]["city"] == "Porto"
+    assert other["request"]["messages"] == [{"role": "user", "content": "call Lyon"}]
+    assert other["confidence"]["min_logprob"] == -0.01
+
+
+def test_an_engine_that_dies_takes_no_request_with_it_and_comes_back(endpoint):
+    with ThreadPoolExecutor(4) as pool:
+        slow = [pool.submit(endpoint.ask, "slow 0.3") for _ in range(3)]
+        time.sleep(0.05)
+        died = endpoint.ask("die now")
+        assert died[0] == "hosted; reason=engine_down"
+        assert {told.result()[0] for told in slow} <= {"local; reason=local", "hosted; reason=engine_down"}
+    wait_until(lambda: endpoint.ask("call Porto")[0] == "local; reason=local")
+    assert "is started again" in endpoint.log.read_text()
+
+
+def test_a_client_that_goes_costs_the_others_nothing(endpoint):
+    body = json.dumps({"model": HOSTED_NAME, "messages": [{"role": "user", "content": "slow 0.5"}], "tools": [CHECK_STOCK]}).encode()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+    host, _, port = endpoint.url.removeprefix("http://").partition(":")
+    for sent in (head % len(body) + body, head % len(body) + body[:20], head % len(body)):
+        with socket.create_connection((host, int(port))) as client:
+            client.sendall(sent)
+    assert endpoint.ask("call Porto")[0] in ("local; reason=local", "hosted; reason=deadline")
+    wait_until(lambda: endpoint.ask("call Porto")[0] == "local; reason=local")
+
+
+def test_counts_are_told_to_prometheus(endpoint):
+    text = httpx2.get(f"{endpoint.url}/metrics").text
+    assert 'slm_swap_requests_total{answered_by="local",reason="local"}' in text
+    assert "slm_swap_engine_up 1.0" in text
+
+
+# -- Endpoints of their own --------------------------------------------------------------------------------------------------------------
+
+
+def test_overload_goes_to_the_hosted_model(hosted, tmp_path):
+    flags = ("--mode", "cascade", "--cascade", cascade(tmp_path / "c.json"), "--queue", 2, "--audit-share", 0)
+    with serving(tmp_path, *flags, hosted=hosted) as running, ThreadPoolExecutor(6) as pool:
+        told = [one[0] for one in pool.map(lambda _: running.ask("slow 1"), range(6))]
+    assert told.count("local; reason=local") == 2
+    assert told.count("hosted; reason=queue_full") == 4
+
+
+def test_a_model_that_is_not_the_calibrated_one_answers_nothing_and_says_so(hosted, tmp_path):
+    other = cascade(tmp_path / "c.json", SCRIPTED | {"files_sha256": ["1" * 64]})
+    with serving(tmp_path, "--mode", "cascade", "--cascade", other, hosted=hosted) as running:
+        assert running.ask("call Porto")[0] == "hosted; reason=mismatch"
+        health = httpx2.get(f"{running.url}/healthz").json()
+        assert health["answers"] == "hosted" and "files_sha256" in health["mismatches"][0]
+        assert "MISMATCH" in running.log.read_text()
+
+
+def test_shadow_answers_with_the_hosted_model_and_compares(hosted, tmp_path):
+    with serving(tmp_path, "--mode", "shadow", "--cascade", cascade(tmp_path / "c.json"), hosted=hosted) as running:
+        told, reply = running.ask("call Lyon")
+        assert (told, reply.model) == ("hosted; reason=mode", "azure-simulator")
+        stream = post(running, {"model": HOSTED_NAME, "messages": MESSAGES, "tools": [CHECK_STOCK], "stream": True})
+        assert stream.headers["x-slm-swap"] == "hosted; reason=mode"
+        running.ask("unsure Porto")
+        wait_until(lambda: len(running.lines("audits.jsonl")) == 2)
+        assert sorted(line["agree"] for line in running.lines("audits.jsonl")) == [False, True]
+        assert {line["cost"]["hosted"] for line in running.lines("audits.jsonl")} == {0.0}
+    told = json.loads((tmp_path / "state/endpoint.json").read_text())
+    assert (told["mode"], told["cascade"]["path"]) == ("shadow", str(tmp_path / "c.json"))
+    [minute] = running.lines("minutes.jsonl")
+    assert minute["requests"] == {"hosted": {"mode": 3}}
+    assert minute["tools"] == {"check_stock": 3}
+
+
+def test_hosted_mode_loads_no_model(hosted, tmp_path):
+    with serving(tmp_path, "--mode", "hosted", hosted=hosted) as running:
+        assert running.ask("call Porto")[0] == "hosted; reason=mode"
+        assert len(children_of(running.script.pid)) == 1
+
+
+def test_local_mode_needs_no_hosted_model(tmp_path):
+    with serving(tmp_path, "--mode", "local", AZURE_ENDPOINT="") as running:
+        assert running.ask("say hello")[0] == "local; reason=local"
+        with pytest.raises(openai.BadRequestError) as error:
+            running.ask("say hello", n=2)
+        assert error.value.code == "unsupported"
+        with pytest.raises(openai.InternalServerError):
+            running.ask("broken")
+
+
+def test_keys_are_asked_for_and_never_passed_on(hosted, tmp_path):
+    key = "client-key-0123456789"
+    (tmp_path / "keys").write_text(f"# the shop's\n{key}\n")
+    with serving(tmp_path, "--mode", "hosted", "--keys", tmp_path / "keys", hosted=hosted) as running:
+        body = {"model": HOSTED_NAME, "messages": [{"role": "user", "content": "x"}]}
+        assert post(running, body, authorization=f"Bearer {key}").status_code == 200
+        assert post(running, body, **{"api-key": key}).status_code == 200
+        for wrong in ("x", "client-key-012345678", HOSTED_KEY, key + "0"):
+            answer = post(running, body, authorization=f"Bearer {wrong}")
+            assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+            assert HOSTED_KEY not in answer.text
+        assert post(running, body).status_code == 401
+        assert httpx2.get(f"{running.url}/metrics").status_code == 401
+        assert httpx2.get(f"{running.url}/healthz").json() == {"status": "ok"}
+        assert key not in running.log.read_text()
+
+
+def test_sigterm_answers_what_is_under_way_and_takes_nothing_new(hosted, tmp_path):
+    with serving(tmp_path, "--mode", "cascade", "--cascade", cascade(tmp_path / "c.json"), "--workers", 2, hosted=hosted) as running:
+        with ThreadPoolExecutor(2) as pool:
+            under_way = [pool.submit(running.ask, "slow 1") for _ in range(2)]
+            time.sleep(0.4)
+            running.script.send_signal(15)
+            assert [told.result()[0] for told in under_way] == ["local; reason=local"] * 2
+        assert running.script.wait() == 0
+        with pytest.raises(openai.APIConnectionError):
+            running.ask("call Porto")
+
+
+def test_a_worker_that_is_killed_comes_back_and_the_model_stays(hosted, tmp_path):
+    with serving(tmp_path, "--mode", "cascade", "--cascade", cascade(tmp_path / "c.json"), hosted=hosted) as running:
+        engine, worker = sorted(children_of(running.script.pid))
+        os.kill(worker, 9)
+        wait_until(lambda: len(children_of(running.script.pid)) == 2 and worker not in children_of(running.script.pid))
+        assert engine in children_of(running.script.pid)
+
+        def answers() -> bool:
+            try:
+                return running.ask("call Porto")[0] == "local; reason=local"
+            except openai.APIConnectionError:
+                return False
+
+        wait_until(answers)
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (("--mode", "cascade"), "--mode cascade needs --cascade"),
+        (("--mode", "hosted", "--host", "0.0.0.0"), "give clients keys"),
+        (("--mode", "cascade", "--cascade", "nowhere.json"), "nowhere.json"),
+        (("--mode", "hosted", "--audit-budget", "1"), "needs the hosted model's prices"),
+    ],
+)
+def test_a_wrong_set_up_is_one_line(hosted, tmp_path, flags, said):
+    with pytest.raises(AssertionError) as error, serving(tmp_path, *flags, hosted=hosted):
+        pass
+    assert said in str(error.value) and "Traceback" not in str(error.value)
