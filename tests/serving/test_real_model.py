@@ -18,7 +18,7 @@ from tests.support.processes import wait_until
 from tests.support.scripts import load_script
 from tests.support.shop_bot import write_log
 
-ROWS, NEW = 24, 48
+ROWS, NEW = 6, 96
 MODEL = PACKAGE / "models/phi-tiny"
 
 
@@ -27,7 +27,7 @@ def rows(tmp_path_factory):
     """Rows as prepare_data.py makes them of a shop bot's log."""
     folder = tmp_path_factory.mktemp("rows")
     load_script("02_dataset/prepare_data.py").main(
-        ["--source", "chat", "--dataset-path", str(write_log(folder / "log.jsonl", 120)), "--track", "toolcall", "--out", str(folder)]
+        ["--source", "chat", "--dataset-path", str(write_log(folder / "log.jsonl", 120)), "--track", "toolcall", "--out-dir", str(folder)]
     )
     return list(read_examples(next(folder.rglob("test.jsonl"))))[:ROWS]
 
@@ -35,7 +35,7 @@ def rows(tmp_path_factory):
 @pytest.fixture(scope="module")
 def measured(rows):
     """Each row's reply, as evaluations have them."""
-    client = SLMClient(Settings(), MODEL, "fp32", max_new_tokens=NEW)
+    client = SLMClient(Settings(), MODEL, "fp32", max_new_tokens=NEW, constrain="always")
     return client.generate([request_of("toolcall", row) for row in rows])
 
 
@@ -49,13 +49,13 @@ def body_of(row):
 def endpoint(rows, tmp_path_factory):
     folder = tmp_path_factory.mktemp("endpoint")
     identity = {
-        "files_sha256": [files_hash(MODEL)], "precision": "fp32", "engine": "transformers", "ask": None, "thinking": None, "constrain": "off",
+        "files_sha256": [files_hash(MODEL)], "precision": "fp32", "engine": "transformers", "ask": None, "thinking": None, "constrain": "always",
         "max_new_tokens": NEW, "few_shot_sha256": None,
     }  # fmt: skip
     rule = {"signal": "min_logprob", "threshold": -1000.0}
     rules = {"call": rule, "no_call": rule}
     path = cascade(folder / "cascade.json", identity, rules=rules, tools=None)
-    flags = ("--mode", "cascade", "--cascade", path, "--precision", "fp32", "--engine", "transformers", "--max-new-tokens", NEW, "--deadline", 120)
+    flags = ("--mode", "cascade", "--cascade", path, "--precision", "fp32", "--engine", "transformers", "--constrain", "always", "--max-new-tokens", NEW, "--deadline", 120)
     environment = {"SLM_MODEL_PATH": "models/phi-tiny"}
     with (
         AzureSimulator(rows, key=HOSTED_KEY) as hosted,
