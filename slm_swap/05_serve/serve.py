@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
-from slm_swap.cli import SHOTS, Parser, client_options, not_negative, positive, positive_number, run, share
+from slm_swap.cli import SHOTS, Parser, client_options, not_negative, positive, positive_number, run, share, tracing_options
 from slm_swap.clients.endpoint import is_loopback
 from slm_swap.clients.pricing import load_prices
 from slm_swap.clients.protocol import Client
@@ -29,6 +29,7 @@ from slm_swap.evaluating.recipe import read_recipe
 from slm_swap.serving import state
 from slm_swap.serving.options import MODES, Options, read_keys
 from slm_swap.serving.processes import serve
+from slm_swap.tracing.runs import connect
 from slm_swap.verdict.cascade import Cascade, read_cascade
 
 
@@ -57,6 +58,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_client(replay=False)
     parser.add_recipe()
     parser.add_seed()
+    parser.add_tracing()
     args = parser.parse_args(argv)
     if args.mode == "cascade" and not args.cascade:
         parser.error("--mode cascade needs --cascade FILE: make it with 03_compare/calibrate.py")
@@ -137,12 +139,13 @@ def main(argv: list[str] | None = None) -> int:
     made = Options(
         settings, state=args.state, cascade=read_rule(args), recipe=read_recipe(args.recipe, args.track) if args.recipe else None,
         few_shot=few_shot, shots=(args.shots or SHOTS) if few_shot else None, few_shot_sha256=sha256_file(few_shot) if few_shot else None,
-        keys=keys, audit_content=not args.no_audit_content, plain_json=args.json_in_prompt, **options,
+        keys=keys, audit_content=not args.no_audit_content, plain_json=args.json_in_prompt, tracing=tracing_options(args, settings), **options,
     )  # fmt: skip
     if made.mode != "local" or settings.azure_endpoint:
         from slm_swap.serving.hosted import Hosted
 
         Hosted(settings, made.timeout)  # a set-up that is wrong is told now
+    connect(settings, made.tracing)
     listener = listen(args.host, args.port)
     host, port = listener.getsockname()[:2]
     print(f"http://{f'[{host}]' if ':' in host else host}:{port}/v1 ({made.mode})", flush=True)

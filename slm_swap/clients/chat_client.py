@@ -47,7 +47,7 @@ class ChatClient:
     """One model of a server, asked `concurrency` rows at a time; `timeout` in seconds counts per try.
 
     `named` are the variables that messages speak of, `identity` what the client is besides its parameters. A request carries `key`, or
-    the token that `token()` gives, or neither. `template_variables` are for the server's chat template. Parameters that the server does not take are dropped for the whole run (the two names of
+    the token that `token()` gives, or neither. `template_variables` are for the server's chat template, `more` are further parameters. Parameters that the server does not take are dropped for the whole run (the two names of
     the token limit are swapped first). A row that fails for good is a Reply with its error; a fault of the set-up ends the run.
 
     Raises:
@@ -74,6 +74,7 @@ class ChatClient:
         timeout: float = 60.0,
         max_retries: int = 6,
         template_variables: dict[str, Any] | None = None,
+        more: dict[str, Any] | None = None,
     ) -> None:
         started = time.perf_counter()
         if key and not re.fullmatch(r"[!-~]+", key):
@@ -84,7 +85,7 @@ class ChatClient:
         self.prices = load_prices(settings.prices_file)
         # Every server knows `max_tokens` but OpenAI's and Azure's newest models; some ignore the newer name, and then nothing limits them.
         limit = "max_tokens" if endpoint.form == "openai" and endpoint.host != "api.openai.com" else "max_completion_tokens"
-        self._parameters = {"temperature": temperature, "seed": seed, limit: max_new_tokens}
+        self._parameters = {"temperature": temperature, "seed": seed, limit: max_new_tokens} | (more or {})
         self._extra = {"chat_template_kwargs": template_variables} if template_variables else {}  # of vLLM, SGLang and llama.cpp
         self.identity = identity | {"parameters": dict(self._parameters)}
         self._dropped: list[str] = []
@@ -249,7 +250,7 @@ class ChatClient:
             sent, failure = body | self._parameters, None
             try:
                 response = await create(model=self.endpoint.deployment, **sent, extra_body=self._extra or None)
-                reply = self._accept(response.http_response.json(), request.native)
+                reply = self._accept(response.http_response.json(), request)
                 self._good, self._denied = request, 0
             except openai.OpenAIError as error:
                 failure = error
@@ -284,8 +285,8 @@ class ChatClient:
                 what = "one that was answered before" if self._good else "a harmless request"
                 raise UserError(f"{self._where} denied {before} rows in a row, and {what} ({reply.error}): {self._key_advice}")
 
-    def _accept(self, body: Any, native: bool) -> Reply:
-        reply = read_completion(body, native)
+    def _accept(self, body: Any, request: Request) -> Reply:
+        reply = read_completion(body, request.native)
         for name, seen in self._served.items():
             if isinstance(body, dict) and isinstance(body.get(name), str):
                 seen.add(self._scrub(body[name]))

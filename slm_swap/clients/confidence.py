@@ -1,4 +1,4 @@
-"""How sure a local model was of a reply: from the log-probabilities of the tokens that say something, at no further call.
+"""How sure a small model was of a reply: from the log-probabilities of the tokens that say something, at no further call.
 
 What a reply says are the *values* of its JSON and the names of the tools that it calls. Brackets, keys, punctuation and a chat format's marks
 are nearly certain in any reply of that form, right or wrong, and would only dilute it. All log-probabilities and margins are in nats.
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from slm_swap.clients.engines import Chance
 from slm_swap.clients.native import uses_tools
 from slm_swap.clients.native_replies import RECIPIENT, Call, end_of_json, is_json
-from slm_swap.clients.thinking import THINK, channel_messages, cut_thinking, has_channels, prefilled
+from slm_swap.clients.thinking import THINK, channel_messages, cut_served_thinking, cut_thinking, has_channels, prefilled
 from slm_swap.rows.prompts import Request
 
 SIGNALS = ("min_logprob", "sum_logprob", "tool_logprob", "min_margin")  # the larger, the surer
@@ -61,7 +61,24 @@ def confidence(
         return None
     whole = _decoded(tokenizer, tokens)
     places = _places(tokenizer, request, whole, read)
-    spans = token_spans(tokenizer, tokens, whole) if places else None
+    return _summary(places, token_spans(tokenizer, tokens, whole) if places else None, chances)
+
+
+def served_confidence(
+    request: Request, pieces: Sequence[bytes], chances: Sequence[Chance], read: tuple[str, list[Call] | None, str]
+) -> dict[str, Any] | None:
+    """`confidence` of a reply whose model is behind a server: `pieces` are the bytes of its tokens as the server tells them, which stand in for
+    a tokenizer. None, too, where they are no text together."""
+    try:
+        whole = b"".join(pieces).decode("utf-8")
+    except UnicodeDecodeError:
+        return None
+    places = _places(None, request, whole, read) if pieces else None
+    return _summary(places, piece_spans(pieces) if places else None, chances)
+
+
+def _summary(places: Places | None, spans: Sequence[Span] | None, chances: Sequence[Chance]) -> dict[str, Any] | None:
+    """What the chances of the tokens in these places say; None where nothing is found."""
     if places is None or spans is None:
         return None
     named = tokens_in(spans, places.names)
@@ -106,6 +123,17 @@ def token_spans(tokenizer: Any, tokens: Sequence[int], whole: str) -> list[Span]
         spans += [(place, end)] * (at + 1 - read)
         first, read, place = read, at + 1, end
     return spans if place == len(whole) else None
+
+
+def piece_spans(pieces: Sequence[bytes]) -> list[Span]:
+    """The characters of each piece in the text that all are together. Pieces that share a character each have it."""
+    spans, begun = [], 0  # characters whose first byte has been seen
+    for piece in pieces:
+        own = sum(byte & 0xC0 != 0x80 for byte in piece)
+        goes_on = bool(piece) and piece[0] & 0xC0 == 0x80
+        spans.append((begun - goes_on, begun + own))
+        begun += own
+    return spans
 
 
 def tokens_in(spans: Sequence[Span], parts: Sequence[Span]) -> list[int]:
@@ -159,12 +187,12 @@ def value_spans(text: str, start: int = 0, end: int | None = None) -> list[Span]
 
 
 def _places(tokenizer: Any, request: Request, whole: str, read: tuple[str, list[Call] | None, str]) -> Places | None:
-    """Where a decoded reply says what; None where it says nothing, or says it where nothing is found."""
+    """Where a decoded reply says what (`tokenizer` None: of a server's, whose channels and prompt are not known); None where it says nothing, or says it where nothing is found."""
     text, calls, thinking = read
     if not calls and (not text.strip() or (thinking and text.startswith(THINK))):
         return None
     native = request.native and uses_tools(request)
-    if native and has_channels(tokenizer):
+    if native and tokenizer is not None and has_channels(tokenizer):
         return _in_channels(whole, bool(calls))
     start = _behind_thinking(tokenizer, whole, thinking)
     return _in_calls(whole, start, calls) if calls else _in_text(whole, _span_of(text, whole, start), tagged=not native)
@@ -172,7 +200,9 @@ def _places(tokenizer: Any, request: Request, whole: str, read: tuple[str, list[
 
 def _behind_thinking(tokenizer: Any, whole: str, thinking: str) -> int:
     """Where a reply begins behind its thinking."""
-    cut = cut_thinking(whole, prefilled(tokenizer))[1] if thinking else ""
+    cut = ""
+    if thinking:
+        cut = (cut_served_thinking(whole) if tokenizer is None else cut_thinking(whole, prefilled(tokenizer)))[1]
     if cut and cut != whole:
         return len(cut)
     return max(0, whole.find(thinking)) + len(thinking)  # its marks are the format's own

@@ -30,8 +30,8 @@ class Reply:
     included is how long we held its requests back to keep within the quota, as that says nothing of the model. `load` is how many rows
     were asked at a time (1: this one alone; None: not known, or a local batch). `retries` are the tries before the last one: seconds
     (counted likewise) after the row was handed over, seconds that the try took, and its HTTP status (None: no answer). `batch` names the
-    local model's batch that the row was in. `confidence` is how sure a local model was, see `confidence.confidence`; None: not known, as of
-    every model that a server or a file stands for.
+    local model's batch that the row was in. `confidence` is how sure a small model was, see `confidence.confidence`; None: not known, as of
+    hosted models, of files, and of servers that give no log-probabilities.
 
     `constrained` is whether the reply was made under a grammar, None where the run has none; `grammar_error` is why a row that was to have
     one was asked freely.

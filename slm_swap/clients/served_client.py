@@ -1,13 +1,19 @@
 """A small model that somebody serves already, behind an OpenAI-compatible URL (vLLM, Ollama, llama.cpp, LM Studio)."""
 
+from dataclasses import replace
 from typing import Any
 
 from slm_swap.clients.chat_client import CONNECT_SECONDS, ChatClient
+from slm_swap.clients.completions import content_text
+from slm_swap.clients.confidence import served_confidence
 from slm_swap.clients.endpoint import SERVED, Endpoint, open_client, parse_base_url
 from slm_swap.clients.pricing import to_float
+from slm_swap.clients.protocol import Reply
 from slm_swap.clients.templates import SWITCHES
+from slm_swap.clients.thinking import cut_served_thinking
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import Settings
+from slm_swap.rows.prompts import Request
 
 LOCAL_ONLY = {"engine": "auto", "engine_start": "auto", "precision": None, "adapter": None, "constrain": "off"}  # options of a model that is loaded here
 
@@ -36,12 +42,38 @@ class ServedClient(ChatClient):
         }  # fmt: skip
         super().__init__(
             settings, endpoint, SERVED, identity, key, None, max_new_tokens=max_new_tokens, seed=seed, concurrency=concurrency,
-            template_variables=dict.fromkeys(SWITCHES, thinking == "on") if thinking else None, **options
+            template_variables=dict.fromkeys(SWITCHES, thinking == "on") if thinking else None,
+            more={"logprobs": True, "top_logprobs": 2}, **options
         )  # fmt: skip
+
+    def _accept(self, body: Any, request: Request) -> Reply:
+        """A reply with its confidence, where the server gives the log-probabilities of its tokens."""
+        reply = super()._accept(body, request)
+        return replace(reply, confidence=read_confidence(body, request, reply)) if reply.finish_reason in ("stop", "length") else reply
 
     def cost(self, input_tokens: int, cached_tokens: int, output_tokens: int, seconds: float) -> float | None:
         """The machine's price an hour times the seconds that it worked."""
         return to_float(self.prices.local.cost(seconds))
+
+
+def read_confidence(body: Any, request: Request, reply: Reply) -> dict[str, Any] | None:
+    """How sure the model was of a reply, from its completion's `logprobs`; None where the server gives none, or none that can be read.
+
+    A token's bytes are those that the server tells, or its text's. Its margin is that of the two best tokens, among which it may not be.
+    """
+    try:
+        choice = body["choices"][0]
+        told, message = choice["logprobs"]["content"], choice["message"]
+        pieces = [bytes(one["bytes"]) if one.get("bytes") is not None else one["token"].encode() for one in told]
+        chances = []
+        for one in told:
+            best = sorted({one["token"]: one["logprob"], **{other["token"]: other["logprob"] for other in one["top_logprobs"]}}.values(), reverse=True)
+            chances.append((float(one["logprob"]), float(best[0] - best[1])))
+        content, _ = content_text(message.get("content"))
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+        return None
+    thinking = message.get("reasoning_content") or message.get("reasoning") or cut_served_thinking(content)[1]
+    return served_confidence(request, pieces, chances, (reply.text, reply.calls, thinking if isinstance(thinking, str) else ""))
 
 
 def refuse_local_options(options: dict[str, Any]) -> None:

@@ -42,6 +42,7 @@ from slm_swap.demo.simulator_parts import (
     error_answer,
     events_of,
     filter_results,
+    logprobs_of,
     too_many,
 )  # fmt: skip
 from slm_swap.demo.simulator_replies import Replies, as_message
@@ -114,7 +115,7 @@ class AzureSimulator:
             self._cached.add(prefix.digest())
         return cached
 
-    def _completion(self, prompt: str, said: tuple[str, str], chat: str, limit: int | None, native: bool) -> Answer:
+    def _completion(self, prompt: str, said: tuple[str, str], chat: str, limit: int | None, native: bool, logprobs: bool) -> Answer:
         outcome, text = said
         finish, refusal, filtered = "stop", None, False
         if draw(self.seed, "refusal", prompt) < self.faults.refusal:
@@ -130,7 +131,7 @@ class AzureSimulator:
         choice = {
             "index": 0,
             "finish_reason": finish,
-            "logprobs": None,
+            "logprobs": logprobs_of(text, -draw(self.seed, "logprob", prompt)) if logprobs else None,
             "message": {"role": "assistant", "refusal": refusal} | message,
             "content_filter_results": filter_results(filtered),
         }
@@ -258,7 +259,7 @@ class AzureSimulator:
         if refused:
             return refused
         said = self.replies.reply(subject, reference, offered or chat)
-        reply = self._completion(subject, said, chat, min(limits, default=None), bool(offered))
+        reply = self._completion(subject, said, chat, min(limits, default=None), bool(offered), body.get("logprobs") is True)
         cut_off = self._hit("cut_off", subject)
         delay = self.faults.slow_seconds if self._hit("slow", subject) else 0.0
         outcome = "cut_off" if cut_off else "slow" if delay else reply.outcome

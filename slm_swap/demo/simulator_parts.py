@@ -116,6 +116,16 @@ def events_of(body: dict[str, Any], usage: bool) -> tuple[bytes, ...]:
     return (*(b"data: " + json.dumps(shared | chunk).encode() + b"\n\n" for chunk in chunks), b"data: [DONE]\n\n")
 
 
+def logprobs_of(text: str, sure: float) -> dict[str, Any]:
+    """A completion's `logprobs` of the two best tokens: each token has `sure`, and the second one a nat less."""
+    data, content = text.encode("utf-8", "replace"), []
+    for at in range(0, len(data), BYTES_PER_TOKEN):
+        piece = data[at : at + BYTES_PER_TOKEN]
+        own = {"token": piece.decode("utf-8", "replace"), "logprob": sure, "bytes": list(piece)}
+        content.append(own | {"top_logprobs": [own, {"token": "?", "logprob": sure - 1, "bytes": [63]}]})
+    return {"content": content, "refusal": None}
+
+
 def _parts(text: str) -> list[str]:
     return [text[at : at + CHARACTERS] for at in range(0, len(text), CHARACTERS)]
 

@@ -13,9 +13,9 @@ from urllib.parse import quote
 
 from slm_swap.azure_client import entra_token
 from slm_swap.clients.chat_client import CONNECT_SECONDS
-from slm_swap.clients.endpoint import Endpoint, open_client, parse_endpoint
+from slm_swap.clients.endpoint import Endpoint, is_loopback, open_client, parse_endpoint
 from slm_swap.common.errors import UserError
-from slm_swap.common.settings import Settings
+from slm_swap.common.settings import Settings, load_proxies
 
 if TYPE_CHECKING:
     import httpx2
@@ -57,7 +57,10 @@ class Hosted:
         import openai
 
         timeout = openai.Timeout(self._timeout, connect=min(self._timeout, CONNECT_SECONDS), pool=None)
-        self._client = open_client(openai.DefaultAsyncHttpxClient, self.endpoint.host, timeout=timeout)  # of up to 1,000 connections
+        # Of the package's two, aiohttp's takes a fourth of the time and does not slow down with the number of connections, but speaks no SOCKS.
+        socks = any(value.startswith("socks") for value in load_proxies().values()) and not is_loopback(self.endpoint.host)
+        kind = openai.DefaultAsyncHttpxClient if socks else openai.DefaultAioHttpClient
+        self._client = open_client(kind, self.endpoint.host, timeout=timeout)
 
     async def close(self) -> None:
         if self._client:
@@ -138,7 +141,7 @@ def told_down() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not isinstance(error, OSError) and not type(error).__module__.startswith(("httpx", "httpcore")):
+        if not isinstance(error, OSError) and not type(error).__module__.startswith(("httpx", "httpcore", "aiohttp")):
             raise
         raise HostedDown(type(error).__name__) from None
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import Settings, display_path
 from slm_swap.evaluating.recipe import Recipe
+from slm_swap.tracing.runs import Tracing
 from slm_swap.verdict.cascade import Cascade
 
 MODES = ("hosted", "shadow", "cascade", "local")
@@ -45,7 +46,7 @@ class Options:
     audit_content: bool = True
     plain_json: bool = False
     log_content: bool = False
-    tracing: bool = False
+    tracing: Tracing | None = None
     workers: int = 1
     minute: float = 60.0
 

@@ -22,13 +22,15 @@ from slm_swap.rows.few_shot import FewShot
 from slm_swap.rows.prompts import Request as ModelRequest
 from slm_swap.rows.prompts import request_of
 from slm_swap.serving import state
-from slm_swap.serving.audits import Audits
+from slm_swap.serving.audits import Audits, agree
 from slm_swap.serving.chat import Asked, Unsupported, completion, events, is_fit, kind_of, read_chat, tool_of
 from slm_swap.serving.hosted import CHAT, Hosted, HostedDown, answered_headers
 from slm_swap.serving.link import Link, NotNow
 from slm_swap.serving.meters import Meters
 from slm_swap.serving.options import Options
 from slm_swap.serving.streams import joined
+from slm_swap.serving.traces import Traces
+from slm_swap.tracing.runs import connect
 from slm_swap.verdict.cascade import identity_of, tool_hash
 
 HEADER = "x-slm-swap"
@@ -117,7 +119,9 @@ class Service:
         self.identity: dict[str, Any] | None = None
         self.mismatches: list[str] = []
         self.since = now()
-        self.traces: Any = None
+        connection = connect(settings, replace(options.tracing, optional=True)) if options.tracing else None
+        facts = {"track": options.track, "mode": options.mode, "worker": worker, "since": self.since}
+        self.traces = Traces(connection, options.state, facts) if connection else None
         self._link: Link | None = None
         self._closing = False
         self._background: set[asyncio.Task[Any]] = set()
@@ -143,6 +147,8 @@ class Service:
         for task in (*self._running, *self._background):
             task.cancel()
         self._end_minute()
+        if self.traces:
+            await asyncio.to_thread(self.traces.close)
         if self.hosted:
             await self.hosted.close()
 
@@ -150,6 +156,8 @@ class Service:
         while True:
             await asyncio.sleep(self.options.minute)
             self._end_minute()
+            if self.traces and (old := self.traces.old()):
+                self._do(asyncio.to_thread(old.close))
 
     def _end_minute(self) -> None:
         try:
@@ -324,8 +332,8 @@ class Service:
         self.meters.saved(to_float(self.prices.cost(reply.input_tokens, reply.cached_tokens or 0, reply.output_tokens)))
         if self.audits and self.audits.due():
             self._do(self._audit(asked, row, local))
-        elif self.traces:
-            self.traces.local(asked, local, None)
+        else:
+            self._trace(asked, "local", "local", local.reply, None)
         if self.options.log_content:
             say(json.dumps({"id": asked.id, "request": asked.body, "local": whole}, default=str))
         kind, body = ("text/event-stream", events(whole, row.usage)) if row.stream else ("application/json", json.dumps(whole).encode())
@@ -333,8 +341,14 @@ class Service:
 
     async def _audit(self, asked: Incoming, row: Asked, local: Local) -> None:
         hosted = await self.audits.audit(asked.id, local.kind, local.tool, asked.path, asked.body, local.reply)
-        if self.traces:
-            self.traces.local(asked, local, hosted)
+        self._trace(asked, "local", "local", local.reply, hosted)
+
+    def _trace(self, asked: Incoming, by: str, reason: str, local: Reply | None, hosted: Reply | None) -> None:
+        """Tell Langfuse of a request, where it is told."""
+        if self.traces and (local if by == "local" else hosted):
+            same = agree(self.options.track, local, hosted) if local and hosted else None
+            model = self.hosted.name if by == "hosted" else str((self.identity or {}).get("path") or "slm")
+            self.traces.answered(asked.id, model, asked.body, by, reason, local, hosted, same)
 
     # -- The hosted model ------------------------------------------------------------------------------------------------------------------
 
@@ -401,8 +415,8 @@ class Service:
             say(json.dumps({"id": asked.id, "request": asked.body, "hosted": data.decode("utf-8", "replace")}, default=str))
         if shadow:
             self._do(self._beside(asked, shadow, reply))
-        elif self.traces and reply:
-            self.traces.hosted(asked, reply, reason, None)
+        else:
+            self._trace(asked, "hosted", reason, None, reply)
 
     async def _beside(self, asked: Incoming, task: "asyncio.Task[Local]", hosted: Reply | None) -> None:
         """Shadow: the small model's reply beside the hosted one, compared where a cascade would have sent it."""
@@ -412,8 +426,7 @@ class Service:
             local = None
         if local and local.send and hosted and self.audits:
             self.audits.compared(asked.id, local.kind, local.tool, asked.body, local.reply, hosted, hosted.seconds, paid=False)
-        if self.traces and hosted:
-            self.traces.hosted(asked, hosted, "mode", local)
+        self._trace(asked, "hosted", "mode", local.reply if local else None, hosted)
 
     async def other(self, asked: Incoming) -> Given:
         """Anything that is no chat completion: the hosted model's alone.

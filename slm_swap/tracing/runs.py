@@ -145,12 +145,14 @@ class RunTrace:
         parent: str | None = None,
         attributes: Callable[[str], dict[str, str]] | None = None,
         ended: int | None = None,
+        own: bool = True,
     ) -> None:
         """One row, whose span has the id `row_id(name)`; gone over where the trace has it already. `asked` are its messages, or the whole
         body of a request with tools.
 
         A failed request (`reply.error`) is level ERROR, a reply that misses (`error`) level WARNING. Without `cost` Langfuse may show
         a price of its own for a model that it knows by name. `attributes` gives, for the span's id, attributes of OpenTelemetry's own, such as an experiment's.
+        What is not `own` is production's traffic, which `pull_langfuse.py` makes rows of.
         """
         end = ended or time.time_ns()
 
@@ -163,7 +165,7 @@ class RunTrace:
                 "input": asked if self._content else _digest(asked),
                 "output": _answer(reply) if self._content else _digest(_answer(reply)),
                 "model.name": model,
-                "metadata": {OWN_RUN: True, "finish_reason": reply.finish_reason, "seconds": reply.seconds, "error": error, **(metadata or {})},
+                "metadata": ({OWN_RUN: True} if own else {}) | {"finish_reason": reply.finish_reason, "seconds": reply.seconds, "error": error, **(metadata or {})},
                 "level": "ERROR" if reply.error else "WARNING" if error else "DEFAULT",
                 "status_message": reply.error or error,
                 "usage_details": _usage(reply),

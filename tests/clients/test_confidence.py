@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from slm_swap.clients import confidence as module
-from slm_swap.clients.confidence import confidence, token_spans, tokens_in, value_spans
+from slm_swap.clients.confidence import confidence, piece_spans, served_confidence, token_spans, tokens_in, value_spans
 from slm_swap.clients.native import native_turn, read_reply
 from slm_swap.common.settings import Settings
 from slm_swap.rows.prompts import Request, text_request
@@ -338,3 +339,34 @@ def test_a_local_models_replies_have_their_confidence_in_any_batch(monkeypatch):
     assert eight[0].confidence["tokens"] == len(counted)
     assert eight[0].confidence["min_logprob"] == pytest.approx(min(own), abs=1e-4)
     assert eight[0].confidence["sum_logprob"] == pytest.approx(sum(own), abs=1e-4)
+
+
+# -- Of a server -------------------------------------------------------------------------------------------------------------------
+
+
+@given(st.text(max_size=12), st.lists(st.integers(0, 40), max_size=6))
+def test_pieces_have_the_characters_whose_bytes_they_hold(text, cuts):
+    data = text.encode("utf-8", "surrogatepass") if text.isascii() else text.encode("utf-8", "replace")
+    borders = sorted({0, len(data), *(cut for cut in cuts if cut < len(data))})
+    pieces = [data[start:end] for start, end in pairwise(borders)]
+    owners = [at for at, character in enumerate(data.decode()) for _ in character.encode()]  # of each byte, its character
+    place = 0
+    for piece, (start, end) in zip(pieces, piece_spans(pieces), strict=True):
+        assert (start, end) == (owners[place], owners[place + len(piece) - 1] + 1)
+        place += len(piece)
+
+
+@pytest.mark.parametrize("text", ['{"city": "Malmö", "nights": 2}', '{"a": ""}', "Nothing to do in Malmö.", "{}"])
+def test_a_servers_pieces_tell_what_the_tokens_tell(phi, text):
+    request = Request([{"role": "user", "content": "hi"}], None, None, None, True)
+    tokens = encode(phi, text)
+    spelled = {letter: byte for byte, letter in bytes_to_unicode().items()}  # of a byte-level vocabulary
+    pieces = [bytes(spelled[letter] for letter in token) for token in phi.convert_ids_to_tokens(tokens)]
+    assert b"".join(pieces).decode() == text
+    chances = [(-0.1 * (at + 1), 1.0 + at) for at in range(len(tokens))]
+    assert served_confidence(request, pieces, chances, (text, [], "")) == confidence(phi, request, tokens, chances, (text, [], ""))
+
+
+def test_bytes_that_are_no_text_tell_nothing():
+    assert served_confidence(TEXT, [b"\xff"], [(0.0, 1.0)], ("x", None, "")) is None
+    assert served_confidence(TEXT, [], [], ("x", None, "")) is None

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import pytest
 
 from slm_swap.azure_client import AzureClient
-from slm_swap.clients.served_client import ServedClient
+from slm_swap.clients.protocol import Reply
+from slm_swap.clients.served_client import ServedClient, read_confidence
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import Settings
 from slm_swap.demo.azure_simulator import AzureSimulator, Faults
@@ -111,9 +112,44 @@ def test_a_served_small_model(tmp_path):
         assert all(headers["Authorization"] == f"Bearer {KEY}" for _, headers in server.seen)
     assert told == {
         "kind": "slm", "path": "simulator", "endpoint": f"127.0.0.1:{server.port}/v1", "engine": "served", "precision": None,
-        "adapter": None, "training_seconds": None, "parameters": {"temperature": 0.0, "seed": 42, "max_tokens": 99},
+        "adapter": None, "training_seconds": None,
+        "parameters": {"temperature": 0.0, "seed": 42, "max_tokens": 99, "logprobs": True, "top_logprobs": 2},
         "dropped_parameters": [], "served_model": ["azure-simulator"], "system_fingerprint": ["fp_simulator_42"],
     }  # fmt: skip
+
+
+def test_a_servers_log_probabilities_are_a_replys_confidence():
+    tools = [{"name": "pay", "description": "", "parameters": {"type": "object", "properties": {"to": {"type": "string"}}}}]
+    row = Example("Pay Zoë", '<tool_call name="pay">{"to":"Zoë"}</tool_call>', messages=[{"role": "user", "content": "Pay Zoë"}], calls=[], tools=tools)
+    with AzureSimulator([row], key=KEY) as server, closing_client(make_client("slm", slm_settings(server), "toolcall", [])) as client:
+        [reply] = client.generate([Request([{"role": "user", "content": "Pay Zoë"}], tools, None, None, True)])
+    assert reply.calls == [{"name": "pay", "arguments": '{"to":"Zoë"}'}]
+    each = reply.confidence["tool_logprob"]  # the simulator's tokens of 4 bytes are equally likely, and one of them is `"pay`
+    assert -1 < each <= 0
+    assert reply.confidence == {
+        "min_logprob": each, "sum_logprob": pytest.approx(3 * each, abs=1e-5), "tokens": 3, "tool_logprob": each, "min_margin": 1.0,
+    }  # fmt: skip  and two share the ë
+
+
+@pytest.mark.parametrize("faults", [{}, {"unrecognized_parameters": frozenset(["logprobs", "top_logprobs"])}])
+def test_a_server_without_log_probabilities_gives_no_confidence(faults):
+    class Without(AzureSimulator):
+        def answer(self, request, raw):
+            told = super().answer(request, raw)
+            for choice in told.body.get("choices", ()):
+                choice["logprobs"] = None
+            return told
+
+    with Without(ROWS, key=KEY, faults=Faults(**faults)) as server, closing_client(make_client("slm", slm_settings(server), "structured", [])) as client:
+        replies = client.generate(chat())
+        assert [reply.text for reply in replies] == RIGHT and {reply.confidence for reply in replies} == {None}
+        assert client.describe()["dropped_parameters"] == sorted(faults.get("unrecognized_parameters", ()))
+
+
+@pytest.mark.parametrize("content", [None, [], [{"token": "x"}], [{"token": "x", "logprob": 0, "top_logprobs": []}], [{"bytes": [255], "token": "x", "logprob": 0, "top_logprobs": [{"token": "y", "logprob": -1}]}]])
+def test_log_probabilities_that_cannot_be_read_give_no_confidence(content):
+    body = {"choices": [{"message": {"content": "x"}, "logprobs": {"content": content}}]}
+    assert read_confidence(body, chat()[0], Reply("x")) is None
 
 
 @pytest.mark.parametrize(("wanted", "sent"), [(None, None), ("off", False), ("on", True)])

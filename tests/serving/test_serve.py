@@ -14,6 +14,7 @@ from slm_swap.demo.azure_simulator import Answer
 from slm_swap.rows.examples import Example
 from slm_swap.serving import state
 from tests.support.endpoints import CHECK_STOCK, HOSTED_KEY, HOSTED_NAME, SCRIPTED, cascade, serving
+from tests.support.langfuse_server import LangfuseServer
 from tests.support.processes import children_of, wait_until
 from tests.support.scripted import Scripted, plain, refused
 from tests.support.shop_bot import TOOLS
@@ -395,3 +396,20 @@ def test_a_wrong_set_up_is_one_line(hosted, tmp_path, flags, said):
     with pytest.raises(AssertionError) as error, serving(tmp_path, *flags, hosted=hosted):
         pass
     assert said in str(error.value) and "Traceback" not in str(error.value)
+
+
+def test_each_request_is_a_generation_in_langfuse_with_both_replies(hosted, tmp_path):
+    with LangfuseServer("pk-lf-serve") as langfuse:
+        public, secret = langfuse.keys.split(":")
+        known = {"LANGFUSE_DISABLED": "0", "LANGFUSE_PUBLIC_KEY": public, "LANGFUSE_SECRET_KEY": secret, "LANGFUSE_BASE_URL": langfuse.url}
+        with serving(tmp_path, "--mode", "cascade", "--cascade", cascade(tmp_path / "c.json"), "--audit-share", 1, hosted=hosted, **known) as running:
+            ids = [running.ask(text)[1].id for text in ("call Lyon", "unsure Porto")]
+            wait_until(lambda: running.lines("audits.jsonl"))
+        running.script.wait()
+        spans = {span.json("metadata.answered_by"): span for span in langfuse.spans if span.kind == "generation"}
+    assert set(spans) == {"local", "hosted"}
+    assert spans["local"].name == ids[0]
+    assert "Porto" in str(spans["local"].attributes["langfuse.observation.metadata.other_reply"])
+    assert HOSTED_KEY not in str(spans)
+    own = "langfuse.observation.metadata.slm_swap_run"
+    assert own in spans["local"].attributes and own not in spans["hosted"].attributes  # what the hosted model answered is production's traffic

@@ -1,0 +1,262 @@
+"""What the endpoint adds: milliseconds and requests a second in front of back ends that cost nothing, and a campaign of faults.
+
+    python benchmarks/serve.py --out benchmarks/results/serve.json
+    python benchmarks/serve.py --requests 20000 --out benchmarks/results/serve.json
+
+Both models are scripts that answer at once, or after a time that is known: what is measured is the endpoint alone, on the machine that the load is
+made on, too. The campaign sends requests through kills of the model and of workers, outages and slowness of the hosted model, clients that
+go and a restart: every request that its client waited for has to get one answer of its own or an error that says to try again.
+"""
+
+import asyncio
+import json
+import os
+import random
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere
+
+from slm_swap.cli import Parser, not_negative, positive, run
+from slm_swap.clients.protocol import Reply
+from slm_swap.common.reports import code_version, hardware, now, package_versions, write_json
+from slm_swap.common.settings import ROOT
+from slm_swap.rows.toolschema import openai_tool
+from slm_swap.verdict.cascade import identity_of, tool_hash
+
+AT_ONCE, SECONDS = 32, 0.1
+IDENTITY = {"kind": "slm", "path": "scripted", "engine": "scripted", "precision": "fp32", "files_sha256": ["0" * 64], "thinking": None}
+_TEXT = {"type": "string"}
+TOOLS = [
+    {"type": "function", "function": {"name": name, "description": f"{name} in the shop", "parameters": {
+        "type": "object", "properties": {"item": _TEXT, "city": _TEXT, "count": {"type": "integer"}}, "required": ["item", "city"], "additionalProperties": False,
+    }}}
+    for name in ("check_stock", "find_item", "reserve", "cancel_order")
+]  # fmt: skip
+
+
+# -- Back ends ---------------------------------------------------------------------------------------------------------------------
+
+
+class SmallModel:
+    """Answers each request with its own text after some seconds, or dies of it."""
+
+    kind, over_http, identity, engine = "slm", True, IDENTITY, SimpleNamespace(name="scripted", batch_size=8)
+
+    def __init__(self, seconds: float):
+        import threading
+
+        self._seconds = seconds
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, daemon=True).start()
+
+    def ask(self, request: Any) -> "Future[Reply]":
+        future: Future[Reply] = Future()
+        text = request.messages[-1]["content"]
+        if text.startswith("die"):
+            os._exit(9)
+        sure = -9.0 if text.startswith("unsure") else -0.1
+        confidence = {"min_logprob": sure, "sum_logprob": sure, "tokens": 3, "tool_logprob": sure, "min_margin": 1.0}
+        call = {"name": "check_stock", "arguments": json.dumps({"item": text, "city": "Porto"})}
+        reply = Reply("", "stop", 300, 20, 0, calls=[call], confidence=confidence)
+        seconds = float(text.split()[1]) if text.startswith("slow") else self._seconds
+        if seconds:
+            self._loop.call_soon_threadsafe(self._loop.call_later, seconds, future.set_result, reply)
+        else:
+            future.set_result(reply)
+        return future
+
+
+def serve_endpoint(seconds: float, words: list[str]) -> None:
+    """05_serve/serve.py with that small model."""
+    from tests.support.scripts import load_script
+
+    script = load_script("05_serve/serve.py")
+    script.make_small = lambda settings, args: SmallModel(seconds)
+    run(lambda: script.main(words))
+
+
+async def serve_hosted(seconds: float) -> None:
+    """A hosted model that repeats what it was asked, as cheaply as HTTP can be spoken; it prints its port. `down N` on its input stops it for N seconds."""
+    down_until = 0.0
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while head := await reader.readuntil(b"\r\n\r\n"):
+                length = int(re.search(rb"content-length: (\d+)", head, re.IGNORECASE)[1])
+                body = json.loads(await reader.readexactly(length))
+                text = body["messages"][-1]["content"]
+                if time.monotonic() < down_until:
+                    writer.close()
+                    return
+                await asyncio.sleep(seconds)
+                call = {"id": "c", "type": "function", "function": {"name": "check_stock", "arguments": json.dumps({"item": text, "city": "Porto"})}}
+                message = {"role": "assistant", "content": None, "tool_calls": [call]}
+                usage = {"prompt_tokens": 300, "completion_tokens": 20, "total_tokens": 320}
+                told = {"id": "h", "object": "chat.completion", "created": 0, "model": "m", "choices": [{"index": 0, "message": message, "finish_reason": "tool_calls"}], "usage": usage}
+                data = json.dumps(told).encode()
+                writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(data) + data)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+
+    server = await asyncio.start_server(handle, "127.0.0.1", 0, backlog=1024)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    while line := await asyncio.to_thread(sys.stdin.readline):
+        down_until = time.monotonic() + float(line.split()[1])
+
+
+@contextmanager
+def running(mode: str, hosted_seconds: float, small_seconds: float, workers: int, folder: Path, *flags: str):
+    """(the endpoint's port, the hosted model's port, the endpoint's process, the hosted model's process)."""
+    kept = openai_tool
+    tools = {one["name"]: tool_hash(one) for one in map(kept, TOOLS)}
+    rule = {"signal": "min_logprob", "threshold": -1.0, "units": 1, "local": 1, "losses": 0, "bound": 0.01, "seen": 0.0, "local_only": {}}
+    told = {
+        "schema_version": 1, "stage": "cascade", "track": "toolcall", "guarantee": "regret", "delta": 0.02, "alpha": 0.05, "rules": {"call": rule, "no_call": rule},
+        "share_local": 1.0, "regret": {}, "disagreement": {}, "tools": tools, "per_tool": {}, "identity": identity_of(IDENTITY, None, 256, None),
+        "recipe": None, "calibration": {}, "hosted": None, "costs": {},
+    }  # fmt: skip
+    (folder / "cascade.json").write_text(json.dumps(told))
+    here = str(Path(__file__).resolve())
+    hosted = subprocess.Popen([sys.executable, here, "--back-end", "hosted", str(hosted_seconds)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    port = int(hosted.stdout.readline())
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("AZURE_", "SLM_", "LANGFUSE_"))} | {
+        "AZURE_ENDPOINT": f"http://127.0.0.1:{port}/v1", "AZURE_DEPLOYMENT": "m", "AZURE_API_KEY": "key-of-the-hosted-model", "LANGFUSE_DISABLED": "1",
+    }  # fmt: skip
+    words = ["--track", "toolcall", "--mode", mode, "--cascade", str(folder / "cascade.json"), "--port", "0", "--workers", str(workers), "--state", str(folder / "state")]
+    log = open(folder / "log", "w")  # noqa: SIM115
+    endpoint = subprocess.Popen(
+        [sys.executable, here, "--back-end", "endpoint", str(small_seconds), *words, "--audit-share", "0", "--queue", "1000", *flags],
+        stdout=subprocess.PIPE, stderr=log, text=True, env=environment, cwd=ROOT,
+    )  # fmt: skip
+    try:
+        url = endpoint.stdout.readline()
+        own = int(re.search(r":(\d+)/v1", url)[1])
+        until = time.monotonic() + 60
+        while time.monotonic() < until:
+            status, told, _ = asyncio.run(_once(own, body_of("warm up")))
+            if status == 200 and (mode != "cascade" or told.startswith("local")):
+                break
+            time.sleep(0.1)
+        yield own, port, endpoint, hosted
+    finally:
+        endpoint.send_signal(signal.SIGTERM)
+        endpoint.wait(60)
+        hosted.kill()
+        hosted.wait()
+        log.close()
+
+
+# -- Load ------------------------------------------------------------------------------------------------------------------------------
+
+
+def body_of(text: str) -> bytes:
+    system = {"role": "system", "content": "You are the assistant of a furniture shop. Use the tools."}
+    return json.dumps({"model": "m", "messages": [system, {"role": "user", "content": text}], "tools": TOOLS, "temperature": 0}).encode()
+
+
+class Connection:
+    """One keep-alive connection of a client, as cheap as can be: what it costs is no part of what is measured."""
+
+    def __init__(self, port: int):
+        self._port, self._writer = port, None
+
+    async def ask(self, body: bytes) -> tuple[int, str, bytes]:
+        """(status, the header x-slm-swap, body)."""
+        if self._writer is None:
+            self._reader, self._writer = await asyncio.open_connection("127.0.0.1", self._port)
+        self._writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+        head = await self._reader.readuntil(b"\r\n\r\n")
+        length = int(re.search(rb"content-length: (\d+)", head, re.IGNORECASE)[1])
+        told = re.search(rb"x-slm-swap: ([^\r]*)", head, re.IGNORECASE)
+        return int(head[9:12]), told[1].decode() if told else "", await self._reader.readexactly(length)
+
+    def close(self) -> None:
+        if self._writer:
+            self._writer.close()
+            self._writer = None
+
+
+async def _once(port: int, body: bytes) -> tuple[int, str, bytes]:
+    connection = Connection(port)
+    try:
+        return await connection.ask(body)
+    except (OSError, asyncio.IncompleteReadError):
+        return 0, "", b""
+    finally:
+        connection.close()
+
+
+async def load(port: int, text: str, seconds: float, at_once: int = AT_ONCE) -> tuple[list[float], float]:
+    """(seconds of each request, requests a second) of clients that ask again as soon as they are answered."""
+    took: list[float] = []
+    began = time.perf_counter()
+
+    async def client() -> None:
+        connection, body = Connection(port), body_of(text)
+        await asyncio.sleep(random.random() * 0.1)  # or all would come in step
+        while time.perf_counter() - began < seconds:
+            at = time.perf_counter()
+            status, _, _ = await connection.ask(body)
+            assert status == 200, status
+            took.append(time.perf_counter() - at)
+        connection.close()
+
+    await asyncio.gather(*(client() for _ in range(at_once)))
+    return took, len(took) / (time.perf_counter() - began)
+
+
+def quantiles(took: list[float]) -> dict[str, float]:
+    cut = statistics.quantiles(took, n=100)
+    return {"p50": round(1000 * cut[49], 2), "p99": round(1000 * cut[98], 2), "requests": len(took)}
+
+
+def measure(seconds: float) -> dict[str, Any]:
+    """What the endpoint adds to back ends of SECONDS each, and how many requests it passes on or answers a second."""
+    told: dict[str, Any] = {"at_once": AT_ONCE, "back_end_ms": 1000 * SECONDS}
+    for workers in (1, 2):
+        for mode, who in (("hosted", "hosted"), ("cascade", "local")):
+            with tempfile.TemporaryDirectory() as folder, running(mode, SECONDS, SECONDS, workers, Path(folder)) as (own, port, _, _):
+                direct = quantiles(asyncio.run(load(port, "call", seconds))[0])
+                through = quantiles(asyncio.run(load(own, "call", seconds))[0])
+            with tempfile.TemporaryDirectory() as folder, running(mode, 0.0, 0.0, workers, Path(folder)) as (own, _, _, _):
+                _, rate = asyncio.run(load(own, "call", seconds))
+            added = {name: round(through[name] - direct[name], 2) for name in ("p50", "p99")}
+            told[f"{who}_{workers}_workers"] = {"direct_ms": direct, "through_ms": through, "added_ms": added, "requests_per_second": round(rate, 1)}
+            print(who, workers, added, round(rate, 1), flush=True)
+    return told
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(description=__doc__)
+    parser.add_argument("--seconds", type=positive, default=10, help="of each measurement")
+    parser.add_argument("--requests", type=not_negative, default=0, metavar="N", help="of the campaign of faults; 0: none")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="where the figures are written")
+    parser.add_seed()
+    args = parser.parse_args(argv)
+    told = {"created_at": now(), "code": code_version(), "hardware": hardware(), "packages": package_versions()}
+    told |= {"added": measure(args.seconds)}
+    if args.out:
+        write_json(args.out, told)
+    return 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1:3] == ["--back-end", "hosted"]:
+        asyncio.run(serve_hosted(float(sys.argv[3])))
+    elif sys.argv[1:3] == ["--back-end", "endpoint"]:
+        serve_endpoint(float(sys.argv[3]), sys.argv[4:])
+    else:
+        run(main)
