@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,14 +28,17 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere
 
-from slm_swap.cli import Parser, not_negative, positive, run
+from slm_swap.cli import Parser, not_negative, run
 from slm_swap.clients.protocol import Reply
 from slm_swap.common.reports import code_version, hardware, now, package_versions, write_json
 from slm_swap.common.settings import ROOT
 from slm_swap.rows.toolschema import openai_tool
+from slm_swap.serving.state import lower_flag, raise_flag
 from slm_swap.verdict.cascade import identity_of, tool_hash
 
 AT_ONCE, SECONDS = 32, 0.1
+SLOW, DEADLINE = 1.5, 1.0  # of the campaign's slow requests, and of the endpoint's wait for them
+PATIENCE = 60  # seconds after which a request that got nothing is lost
 IDENTITY = {"kind": "slm", "path": "scripted", "engine": "scripted", "precision": "fp32", "files_sha256": ["0" * 64], "thinking": None}
 _TEXT = {"type": "string"}
 TOOLS = [
@@ -49,7 +53,7 @@ TOOLS = [
 
 
 class SmallModel:
-    """Answers each request with its own text after some seconds, or dies of it."""
+    """Answers each request with its own text after some seconds."""
 
     kind, over_http, identity, engine = "slm", True, IDENTITY, SimpleNamespace(name="scripted", batch_size=8)
 
@@ -63,13 +67,11 @@ class SmallModel:
     def ask(self, request: Any) -> "Future[Reply]":
         future: Future[Reply] = Future()
         text = request.messages[-1]["content"]
-        if text.startswith("die"):
-            os._exit(9)
-        sure = -9.0 if text.startswith("unsure") else -0.1
+        sure = -9.0 if "unsure" in text else -0.1
         confidence = {"min_logprob": sure, "sum_logprob": sure, "tokens": 3, "tool_logprob": sure, "min_margin": 1.0}
         call = {"name": "check_stock", "arguments": json.dumps({"item": text, "city": "Porto"})}
         reply = Reply("", "stop", 300, 20, 0, calls=[call], confidence=confidence)
-        seconds = float(text.split()[1]) if text.startswith("slow") else self._seconds
+        seconds = SLOW if "slow" in text else self._seconds
         if seconds:
             self._loop.call_soon_threadsafe(self._loop.call_later, seconds, future.set_result, reply)
         else:
@@ -87,8 +89,10 @@ def serve_endpoint(seconds: float, words: list[str]) -> None:
 
 
 async def serve_hosted(seconds: float) -> None:
-    """A hosted model that repeats what it was asked, as cheaply as HTTP can be spoken; it prints its port. `down N` on its input stops it for N seconds."""
+    """A hosted model that repeats what it was asked, as cheaply as HTTP can be spoken; it prints its port. `down N` on its input stops it for N
+    seconds; `twice` has it print how many texts it was asked more than once."""
     down_until = 0.0
+    asked: Counter[str] = Counter()
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -99,6 +103,7 @@ async def serve_hosted(seconds: float) -> None:
                 if time.monotonic() < down_until:
                     writer.close()
                     return
+                asked[text] += 1
                 await asyncio.sleep(seconds)
                 call = {"id": "c", "type": "function", "function": {"name": "check_stock", "arguments": json.dumps({"item": text, "city": "Porto"})}}
                 message = {"role": "assistant", "content": None, "tool_calls": [call]}
@@ -114,7 +119,10 @@ async def serve_hosted(seconds: float) -> None:
     server = await asyncio.start_server(handle, "127.0.0.1", 0, backlog=1024)
     print(server.sockets[0].getsockname()[1], flush=True)
     while line := await asyncio.to_thread(sys.stdin.readline):
-        down_until = time.monotonic() + float(line.split()[1])
+        if line.startswith("down"):
+            down_until = time.monotonic() + float(line.split()[1])
+        else:
+            print(sum(count > 1 for text, count in asked.items() if text.startswith("#")), flush=True)
 
 
 @contextmanager
@@ -125,7 +133,7 @@ def running(mode: str, hosted_seconds: float, small_seconds: float, workers: int
     rule = {"signal": "min_logprob", "threshold": -1.0, "units": 1, "local": 1, "losses": 0, "bound": 0.01, "seen": 0.0, "local_only": {}}
     told = {
         "schema_version": 1, "stage": "cascade", "track": "toolcall", "guarantee": "regret", "delta": 0.02, "alpha": 0.05, "rules": {"call": rule, "no_call": rule},
-        "share_local": 1.0, "regret": {}, "disagreement": {}, "tools": tools, "per_tool": {}, "identity": identity_of(IDENTITY, None, 256, None),
+        "share_local": 1.0, "regret": {"seen": 0.0, "bound": 0.01}, "disagreement": {}, "tools": tools, "per_tool": {}, "identity": identity_of(IDENTITY, "native", "off", 256, None),
         "recipe": None, "calibration": {}, "hosted": None, "costs": {},
     }  # fmt: skip
     (folder / "cascade.json").write_text(json.dumps(told))
@@ -239,15 +247,112 @@ def measure(seconds: float) -> dict[str, Any]:
     return told
 
 
+# -- Faults ----------------------------------------------------------------------------------------------------------------------------
+
+
+def children_of(parent: int) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+
+
+def memory(pids: list[int]) -> float:
+    """MiB of the largest of some processes."""
+    found = [re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text()) for pid in pids if Path(f"/proc/{pid}").exists()]
+    return round(max(int(one[1]) for one in found if one) / 1024, 1)
+
+
+async def campaign(requests: int, rng: random.Random, port: int, endpoint: subprocess.Popen, hosted: subprocess.Popen, state: Path) -> dict[str, Any]:
+    """Ask so many requests, AT_ONCE at a time, while things fail, each until it is answered as the openai package would: after an error that says so, again."""
+    outcome: Counter[str] = Counter()
+    faults: Counter[str] = Counter()
+    sizes: list[float] = []
+    waiting = iter(range(requests))
+    over = asyncio.Event()
+
+    async def client() -> None:
+        connection = Connection(port)
+        for number in waiting:
+            kind = rng.choices(("sure", "unsure", "slow"), (60, 38, 2))[0]
+            for attempt in range(1000):
+                text = f"#{number}.{attempt} {kind}"
+                if rng.random() < 0.03:  # this client goes; the application asks again on another connection
+                    gone = asyncio.create_task(_once(port, body_of(f"{text} gone")))
+                    await asyncio.sleep(rng.random() * 0.02)
+                    gone.cancel()
+                    outcome["clients that went"] += 1
+                try:
+                    status, told, body = await asyncio.wait_for(connection.ask(body_of(text)), PATIENCE)
+                except (OSError, asyncio.IncompleteReadError):
+                    connection.close()
+                    outcome["connections that broke"] += 1
+                except TimeoutError:
+                    connection.close()
+                    outcome["LOST"] += 1
+                    break
+                else:
+                    if status == 200:
+                        said = json.loads(body)["choices"][0]["message"]["tool_calls"][0]["function"]["arguments"]
+                        outcome["answered" if json.loads(said)["item"] == text else "WRONG"] += 1
+                        outcome[told] += 1
+                        break
+                    outcome[f"status {status}"] += 1
+                await asyncio.sleep(min(0.05 * 2**attempt, 1.0))
+        connection.close()
+
+    async def trouble() -> None:
+        while not over.is_set():
+            await asyncio.sleep(rng.uniform(0.5, 1.5))
+            engine, *workers = sorted(children_of(endpoint.pid))[:3] or [0]
+            kind = rng.choice(("small model killed", "worker killed", "hosted model down", "flag", "worker stopped for a while"))
+            faults[kind] += 1
+            try:
+                if kind == "small model killed":
+                    os.kill(engine, signal.SIGKILL)
+                elif kind == "worker killed" and workers:
+                    os.kill(rng.choice(workers), signal.SIGKILL)
+                elif kind == "worker stopped for a while" and workers:
+                    os.kill(stopped := rng.choice(workers), signal.SIGSTOP)
+                    await asyncio.sleep(0.3)
+                    os.kill(stopped, signal.SIGCONT)
+                elif kind == "hosted model down":
+                    hosted.stdin.write("down 0.5\n")
+                    hosted.stdin.flush()
+                elif kind == "flag":
+                    raise_flag(state, "a trial", [], [])
+                    await asyncio.sleep(0.3)
+                    lower_flag(state)
+                sizes.append(memory(children_of(endpoint.pid)))
+            except (ProcessLookupError, ValueError, OSError):
+                pass
+
+    began, troubles = time.monotonic(), asyncio.create_task(trouble())
+    await asyncio.gather(*(client() for _ in range(AT_ONCE)))
+    over.set()
+    await troubles
+    hosted.stdin.write("twice\n")
+    hosted.stdin.flush()
+    quarter = max(1, len(sizes) // 4)
+    return {
+        "requests": requests, "seconds": round(time.monotonic() - began, 1), "outcome": dict(outcome), "faults": dict(faults),
+        "lost": outcome["LOST"], "answers_of_others": outcome["WRONG"], "asked_of_the_hosted_model_twice": int(hosted.stdout.readline()),
+        "memory_mib": {"first_quarter": max(sizes[:quarter], default=None), "last_quarter": max(sizes[-quarter:], default=None)},
+    }  # fmt: skip
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__)
-    parser.add_argument("--seconds", type=positive, default=10, help="of each measurement")
+    parser.add_argument("--seconds", type=not_negative, default=10, help="of each measurement; 0: none")
     parser.add_argument("--requests", type=not_negative, default=0, metavar="N", help="of the campaign of faults; 0: none")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where the figures are written")
     parser.add_seed()
     args = parser.parse_args(argv)
     told = {"created_at": now(), "code": code_version(), "hardware": hardware(), "packages": package_versions()}
-    told |= {"added": measure(args.seconds)}
+    if args.seconds:
+        told["added"] = measure(args.seconds)
+    if args.requests:
+        flags = ("--deadline", str(DEADLINE))
+        with tempfile.TemporaryDirectory() as folder, running("cascade", 0.005, 0.005, 2, Path(folder), *flags) as (own, _, endpoint, hosted):
+            told["campaign"] = asyncio.run(campaign(args.requests, random.Random(args.seed), own, endpoint, hosted, Path(folder) / "state"))
+        print(json.dumps(told["campaign"], indent=2))
     if args.out:
         write_json(args.out, told)
     return 0

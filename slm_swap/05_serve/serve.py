@@ -72,12 +72,13 @@ def read_rule(args: argparse.Namespace) -> Cascade | None:
     """
     if not args.cascade:
         return None
-    cascade = read_cascade(args.cascade)
+    cascade = read_cascade(find_path(args.cascade))
     if cascade.track != args.track:
         raise UserError(f"{args.cascade} is of track {cascade.track}, not {args.track}: name the cascade of this track")
-    wanted, given = (cascade.recipe or {}).get("sha256"), sha256_file(find_path(args.recipe)) if args.recipe else None
+    recipe = cascade.told.get("recipe") or {}
+    wanted, given = recipe.get("sha256"), sha256_file(find_path(args.recipe)) if args.recipe else None
     if wanted != given:
-        named = f"pass --recipe {cascade.recipe['path']}" if cascade.recipe else "leave --recipe out"
+        named = f"pass --recipe {recipe['path']}" if recipe else "leave --recipe out"
         raise UserError(f"{args.cascade} was calibrated with another recipe than this: {named}, or calibrate again")
     return cascade
 
@@ -134,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.audit_budget is not None and prices.deployment(settings.azure_deployment or "").input is None:
         raise UserError(f'--audit-budget needs the hosted model\'s prices: write them under [hosted."{settings.azure_deployment}"] in {prices.path}')
     few_shot = find_path(args.few_shot) if args.few_shot else None
-    options: dict[str, Any] = {name: getattr(args, name) for name in ("mode", "track", "ask", "max_new_tokens", "deadline", "queue", "timeout")}
+    options: dict[str, Any] = {name: getattr(args, name) for name in ("mode", "track", "ask", "constrain", "max_new_tokens", "deadline", "queue", "timeout")}
     options |= {name: getattr(args, name) for name in ("max_body", "audit_share", "audit_budget", "log_content", "workers")}
     made = Options(
         settings, state=args.state, cascade=read_rule(args), recipe=read_recipe(args.recipe, args.track) if args.recipe else None,

@@ -87,7 +87,7 @@ class Door:
             return Given(200, [("content-type", "text/plain; version=0.0.4; charset=utf-8")], self._service.meters.text())
         if path in MODELS and scope["method"] == "GET":
             return json_answer(200, self._service.models())
-        if not path.startswith(("/v1/", "/openai/", "/models/")):
+        if not path.startswith(("/v1/", "/openai/", "/models/")) or ".." in path:
             raise Refused(404, "not_found", f"{path} is not here: use /v1 or /openai/deployments/NAME")
         return None
 

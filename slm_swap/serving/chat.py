@@ -19,6 +19,7 @@ from slm_swap.rows.examples import Example, parse_example
 from slm_swap.rows.lines import dump_json
 from slm_swap.scoring.form import form_of
 from slm_swap.scoring.several import answer, answer_json
+from slm_swap.verdict.cascade import is_fit
 
 LIMITS = ("max_completion_tokens", "max_tokens")
 # What a request may hold besides, and the values with which the small model's reply is not another one than the hosted model's.
@@ -98,22 +99,10 @@ def read_chat(track: str, body: dict[str, Any], name: str, plain_json: bool = Fa
     )  # fmt: skip
 
 
-def kind_of(track: str, reply: Reply) -> str:
-    """The class of a reply by which a cascade decides."""
-    if track == "structured":
-        return "value"
-    try:
-        return "call" if answer(track, reply.text, reply.calls) else "no_call"
-    except ValueError:
-        return "call"  # it tried to
-
-
-def is_fit(track: str, asked: Asked, reply: Reply) -> bool:
+def may_be_sent(track: str, asked: Asked, reply: Reply) -> bool:
     """Whether a reply may be sent at all: it ended by itself within the client's limit, parses, keeps its schema, and calls only what is on offer."""
-    if reply.finish_reason != "stop" or (asked.limit is not None and (reply.output_tokens or 0) > asked.limit):
-        return False
     form = form_of(track, asked.example, reply.text, reply.finish_reason, reply.calls)
-    if not form.parses or form.keeps_schema is False or (form.keeps_schema is None and asked.example.schema):
+    if not is_fit(reply.finish_reason, *form) or (asked.limit is not None and (reply.output_tokens or 0) > asked.limit):
         return False
     if track == "structured":
         return asked.wants_json or reply.text.lstrip()[:1] in ("{", "[")

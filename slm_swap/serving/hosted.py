@@ -9,7 +9,7 @@ import re
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
+from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 from slm_swap.azure_client import entra_token
 from slm_swap.clients.chat_client import CONNECT_SECONDS
@@ -73,17 +73,18 @@ class Hosted:
     def url(self, path: str, query: str, model: str | None) -> str:
         """Where a request goes that came by this path: the same thing in the form of the hosted model's URL. `model` is the one it names."""
         base, form = self.endpoint.base_url, self.endpoint.form
-        found = OWN_PATH.fullmatch(path)
-        rest = found["rest"] if found else path
+        found, chat = OWN_PATH.fullmatch(path), CHAT.fullmatch(path)
+        own = urlencode(self.endpoint.query)
         if form == "deployments":
-            base = base.rpartition("/openai/deployments/")[0]
-            if CHAT.fullmatch(path) or (found and found["name"]):
-                base += f"/openai/deployments/{quote((found and found['name']) or model or self.name, safe='')}"
-            else:
-                rest = path if path.startswith("/openai/") else f"/openai{path}"
-        own = "&".join(f"{key}={quote(value, safe='')}" for key, value in self.endpoint.query.items())
-        query = query if form == "deployments" and "api-version=" in query else own if form in ("deployments", "models") or own else ""
-        return f"{base}{rest}" + (f"?{query}" if query else "")
+            resource = base.rpartition("/openai/deployments/")[0]
+            if not chat and not (found and found["name"]):  # a path of the resource, in the client's own version
+                return f"{resource}{path if path.startswith('/openai/') else f'/openai{path}'}" + (f"?{query}" if query else "")
+            named = unquote(found["name"]) if found and found["name"] else model or self.name
+            base, query = f"{resource}/openai/deployments/{quote(named, safe='')}", query if "api-version=" in query else own
+        else:
+            kept = [(name, value) for name, value in parse_qsl(query, keep_blank_values=True) if name != "api-version"]
+            query = "&".join(filter(None, (urlencode(kept), own)))
+        return f"{base}{found['rest'] if found else path}" + (f"?{query}" if query else "")
 
     def body(self, raw: bytes, parsed: dict[str, Any] | None, model: str | None) -> bytes:
         """A request's body as it came; with its `model` where only the client's URL named it, and the hosted model's URL does not."""

@@ -17,7 +17,7 @@ SHORTEST_KEY = 16
 
 @dataclass(frozen=True)
 class Options:
-    """`ask`, `few_shot`, `shots` and `max_new_tokens` are how the small model is asked, as in evaluations; `deadline` in seconds is the longest that a
+    """`ask`, `few_shot`, `shots`, `constrain` and `max_new_tokens` are how the small model is asked, as in evaluations; `deadline` in seconds is the longest that a
     request waits for it, `queue` how many of all workers wait; `timeout` in seconds is how long the hosted model may be silent.
 
     `max_body` in bytes and `body_seconds` bound a request's body. `audit_share` of the locally answered requests is asked of the hosted
@@ -34,6 +34,7 @@ class Options:
     few_shot: Path | None = None
     shots: int | None = None
     few_shot_sha256: str | None = None
+    constrain: str = "off"
     max_new_tokens: int = 256
     deadline: float = 10.0
     queue: int = 64

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from typing import Any
+from urllib.parse import unquote
 
 from slm_swap.clients.completions import read_completion
 from slm_swap.clients.pricing import HostedPrices, load_prices, to_float
@@ -23,7 +24,7 @@ from slm_swap.rows.prompts import Request as ModelRequest
 from slm_swap.rows.prompts import request_of
 from slm_swap.serving import state
 from slm_swap.serving.audits import Audits, agree
-from slm_swap.serving.chat import Asked, Unsupported, completion, events, is_fit, kind_of, read_chat, tool_of
+from slm_swap.serving.chat import Asked, Unsupported, completion, events, may_be_sent, read_chat, tool_of
 from slm_swap.serving.hosted import CHAT, Hosted, HostedDown, answered_headers
 from slm_swap.serving.link import Link, NotNow
 from slm_swap.serving.meters import Meters
@@ -31,7 +32,7 @@ from slm_swap.serving.options import Options
 from slm_swap.serving.streams import joined
 from slm_swap.serving.traces import Traces
 from slm_swap.tracing.runs import connect
-from slm_swap.verdict.cascade import identity_of, tool_hash
+from slm_swap.verdict.cascade import identity_of, kind_of, tool_hash
 
 HEADER = "x-slm-swap"
 RETRY_SECONDS = 5  # what a client is told to wait where nobody answers
@@ -94,7 +95,7 @@ def incoming(method: str, path: str, query: str, headers: list[tuple[str, str]],
         body = None
     body = body if isinstance(body, dict) else None
     found = CHAT.fullmatch(path)
-    named = (found and found["name"]) or (body or {}).get("model")
+    named = unquote(found["name"]) if found and found["name"] else (body or {}).get("model")
     model = named if isinstance(named, str) else None
     return Incoming(method, path, query, headers, raw, body, model, f"chatcmpl-{uuid.uuid4().hex}", time.perf_counter())
 
@@ -111,7 +112,8 @@ class Service:
         settings, cascade = options.settings, options.cascade
         self.hosted = Hosted(settings, options.timeout) if settings.azure_endpoint or options.mode != "local" else None
         self.few_shot = FewShot(options.few_shot, options.track, options.shots) if options.few_shot and options.small else None
-        edges = {kind: (rule["signal"], rule["quantiles"]) for kind, rule in (cascade.rules if cascade else {}).items() if rule.get("quantiles")}
+        rules = cascade.told["rules"] if cascade else {}
+        edges = {kind: (rule["signal"], rule["quantiles"]) for kind, rule in rules.items() if rule.get("quantiles")}
         self.meters = Meters(options.state, worker, edges)
         self.prices = load_prices(settings.prices_file).deployment(self.hosted.name) if self.hosted else HostedPrices()
         self.audits = Audits(options, self.hosted, self.meters, self.prices) if self.hosted else None
@@ -176,7 +178,7 @@ class Service:
         cascade, recipe, before = self.options.cascade, self.options.recipe, self.mismatches
         self.mismatches = []
         if cascade:
-            own = identity_of(identity, self.options.ask, self.options.max_new_tokens, self.options.few_shot_sha256)
+            own = identity_of(identity, self.options.ask or "native", self.options.constrain, self.options.max_new_tokens, self.options.few_shot_sha256)
             self.mismatches += cascade.mismatches(own)
         if recipe:
             try:
@@ -312,7 +314,7 @@ class Service:
         if reply.finish_reason != "stop":
             return Local(reply, "", None, False, "unfit")
         track, cascade = self.options.track, self.options.cascade
-        kind, fit = kind_of(track, reply), is_fit(track, row, reply)
+        kind, fit = kind_of(track, reply.text, reply.calls), may_be_sent(track, row, reply)
         tool = tool_of(track, reply) if fit else None
         self.meters.judged(kind, reply, tool)
         send, why = cascade.local(kind, fit, reply.confidence) if cascade and self.options.mode != "local" else (fit, "local" if fit else "unfit")

@@ -49,7 +49,7 @@ def body_of(row):
 def endpoint(rows, tmp_path_factory):
     folder = tmp_path_factory.mktemp("endpoint")
     identity = {
-        "files_sha256": [files_hash(MODEL)], "precision": "fp32", "engine": "transformers", "ask": None, "thinking": None, "constrain": "always",
+        "files_sha256": [files_hash(MODEL)], "precision": "fp32", "path": None, "engine": "transformers", "ask": "native", "thinking": None, "constrain": "always",
         "max_new_tokens": NEW, "few_shot_sha256": None,
     }  # fmt: skip
     rule = {"signal": "min_logprob", "threshold": -1000.0}

@@ -21,7 +21,7 @@ from tests.support.shop_bot import TOOLS
 
 HOSTED_KEY, HOSTED_NAME = "hosted-key-0123456789abcdef", "simulator"
 CHECK_STOCK = next(tool for tool in TOOLS if tool["function"]["name"] == "check_stock")
-SCRIPTED = identity_of(IDENTITY, None, 256, None)
+SCRIPTED = identity_of(IDENTITY, "native", "off", 256, None)
 
 
 @dataclass
