@@ -1,6 +1,7 @@
 """The endpoint with the embedded model: what it sends is what an evaluation of the same request measured."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
 import pytest
@@ -10,39 +11,58 @@ from slm_swap.common.settings import PACKAGE, Settings
 from slm_swap.demo.azure_simulator import AzureSimulator
 from slm_swap.rows.examples import read_examples
 from slm_swap.rows.prompts import request_of
-from slm_swap.scoring.several import answer_json
+from slm_swap.scoring.form import form_of
 from slm_swap.serving import state
 from slm_swap.slm_client import SLMClient
+from slm_swap.verdict.cascade import is_fit
 from tests.support.endpoints import HOSTED_KEY, HOSTED_NAME, cascade, serving
 from tests.support.processes import wait_until
 from tests.support.scripts import load_script
-from tests.support.shop_bot import write_log
 
-ROWS, NEW = 6, 96
+NEW = 32
 MODEL = PACKAGE / "models/phi-tiny"
+SAID = ("late by two days", "the lamp is broken", "a refund of 30 euros", "two chairs instead of one", "nothing at all", "the rug smells")
+SHORT = {"type": "object", "properties": {"kind": {"enum": ["late", "broken", "refund"]}, "sure": {"type": "boolean"}}, "required": ["kind", "sure"], "additionalProperties": False}
+LONG = {"type": "object", "properties": {"why": {"type": "string", "minLength": 400}}, "required": ["why"], "additionalProperties": False}
+
+
+def asked(said: str) -> dict:
+    """What production sent: a request whose reply is short, or does not fit into NEW tokens."""
+    schema, format_name = (LONG, "essay") if said == SAID[-1] else (SHORT, "case")
+    messages = [{"role": "system", "content": "Sort the complaint."}, {"role": "user", "content": f"Complaint: {said}"}]
+    return {"messages": messages, "response_format": {"type": "json_schema", "json_schema": {"name": format_name, "schema": schema}}}
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    """Rows as prepare_data.py makes them of a shop bot's log."""
+    """Rows as prepare_data.py makes them of a log, by what the user said."""
     folder = tmp_path_factory.mktemp("rows")
-    load_script("02_dataset/prepare_data.py").main(
-        ["--source", "chat", "--dataset-path", str(write_log(folder / "log.jsonl", 120)), "--track", "toolcall", "--out-dir", str(folder)]
-    )
-    return list(read_examples(next(folder.rglob("test.jsonl"))))[:ROWS]
+    gold = {"LONG": {"why": "x" * 400}, "SHORT": {"kind": "late", "sure": True}}
+    log = [asked(said) for said in SAID]
+    for row, said in zip(log, SAID, strict=True):
+        row["messages"] = [*row["messages"], {"role": "assistant", "content": json.dumps(gold["LONG" if said == SAID[-1] else "SHORT"])}]
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+    load_script("02_dataset/prepare_data.py").main(["--source", "chat", "--dataset-path", str(folder / "log.jsonl"), "--out-dir", str(folder)])
+    found = [row for split in folder.rglob("structured/*.jsonl") for row in read_examples(split)]
+    assert len(found) == len(SAID)
+    return sorted(found, key=lambda row: row.messages[-1]["content"])
 
 
 @pytest.fixture(scope="module")
 def measured(rows):
-    """Each row's reply, as evaluations have them."""
+    """Each row's reply as evaluations have it."""
     client = SLMClient(Settings(), MODEL, "fp32", max_new_tokens=NEW, constrain="always")
-    return client.generate([request_of("toolcall", row) for row in rows])
+    told = list(zip(rows, client.generate([request_of("structured", row) for row in rows]), strict=True))
+    assert {fits(*pair) for pair in told} == {True, False}
+    return told
+
+
+def fits(row, reply) -> bool:
+    return is_fit(reply.finish_reason, *form_of("structured", row, reply.text, reply.finish_reason, reply.calls))
 
 
 def body_of(row):
-    """What production sent of a row."""
-    tools = [{"type": "function", "function": tool} for tool in row.tools]
-    return {"model": HOSTED_NAME, "messages": row.messages, "tools": tools} | (row.options or {})
+    return asked(row.messages[-1]["content"].removeprefix("Complaint: ")) | {"model": HOSTED_NAME}
 
 
 @pytest.fixture(scope="module")
@@ -53,47 +73,37 @@ def endpoint(rows, tmp_path_factory):
         "max_new_tokens": NEW, "few_shot_sha256": None,
     }  # fmt: skip
     rule = {"signal": "min_logprob", "threshold": -1000.0}
-    rules = {"call": rule, "no_call": rule}
-    path = cascade(folder / "cascade.json", identity, rules=rules, tools=None)
+    path = cascade(folder / "cascade.json", identity, "structured", rules={"value": rule})
     flags = ("--mode", "cascade", "--cascade", path, "--precision", "fp32", "--engine", "transformers", "--constrain", "always", "--max-new-tokens", NEW, "--deadline", 120)
     environment = {"SLM_MODEL_PATH": "models/phi-tiny"}
     with (
         AzureSimulator(rows, key=HOSTED_KEY) as hosted,
-        serving(folder, *flags, "--audit-share", 0, hosted=hosted, script="slm_swap/05_serve/serve.py", **environment) as running,
+        serving(folder, *flags, "--audit-share", 0, hosted=hosted, script="slm_swap/05_serve/serve.py", track="structured", **environment) as running,
     ):
         yield running
 
 
-def test_what_is_sent_is_what_was_measured(endpoint, rows, measured):
+def test_what_is_sent_is_what_was_measured(endpoint, measured):
     assert httpx2.get(f"{endpoint.url}/healthz").json()["mismatches"] == []
-    local = 0
-    for row, wanted in zip(rows, measured, strict=True):
+    for row, wanted in measured:
         told = httpx2.post(f"{endpoint.url}/v1/chat/completions", json=body_of(row), timeout=120)
         assert told.status_code == 200
-        if told.headers["x-slm-swap"] != "local; reason=local":
-            assert told.headers["x-slm-swap"] == "hosted; reason=unfit"
+        assert told.headers["x-slm-swap"] == ("local; reason=local" if fits(row, wanted) else "hosted; reason=unfit")
+        if not fits(row, wanted):
             continue
-        local += 1
-        choice = told.json()["choices"][0]
-        calls = [call["function"] for call in choice["message"].get("tool_calls") or ()]
-        assert calls == wanted.calls
-        assert (choice["message"]["content"] or "").strip() == wanted.text.strip()
+        assert told.json()["choices"][0]["message"] == {"role": "assistant", "content": wanted.text, "refusal": None}
         assert told.json()["usage"]["prompt_tokens"] == wanted.input_tokens
         assert told.json()["usage"]["completion_tokens"] == wanted.output_tokens
-    assert local  # else nothing was compared
 
 
-def test_requests_that_come_together_are_answered_as_alone(endpoint, rows, measured):
+def test_requests_that_come_together_are_answered_as_alone(endpoint, measured):
     """A batch's padding changes no reply, and no reply goes to another's client."""
-    from concurrent.futures import ThreadPoolExecutor
-
     with ThreadPoolExecutor(8) as pool:
-        bodies = [body_of(row) for row in rows]
+        bodies = [body_of(row) for row, _ in measured]
         answers = list(pool.map(lambda body: httpx2.post(f"{endpoint.url}/v1/chat/completions", json=body, timeout=240), bodies))
-    for told, wanted in zip(answers, measured, strict=True):
-        if told.headers["x-slm-swap"].startswith("local"):
-            calls = [call["function"] for call in told.json()["choices"][0]["message"].get("tool_calls") or ()]
-            assert [json.loads(call["arguments"]) for call in calls] == [one["arguments"] for one in answer_json("toolcall", wanted.text, wanted.calls) or ()]
+    for told, (row, wanted) in zip(answers, measured, strict=True):
+        if fits(row, wanted):
+            assert json.loads(told.json()["choices"][0]["message"]["content"]) == json.loads(wanted.text)
 
 
 def test_a_flag_is_kept_in_the_endpoints_own_folder(endpoint, rows):
