@@ -7,6 +7,7 @@ are taken. A worker's interpreter is never held up by the model, and a model tha
 
 import asyncio
 import dataclasses
+import json
 import os
 import queue
 import threading
@@ -17,12 +18,18 @@ from typing import Any
 
 from slm_swap.clients.protocol import Client, Reply
 from slm_swap.common.errors import UserError
-from slm_swap.rows.lines import decode_line, dump_json
+from slm_swap.common.exact_json import EXACT
+from slm_swap.rows.lines import dump_json
 from slm_swap.rows.prompts import Request, Wanted
 
 LINE = 64 * 2**20  # bytes of the longest line
 GATHER_SECONDS = 0.01  # that a batch of the transformers engine waits for others to join it
 FULL_BATCH = 8  # where the batch's size is not fixed
+
+
+def read_line(line: bytes) -> dict[str, Any]:
+    """A line of the socket: its numbers are exact, however large, as those of a tool's definition may be."""
+    return json.loads(line, **EXACT)
 
 
 def request_json(request: Request) -> list[Any]:
@@ -181,7 +188,7 @@ async def _listen(folder: Path, jobs: Jobs, hello: dict[str, Any], listening: th
         writer.write(dump_json(hello).encode() + b"\n")
         try:
             while line := await reader.readline():
-                told = decode_line(line)
+                told = read_line(line)
                 if "drop" in told:
                     if job := own.pop(told["drop"], None):
                         job.dropped = True

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from slm_swap.clients.protocol import Reply
-from slm_swap.rows.lines import decode_line, dump_json
+from slm_swap.rows.lines import dump_json
 from slm_swap.rows.prompts import Request
-from slm_swap.serving.engine import LINE, request_json, socket_address
+from slm_swap.serving.engine import LINE, read_line, request_json, socket_address
 
 AGAIN_SECONDS = 0.2  # until a connection that failed is tried again
 
@@ -43,9 +43,9 @@ class Link:
             if not hello:
                 return
             self._writer = writer
-            self._changed(decode_line(hello)["hello"])
+            self._changed(read_line(hello)["hello"])
             while line := await reader.readline():
-                self._told(decode_line(line))
+                self._told(read_line(line))
         finally:
             was, self._writer = self._writer, None
             writer.close()

@@ -190,6 +190,14 @@ def test_a_body_that_is_no_json_is_the_hosted_models_to_refuse(endpoint):
     assert (answer.status_code, answer.headers["x-slm-swap"]) == (400, "hosted; reason=unsupported; detail=body")
 
 
+def test_an_odd_definition_costs_no_other_request(endpoint):
+    odd = b'{"model": "simulator", "messages": [{"role": "user", "content": "call Porto"}], "tools": [{"type": "function", "function": {"name": "check_stock", "parameters": {"maximum": 1e400}}}]}'
+    with ThreadPoolExecutor(2) as pool:
+        slow = pool.submit(endpoint.ask, "slow 0.5")
+        assert post(endpoint, odd).headers["x-slm-swap"].startswith("hosted; reason=tools")
+        assert slow.result()[0] in ("local; reason=local", "hosted; reason=deadline")
+
+
 def test_too_large_a_body_is_refused_before_it_is_read(endpoint):
     answer = post(endpoint, b"x" * 20_001)
     assert (answer.status_code, answer.json()["error"]["code"]) == (413, "request_too_large")

@@ -1,0 +1,116 @@
+"""The endpoint's parts without a process: streams put together, what waits for the small model, audits' comparison, keys."""
+
+import json
+import threading
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slm_swap.clients.protocol import Reply
+from slm_swap.common.errors import UserError
+from slm_swap.common.settings import Settings
+from slm_swap.demo.simulator_parts import events_of
+from slm_swap.rows.lines import dump_json
+from slm_swap.rows.prompts import Request, Wanted
+from slm_swap.serving import state
+from slm_swap.serving.audits import agree
+from slm_swap.serving.chat import completion, events
+from slm_swap.serving.engine import Job, Jobs, read_line, read_request, request_json
+from slm_swap.serving.options import Options, read_keys
+from slm_swap.serving.streams import joined
+from slm_swap.slm_client import taken_at_once
+
+CALLS = st.lists(st.fixed_dictionaries({"name": st.sampled_from(["a", "b"]), "arguments": st.dictionaries(st.text(max_size=3), st.text(max_size=30)).map(json.dumps)}), max_size=3)
+
+
+@given(st.text(min_size=1, max_size=60), CALLS, st.booleans())
+def test_a_stream_put_together_is_its_completion(text, calls, ours):
+    whole = completion("toolcall", Reply(text, input_tokens=3, output_tokens=2, calls=calls), "x", "m")
+    told = events(whole, True) if ours else b"".join(events_of(whole, True))
+    found, wanted = joined(told), whole["choices"][0]
+    assert found["choices"][0]["finish_reason"] == wanted["finish_reason"]
+    assert found["usage"]["total_tokens"] == 5
+    assert (found["choices"][0]["message"]["content"] or "") == (wanted["message"]["content"] or "")
+    made = [call["function"] for call in found["choices"][0]["message"].get("tool_calls", ())]
+    assert made == [call["function"] for call in wanted["message"].get("tool_calls", ())]
+
+
+@pytest.mark.parametrize("data", [b"", b"data: [DONE]\n\n", b'data: {"choices": [{"index": 0, "delta": {}}]}\n\n', b'data: {"error": 1}\n\n', b"data: {\n\n"])
+def test_a_stream_that_broke_off_is_no_completion(data):
+    with pytest.raises(ValueError):
+        joined(data)
+
+
+def test_a_request_crosses_the_socket_as_it_is():
+    told = b'[[{"role":"user","content":"caf\xc3\xa9"}],[{"name":"t","parameters":{"maximum":0.10000000000000000000001}}],null,{"n":1e400},true,null]'
+    request = Request(*read_line(told))._replace(wanted=Wanted("calls", [], None, "required", False, (", ", ": "), True))
+    assert read_request(read_line(dump_json(request_json(request)).encode())) == request
+
+
+@pytest.mark.parametrize(
+    ("rows", "lists"),
+    [([1, 2, 3], [[1, 2], [3]]), ([1, None, 2], [[1], None, [2]]), ([None], [None]), ([], []), ([1, 2, None], [[1, 2], None]), ([1, 2], [[1, 2]])],
+)
+def test_rows_that_came_are_taken_at_once(rows, lists):
+    assert list(taken_at_once(rows, 2)) == lists
+
+
+def test_what_waits_is_bounded_and_what_nobody_waits_for_is_left_out():
+    jobs, told = Jobs(2), []
+    made = [Job(number, Request([]), told.append) for number in range(3)]
+    assert [jobs.put(job) for job in made] == [True, True, False]
+    made[0].dropped = True
+    assert jobs.take(0) is made[1]
+    assert jobs.take(0) is None
+    assert jobs.put(made[2])  # the one that nobody waits for has made room
+    jobs.answer(made[1], Reply("x"))
+    assert told[0]["reply"] == 1 and told[0]["text"] == "x"
+    assert jobs.take(None) is made[2]
+
+
+def test_a_job_is_waited_for():
+    jobs, job = Jobs(1), Job(1, Request([]), print)
+    threading.Timer(0.05, jobs.put, [job]).start()
+    assert jobs.take(60) is job
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ([{"name": "a", "arguments": '{"x": 1.0, "y": 2}'}], [{"name": "a", "arguments": '{"y":2,"x":1}'}], True),
+        ([{"name": "a", "arguments": '{"x": true}'}], [{"name": "a", "arguments": '{"x": 1}'}], False),
+        ([{"name": "a", "arguments": "{}"}, {"name": "b", "arguments": "{}"}], [{"name": "b", "arguments": "{}"}, {"name": "a", "arguments": "{}"}], True),
+        ([], [], True),
+        ([], [{"name": "a", "arguments": "{}"}], False),
+        ([{"name": "a", "arguments": "{"}], [{"name": "a", "arguments": "{"}], False),
+    ],
+)
+def test_replies_agree_by_value(one, other, same):
+    assert agree("toolcall", Reply("", calls=one), Reply("", calls=other)) is same
+
+
+def test_a_line_of_the_state_is_read_once_and_a_torn_one_when_it_is_whole(tmp_path):
+    lines = state.Lines(tmp_path, state.AUDITS)
+    assert lines.new() == []
+    state.append(tmp_path, state.AUDITS, {"a": 1})
+    whole = (tmp_path / state.AUDITS).read_bytes()
+    (tmp_path / state.AUDITS).write_bytes(whole + whole[:10])
+    assert [line["a"] for line in lines.new()] == [1]
+    assert lines.new() == []
+    (tmp_path / state.AUDITS).write_bytes(whole + whole + whole.replace(b"1", b"2"))
+    assert [line["a"] for line in lines.new()] == [1]  # the last one is damaged
+
+
+@pytest.mark.parametrize(("keys", "said"), [("short", "fewer than 16"), ("the-hosted-key-itself", "keys that this endpoint uses itself")])
+def test_keys_that_are_none_are_refused(keys, said):
+    with pytest.raises(UserError, match=said):
+        read_keys(Settings(swap_keys=keys, azure_api_key="the-hosted-key-itself"), None)
+
+
+def test_a_clients_key_is_known(tmp_path):
+    (tmp_path / "keys").write_text("# a comment\n0123456789abcdefg\n\n")
+    keys = read_keys(Settings(swap_keys="fedcba9876543210, 0123456789abcdef"), tmp_path / "keys")
+    options = Options(Settings(), "hosted", "toolcall", tmp_path, keys=keys)
+    assert [options.knows(key) for key in ("0123456789abcdef", "0123456789abcdefg", "fedcba9876543210")] == [True] * 3
+    assert not any(options.knows(key) for key in (None, "", "0123456789abcde", "# a comment"))
