@@ -2,8 +2,8 @@
 
 import importlib.util
 import json
-import re
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -248,7 +248,7 @@ def test_a_calibration_split_shares_no_conversation_and_goes_when_it_is_no_longe
     groups = {name: {example.group for example in read_examples(tmp_path / f"out/toolcall/{name}.jsonl")} for name in ("train", "val", "test", "calibration")}
     assert len(groups["calibration"]) == 10 and sum(map(len, groups.values())) == len(set().union(*groups.values())) == 40
     assert prepare(*flags) == 0
-    assert not (tmp_path / "out/toolcall/calibration.jsonl").exists() and "calibration" not in capsys.readouterr().out
+    assert not (tmp_path / "out/toolcall/calibration.jsonl").exists() and "toolcall/calibration" not in capsys.readouterr().out
 
 
 def test_half_of_a_surrogate_pair_in_a_dropped_row_ends_no_import(tmp_path, capsys):
