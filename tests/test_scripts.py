@@ -12,7 +12,7 @@ from slm_swap.common.settings import PACKAGE, ROOT
 
 SCRIPTS = [
     "01_eval/eval.py", "01_eval/infer.py", "01_eval/live_compare.py", "01_eval/resend_traces.py", "02_dataset/label.py",
-    "02_dataset/prepare_data.py", "02_dataset/pull_langfuse.py", "02_dataset/push_langfuse.py", "03_compare/compare.py", "03_compare/render_report.py",
+    "02_dataset/prepare_data.py", "02_dataset/pull_langfuse.py", "02_dataset/push_langfuse.py", "03_compare/calibrate.py", "03_compare/compare.py", "03_compare/render_report.py",
     "04_ft/improve.py", "04_ft/merge_adapter.py", "04_ft/train_unsloth.py", "train_unsloth.py", "demo/azure_simulator.py", "demo/make_sample_data.py", "demo/make_tiny_model.py",
     "demo/quickstart.py",
 ]  # fmt: skip

@@ -43,7 +43,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--delta", type=share, default=0.02, help="the target: the most regret, as a share of all requests, above 0")
     parser.add_argument("--alpha", type=share, default=0.05, help="how often the target may be missed")
     parser.add_argument("--agreement", action="store_true", help="bound the answers that differ from the hosted model's, right or wrong")
-    parser.add_argument("--recipe", metavar="FILE", help="the small model's recipe (default: the one that its report names)")
+    parser.add_recipe(())
     parser.add_argument("--signal", choices=SIGNALS, help="the signal of confidence (default: of each class the best on validation)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the cascade (default: 03_compare/cascade_<track>.json)")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with plots, too")
