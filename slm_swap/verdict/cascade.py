@@ -148,6 +148,30 @@ def read_cascade(path: Path) -> Cascade:
     return Cascade(path, sha256_file(path), told["track"], rules, told["identity"], tools, told)
 
 
+def beside_verdict(path: Path, track: str, hosted: str, slm: Mapping[str, Any], required: bool) -> dict[str, Any] | None:
+    """What a decision says of a cascade: the decision's `cascade`. None where it is of other models than the reports compared, and not `required`.
+
+    Args:
+        hosted: the hosted model's label.
+        slm: the small model's report.
+
+    Raises:
+        UserError: as `read_cascade`; or it is `required`, and of other models.
+    """
+    found = read_cascade(path)
+    differences = found.mismatches(identity_of_report(slm))
+    if found.track != track:
+        differences.insert(0, f"track is {track!r}, and {found.track!r} was calibrated")
+    if found.told.get("hosted") != hosted:
+        differences.append(f"the hosted model is {hosted!r}, and {found.told.get('hosted')!r} was calibrated")
+    if differences and not required:
+        return None
+    if differences:
+        raise UserError(f"{display_path(path)} is of other models than these reports: {differences[0]}: calibrate again with {MADE_BY}, or leave --cascade out")
+    kept = ("guarantee", "share_local", "delta", "alpha", "regret")
+    return {"path": display_path(path), "sha256": found.sha256} | {name: found.told[name] for name in kept}
+
+
 def _rule(told: Mapping[str, Any]) -> Rule:
     threshold = told["threshold"]
     number = isinstance(threshold, int | float) and not isinstance(threshold, bool) and math.isfinite(threshold)
