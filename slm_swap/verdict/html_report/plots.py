@@ -89,7 +89,7 @@ class Canvas:
 
     def axes(self, height: float, left: float, right: float, legend: Sequence[str] = ()):
         """The figure's only axes, `height` high, with room around them; `legend` are the texts that `legend` will show above."""
-        self.columns = len(legend) if sum(map(len, legend)) < (28 if self.narrow else 90) else 1
+        self.columns = min(3, len(legend)) if sum(map(len, legend)) < (28 if self.narrow else 90) else 1
         top = 10 + (22 * -(-len(legend) // self.columns) if legend else 0)
         total = height + top + AXIS
         self.figure.set_size_inches(self.width / 72, total / 72)
