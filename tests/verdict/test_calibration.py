@@ -151,7 +151,7 @@ def test_the_signal_is_the_best_on_validation():
 # -- The file --------------------------------------------------------------------------------------------------------------------
 
 
-IDENTITY_TOLD = identity_of({"files_sha256": ["a"], "engine": "vllm", "precision": "bf16", "path": "models/x"}, "native", None, 512, None)
+IDENTITY_TOLD = identity_of({"files_sha256": ["a"], "engine": "vllm", "precision": "bf16", "path": "models/x"}, "native", None, 512)
 
 
 @pytest.fixture
@@ -182,7 +182,7 @@ def test_another_model_is_named(cascade):
     for name in IDENTITY:
         [line] = cascade.mismatches(IDENTITY_TOLD | {name: "another"})
         assert line.startswith(f"{name} is 'another', and ")
-    assert identity_of({"engine": "served", "path": "phi"}, None, None, None, None)["path"] == "phi"
+    assert identity_of({"engine": "served", "path": "phi"}, None, None, None)["path"] == "phi"
 
 
 def test_classes_and_fitness():
