@@ -49,7 +49,7 @@ def run_lengths(draw: Draw, allowed: np.ndarray, alarm_at: float, trials: int, m
     Returns:
         Two arrays (trials,): run lengths; 0 for the detector of everything, 1 + part for a part's, -1 for none.
     """
-    every = [bets(one) for one in allowed]
+    every = [np.array(bets(one)) for one in allowed]
     wide = max(map(len, every))
     bet = np.array([np.pad(one, (0, wide - len(one))) for one in every])
     weight = np.array([np.pad(np.full(len(one), 1 / len(one)), (0, wide - len(one))) for one in every])  # 0 for what is padded

@@ -25,12 +25,14 @@ from slm_swap.cli import Parser, check_out, positive, positive_number, run, run_
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import write_atomically, write_jsonl
 from slm_swap.common.settings import display_path, find_path, load_settings
+from slm_swap.serving.audit_rows import rows_of_audits
 from slm_swap.serving.state import AUDITS, STATE, STOP, flag, lower_flag, raise_flag
+from slm_swap.serving.watch_page import cautions, terminal, verdict_line, write_page
+from slm_swap.serving.watching import KINDS, TAKES_BACK, Watch, find_cascade, read_allowed, restart
 from slm_swap.tracing.runs import Tracing, connect, trace_run
 
 ALARM = 12  # the exit code
 LOOK_SECONDS, LINE_SECONDS = 2, 30
-KINDS = ("disagreement", "tools", "failures", "handed_on", "confidence")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -40,7 +42,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--alarms-in", type=positive, default=10_000, metavar="N", help="disagreement: one false alarm in N audited requests, at most")
     parser.add_argument("--warnings-in", type=positive, default=43_200, metavar="N", help="each other one: one false alarm in N minutes with requests, at most")
     parser.add_argument("--failures", type=positive_number, default=0.01, metavar="SHARE", help="the share of requests that may fail")
-    parser.add_argument("--take-back-on", nargs="*", choices=KINDS, metavar="KIND", help=f"what raises the flag, of {', '.join(KINDS)}; the others warn (default: the first three)")
+    parser.add_argument("--take-back-on", nargs="*", choices=KINDS, metavar="KIND", help=f"what raises the flag, of {', '.join(KINDS)}; the others warn (default: {' '.join(TAKES_BACK)})")
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--once", action="store_true", help="look once: exit 0 quiet, 12 the flag is up")
     action.add_argument("--resume", action="store_true", help="a person has looked: answer locally again, and start the detectors anew")
@@ -49,7 +51,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_tracing()
     args = parser.parse_args(argv)
     args.state = args.state or STATE
-    args.take_back_on = KINDS[:3] if args.take_back_on is None else args.take_back_on
+    args.take_back_on = TAKES_BACK if args.take_back_on is None else args.take_back_on
     if args.failures >= 1:
         parser.error("--failures must be below 1")
     if args.html and (args.resume or args.export):
@@ -58,8 +60,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def resume(folder: Path) -> int:
-    from slm_swap.serving.watching import restart
-
     restart(folder)  # first: a watcher that still had the old evidence would raise the flag again
     kept = lower_flag(folder)
     print(f"the flag is lowered, and kept as {display_path(kept)}" if kept else "no flag was up")
@@ -68,16 +68,13 @@ def resume(folder: Path) -> int:
 
 
 def export(args: argparse.Namespace) -> int:
-    from slm_swap.serving.audit_rows import rows_of_audits
-    from slm_swap.serving.watching import find_cascade, read_allowed
-
     audits, dropped = args.state / AUDITS, Counter()
     check_out(args.export, inputs=[audits], advice="choose another place with --export")
     if not audits.exists():
         raise UserError(f"no audits at {display_path(audits)}: nothing has been audited, or pass --state")
     rows = list(rows_of_audits(audits, read_allowed(find_cascade(args.state, args.cascade)).hosted, dropped))
     agree = dropped.pop("agree", 0)
-    print(f"{len(rows)} rows; {agree} audits agree" + "".join(f"; {n} left out: {reason}" for reason, n in dropped.items() if n))
+    print(f"{len(rows)} rows; {agree} agree" + "".join(f"; {n} left out: {reason}" for reason, n in dropped.items() if n))
     if not rows:
         raise UserError(f"no audit of {display_path(audits)} makes a row: nothing is written")
     write_jsonl(args.export, rows, "choose another place with --export")
@@ -89,16 +86,12 @@ class Look:
     """One look after the other: read, raise the flag, tell it, show the page."""
 
     def __init__(self, args: argparse.Namespace):
-        from slm_swap.serving.watching import Watch, find_cascade, read_allowed
-
         settings, tracing = load_settings(), vars(tracing_options(args, load_settings()))
         self.args, self.connection = args, connect(settings, Tracing(**tracing | {"optional": True}))  # an outage must not hold up an alarm
         allowed = read_allowed(find_cascade(args.state, args.cascade))
         self.watch = Watch(args.state, allowed, args.alarms_in, args.warnings_in, args.failures, tuple(args.take_back_on))
 
     def __call__(self) -> None:
-        from slm_swap.serving.watch_page import write_page
-
         new = self.watch.read(final=self.args.once)
         against = [alarm for alarm in self.watch.alarms if alarm.takes_back]
         why, rows = "; ".join(alarm.why for alarm in against), dict.fromkeys(row for alarm in against for row in alarm.rows)
@@ -106,7 +99,7 @@ class Look:
         for alarm in new:
             see = f"; see {', '.join(alarm.rows)}" if alarm.rows else ""
             print(f"{'alarm' if alarm.takes_back else 'warning'}: {alarm.why}{see}", file=sys.stderr)
-        if raised or new:
+        if raised or (new and not self.args.once):  # looks of --once would tell the same warning again and again
             self._tell(new, raised)
         if self.args.html:
             write_atomically(self.args.html, lambda stream: stream.writelines(write_page(self.watch)), "choose another place with --html")
@@ -134,8 +127,6 @@ def main(argv: list[str] | None = None) -> int:
     look()
     if not args.once:
         follow(look)
-    from slm_swap.serving.watch_page import cautions, verdict_line
-
     print(verdict_line(look.watch))
     for line in cautions(look.watch):
         warn(line)
@@ -145,8 +136,6 @@ def main(argv: list[str] | None = None) -> int:
 def follow(look: Look) -> NoReturn:
     """Look until Ctrl-C: a table in a terminal, elsewhere a line now and then."""
     from rich.live import Live
-
-    from slm_swap.serving.watch_page import terminal, verdict_line
 
     shown = Live(terminal(look.watch), auto_refresh=False) if sys.stdout.isatty() else nullcontext()
     with shown as live:

@@ -54,7 +54,9 @@ def _row(request: dict[str, Any], reply: Any, name: str, source: str) -> dict[st
 
 def _message(reply: Any) -> Any:
     """A reply of this program's own (`text`, `calls`) as OpenAI's message; any other as it is."""
-    if not isinstance(reply, dict) or not reply.keys() & {"text", "calls"}:
+    if not isinstance(reply, dict | str):
+        raise Unusable("other_form", "no reply")
+    if isinstance(reply, str) or not reply.keys() & {"text", "calls"}:
         return reply
     calls = [{"id": f"call_{at}", "type": "function", "function": call} for at, call in enumerate(reply.get("calls") or [])]
     return {"role": "assistant", "content": reply.get("text") or None} | ({"tool_calls": calls} if calls else {})

@@ -23,12 +23,12 @@ any number of disjoint parts (tools) may therefore each have a weight of 1/2: th
 part counts its own observations only, and a part may be added at any time.
 """
 
-import numpy as np
+from math import inf, log
 
 FIRST, RATIO, LARGEST = 1.25, 1.6, 0.95  # odds of the alternatives over those of `allowed`: the first, each over the one before; the last mean
 
 
-def alternatives(allowed: float) -> np.ndarray:
+def alternatives(allowed: float) -> list[float]:
     """The means that are betted on: odds 1.25 times those of `allowed`, and 1.6 times more each, up to a mean of 0.95.
 
     A bet on odds within a factor of 1.27 of the true ones grows nearly as fast as the best; more of them leave each with less money.
@@ -43,12 +43,12 @@ def alternatives(allowed: float) -> np.ndarray:
     while odds <= most:
         found.append(odds / (1 + odds))
         odds *= RATIO
-    return np.array(found or [(1 + allowed) / 2])
+    return found or [(1 + allowed) / 2]
 
 
-def bets(allowed: float) -> np.ndarray:
+def bets(allowed: float) -> list[float]:
     """The b of each alternative, above 0 and below 1 / `allowed`."""
-    return (alternatives(allowed) - allowed) / (allowed * (1 - allowed))
+    return [(q - allowed) / (allowed * (1 - allowed)) for q in alternatives(allowed)]
 
 
 class EDetector:
@@ -62,8 +62,8 @@ class EDetector:
         self.allowed, self.alarm_at = allowed, alarm_at
         self.seen, self.total, self.alarm = 0, 0.0, None
         self._bets = bets(allowed)
-        self._money, self._won = np.zeros(len(self._bets)), np.zeros(len(self._bets))
-        self._start, self._before = np.ones(len(self._bets), int), np.zeros(len(self._bets))
+        self._money, self._won = [0.0] * len(self._bets), [0.0] * len(self._bets)
+        self._start = [(1, 0.0)] * len(self._bets)
 
     def add(self, x: float) -> bool:
         """Take one observation, 0..1; whether this one raises the alarm."""
@@ -74,24 +74,24 @@ class EDetector:
         self.total += x
         if self.alarm is not None:
             return False
-        factors = 1 + self._bets * (x - self.allowed)
-        self._money = (self._money + 1) * factors
-        anew = self._won <= 0
-        self._start[anew], self._before[anew] = self.seen, before
-        self._won = np.maximum(self._won, 0) + np.log(factors)
+        for at, bet in enumerate(self._bets):
+            factor = 1 + bet * (x - self.allowed)
+            self._money[at] = (self._money[at] + 1) * factor
+            if self._won[at] <= 0:
+                self._start[at], self._won[at] = (self.seen, before), 0.0
+            self._won[at] += log(factor)
         if self.evidence >= self.alarm_at:
             self.alarm = self.seen
         return self.alarm is not None
 
     @property
     def evidence(self) -> float:
-        return float(self._money.mean())
+        return sum(self._money) / len(self._money)
 
     @property
     def since(self) -> tuple[int, float]:
         """The observation (from 1) at which the change most likely began, and the sum of all before it."""
-        best = self._money.argmax()
-        return int(self._start[best]), float(self._before[best])
+        return self._start[self._money.index(max(self._money))]
 
 
 class Mixture:
@@ -101,7 +101,7 @@ class Mixture:
     """
 
     def __init__(self, allowed: list[float], alarm_at: float):
-        self.parts = [EDetector(one, float("inf")) for one in allowed]
+        self.parts = [EDetector(one, inf) for one in allowed]
         self.alarm_at, self.alarm = alarm_at, None
 
     def add(self, xs: list[float]) -> bool:
