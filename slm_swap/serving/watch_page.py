@@ -43,6 +43,8 @@ def cautions(watch: Watch) -> list[str]:
         found.append(f"{watch.damaged:,} damaged lines are left out of {watch.audits.lines + watch.minutes.lines:,}")
     if watch.replaced:
         found.append("a file of the state was replaced: the detectors began anew with what it holds")
+    if watch.allowed.grouped:
+        found.append("the calibration's bound is of groups of rows, and audits are single requests: a group with many of them weighs more here")
     untested = [one.name for one in watch.everything if one.detector is None and one.seen]
     if untested:
         found.append(f"shown and not tested, as the calibration has too few replies of it: {', '.join(map(visible, untested))}")
@@ -74,7 +76,7 @@ def traffic_table(watch: Watch) -> Table:
 
 def figures_table(watch: Watch) -> Table:
     """What is shown and not tested."""
-    rows = [["failed requests", f"{watch.total.failures:,}"], ["prompts unlike those measured", f"{watch.total.unlike:,}"]]
+    rows = [["requests that nobody answered", f"{watch.total.failures:,}"], ["prompts unlike those measured", f"{watch.total.unlike:,}"]]
     known = [value for value in watch.total.saved if value is not None]
     unknown = len(watch.total.saved) - len(known)
     told = f"{sum(known):.4g}" if known else "not known"

@@ -43,14 +43,16 @@ SHOWN_ROWS, RECENT_MINUTES = 20, 60
 
 @dataclass(frozen=True)
 class Allowed:
-    """What a calibration allows; shares 0..1. `tools` are the tools that can be tested, `handed_on` the lowest and highest share, `units` of each class."""
+    """What a calibration allows; shares 0..1. `disagreement` is None where it was not measured, `tools` are the tools that can be tested, `handed_on` the
+    lowest and highest share, `units` of each class, `grouped` whether a unit is a group of rows."""
 
     path: str
     hosted: str
-    disagreement: float
+    disagreement: float | None
     tools: dict[str, float]
     handed_on: tuple[float, float]
     units: dict[str, int]
+    grouped: bool
 
 
 def read_allowed(path: Path) -> Allowed:
@@ -63,19 +65,20 @@ def read_allowed(path: Path) -> Allowed:
     try:
         if told["stage"] != "cascade":
             raise ValueError
-        bound, share_local = float(told["disagreement"]["bound"]), float(told["share_local"])
+        bound, share_local, by = told["disagreement"]["bound"], float(told["share_local"]), told.get("units") or {}
         units = {name: int(rule["units"]) for name, rule in told["rules"].items()}
         tools = {name: (int(own["disagreements"]), int(own["local"])) for name, own in (told.get("per_tool") or {}).items()}
-        good = 0 <= bound <= 1 and 0 <= share_local <= 1 and all(n >= 0 for n in units.values()) and all(0 <= k <= n for k, n in tools.values())
-        if not good or not sum(units.values()):
+        n = min(sum(units.values()), int(by.get("count", sum(units.values()))))  # rows of a group are no further evidence
+        good = (bound is None or 0 <= bound <= 1) and 0 <= share_local <= 1 and all(n >= 0 for n in units.values()) and all(0 <= k <= n for k, n in tools.values())
+        if not good or n < 1:
             raise ValueError
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(f"{display_path(path)} is no cascade.json: make it with {CALIBRATE}") from None
-    n = sum(units.values())
     handed_on = round((1 - share_local) * n)
-    own = {name: max(bound, upper(k, of, ALPHA / len(tools))) for name, (k, of) in tools.items()}
+    own = {name: max(bound or 0.0, upper(k, of, ALPHA / len(tools))) for name, (k, of) in tools.items()}
     limits = 1 - upper(n - handed_on, n, ALPHA / 2), upper(handed_on, n, ALPHA / 2)
-    return Allowed(display_path(path), str(told.get("hosted") or "hosted"), bound, {name: most for name, most in own.items() if most < 1}, limits, units)
+    own = {name: most for name, most in own.items() if most < 1}
+    return Allowed(display_path(path), str(told.get("hosted") or "hosted"), bound, own, limits, units, by.get("by") == "group")
 
 
 def upper(count: int, n: int, alpha: float) -> float:
@@ -159,8 +162,8 @@ class Watched:
         return [name for number, name in self.recent if number >= start][-SHOWN_ROWS:]
 
 
-def testable(most: float, alarm_at: float) -> EDetector | None:
-    return EDetector(most, alarm_at) if 0 < most < 1 else None
+def testable(most: float | None, alarm_at: float) -> EDetector | None:
+    return EDetector(most, alarm_at) if most is not None and 0 < most < 1 else None
 
 
 class Replaced(Exception):
@@ -258,7 +261,8 @@ class Minute:
 
     @property
     def asked(self) -> int:
-        return max(sum(self.requests.values()), self.failures)
+        """Requests that were answered, and those that nobody answered."""
+        return sum(self.requests.values()) + self.failures
 
     def decided(self) -> tuple[int, int]:
         """Requests that the rule decided on, and those of them that it handed on."""

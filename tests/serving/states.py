@@ -26,12 +26,12 @@ def append(path: Path, *values: dict[str, Any]) -> None:
 def audit(number: int, agree: bool, tool: str | None = "order_status", content: bool = True, **more: Any) -> dict[str, Any]:
     told = {"time": START + number, "id": f"r{number}", "kind": "call" if tool else "value", "tool": tool, "agree": agree, "confidence": {}, "seconds": {}, "cost": {}}
     shown = content and not agree
-    return told | {"local": message(1) if shown else None, "hosted": message(2) if shown else None, "request": body(number) if shown else None} | more
+    return told | {"local": calls(1) if shown else None, "hosted": calls(2) if shown else None, "request": body(number) if shown else None} | more
 
 
-def message(order: int) -> dict[str, Any]:
-    call = {"id": "c", "type": "function", "function": {"name": "order_status", "arguments": json.dumps({"order": order})}}
-    return {"role": "assistant", "content": None, "tool_calls": [call]}
+def calls(order: int) -> list[dict[str, Any]]:
+    """A reply as an audit keeps it."""
+    return [{"name": "order_status", "arguments": {"order": order}}]
 
 
 def body(number: int) -> dict[str, Any]:

@@ -113,22 +113,23 @@ def test_bad_input_is_one_line(run, tmp_path, monkeypatch, flags, told):
 
 
 def test_the_export_is_rows_of_a_teacher_s(run, folder, tmp_path):
-    cut = audit(6, False) | {"hosted": {"choices": [{"message": states.message(2), "finish_reason": "length"}]}}
-    own = audit(7, False) | {"hosted": {"text": "None is due.", "calls": []}}
-    value = audit(8, False, None, hosted={"role": "assistant", "content": '{"city": "Porto"}'})
-    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object", "properties": {"city": {"type": "string"}}}}}
-    value["request"] = {"messages": value["request"]["messages"], "response_format": form}
-    audits = [audit(1, False), audit(2, True), audit(3, False, content=False), audit(4, False) | {"request": {"messages": []}}, audit(5, False, hosted=3), cut, own, value]
-    append(folder / "audits.jsonl", *audits)
+    none = audit(7, False, hosted={"text": "None is due."})
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}}
+    asked = [{"messages": states.body(8)["messages"]}, {"messages": states.body(8)["messages"], "response_format": form}]
+    values = [audit(number, False, None, hosted=value, request=asked[number > 9]) for number, value in enumerate([[1.50], {"text": "so"}, {"text": "so"}, {"city": "Porto"}], 8)]
+    bad = [audit(4, False, request={"messages": []}), audit(5, False, hosted=3), audit(6, False, hosted=[{"name": "other", "arguments": {}}])]
+    append(folder / "audits.jsonl", audit(1, False), audit(2, True), audit(3, False, content=False), *bad, none, *values)
     with open(folder / "audits.jsonl", "ab") as stream:
-        stream.write(b"{}\n" + states.line(audit(9, False))[:50])
+        stream.write(b"{}\n" + states.line(audit(20, False))[:50])
     code, told, _ = run("--export", tmp_path / "rows.jsonl")
-    assert code == 0 and told.startswith("3 rows; 1 agree; 1 left out: no_content; ") and "1 left out: damaged" in told and "agreement, not accuracy" in told
-    call, none, value = read_examples(tmp_path / "rows.jsonl")
-    assert [row.id for row in (call, none, value)] == ["r1", "r7", "r8"] and call.calls == [{"name": "order_status", "arguments": {"order": 2}}]
-    assert none.calls == [] and none.content == "None is due." and value.value == {"city": "Porto"} and value.schema["type"] == "object"
-    assert {row.source for row in (call, none, value)} == {"teacher:audit of gpt-x"} and call.source.startswith(TEACHER)
+    assert code == 0 and told.startswith("4 rows; 1 agree; 1 left out: no_content; ") and "1 left out: damaged" in told and "agreement, not accuracy" in told
+    assert all(f"1 left out: {reason}" in told for reason in ("no_request", "unusable", "tool_not_listed", "not_json", "gold_breaks_schema"))
+    call, none, bare, value = read_examples(tmp_path / "rows.jsonl")
+    assert [row.id for row in (call, none, bare, value)] == ["r1", "r7", "r8", "r11"] and call.calls == [{"name": "order_status", "arguments": {"order": 2}}]
+    assert none.calls == [] and none.content == "None is due." and bare.value == [1.5] and value.value == {"city": "Porto"} and value.schema["type"] == "object"
+    assert {row.source for row in (call, none, bare, value)} == {"teacher:audit of gpt-x"} and call.source.startswith(TEACHER)
     assert call.tools[0]["name"] == "order_status" and call.options == {"tool_choice": "auto"} and call.messages[0]["content"] == "Where is order 1?"
+    assert call.time == "2027-01-15T08:00:01+00:00"
 
 
 def test_an_export_of_nothing_writes_nothing(run, folder, tmp_path):

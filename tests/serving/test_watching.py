@@ -45,9 +45,14 @@ def test_what_a_cascade_allows(tmp_path):
     assert low == pytest.approx(1 - upper(900, 1000, 0.025)) and high == upper(100, 1000, 0.025) and 0.08 < low < 0.1 < high < 0.13
 
 
+def test_rows_of_a_group_are_no_further_evidence(tmp_path):
+    told = read_allowed(states.cascade(tmp_path / "cascade.json", units={"by": "group", "count": 100}))
+    assert told.grouped and told.handed_on == (1 - upper(90, 100, 0.025), upper(10, 100, 0.025))
+
+
 @pytest.mark.parametrize(
     "broken",
-    [{"stage": "compare"}, {"share_local": 1.5}, {"disagreement": None}, {"disagreement": {"bound": None}}, {"rules": {}}, {"per_tool": {"t": {"local": 1}}},
+    [{"stage": "compare"}, {"share_local": 1.5}, {"disagreement": None}, {"disagreement": {}}, {"disagreement": {"bound": 2}}, {"units": {"by": "row", "count": 0}}, {"rules": {}}, {"per_tool": {"t": {"local": 1}}},
      {"per_tool": {"t": {"local": 1, "disagreements": 2}}}, {"rules": []}],
 )  # fmt: skip
 def test_no_cascade(tmp_path, broken):
@@ -113,8 +118,9 @@ def test_without_tools_the_one_detector_has_the_whole_rate(tmp_path):
     assert found.tools == {} and found.overall.detector.alarm_at == 1000
 
 
-def test_a_bound_of_everything_is_not_tested(tmp_path):
-    folder = states.state(tmp_path / "state", disagreement={"seen": 0.0, "bound": 1.0, "units": 0})
+@pytest.mark.parametrize("bound", [1.0, None])
+def test_a_bound_of_everything_or_none_is_not_tested(tmp_path, bound):
+    folder = states.state(tmp_path / "state", disagreement={"seen": None, "bound": bound, "units": 0}, per_tool={})
     append(folder / "audits.jsonl", *(audit(number, False) for number in range(100)))
     found = Watch(folder, read_allowed(find_cascade(folder, None)), 1000, 1000, 0.01)
     assert found.read() == [] and any("not tested" in told and "disagreement" in told for told in cautions(found))
@@ -143,10 +149,10 @@ def test_each_change_of_the_traffic_is_told_as_what_it_is(folder, watch, name, k
 
 def test_workers_of_one_minute_are_one_observation_and_other_reasons_are_not_the_rule_s(folder, watch):
     stopped = {"hosted": {"stopped": 50, "mode": 50, "queue_full": 3}}
-    append(folder / "minutes.jsonl", minute(0), minute(0, 10, 90) | {"worker": 2}, minute(1) | {"requests": stopped}, minute(2, 0, 0))
+    append(folder / "minutes.jsonl", minute(0), minute(0, 10, 90, failures=50) | {"worker": 2}, minute(1) | {"requests": stopped}, minute(2, 0, 0))
     found = watch()
     found.read(final=True)
-    assert found.failing.seen == 2 and found.more.seen == 1 and found.more.share == pytest.approx(0.5) and found.less.share == pytest.approx(0.5)
+    assert found.failing.seen == 2 and found.failing.total == 0.2 and found.more.seen == 1 and found.more.share == pytest.approx(0.5) and found.less.share == pytest.approx(0.5)
     assert found.total.requests["hosted", "stopped"] == 50
 
 
