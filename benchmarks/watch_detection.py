@@ -12,7 +12,8 @@ of `verdict.stats.e_detector` as `serving.watching` sets them up: one of all req
   `median` is how many audited requests after that the alarm came, None where most runs had none after `most`. `fixed` is what a binomial test of the same bound
   needs at level 5% and power 50% that looks once and knows when the change came, None where the new rate is within the bound: then there is nothing to find,
   and alarms are false ones.
-- `tools`: the rate of one tool alone rises. Each tool's bound is that of its own replies among 1,000 of the calibration, where it is higher than the bound of all.
+- `tools`: the rate of one tool alone rises. Each tool's bound is that of its own replies among 1,000 of the calibration, where it is higher than the
+  bound of all.
 """
 
 import argparse
@@ -93,7 +94,8 @@ def false_alarms(rng: np.random.Generator, trials: int, alarms_in: int, allowed:
     most, alarm_at = 10 * alarms_in, (2 if tools else 1) * alarms_in
     lengths, _ = run_lengths(drawer(rng, tools, lambda t: np.full(max(tools, 1), allowed)), every, alarm_at, trials, most)
     return {
-        "alarms_in": alarms_in, "allowed": allowed, "tools": tools, "most": most, "mean_run": float(lengths.mean()), "times_promised": float(lengths.mean() / alarms_in),
+        "alarms_in": alarms_in, "allowed": allowed, "tools": tools, "most": most,
+        "mean_run": float(lengths.mean()), "times_promised": float(lengths.mean() / alarms_in),
         "standard_error": float(lengths.std() / np.sqrt(trials)), "cut": float((lengths == most).mean()), "within_n": float((lengths <= alarms_in).mean()),
     }  # fmt: skip
 
@@ -168,7 +170,8 @@ def main(argv: list[str] | None = None) -> int:
     print(f"false alarms: the worst cell has a mean run of {worst:.2f} times N, {time.process_time() - start:.0f} s of one core")
     write_json(args.out, {
         "made_by": "benchmarks/watch_detection.py", "created_at": now(), "code": code_version(), "hardware": hardware(), "simulated": True, "seed": args.seed,
-        "trials": args.trials, "seconds": time.process_time() - start, "worst_times_promised": worst, "false_alarms": false, "detection": found, "tools": by_tool,
+        "trials": args.trials, "seconds": time.process_time() - start, "worst_times_promised": worst,
+        "false_alarms": false, "detection": found, "tools": by_tool,
     })  # fmt: skip
     print(f"figures: {display_path(args.out)}")
     return 0

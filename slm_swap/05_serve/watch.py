@@ -28,7 +28,7 @@ from slm_swap.common.settings import display_path, find_path, load_settings
 from slm_swap.serving.audit_rows import rows_of_audits
 from slm_swap.serving.state import AUDITS, STATE, STOP, flag, lower_flag, raise_flag
 from slm_swap.serving.watch_page import cautions, terminal, verdict_line, write_page
-from slm_swap.serving.watching import KINDS, TAKES_BACK, Watch, find_cascade, read_allowed, restart
+from slm_swap.serving.watching import KINDS, TAKES_BACK, Watch, begin, find_cascade, read_allowed, restart
 from slm_swap.tracing.runs import Tracing, connect, trace_run
 
 ALARM = 12  # the exit code
@@ -42,7 +42,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--alarms-in", type=positive, default=10_000, metavar="N", help="disagreement: one false alarm in N audited requests, at most")
     parser.add_argument("--warnings-in", type=positive, default=43_200, metavar="N", help="each other one: one false alarm in N minutes with requests, at most")
     parser.add_argument("--failures", type=positive_number, default=0.01, metavar="SHARE", help="the share of requests that may fail")
-    parser.add_argument("--take-back-on", nargs="*", choices=KINDS, metavar="KIND", help=f"what raises the flag, of {', '.join(KINDS)}; the others warn (default: {' '.join(TAKES_BACK)})")
+    kinds = f"what raises the flag, of {', '.join(KINDS)}; the others warn (default: {' '.join(TAKES_BACK)})"
+    parser.add_argument("--take-back-on", nargs="*", choices=KINDS, metavar="KIND", help=kinds)
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--once", action="store_true", help="look once: exit 0 quiet, 12 the flag is up")
     action.add_argument("--resume", action="store_true", help="a person has looked: answer locally again, and start the detectors anew")
@@ -88,10 +89,14 @@ class Look:
     def __init__(self, args: argparse.Namespace):
         settings, tracing = load_settings(), vars(tracing_options(args, load_settings()))
         self.args, self.connection = args, connect(settings, Tracing(**tracing | {"optional": True}))  # an outage must not hold up an alarm
-        allowed = read_allowed(find_cascade(args.state, args.cascade))
-        self.watch = Watch(args.state, allowed, args.alarms_in, args.warnings_in, args.failures, tuple(args.take_back_on))
+        self.watch: Watch | None = None
 
     def __call__(self) -> None:
+        args, allowed = self.args, read_allowed(find_cascade(self.args.state, self.args.cascade))
+        if begin(args.state, allowed):
+            print(f"another cascade is served, {allowed.path}: the detectors start anew", file=sys.stderr)
+        if self.watch is None or self.watch.allowed != allowed:
+            self.watch = Watch(args.state, allowed, args.alarms_in, args.warnings_in, args.failures, tuple(args.take_back_on))
         new = self.watch.read(final=self.args.once)
         against = [alarm for alarm in self.watch.alarms if alarm.takes_back]
         why, rows = "; ".join(alarm.why for alarm in against), dict.fromkeys(row for alarm in against for row in alarm.rows)

@@ -43,6 +43,8 @@ def cautions(watch: Watch) -> list[str]:
         found.append(f"{watch.damaged:,} damaged lines are left out of {watch.audits.lines + watch.minutes.lines:,}")
     if watch.replaced:
         found.append("a file of the state was replaced: the detectors began anew with what it holds")
+    if watch.more.seen and not any(one.seen for one in watch.signals.values()):
+        found.append("confidence is not watched: the endpoint counts none, as its cascade has no quantiles of it")
     if watch.allowed.grouped:
         found.append("the calibration's bound is of groups of rows, and audits are single requests: a group with many of them weighs more here")
     untested = [one.name for one in watch.everything if one.detector is None and one.seen]
@@ -77,10 +79,9 @@ def traffic_table(watch: Watch) -> Table:
 def figures_table(watch: Watch) -> Table:
     """What is shown and not tested."""
     rows = [["requests that nobody answered", f"{watch.total.failures:,}"], ["prompts unlike those measured", f"{watch.total.unlike:,}"]]
-    known = [value for value in watch.total.saved if value is not None]
-    unknown = len(watch.total.saved) - len(known)
-    told = f"{sum(known):.4g}" if known else "not known"
-    rows.append(["saved, in the price table's currency", f"{told}; not known of {unknown:,} lines" if known and unknown else told])
+    money, known, unknown = watch.total.saved
+    told = f"{money:.4g}" if known else "not known"
+    rows.append(["saved, in the price table's currency", f"{told}; not known of {unknown:,} of {known + unknown:,} lines" if known and unknown else told])
     for by in sorted({by for minute in watch.recent for by in minute.latency}):
         found = [one for minute in watch.recent for one in minute.latency.get(by, [])]
         rows.append([visible(f"latency, {by}: p50, p95"), f"{median(one[0] for one in found):.3g} s, {median(one[1] for one in found):.3g} s"])
@@ -128,7 +129,8 @@ def write_page(watch: Watch) -> Iterator[str]:
     return made.get_template("watch_page.html.j2").generate(
         style=Markup(style),
         policy=f"default-src 'none'; style-src '{csp_hash(style)}'; base-uri 'none'; form-action 'none'",
-        line=verdict_line(watch), promise=promise(watch), up=up is not None, rows=[visible(row) for row in _ids(up)], alarms=[visible(alarm.why) for alarm in watch.alarms if not (up and alarm.takes_back)],
+        line=verdict_line(watch), promise=promise(watch), up=up is not None, rows=[visible(row) for row in _ids(up)],
+        alarms=[visible(alarm.why) for alarm in watch.alarms if not (up and alarm.takes_back)],
         cautions=cautions(watch), written=_when(time.time()), cascade=visible(watch.allowed.path), hosted=visible(watch.allowed.hosted),
         tables=[table for make in (watched_table, traffic_table, figures_table, disagreements_table) if (table := make(watch)).rows],
     )  # fmt: skip

@@ -9,7 +9,8 @@ Tested by e-detectors (`verdict.stats.e_detector`), each against a bound on its 
 
 The bounds are of 95% each, over the calibration's rows: where one of them is wrong, what it allows is not what was meant. Audits are a random share
 of what is answered locally. Everything is worked out from the files in their order, so a watcher that was killed goes on where it was. `restart`, after a
-person has looked, writes into `restart.json` how far the files went: only what stands behind that counts from then on.
+person has looked, writes into `restart.json` how far the files went: only what stands behind that counts from then on. So does `begin` where another
+cascade is served than before.
 """
 
 import math
@@ -17,7 +18,7 @@ import os
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ class Allowed:
     lowest and highest share, `units` of each class, `grouped` whether a unit is a group of rows."""
 
     path: str
+    sha256: str
     hosted: str
     disagreement: float | None
     tools: dict[str, float]
@@ -69,8 +71,8 @@ def read_allowed(path: Path) -> Allowed:
         units = {name: int(rule["units"]) for name, rule in told["rules"].items()}
         tools = {name: (int(own["disagreements"]), int(own["local"])) for name, own in (told.get("per_tool") or {}).items()}
         n = min(sum(units.values()), int(by.get("count", sum(units.values()))))  # rows of a group are no further evidence
-        good = (bound is None or 0 <= bound <= 1) and 0 <= share_local <= 1 and all(n >= 0 for n in units.values()) and all(0 <= k <= n for k, n in tools.values())
-        if not good or n < 1:
+        good = (bound is None or 0 <= bound <= 1) and 0 <= share_local <= 1 and n >= 1 and min(units.values()) >= 0
+        if not good or not all(0 <= k <= of for k, of in tools.values()):
             raise ValueError
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(f"{display_path(path)} is no cascade.json: make it with {CALIBRATE}") from None
@@ -78,7 +80,7 @@ def read_allowed(path: Path) -> Allowed:
     own = {name: max(bound or 0.0, upper(k, of, ALPHA / len(tools))) for name, (k, of) in tools.items()}
     limits = 1 - upper(n - handed_on, n, ALPHA / 2), upper(handed_on, n, ALPHA / 2)
     own = {name: most for name, most in own.items() if most < 1}
-    return Allowed(display_path(path), str(told.get("hosted") or "hosted"), bound, own, limits, units, by.get("by") == "group")
+    return Allowed(display_path(path), sha256_file(path), str(told.get("hosted") or "hosted"), bound, own, limits, units, by.get("by") == "group")
 
 
 def upper(count: int, n: int, alpha: float) -> float:
@@ -246,13 +248,14 @@ class Minute:
     unlike: int = 0
     signal: dict[str, list[int]] = field(default_factory=dict)
     latency: dict[str, list[list[float]]] = field(default_factory=dict)
-    saved: list[float | None] = field(default_factory=list)
+    saved: list[float] = field(default_factory=lambda: [0.0, 0, 0])  # the sum, lines that know it, lines that do not
 
     def take(self, told: dict[str, Any]) -> None:
         self.requests.update({(by, reason): n for by, reasons in told["requests"].items() for reason, n in reasons.items()})
         self.failures += told.get("failures", 0)
         self.unlike += told.get("unlike") or 0
-        self.saved.append(float(told["saved"]) if _number(told.get("saved")) else None)
+        known = _number(told.get("saved"))
+        self.saved = [a + b for a, b in zip(self.saved, [float(told["saved"]) if known else 0.0, known, not known], strict=True)]
         for name, bins in (told.get("signal") or {}).items():
             self.signal[name] = [a + b for a, b in zip(self.signal.get(name, [0] * BINS), bins, strict=True)]
         for by, found in (told.get("latency") or {}).items():
@@ -300,7 +303,7 @@ class Watch:
         self.signals = {name: self._signal(name, units) for name, units in allowed.units.items()}
 
     def _signal(self, name: str, units: int) -> Watched:
-        """By the one-sided inequality of Dvoretzky, Kiefer and Wolfowitz (Massart 1990) all of a class' quantiles hold at once with a probability of 1 - ALPHA."""
+        """All of a class' quantiles hold at once with a probability of 1 - ALPHA (Dvoretzky, Kiefer and Wolfowitz; one-sided, Massart 1990)."""
         margin = math.sqrt(math.log(1 / ALPHA) / (2 * units)) if units else 1.0
         most = [low / BINS + margin for low in LOW_BINS]
         what = [f"replies are as unsure as the least sure {low / BINS:.0%} of the calibration" for low in LOW_BINS]
@@ -374,7 +377,7 @@ class Watch:
         self.recent.append(minute)
         for name in ("requests", "failures", "unlike"):
             setattr(self.total, name, getattr(self.total, name) + getattr(minute, name))
-        self.total.saved += minute.saved
+        self.total.saved = [a + b for a, b in zip(self.total.saved, minute.saved, strict=True)]
         found = self._add(self.failing, minute.failures / minute.asked, at) if minute.asked else []
         decided, on = minute.decided()
         if decided:
@@ -396,11 +399,12 @@ class Watch:
 
 @dataclass(frozen=True)
 class Restart:
-    """When the detectors were last started anew (unix s, 0: never), and how many bytes the files had then."""
+    """When the detectors were last started anew (unix s, 0: never), how many bytes the files had then, and the sha256 of the cascade since then."""
 
     time: float = 0.0
     audits: int = 0
     minutes: int = 0
+    cascade: str | None = None
 
 
 def read_restart(folder: Path) -> Restart:
@@ -414,7 +418,8 @@ def read_restart(folder: Path) -> Restart:
     told = read_json(folder / RESTART, "05_serve/watch.py --resume")
     if not (_number(told.get("time")) and _count(told.get("audits")) and _count(told.get("minutes"))):
         raise UserError(f"{display_path(folder / RESTART)} does not say from where on: write it again with 05_serve/watch.py --resume")
-    return Restart(float(told["time"]), told["audits"], told["minutes"])
+    cascade = told.get("cascade")
+    return Restart(float(told["time"]), told["audits"], told["minutes"], cascade if isinstance(cascade, str) else None)
 
 
 def restart(folder: Path) -> None:
@@ -423,5 +428,28 @@ def restart(folder: Path) -> None:
     Raises:
         UserError: the folder cannot be written.
     """
-    sizes = {name: path.stat().st_size if (path := folder / f"{name}.jsonl").exists() else 0 for name in ("audits", "minutes")}
-    write_json(folder / RESTART, {"schema_version": SCHEMA_VERSION, "created_at": now(), "time": time.time(), **sizes}, ADVICE)
+    try:
+        cascade = read_restart(folder).cascade
+    except UserError:
+        cascade = None
+    audits, minutes = (path.stat().st_size if (path := folder / name).exists() else 0 for name in (AUDITS, MINUTES))
+    _write(folder, Restart(time.time(), audits, minutes, cascade))
+
+
+def begin(folder: Path, allowed: Allowed) -> bool:
+    """Start the detectors anew where they have gone by another cascade so far: what was audited under that one says nothing of this one.
+
+    Raises:
+        UserError: the folder cannot be written, or restart.json cannot be read.
+    """
+    so_far = read_restart(folder)
+    if so_far.cascade == allowed.sha256:
+        return False
+    if so_far.cascade:
+        restart(folder)
+    _write(folder, replace(read_restart(folder), cascade=allowed.sha256))
+    return so_far.cascade is not None
+
+
+def _write(folder: Path, told: Restart) -> None:
+    write_json(folder / RESTART, {"schema_version": SCHEMA_VERSION, "created_at": now()} | asdict(told), ADVICE)

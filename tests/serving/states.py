@@ -9,7 +9,7 @@ from slm_swap.rows.lines import with_checksum
 
 START = 1_800_000_000.0  # unix s, the beginning of a minute
 TOOLS = [
-    {"type": "function", "function": {"name": "order_status", "description": "", "parameters": {"type": "object", "properties": {"order": {"type": "integer"}}}}}
+    {"type": "function", "function": {"name": "order_status", "description": "", "parameters": {"type": "object", "properties": {"order": {}}}}}
 ]
 
 
@@ -24,7 +24,8 @@ def append(path: Path, *values: dict[str, Any]) -> None:
 
 
 def audit(number: int, agree: bool, tool: str | None = "order_status", content: bool = True, **more: Any) -> dict[str, Any]:
-    told = {"time": START + number, "id": f"r{number}", "kind": "call" if tool else "value", "tool": tool, "agree": agree, "confidence": {}, "seconds": {}, "cost": {}}
+    told = {"time": START + number, "id": f"r{number}", "kind": "call" if tool else "value", "tool": tool, "agree": agree}
+    told |= {"confidence": {}, "seconds": {}, "cost": {}}
     shown = content and not agree
     return told | {"local": calls(1) if shown else None, "hosted": calls(2) if shown else None, "request": body(number) if shown else None} | more
 
@@ -49,7 +50,11 @@ def cascade(path: Path, **more: Any) -> Path:
         "schema_version": 1, "stage": "cascade", "track": "toolcall", "hosted": "gpt-x", "share_local": 0.9,
         "rules": {"call": {"signal": "mean", "threshold": 0.5, "units": 1000, "local": 900}},
         "disagreement": {"seen": 20 / 900, "bound": 0.05, "units": 900},
-        "per_tool": {"order_status": {"local": 800, "losses": 10, "disagreements": 15}, "rare": {"local": 5, "losses": 0, "disagreements": 0}, "never": {"local": 0, "losses": 0, "disagreements": 0}},
+        "per_tool": {
+            "order_status": {"local": 800, "losses": 10, "disagreements": 15},
+            "rare": {"local": 5, "losses": 0, "disagreements": 0},
+            "never": {"local": 0, "losses": 0, "disagreements": 0},
+        },
     }  # fmt: skip
     path.write_text(json.dumps(told | more))
     return path
@@ -58,6 +63,10 @@ def cascade(path: Path, **more: Any) -> Path:
 def state(folder: Path, **more: Any) -> Path:
     """A folder whose endpoint serves `cascade`, without audits or minutes."""
     folder.mkdir()
-    made = cascade(folder.parent / "cascade.json", **more)
-    (folder / "endpoint.json").write_text(json.dumps({"mode": "cascade", "cascade": {"path": str(made), "sha256": sha256_file(made)}}))
+    serve(folder, cascade(folder.parent / "cascade.json", **more))
     return folder
+
+
+def serve(folder: Path, made: Path) -> None:
+    """Name the cascade that is served, as the endpoint does when it starts."""
+    (folder / "endpoint.json").write_text(json.dumps({"mode": "cascade", "cascade": {"path": str(made), "sha256": sha256_file(made)}}))

@@ -52,7 +52,8 @@ def test_rows_of_a_group_are_no_further_evidence(tmp_path):
 
 @pytest.mark.parametrize(
     "broken",
-    [{"stage": "compare"}, {"share_local": 1.5}, {"disagreement": None}, {"disagreement": {}}, {"disagreement": {"bound": 2}}, {"units": {"by": "row", "count": 0}}, {"rules": {}}, {"per_tool": {"t": {"local": 1}}},
+    [{"stage": "compare"}, {"share_local": 1.5}, {"disagreement": None}, {"disagreement": {}}, {"disagreement": {"bound": 2}},
+     {"units": {"by": "row", "count": 0}}, {"rules": {}}, {"rules": {"call": {"units": -1}, "no_call": {"units": 9}}}, {"per_tool": {"t": {"local": 1}}},
      {"per_tool": {"t": {"local": 1, "disagreements": 2}}}, {"rules": []}],
 )  # fmt: skip
 def test_no_cascade(tmp_path, broken):
@@ -152,7 +153,8 @@ def test_workers_of_one_minute_are_one_observation_and_other_reasons_are_not_the
     append(folder / "minutes.jsonl", minute(0), minute(0, 10, 90, failures=50) | {"worker": 2}, minute(1) | {"requests": stopped}, minute(2, 0, 0))
     found = watch()
     found.read(final=True)
-    assert found.failing.seen == 2 and found.failing.total == 0.2 and found.more.seen == 1 and found.more.share == pytest.approx(0.5) and found.less.share == pytest.approx(0.5)
+    assert found.failing.seen == 2 and found.failing.total == 0.2
+    assert found.more.seen == 1 and found.more.share == pytest.approx(0.5) and found.less.share == pytest.approx(0.5)
     assert found.total.requests["hosted", "stopped"] == 50
 
 
@@ -191,7 +193,8 @@ def test_damaged_lines_are_counted_and_a_torn_one_is_awaited(folder, watch):
 def test_a_watch_of_many_looks_is_one_of_a_single_look(folder, watch):
     drawn, found = random.Random(2), watch()
     for start in range(0, 400, 7):
-        append(folder / "audits.jsonl", *(audit(number, drawn.random() > 0.15, drawn.choice(["order_status", "rare", None])) for number in range(start, start + 7)))
+        tools = [drawn.choice(["order_status", "rare", None]) for _ in range(7)]
+        append(folder / "audits.jsonl", *(audit(start + at, drawn.random() > 0.15, tool) for at, tool in enumerate(tools)))
         append(folder / "minutes.jsonl", minute(start, failures=drawn.randrange(3)))
         found.read()
     found.read(final=True)
@@ -242,6 +245,14 @@ def test_a_file_that_is_replaced_is_read_from_its_beginning(folder, watch, how):
     assert found.overall.seen == {"shorter": 2, "another": 40, "gone": 0}[how]
 
 
+def test_an_endpoint_that_counts_no_confidence_is_told(folder, watch):
+    append(folder / "audits.jsonl", audit(0, True))
+    append(folder / "minutes.jsonl", minute(0))
+    found = watch()
+    found.read(final=True)
+    assert [told.split(":")[0] for told in cautions(found)] == ["confidence is not watched"]
+
+
 def test_no_files_yet(folder, watch):
     found = watch()
     assert found.read(final=True) == [] and any("no request has been audited" in told for told in cautions(found))
@@ -281,12 +292,14 @@ def test_a_flag_that_cannot_be_read_is_up(tmp_path, content):
 def test_the_page_shows_everything_and_nothing_in_it_acts(folder, watch):
     hostile = "<script>window.ran=1</script>\u202e"
     append(folder / "audits.jsonl", *(audit(number, False, hostile, local={"text": hostile}) | {"id": hostile} for number in range(40)))
-    append(folder / "minutes.jsonl", minute(0, latency={"local": [0.25, 0.5, 90]}, saved=0.5, unlike=7) | {"requests": {"local": {"local": 9}, hostile: {hostile: 1}}})
+    odd = minute(0, latency={"local": [0.25, 0.5, 90]}, saved=0.5, unlike=7) | {"requests": {"local": {"local": 9}, hostile: {hostile: 1}}}
+    append(folder / "minutes.jsonl", odd, minute(0, saved=None))
     found = watch()
     [alarm] = found.read(final=True)
     state.raise_flag(folder, alarm.why, [], [hostile])
     page = "".join(write_page(found))
     assert "<script" not in page and "\u202e" not in page and "http" not in page.replace("http-equiv", "") and "default-src &#39;none&#39;" in page
     assert page.count("&lt;script&gt;window.ran=1&lt;/script&gt;\\u202e") > 20
-    for told in ("All requests go to the hosted model", "--resume", "--export", "0.25 s, 0.5 s", "100.0%", "gpt-x", "<td data-head=\"Value\">7</td>"):
+    shown = ("All requests go to the hosted model", "--resume", "--export", "0.25 s, 0.5 s", "0.5; not known of 1 of 2 lines", "100.0%", "gpt-x")
+    for told in (*shown, "<td data-head=\"Value\">7</td>"):
         assert told in page

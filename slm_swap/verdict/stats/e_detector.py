@@ -23,7 +23,7 @@ any number of disjoint parts (tools) may therefore each have a weight of 1/2: th
 part counts its own observations only, and a part may be added at any time.
 """
 
-from math import inf, log
+from math import inf
 
 FIRST, RATIO, LARGEST = 1.25, 1.6, 0.95  # odds of the alternatives over those of `allowed`: the first, each over the one before; the last mean
 
@@ -62,7 +62,7 @@ class EDetector:
         self.allowed, self.alarm_at = allowed, alarm_at
         self.seen, self.total, self.alarm = 0, 0.0, None
         self._bets = bets(allowed)
-        self._money, self._won = [0.0] * len(self._bets), [0.0] * len(self._bets)
+        self._money, self._won = [0.0] * len(self._bets), [1.0] * len(self._bets)
         self._start = [(1, 0.0)] * len(self._bets)
 
     def add(self, x: float) -> bool:
@@ -74,12 +74,14 @@ class EDetector:
         self.total += x
         if self.alarm is not None:
             return False
+        money, won, more = self._money, self._won, x - self.allowed
         for at, bet in enumerate(self._bets):
-            factor = 1 + bet * (x - self.allowed)
-            self._money[at] = (self._money[at] + 1) * factor
-            if self._won[at] <= 0:
-                self._start[at], self._won[at] = (self.seen, before), 0.0
-            self._won[at] += log(factor)
+            factor = 1 + bet * more
+            money[at] = (money[at] + 1) * factor
+            if won[at] > 1:
+                won[at] *= factor
+            else:
+                self._start[at], won[at] = (self.seen, before), factor
         if self.evidence >= self.alarm_at:
             self.alarm = self.seen
         return self.alarm is not None
