@@ -22,6 +22,7 @@ from slm_swap.verdict.stats.regret import LEAST_LOCAL, Rung, further_units, is_s
 DEFAULT_SIGNAL = "sum_logprob"
 DISAGREEMENT_ALPHA = 0.05  # of the bound that watching tests against
 POINTS = 200  # of a curve that is drawn
+BINS = 20  # of a signal, in service
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ def calibrate(
         ladders = {one: ladder(rows, kind, one, target, share) for one in SIGNALS}
         rung = ladders[name].chosen if kind in kinds else None
         counted = {"rows": of_class, "rows_local": rung.rows if rung else 0}
-        rules[kind] = {"signal": name, "alpha": share} | counted | (told(rung, count, share) if rung else NEVER | {"units": count})
+        rules[kind] = {"signal": name, "alpha": share, "quantiles": quantiles(rows, kind, name)} | counted | (told(rung, count, share) if rung else NEVER | {"units": count})
         curves[kind] = {one: curve(own.rungs, count, share) for one, own in ladders.items() if own.rungs}
         more[kind] = further(ladders[name], count, target, share, of_class, len(rows))
     local = [row for row in rows if row.fit and is_local(row, rules)]
@@ -193,6 +194,15 @@ def calibrate(
 
 
 NEVER = {"threshold": None, "units": 0, "local": 0, "losses": 0, "seen": 0.0, "bound": 0.0, "local_only": {"seen": None, "bound": None}}
+
+
+def quantiles(rows: Sequence[Reply], kind: str, signal: str) -> list[float] | None:
+    """The edges between BINS equally full bins of a class' signal, over all replies that have it: what watching compares the later ones with. None
+    where no reply has it."""
+    import numpy as np
+
+    values = [row.signals[signal] for row in rows if row.kind == kind and row.signals[signal] is not None]
+    return [float(edge) for edge in np.quantile(values, np.arange(1, BINS) / BINS)] if values else None
 
 
 def is_local(row: Reply, rules: Mapping[str, Mapping[str, Any]]) -> bool:

@@ -81,6 +81,7 @@ def test_known_rules():
     rule = found["rules"]["call"]
     assert (rule["threshold"], rule["units"], rule["local"], rule["losses"]) == (-148.0, 149, 149, 0) and found["share_local"] == 1.0
     assert rule["bound"] == found["regret"]["bound"] == upper_bound(0, 149, 0.05) <= 0.02 and found["more"]["call"] is None
+    assert rule["quantiles"] == pytest.approx([-148 + 7.4 * at for at in range(1, 20)]) and found["rules"]["no_call"]["quantiles"] is None
     assert found["rules"]["no_call"]["threshold"] is None and found["rules"]["no_call"]["units"] == 0
     few = calibrate(rows[:148], TOOLCALL, TARGET)
     assert few["share_local"] == 0 and few["rules"]["call"]["threshold"] is None and few["regret"] == {"seen": 0.0, "bound": 0.0}
