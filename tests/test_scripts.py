@@ -12,8 +12,8 @@ from slm_swap.common.settings import PACKAGE, ROOT
 
 SCRIPTS = [
     "01_eval/eval.py", "01_eval/infer.py", "01_eval/live_compare.py", "01_eval/resend_traces.py", "02_dataset/label.py",
-    "02_dataset/prepare_data.py", "02_dataset/pull_langfuse.py", "02_dataset/push_langfuse.py", "03_compare/compare.py", "03_compare/render_report.py",
-    "04_ft/improve.py", "04_ft/merge_adapter.py", "04_ft/train_unsloth.py", "05_serve/serve.py", "train_unsloth.py", "demo/azure_simulator.py", "demo/make_sample_data.py", "demo/make_tiny_model.py",
+    "02_dataset/prepare_data.py", "02_dataset/pull_langfuse.py", "02_dataset/push_langfuse.py", "03_compare/calibrate.py", "03_compare/compare.py", "03_compare/render_report.py",
+    "04_ft/improve.py", "04_ft/merge_adapter.py", "04_ft/train_unsloth.py", "05_serve/serve.py", "05_serve/watch.py", "train_unsloth.py", "demo/azure_simulator.py", "demo/make_sample_data.py", "demo/make_tiny_model.py",
     "demo/quickstart.py",
 ]  # fmt: skip
 HEAVY = (
@@ -43,7 +43,7 @@ def test_help_answers_from_anywhere_without_heavy_imports(script, tmp_path):
     done = run(script, "--help", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("usage:") and ("--seed" in done.stdout) != (
-        script.startswith(("03_compare", "demo/quickstart")) or script.endswith(("_langfuse.py", "_traces.py", "_adapter.py"))
+        script.startswith(("03_compare", "05_serve", "demo/quickstart")) or script.endswith(("_langfuse.py", "_traces.py", "_adapter.py"))
     )
     imported = {
         line.rsplit("|", 1)[1].strip().split(".")[0] for line in done.stderr.splitlines() if line.startswith("import time:")

@@ -1,4 +1,4 @@
-"""Make the data of both tracks: train, val and test splits, and a report that accounts for every row read.
+"""Make the data of both tracks: train, val, test and calibration splits, and a report that accounts for every row read.
 
     python 02_dataset/prepare_data.py --source chat --dataset-path ../tests/data/openai_chat.jsonl
     python 02_dataset/prepare_data.py --source xlam --dataset-path 02_dataset/sample/xlam_sample.jsonl --unseen-tools
@@ -51,6 +51,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         metavar="N",
         help="rows in test (default: 10%%, at least 300 of 1,000 or more rows; the rest with --train-size 0)",
     )
+    parser.add_argument("--calibration-size", type=not_negative, default=0, metavar="N", help="rows for 03_compare/calibrate.py alone: 300 to 2,000")
     parser.add_argument("--split-by", choices=("chance", "time"), default="chance", help="time: the newest conversations are the test")
     parser.add_argument("--unseen-tools", action="store_true", help="keep the gold tools of test out of train and val")
     parser.add_argument("--out-dir", type=Path, metavar="DIR", help="where the splits go (default: this script's folder)")
@@ -85,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     if seen.unknown:
         named = ", ".join(f"{writable(name)} ({count} rows)" for name, count in seen.unknown.most_common(12))
         warn(f"fields that nothing reads: {named}: a slip in a name loses what stands there")
-    sizes = Sizes(args.train_size, args.val_size, args.test_size)
+    sizes = Sizes(args.train_size, args.val_size, args.test_size, args.calibration_size)
     tracks = (args.track,) if args.track else tuple(TRACKS)
     out_dir, by_time = args.out_dir or Path(__file__).parent, args.split_by == "time"
     report = build(rows, out_dir, head, sizes, args.seed, args.unseen_tools, tracks, by_time)

@@ -17,11 +17,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywher
 from slm_swap.cli import Parser, check_out, positive, run, run_metadata, share, tracing_options, warn
 from slm_swap.clients.pricing import Prices, load_prices
 from slm_swap.common.reports import SCHEMA_VERSION, code_version, now, rows_path, write_atomically, write_json
-from slm_swap.common.settings import PACKAGE, display_path, load_settings
+from slm_swap.common.settings import PACKAGE, display_path, find_path, load_settings
 from slm_swap.scoring.tracks import TRACKS
 from slm_swap.tracing.runs import RunTrace, connect, trace_run
+from slm_swap.verdict import cascade_words
+from slm_swap.verdict.cascade import beside_verdict
 from slm_swap.verdict.comparison import examine, examine_means
-from slm_swap.verdict.decision import EXIT_CODES, RULES
+from slm_swap.verdict.decision import EXIT_CODES, FINE_TUNE, RULES
 from slm_swap.verdict.evaluations import QUESTIONS, Evaluation, fit_together, model_of, read_evaluation
 from slm_swap.verdict.judge import Gate
 from slm_swap.verdict.looks import Look, ledger_path, look_at, record
@@ -41,6 +43,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--tools", choices=QUESTIONS, default="these", help="what the verdict is about: the tools of these rows, or other tools like them"
     )
     parser.add_argument("--max-p95-ms", type=positive, metavar="MS", help="SWAP only where the small model's latency at p95 is at most this")
+    parser.add_argument("--cascade", metavar="FILE", help="tell what the small model may answer now (default: 03_compare/cascade_<track>.json if it is of these models)")
     parser.add_argument("--table", action="store_true", help="print the evidence too")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write verdict and evidence as Markdown, for a pull request")
     parser.add_argument("--out", type=Path, help="the decision (default: 03_compare/reports/<track>.json)")
@@ -80,6 +83,20 @@ def decide(args: argparse.Namespace, sides: dict[str, Evaluation], prices: Price
     return examine(track, sides, Gate(rule, args.delta, args.alpha, args.tools, *shares, args.max_p95_ms), prices)
 
 
+def add_cascade(args: argparse.Namespace, sides: dict[str, Evaluation], found: dict[str, Any]) -> None:
+    """What the small model may answer already, by its cascade, beside the verdict; one of FINE_TUNE says it, too.
+
+    Raises:
+        UserError: as `beside_verdict`.
+    """
+    path = find_path(args.cascade) if args.cascade else PACKAGE / f"03_compare/cascade_{args.track}.json"
+    found["cascade"] = None
+    if args.cascade or path.is_file():
+        found["cascade"] = beside_verdict(path, args.track, sides["azure"].label, sides["slm"].report, required=bool(args.cascade))
+    if found["cascade"] and found["verdict"] == FINE_TUNE:
+        found["sentence"] += f" {cascade_words.brief(found['cascade'])}"
+
+
 def log(trace: RunTrace, told: dict[str, Any]) -> None:
     """The decision as an event, its verdict and differences as scores."""
     brief = {name: value for name, value in told.items() if name not in ("groups", "gold_audit", "confidence")}
@@ -94,11 +111,12 @@ def main(argv: list[str] | None = None) -> int:
     connection = connect(settings, tracing_options(args, settings))
     sides, warnings = read_sides(args)
     out = args.out or PACKAGE / f"03_compare/reports/{args.track}.json"
-    read = [path for side in sides.values() for path in (side.path, rows_path(side.path))]
+    read = [path for side in sides.values() for path in (side.path, rows_path(side.path))] + ([args.cascade] if args.cascade else [])
     check_out(out, *([args.markdown] if args.markdown else []), inputs=read)
     ledger, azure, slm = ledger_path(out, args.track), sides["azure"], sides["slm"]
     look = look_at(ledger, azure.rows, model_of(azure.report), model_of(slm.report)) if args.rule != "point" else None
     found = decide(args, sides, load_prices(settings.prices_file), look)
+    add_cascade(args, sides, found)
     if look:
         found["looks"] = look.to_json(ledger)
         warnings += look.warning(args.alpha)

@@ -1,4 +1,4 @@
-"""Whole groups of rows into train, val and test."""
+"""Whole groups of rows into train, val, test and, where it is asked for, calibration."""
 
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -9,13 +9,14 @@ from slm_swap.dataset.row import Dropped, Row
 from slm_swap.rows.lines import text_hash
 
 ALL_IN_TEST = "--train-size 0 --val-size 0 makes all rows the test split"
-SPLITS = ("train", "val", "test")
+SPLITS = ("train", "val", "test", "calibration")
 LEAST_TEST, FROM_ROWS = 300, 1000  # rows in test, where there are at least so many: fewer decide little
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Rows wanted in each split; None: a tenth in test and val, the rest in train. With no train, test takes the rest.
+    """Rows wanted in each split; None: a tenth in test and val, the rest in train. With no train, test takes the rest. `calibration` has
+    rows only where they are asked for.
 
     A test split that nobody sized has at least LEAST_TEST rows where there are FROM_ROWS or more.
     """
@@ -23,6 +24,7 @@ class Sizes:
     train: int | None = None
     val: int | None = None
     test: int | None = None
+    calibration: int = 0
 
     def targets(self, rows: int) -> dict[str, int]:
         """Rows to put into each split out of `rows`.
@@ -32,25 +34,27 @@ class Sizes:
         """
         tenth = max(round(rows / 10), 1)
         val = tenth if self.val is None else self.val
+        left = rows - val - self.calibration
         if self.test is not None:
             test = self.test
         elif self.train == 0:
-            test = max(rows - val, 0)
+            test = max(left, 0)
         else:
             least = LEAST_TEST if rows >= FROM_ROWS else 0
-            test = max(tenth, min(least, rows - val - (self.train or 0)))
-        train = max(rows - val - test, 0) if self.train is None else self.train
-        if train + val + test > rows:
-            raise UserError(f"train {train} + val {val} + test {test} rows are wanted, {rows} can be used: ask for fewer ({ALL_IN_TEST})")
-        return {"train": train, "val": val, "test": test}
+            test = max(tenth, min(least, left - (self.train or 0)))
+        train = max(left - test, 0) if self.train is None else self.train
+        if train + val + test + self.calibration > rows:
+            more = f" + calibration {self.calibration}" if self.calibration else ""
+            raise UserError(f"train {train} + val {val} + test {test}{more} rows are wanted, {rows} can be used: ask for fewer ({ALL_IN_TEST})")
+        return {"train": train, "val": val, "test": test, "calibration": self.calibration}
 
 
 def split(
     groups: list[list[Row]], sizes: Sizes, seed: int, unseen_tools: bool = False, by_time: bool = False
 ) -> tuple[dict[str, list[Row]], list[Dropped]]:
-    """Whole groups into test, then val, then train, in seeded order, passing over what no longer fits.
+    """Whole groups into test, then calibration, val and train, in seeded order, passing over what no longer fits.
 
-    With `by_time` the groups with the newest rows come first, so that test is the newest. With `unseen_tools` test is filled tool by
+    With `by_time` the groups with the newest rows come first, so that test is the newest, and calibration the newest of the rest. With `unseen_tools` test is filled tool by
     tool; then every row that shows one of its gold tools, as gold or on offer, is dropped (`shares_test_tool`). Taking few tools whole
     keeps more rows than keeping all rows of connected tools together: on real data nearly all tools are connected through what is
     offered. Rows that no size asks for are dropped as `unused`.
@@ -64,7 +68,7 @@ def split(
     targets = sizes.targets(sum(map(len, groups)))
     filled: dict[str, list[Row]] = {}
     dropped: list[Dropped] = []
-    for name in ("test", "val", "train"):
+    for name in ("test", "calibration", "val", "train"):
         asked = getattr(sizes, name)
         target = targets[name] if asked is not None or name != "train" else sum(map(len, order))
         exact = asked is not None and not by_time and not (unseen_tools and name == "test")

@@ -22,7 +22,8 @@ def summary(report: dict) -> str:
         lines.append(f"{'replies that can be measured':<32}{replies['share']:>8.1%} ({replies['measurable']} of {replies['read']})")
     for track, splits in report["splits"].items():
         if any(split["rows"] for split in splits.values()):
-            lines += [f"{track + '/' + name:<32}{split['rows']:>8}" for name, split in splits.items()]
+            shown = {name: split["rows"] for name, split in splits.items() if split["rows"] or name != "calibration"}  # which few ask for
+            lines += [f"{track + '/' + name:<32}{rows:>8}" for name, rows in shown.items()]
     return "\n".join(lines)
 
 

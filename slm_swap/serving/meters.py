@@ -31,6 +31,7 @@ class Meters:
         self._audits = Counter("slm_swap_audits", "Local answers that the hosted model was asked for too", ["agree"], registry=own)
         self._audit_cost = Counter("slm_swap_audit_money", "What audits cost", registry=own)
         self._engine = Gauge("slm_swap_engine_up", "Whether the small model answers", multiprocess_mode="livemin", registry=own)
+        self._under_way = Gauge("slm_swap_under_way", "Requests that are being answered", multiprocess_mode="livesum", registry=own)
         self._all = CollectorRegistry()
         multiprocess.MultiProcessCollector(self._all)
         self.begin()
@@ -57,6 +58,10 @@ class Meters:
             if count is not None:
                 self._tokens.labels(by, kind).inc(count)
                 self._counted[f"{by}_{kind}"] += count
+
+    def under_way(self, change: int) -> None:
+        """A request has come (1), or has its answer (-1)."""
+        self._under_way.inc(change)
 
     def failed(self, reason: str) -> None:
         """A request that nobody answered."""

@@ -178,7 +178,9 @@ class Service:
         cascade, recipe, before = self.options.cascade, self.options.recipe, self.mismatches
         self.mismatches = []
         if cascade:
-            own = identity_of(identity, self.options.ask or "native", self.options.constrain, self.options.max_new_tokens, self.options.few_shot_sha256)
+            options = self.options
+            asked = options.ask or "native", options.constrain, options.max_new_tokens, options.few_shot_sha256, options.shots
+            own = identity_of(identity, *asked)
             self.mismatches += cascade.mismatches(own)
         if recipe:
             try:
@@ -239,6 +241,7 @@ class Service:
         reason, detail, row = self._eligible(asked)
         shadow = self.options.mode == "shadow"
         task = asyncio.create_task(self._local(row)) if row else None
+        self.meters.under_way(1)
         try:
             if task and not shadow:
                 try:
@@ -262,6 +265,7 @@ class Service:
                 say(f"the hosted model does not answer ({down})", every=10)
                 raise
         finally:
+            self.meters.under_way(-1)
             if task and not shadow and not task.done():
                 task.cancel()
 

@@ -21,7 +21,7 @@ from slm_swap.scoring.tracks import TRACKS
 STAGE, MADE_BY = "cascade", "03_compare/calibrate.py"
 CLASSES = {"structured": ("value",), "toolcall": ("call", "no_call")}  # of a small model's replies: each has a signal and a threshold of its own
 GUARANTEES = ("regret", "agreement")
-IDENTITY = ("files_sha256", "path", "precision", "engine", "ask", "thinking", "constrain", "max_new_tokens", "few_shot_sha256")
+IDENTITY = ("files_sha256", "path", "precision", "engine", "ask", "thinking", "constrain", "max_new_tokens", "few_shot_sha256", "shots")
 
 _CANONICAL = ExactEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":"))
 
@@ -94,9 +94,15 @@ def tool_hash(tool: Mapping[str, Any]) -> str:
 
 
 def identity_of(
-    model: Mapping[str, Any], ask: str | None, constrain: str | None, max_new_tokens: int | None, few_shot_sha256: str | None
+    model: Mapping[str, Any],
+    ask: str | None,
+    constrain: str | None,
+    max_new_tokens: int | None,
+    few_shot_sha256: str | None = None,
+    shots: int | None = None,
 ) -> dict[str, Any]:
-    """What a rule holds for: a local model as `Client.describe` tells it, and how it is asked. `ask` is "native", "text" or "mixed"."""
+    """What a rule holds for: a local model as `Client.describe` tells it, and how it is asked. `ask` is "native", "text" or "mixed";
+    `few_shot_sha256` is the hash of the file whose rows are shown as examples, `shots` how many of them."""
     return {
         "files_sha256": model.get("files_sha256"),
         "path": model.get("path") if model.get("engine") == "served" else None,
@@ -107,15 +113,15 @@ def identity_of(
         "constrain": constrain or "off",
         "max_new_tokens": max_new_tokens,
         "few_shot_sha256": few_shot_sha256,
+        "shots": shots if few_shot_sha256 else None,
     }
 
 
 def identity_of_report(report: Mapping[str, Any]) -> dict[str, Any]:
     """`identity_of` the small model of an evaluation's report."""
     model, args, inputs = (part if isinstance(part := report.get(name), dict) else {} for name in ("model", "args", "inputs"))
-    shown = inputs.get("few_shot")
-    few_shot = shown.get("sha256") if isinstance(shown, dict) else None
-    return identity_of(model, report.get("ask"), args.get("constrain"), args.get("max_new_tokens"), few_shot)
+    shown = inputs["few_shot"] if isinstance(inputs.get("few_shot"), dict) else {}
+    return identity_of(model, report.get("ask"), args.get("constrain"), args.get("max_new_tokens"), shown.get("sha256"), shown.get("shots"))
 
 
 def write_cascade(path: Path, told: Mapping[str, Any]) -> None:

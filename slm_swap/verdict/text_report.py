@@ -8,7 +8,9 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from slm_swap.verdict import cascade_words
 from slm_swap.verdict.cost_words import headline, known, money, percent, sentences
+from slm_swap.verdict.decision import FINE_TUNE
 from slm_swap.verdict.sentence import points
 
 MOST = 10  # groups, rows or ids that are listed; the decision file has all
@@ -37,6 +39,8 @@ def brief(told: dict[str, Any]) -> None:
         print(plain(headline(told["cost"], told["cost"]["currency"] or ""), 1000))
     if told.get("sentence"):
         print(told["sentence"])
+    if text := _cascade(told):
+        print(text)
 
 
 def gained(told: dict[str, Any]) -> str | None:
@@ -96,7 +100,7 @@ def _escape(text: str) -> str:
 def notes(told: dict[str, Any]) -> list[str]:
     """What is said in sentences: the verdict, what would settle it, doubtful references, money, warnings."""
     told = {"question": None, "need": None, "gold_audit": None, "cost": None, "sequential": None, "before": None, "sentence": None} | told
-    found = [told["sentence"]] if told["sentence"] else []
+    found = [text for text in (told["sentence"], _cascade(told)) if text]
     if text := _latency(told.get("latency")):
         found.append(text)
     other = next((name for name in told.get("questions") or {} if name != told["question"]), None)
@@ -121,6 +125,11 @@ def notes(told: dict[str, Any]) -> list[str]:
         found.append(f"Rows that are right now and were wrong before: {len(changed['better'])}. Right before and wrong now: {_ids(changed['worse'])}.")
     found += _money(told)
     return found + [f"Warning: {text}" for text in told["warnings"]]
+
+
+def _cascade(told: dict[str, Any]) -> str | None:
+    """What the small model may answer already; None where the sentence says it, or nothing is known of it."""
+    return cascade_words.brief(told["cascade"]) if told.get("cascade") and told["verdict"] != FINE_TUNE else None
 
 
 def _latency(latency: dict[str, Any] | None) -> str | None:

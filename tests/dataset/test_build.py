@@ -207,18 +207,23 @@ def test_a_team_row_with_nan_is_counted():
         (Sizes(train=0, val=0), (0, 0, 100)),
         (Sizes(train=0, val=0, test=5), (0, 0, 5)),
         (Sizes(100, 0, 0), (100, 0, 0)),
+        (Sizes(calibration=30), (50, 10, 10)),
+        (Sizes(train=0, val=0, calibration=30), (0, 0, 70)),
     ],
 )
 def test_sizes(sizes, expected):
-    assert tuple(sizes.targets(100).values()) == expected
+    targets = dict(zip(("train", "val", "test", "calibration"), (*expected, sizes.calibration), strict=True))
+    assert sizes.targets(100) == targets
     splits, dropped = split([[row(number)] for number in range(100)], sizes, seed=1)
-    assert tuple(len(splits[name]) for name in ("train", "val", "test")) == expected
-    assert [drop.reason for drop in dropped] == ["unused"] * (100 - sum(expected))
+    assert {name: len(rows) for name, rows in splits.items()} == targets
+    assert [drop.reason for drop in dropped] == ["unused"] * (100 - sum(targets.values()))
 
 
 def test_more_rows_than_there_are():
     with pytest.raises(UserError, match=r"train 90 \+ val 10 \+ test 10 rows are wanted, 100 can be used"):
         split([[row(number)] for number in range(100)], Sizes(train=90), seed=1)
+    with pytest.raises(UserError, match=r"test 300 \+ calibration 700 rows are wanted, 1000 can be used"):
+        split([[row(number)] for number in range(1000)], Sizes(train=0, val=100, test=300, calibration=700), seed=1)
 
 
 def group(first, size):
@@ -228,7 +233,7 @@ def group(first, size):
 def test_groups_stay_whole_and_what_does_not_fit_is_passed_over():
     groups = [group(0, 60), *(group(number, 5) for number in range(100, 200, 5))]
     splits, dropped = split(groups, Sizes(test=40, val=20), seed=3)
-    assert {name: len(rows) for name, rows in splits.items()} == {"train": 100, "val": 20, "test": 40}
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 100, "val": 20, "test": 40, "calibration": 0}
     assert not dropped
     for whole in groups:
         assert len({name for name, rows in splits.items() for r in rows if r.id in {w.id for w in whole}}) == 1
@@ -257,7 +262,15 @@ def test_one_large_group_cannot_be_split():
 
 def test_where_no_group_is_small_enough_the_smallest_is_taken():
     splits, _ = split([group(0, 7), group(10, 6), group(20, 7)], Sizes(), seed=1)
-    assert {name: len(rows) for name, rows in splits.items()} == {"train": 7, "val": 7, "test": 6}
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 7, "val": 7, "test": 6, "calibration": 0}
+
+
+def test_calibration_rows_come_from_groups_of_their_own_and_leave_the_test_as_it_was():
+    groups = [group(first, 4) for first in range(0, 800, 4)]
+    with_it, without = (split(groups, Sizes(test=80, calibration=size), seed=5)[0] for size in (120, 0))
+    assert with_it["test"] == without["test"] and len(with_it["calibration"]) == 120
+    owners = {row.id: name for name, rows in with_it.items() for row in rows}
+    assert all(len({owners[row.id] for row in whole}) == 1 for whole in groups)
 
 
 @pytest.mark.parametrize(("rows", "test"), [(999, 100), (1000, 300), (2500, 300), (4000, 400)])
@@ -270,7 +283,7 @@ def test_a_test_split_has_300_rows_where_there_are_1000(rows, test):
 def test_the_newest_conversations_are_the_test():
     rows = [row(number, time=f"2026-01-{number % 28 + 1:02}T00:00:00Z") for number in range(100)]
     splits, _ = split([[r] for r in rows], Sizes(), seed=1, by_time=True)
-    days = {name: {moment(r.time) for r in part} for name, part in splits.items()}
+    days = {name: {moment(r.time) for r in part} for name, part in splits.items() if part}
     assert min(days["test"]) >= max(days["val"]) and min(days["val"]) >= max(days["train"])
     with pytest.raises(UserError, match="--split-by time needs a time in every row, 1 have none"):
         split([[r] for r in [*rows, row(200)]], Sizes(), seed=1, by_time=True)

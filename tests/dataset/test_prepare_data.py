@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -229,7 +230,7 @@ def test_chat_end_to_end(tmp_path, capsys):
     assert report["counts"] == {"read": 151, "kept": 149, "dropped": {"tool_not_listed": 1, "no_reply": 1}}
     assert report["replies"] == {"read": 150, "measurable": 149, "share": 149 / 150} and "99.3% (149 of 150)" in out
     assert "rows.jsonl: OpenAI chat rows, 71 rows" in out and report["inputs"][0]["forms"] == {"OpenAI chat rows": 71}
-    assert {name: part["rows"] for name, part in report["splits"]["structured"].items()} == {"train": 24, "val": 3, "test": 3}
+    assert {name: part["rows"] for name, part in report["splits"]["structured"].items()} == {"train": 24, "val": 3, "test": 3, "calibration": 0}
     groups = {}
     for name in ("train", "val", "test"):
         for example in read_examples(tmp_path / f"out/toolcall/{name}.jsonl"):
@@ -237,6 +238,17 @@ def test_chat_end_to_end(tmp_path, capsys):
             assert example.messages[0]["role"] == "system"
     assert len(groups) == 40 and all(len(names) == 1 for names in groups.values()), "a conversation stays on one side"
     assert report["near_duplicates"]["largest"] == 3, "a preamble and short last words join no conversations"
+
+
+def test_a_calibration_split_shares_no_conversation_and_goes_when_it_is_no_longer_asked_for(tmp_path, capsys):
+    source = write(tmp_path / "rows.jsonl", chat_rows(40)[0])
+    flags = ("--source", "chat", "--track", "toolcall", "--dataset-path", source, "--out-dir", tmp_path / "out")
+    assert prepare(*flags, "--calibration-size", "30") == 0
+    assert re.search(r"toolcall/calibration +30\n", capsys.readouterr().out)
+    groups = {name: {example.group for example in read_examples(tmp_path / f"out/toolcall/{name}.jsonl")} for name in ("train", "val", "test", "calibration")}
+    assert len(groups["calibration"]) == 10 and sum(map(len, groups.values())) == len(set().union(*groups.values())) == 40
+    assert prepare(*flags) == 0
+    assert not (tmp_path / "out/toolcall/calibration.jsonl").exists() and "toolcall/calibration" not in capsys.readouterr().out
 
 
 def test_half_of_a_surrogate_pair_in_a_dropped_row_ends_no_import(tmp_path, capsys):
@@ -321,7 +333,7 @@ def test_recorded_rows_as_a_teams_own(tmp_path, track):
     assert prepare("--source", "jsonl", "--track", track, "--dataset-path", source, "--out-dir", tmp_path) == 0
     report = report_of(tmp_path)
     assert report["counts"] == {"read": 300, "kept": 300, "dropped": {}}
-    assert {name: part["rows"] for name, part in report["splits"][track].items()} == {"train": 240, "val": 30, "test": 30}
+    assert {name: part["rows"] for name, part in report["splits"][track].items()} == {"train": 240, "val": 30, "test": 30, "calibration": 0}
 
 
 @needs_shared

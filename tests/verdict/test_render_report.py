@@ -142,7 +142,7 @@ def hostile(tmp_path_factory) -> Path:
     return render(make_decision(tmp_path_factory.mktemp("hostile"), change=poison, lines=(examples, azure, slm)))
 
 
-STRUCTURE = {"stage", "track", "verdict", "question", "withheld", "towards", "verdict_without", "path", "rows_path", "sha256", "rows_sha256", "id"}
+STRUCTURE = {"stage", "track", "verdict", "question", "guarantee", "withheld", "towards", "verdict_without", "path", "rows_path", "sha256", "rows_sha256", "id"}
 
 
 def poison(decision: dict) -> None:
@@ -371,7 +371,7 @@ def test_a_decision_of_the_point_rule_shows_what_it_has(tmp_path, draw_once):
 
 
 PARTS = (
-    "sentence", "need", "matchers", "gap", "groups", "gold_audit", "before", "cost", "sequential", "confidence", "warnings", "trace", "labels",
+    "sentence", "need", "matchers", "gap", "groups", "gold_audit", "before", "cost", "sequential", "confidence", "cascade", "warnings", "trace", "labels",
     "models",
     "clusters", "inputs", "alpha", "rows", "code", "created_at", "flips", "failing",
 )  # fmt: skip

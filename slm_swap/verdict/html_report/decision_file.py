@@ -13,6 +13,7 @@ from slm_swap.common.settings import display_path, find_path
 from slm_swap.rows.conversations import conversation_text, normalized
 from slm_swap.rows.lines import read_jsonl, text_hash
 from slm_swap.scoring.tracks import TRACKS
+from slm_swap.verdict.cascade import GUARANTEES
 from slm_swap.verdict.decision import EXIT_CODES
 from slm_swap.verdict.evaluations import QUESTIONS, shown_tool, tool_of
 from slm_swap.verdict.html_report.text import all_visible, visible, word_diff
@@ -199,6 +200,11 @@ SCHEMA = record(
                 missing=maybe(COUNT),
                 curve=listed({"type": "array", "items": RATE, "minItems": 2, "maxItems": 2}),
             )
+        )
+    ),
+    cascade=maybe(
+        record(
+            path=TEXT, sha256=TEXT, guarantee={"enum": list(GUARANTEES)}, share_local=RATE, delta=RATE, alpha=RATE, regret=record(seen=RATE, bound=RATE),
         )
     ),
     before=maybe(

@@ -89,7 +89,7 @@ class Canvas:
 
     def axes(self, height: float, left: float, right: float, legend: Sequence[str] = ()):
         """The figure's only axes, `height` high, with room around them; `legend` are the texts that `legend` will show above."""
-        self.columns = len(legend) if sum(map(len, legend)) < (28 if self.narrow else 90) else 1
+        self.columns = min(3, len(legend)) if sum(map(len, legend)) < (28 if self.narrow else 90) else 1
         top = 10 + (22 * -(-len(legend) // self.columns) if legend else 0)
         total = height + top + AXIS
         self.figure.set_size_inches(self.width / 72, total / 72)
@@ -291,6 +291,40 @@ def risk_coverage(names: Sequence[str], curves: Sequence[Sequence[tuple[float, f
             axis.set_major_locator(MaxNLocator(4 if canvas.narrow else 6))
         axes.set_ylabel("% of these wrong", color=theme.muted)
         canvas.x_label(axes, "% of rows answered, the surest first")
+        canvas.legend(axes, [Line2D([], [], **style) for style in styles], legend)
+
+    return draw
+
+
+def regret_curves(names: Sequence[str], curves: Sequence[Sequence[Sequence[float]]], delta: float, what: str) -> Draw:
+    """The regret over the share that is answered locally, seen and its bound: two lines for each signal, and the target `delta`.
+
+    `curves` are points (share, seen, bound); the plot ends a little above the bound of the last threshold that matters.
+    """
+
+    def draw(canvas: Canvas) -> None:
+        from matplotlib.lines import Line2D
+        from matplotlib.ticker import MaxNLocator
+
+        theme = canvas.theme
+        legend = [*(one_line(name, 40) for name in names), "bound", f"target: {100 * delta:g}%"]
+        axes = canvas.axes(240, left=58, right=20, legend=legend)
+        axes.grid(True, color=theme.grid, linewidth=1)
+        colors, dashes = (theme.slm, theme.azure, theme.text, theme.muted), (0, (3, 2))
+        for at, curve in enumerate(curves):
+            shares = [100 * share for share, _, _ in curve]
+            for column, style in ((1, "-"), (2, dashes)):
+                line = {"color": colors[at % 4], "linewidth": 2 if column == 1 else 1.5, "linestyle": style}
+                axes.plot(shares, [100 * point[column] for point in curve], drawstyle="steps-post", marker="." if len(curve) < 3 else None, **line)
+        target = {"color": theme.text, "linewidth": 1.5, "linestyle": (0, (1, 2))}
+        axes.axhline(100 * delta, **target)
+        axes.set_xlim(0, 101)
+        axes.set_ylim(0, min(100, 100 * max(4 * delta, *(curve[0][2] * 1.2 for curve in curves))))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(4 if canvas.narrow else 6))
+        axes.set_ylabel(f"{what}, %", color=theme.muted)
+        canvas.x_label(axes, "% answered locally, the surest first")
+        styles = [{"color": colors[at % 4], "linewidth": 2} for at in range(len(names))] + [{"color": theme.muted, "linestyle": dashes}, target]
         canvas.legend(axes, [Line2D([], [], **style) for style in styles], legend)
 
     return draw

@@ -61,6 +61,10 @@ class Page:
             told = f"{percent(values['azure'])} → {percent(values['slm'])}"
             facts.append((f"{self.name(worst)}: hosted → small", told, self.spelled(values["difference"], values["interval"])))
         facts += self.cost.facts() if self.cost else []
+        if partly := decision["cascade"]:
+            what = "regret" if partly["guarantee"] == "regret" else "other answers"
+            told = f"the hosted model behind it; {what} at most {100 * partly['delta']:g}% ({100 * (1 - partly['alpha']):g}% sure)"
+            facts.append(("The small model may answer now", percent(partly["share_local"]), told))
         facts += self.speed()
         if decision["rows"] is not None:
             facts.append(("Compared on", count(decision["rows"], "rows"), self.unmeasured() + self.clusters()))
