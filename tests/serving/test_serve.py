@@ -288,6 +288,7 @@ def test_a_client_that_goes_costs_the_others_nothing(endpoint):
 
 
 def test_counts_are_told_to_prometheus(endpoint):
+    endpoint.ask("call Porto")
     text = httpx2.get(f"{endpoint.url}/metrics").text
     assert 'slm_swap_requests_total{answered_by="local",reason="local"}' in text
     assert "slm_swap_engine_up 1.0" in text
