@@ -32,6 +32,8 @@ from slm_swap.serving.processes import serve
 from slm_swap.tracing.runs import connect
 from slm_swap.verdict.cascade import Cascade, read_cascade
 
+SEED = 42  # that of evaluations: greedy decoding draws nothing, and a served model is sent it
+
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
@@ -57,7 +59,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_ask()
     parser.add_client(replay=False)
     parser.add_recipe()
-    parser.add_seed()
     parser.add_tracing()
     args = parser.parse_args(argv)
     if args.mode == "cascade" and not args.cascade:
@@ -97,12 +98,12 @@ def make_small(settings: Settings, args: argparse.Namespace) -> Client:
         from slm_swap.clients.served_client import ServedClient, refuse_local_options
 
         refuse_local_options(options)
-        return ServedClient(settings, args.max_new_tokens, args.seed, args.queue, args.thinking, timeout=args.deadline, max_retries=0)
+        return ServedClient(settings, args.max_new_tokens, SEED, args.queue, args.thinking, timeout=args.deadline, max_retries=0)
     from slm_swap.common.seeds import set_seed
     from slm_swap.rows.prompts import Request
     from slm_swap.slm_client import SLMClient
 
-    set_seed(args.seed)
+    set_seed(SEED)
     workload = Workload(10**9, args.max_prompt_tokens + args.max_new_tokens)
     client = SLMClient(settings, workload=workload, **options)
     client.generate([Request([{"role": "user", "content": "Hello."}])])  # the first request would wait for what is made once
