@@ -29,6 +29,7 @@ from slm_swap.verdict.cascade import write_cascade
 from slm_swap.verdict.evaluations import Evaluation, fit_together, model_of, read_evaluation
 from slm_swap.verdict.unused_rows import calibration_examples, require_unused, same_model
 
+MUCH_LOST = 0.2  # of the local answers
 NOTHING = 11  # as compare.py's NEED_MORE_DATA
 
 
@@ -122,6 +123,10 @@ def main(argv: list[str] | None = None) -> int:
         warnings.append(f"{left_out} of {len(slm.rows)} slm requests failed: these rows say nothing of the model and are left out (eval.py --again failed)")
     held: list[Reply] | None = replies(validation["azure"], validation["slm"], track, target.guarantee) if validation else None
     found = calibrate(rows, track, target, args.signal, held)
+    for kind, rule in found["rules"].items():
+        if (lost := rule["local_only"]["seen"]) is not None and lost > MUCH_LOST:
+            warnings.append(f"{lost:.0%} of what would be answered locally ({kind}) is lost: such a --delta lets the small model answer what it gets wrong; give a smaller one")
+    warnings = list(dict.fromkeys(warnings))
     told = describe(azure, slm, found, tools, load_prices(load_settings().prices_file)) | {"recipe": recipe, "warnings": warnings}
     for text in warnings:
         warn(text)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 PASSED_ON = re.compile(r"content-type|accept|user-agent|x-request-id|x-ms-client-request-id|traceparent|tracestate|openai-beta|idempotency-key|x-stainless-.*")
 KEPT_BACK = re.compile(r"connection|keep-alive|transfer-encoding|content-length|content-encoding|set-cookie|server|date|authorization|api-key|www-authenticate|proxy-.*|upgrade|trailer|te")
 CHAT = re.compile(r"/(?:openai/deployments/(?P<name>[^/]+)|openai/v1|v1|models)/chat/completions")
+# What clients with keys of their own may ask of the hosted model besides: its key may be good for more (files, deletions), which is not theirs.
+ASKING = re.compile(r"/(?:openai/deployments/[^/]+|openai/v1|openai|v1|models)/(?:completions|embeddings|responses|moderations)|/(?:openai/v1|openai|v1)/models/[^/]+")
 OWN_PATH = re.compile(r"/(?:openai/deployments/(?P<name>[^/]+)|openai/v1|v1|models|openai)(?P<rest>/.*)")
 
 

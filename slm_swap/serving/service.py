@@ -25,7 +25,7 @@ from slm_swap.rows.prompts import request_of
 from slm_swap.serving import state
 from slm_swap.serving.audits import Audits, agree
 from slm_swap.serving.chat import Asked, Unsupported, completion, events, may_be_sent, read_chat, tool_of
-from slm_swap.serving.hosted import CHAT, Hosted, HostedDown, answered_headers
+from slm_swap.serving.hosted import ASKING, CHAT, Hosted, HostedDown, answered_headers
 from slm_swap.serving.link import Link, NotNow
 from slm_swap.serving.meters import Meters
 from slm_swap.serving.options import Options
@@ -442,6 +442,8 @@ class Service:
         """
         if self.hosted is None:
             raise Refused(404, "not_found", f"{asked.path} is not here, and no hosted model is set up")
+        if self.options.keys and not (asked.method in ("GET", "POST") and ASKING.fullmatch(asked.path)):
+            raise Refused(403, "not_passed_on", f"{asked.method} {asked.path} is not passed on to the hosted model: its key is not the clients'")
         return await self._from_hosted(asked, "unsupported", "path", None, None)
 
     def models(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ VARIABLES = {
     "SLM_MODEL_PATH": "slm_model_path",
     "SLM_BASE_URL": "slm_base_url",
     "SLM_MODEL_NAME": "slm_model_name",
+    "SLM_SWAP_KEYS": "swap_keys",
     "SLM_API_KEY": "slm_api_key",
     "AZURE_ENDPOINT": "azure_endpoint",
     "AZURE_DEPLOYMENT": "azure_deployment",

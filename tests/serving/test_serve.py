@@ -359,6 +359,10 @@ def test_keys_are_asked_for_and_never_passed_on(hosted, tmp_path):
             assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
             assert HOSTED_KEY not in answer.text
         assert post(running, body).status_code == 401
+        for method, path in (("DELETE", "/v1/files/f"), ("GET", "/v1/files"), ("POST", "/v1/files"), ("DELETE", "/v1/models/m")):
+            answer = httpx2.request(method, running.url + path, headers={"api-key": key})
+            assert (answer.status_code, answer.json()["error"]["code"]) == (403, "not_passed_on")
+        assert post(running, {"input": "x"}, "/v1/embeddings", **{"api-key": key}).headers["x-slm-swap"] == "hosted; reason=unsupported; detail=path"
         assert httpx2.get(f"{running.url}/metrics").status_code == 401
         assert httpx2.get(f"{running.url}/healthz").json() == {"status": "ok"}
         assert key not in running.log.read_text()

@@ -65,6 +65,13 @@ def test_the_threshold_lies_where_the_confidence_parts_right_from_wrong(calibrat
     assert "To answer 90.7% of the replies that call a tool locally: 13 further rows" in printed
 
 
+def test_a_target_that_lets_through_what_is_wrong_is_warned_of_once(calibrate, tmp_path):
+    code, printed, error = calibrate(*write_pair(tmp_path, rows=300, slm=["wrong_value"] * 300), "--delta", 0.5)
+    assert code == 0 and error.count("100% of what would be answered locally (call) is lost") == 1 and "give a smaller one" in error
+    _, _, quiet = calibrate(*write_pair(tmp_path, rows=300, slm=UNSURE))
+    assert "is lost" not in quiet
+
+
 def test_nothing_to_certify_is_exit_11_and_no_file(calibrate, tmp_path):
     code, printed, _ = calibrate(*write_pair(tmp_path, rows=148), "--html", tmp_path / "cascade.html")
     assert code == 11 and "Nothing may be answered locally yet: on 148 rows" in printed and "1 further rows without a loss would do" in printed
