@@ -66,7 +66,7 @@ def test_the_threshold_lies_where_the_confidence_parts_right_from_wrong(calibrat
 
 
 def test_a_target_that_lets_through_what_is_wrong_is_warned_of_once(calibrate, tmp_path):
-    code, printed, error = calibrate(*write_pair(tmp_path, rows=300, slm=["wrong_value"] * 300), "--delta", 0.5)
+    code, _, error = calibrate(*write_pair(tmp_path, rows=300, slm=["wrong_value"] * 300), "--delta", 0.5)
     assert code == 0 and error.count("100% of what would be answered locally (call) is lost") == 1 and "give a smaller one" in error
     _, _, quiet = calibrate(*write_pair(tmp_path, rows=300, slm=UNSURE))
     assert "is lost" not in quiet
