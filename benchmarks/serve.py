@@ -132,7 +132,7 @@ def running(mode: str, hosted_seconds: float, small_seconds: float, workers: int
     tools = {one["name"]: tool_hash(one) for one in map(kept, TOOLS)}
     rule = {"signal": "min_logprob", "threshold": -1.0, "units": 1, "local": 1, "losses": 0, "bound": 0.01, "seen": 0.0, "local_only": {}}
     told = {
-        "schema_version": 1, "stage": "cascade", "track": "toolcall", "guarantee": "regret", "delta": 0.02, "alpha": 0.05, "rules": {"call": rule, "no_call": rule},
+        "schema_version": 1, "stage": "cascade", "track": "toolcall", "guarantee": "regret", "prompts": 0, "delta": 0.02, "alpha": 0.05, "rules": {"call": rule, "no_call": rule},
         "share_local": 1.0, "regret": {"seen": 0.0, "bound": 0.01}, "disagreement": {}, "tools": tools, "per_tool": {}, "identity": identity_of(IDENTITY, "native", "off", 256, None),
         "recipe": None, "calibration": {}, "hosted": None, "costs": {},
     }  # fmt: skip

@@ -163,8 +163,8 @@ def positive_number(text: str) -> float:
 
 
 def share(text: str) -> float:
-    """A number from 0 to 1, for argparse."""
-    number = float(text)
+    """A number from 0 to 1, or 0% to 100%, for argparse."""
+    number = float(text[:-1]) / 100 if text.endswith("%") else float(text)
     if not 0 <= number <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
     return number

@@ -115,7 +115,10 @@ def main(argv: list[str] | None = None) -> int:
     out = args.out or PACKAGE / f"03_compare/cascade_{args.track}.json"
     read = [path for side in (*sides.values(), *(validation or {}).values()) for path in (side.path, rows_path(side.path))]
     check_out(out, *([args.html] if args.html else []), inputs=[*read, find_path(slm.report["inputs"]["path"]), recipe and recipe["path"]])
-    tools, unusual = offered_tools(calibration_examples(slm)) if track.name else (None, set())
+    examples = calibration_examples(slm)
+    tools, unusual = offered_tools(examples) if track.name else (None, set())
+    if prompts := sum(example.messages is None for example in examples):
+        warnings.append(f"{prompts} rows are prompts, and requests are conversations, which are asked otherwise: 05_serve/serve.py will not answer by this rule (prepare_data.py --source chat)")
     if unusual:
         warnings.append(f"{len(unusual)} rows offer a tool that most rows define otherwise: such requests go to the hosted model")
     rows = replies(azure, slm, track, target.guarantee, unusual)
@@ -127,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
         if (lost := rule["local_only"]["seen"]) is not None and lost > MUCH_LOST:
             warnings.append(f"{lost:.0%} of what would be answered locally ({kind}) is lost: such a --delta lets the small model answer what it gets wrong; give a smaller one")
     warnings = list(dict.fromkeys(warnings))
-    told = describe(azure, slm, found, tools, load_prices(load_settings().prices_file)) | {"recipe": recipe, "warnings": warnings}
+    told = describe(azure, slm, found, tools, load_prices(load_settings().prices_file)) | {"prompts": prompts, "recipe": recipe, "warnings": warnings}
     for text in warnings:
         warn(text)
     for text in cascade_words.sentences(told):

@@ -182,6 +182,8 @@ class Service:
             asked = options.ask or "native", options.constrain, options.max_new_tokens, options.few_shot_sha256, options.shots
             own = identity_of(identity, *asked)
             self.mismatches += cascade.mismatches(own)
+            if cascade.prompts:
+                self.mismatches.append(f"{cascade.prompts} calibrated rows are prompts, and chat requests are asked otherwise: calibrate on rows of prepare_data.py --source chat")
         if recipe:
             try:
                 recipe.check(identity)

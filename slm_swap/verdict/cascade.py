@@ -36,7 +36,8 @@ class Rule:
 
 @dataclass(frozen=True)
 class Cascade:
-    """A cascade.json that was read: `rules` by class, `told` the whole file, `sha256` its hash."""
+    """A cascade.json that was read: `rules` by class, `told` the whole file, `sha256` its hash. `prompts` is how many of its rows are
+    `{prompt, completion}`, which are asked in another way than the conversations that come to an endpoint."""
 
     path: Path
     sha256: str
@@ -44,6 +45,7 @@ class Cascade:
     rules: dict[str, Rule]
     identity: dict[str, Any]
     tools: dict[str, str] | None
+    prompts: int
     told: dict[str, Any]
 
     def local(self, kind: str, fit: bool, confidence: Mapping[str, Any] | None) -> tuple[bool, str]:
@@ -147,11 +149,11 @@ def read_cascade(path: Path) -> Cascade:
         tools = told["tools"]
         if not all(_is_share(value) for value in (told["share_local"], told["delta"], told["alpha"], told["regret"]["seen"], told["regret"]["bound"])):
             raise ValueError
-        if not isinstance(told["identity"], dict) or not (tools is None or all(isinstance(value, str) for value in tools.values())):
+        if type(told["prompts"]) is not int or not isinstance(told["identity"], dict) or not (tools is None or all(isinstance(value, str) for value in tools.values())):
             raise ValueError
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(f"{shown} is no cascade of this version: make it with {MADE_BY}") from None
-    return Cascade(path, sha256_file(path), told["track"], rules, told["identity"], tools, told)
+    return Cascade(path, sha256_file(path), told["track"], rules, told["identity"], tools, told["prompts"], told)
 
 
 def beside_verdict(path: Path, track: str, hosted: str, slm: Mapping[str, Any], required: bool) -> dict[str, Any] | None:

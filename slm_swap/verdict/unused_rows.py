@@ -18,7 +18,7 @@ TRAINING_INFO = "training_info.json"  # what an adapter's folder, or a merged mo
 
 
 def calibration_examples(slm: Evaluation) -> list[Example]:
-    """The rows themselves, as they were evaluated: what each of them offers to call.
+    """The rows themselves, as they were evaluated: their form, and what each of them offers to call.
 
     Raises:
         UserError: their file is missing, or was changed.
@@ -26,7 +26,7 @@ def calibration_examples(slm: Evaluation) -> list[Example]:
     inputs = slm.report["inputs"]
     path = dataset({"path": inputs.get("path"), "sha256": inputs.get("sha256")})
     if path is None:
-        raise UserError(f"{inputs.get('path')!r} is missing, or is not the file that was evaluated: put it back, the rule is bound to the tools that its rows offer")
+        raise UserError(f"{inputs.get('path')!r} is missing, or is not the file that was evaluated: put it back, the rule is bound to the form of its rows and the tools that they offer")
     ids = {row["id"] for row in slm.rows}
     return [example for example in read_examples(path) if example.id in ids]
 

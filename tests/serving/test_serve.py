@@ -305,12 +305,13 @@ def test_overload_goes_to_the_hosted_model(hosted, tmp_path):
     assert told.count("hosted; reason=queue_full") == 4
 
 
-def test_a_model_that_is_not_the_calibrated_one_answers_nothing_and_says_so(hosted, tmp_path):
-    other = cascade(tmp_path / "c.json", SCRIPTED | {"files_sha256": ["1" * 64]})
+@pytest.mark.parametrize(("identity", "prompts", "why"), [({"files_sha256": ["1" * 64]}, 0, "files_sha256"), ({}, 12, "12 calibrated rows are prompts")])
+def test_what_is_not_as_it_was_calibrated_answers_nothing_and_says_so(hosted, tmp_path, identity, prompts, why):
+    other = cascade(tmp_path / "c.json", SCRIPTED | identity, prompts=prompts)
     with serving(tmp_path, "--mode", "cascade", "--cascade", other, hosted=hosted) as running:
         assert running.ask("call Porto")[0] == "hosted; reason=mismatch"
         health = httpx2.get(f"{running.url}/healthz").json()
-        assert health["answers"] == "hosted" and "files_sha256" in health["mismatches"][0]
+        assert health["answers"] == "hosted" and why in health["mismatches"][0]
         assert "MISMATCH" in running.log.read_text()
 
 

@@ -63,7 +63,7 @@ def cascade(path: Path, identity: dict[str, Any] = SCRIPTED, track: str = "toolc
     rules = {"call": rule, "no_call": rule | {"threshold": None}} if track == "toolcall" else {"value": rule}
     kept = openai_tool(CHECK_STOCK)
     told = {
-        "schema_version": 1, "stage": "cascade", "created_at": "2026-01-01T00:00:00+00:00", "code": {}, "track": track, "guarantee": "regret",
+        "schema_version": 1, "stage": "cascade", "created_at": "2026-01-01T00:00:00+00:00", "code": {}, "track": track, "guarantee": "regret", "prompts": 0,
         "delta": 0.02, "alpha": 0.05, "rules": rules, "share_local": 0.66, "regret": {"seen": 0.0, "bound": 0.02},
         "disagreement": {"seen": 0.01, "bound": 0.03, "units": 300}, "tools": {kept["name"]: tool_hash(kept)} if track == "toolcall" else None,
         "per_tool": {}, "identity": identity, "recipe": None, "calibration": {"path": "x", "sha256": "x", "rows": 300}, "hosted": "simulator", "costs": {},

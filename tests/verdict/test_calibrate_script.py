@@ -65,6 +65,11 @@ def test_the_threshold_lies_where_the_confidence_parts_right_from_wrong(calibrat
     assert "To answer 90.7% of the replies that call a tool locally: 13 further rows" in printed
 
 
+def test_rows_that_are_prompts_are_told(calibrate, tmp_path):
+    code, _, error = calibrate(*write_pair(tmp_path, as_prompts=True))
+    assert code == 0 and "200 rows are prompts" in error and read_cascade(tmp_path / "cascade.json").prompts == 200
+
+
 def test_a_target_that_lets_through_what_is_wrong_is_warned_of_once(calibrate, tmp_path):
     code, _, error = calibrate(*write_pair(tmp_path, rows=300, slm=["wrong_value"] * 300), "--delta", 0.5)
     assert code == 0 and error.count("100% of what would be answered locally (call) is lost") == 1 and "give a smaller one" in error

@@ -158,7 +158,7 @@ IDENTITY_TOLD = identity_of({"files_sha256": ["a"], "engine": "vllm", "precision
 @pytest.fixture
 def cascade():
     rules = {"call": Rule("sum_logprob", -0.5), "no_call": Rule("min_logprob", None)}
-    return Cascade(None, "", "toolcall", rules, IDENTITY_TOLD, None, {})
+    return Cascade(None, "", "toolcall", rules, IDENTITY_TOLD, None, 0, {})
 
 
 @pytest.mark.parametrize(
@@ -200,11 +200,11 @@ def test_the_order_of_a_definitions_keys_is_nothing():
 
 
 def test_a_cascade_that_was_written_is_read(tmp_path):
-    told = calibrate([reply(at, -1.0) for at in range(149)], TOOLCALL, TARGET) | {"identity": IDENTITY_TOLD, "tools": {"book": "ab"}}
+    told = calibrate([reply(at, -1.0) for at in range(149)], TOOLCALL, TARGET) | {"identity": IDENTITY_TOLD, "tools": {"book": "ab"}, "prompts": 3}
     write_cascade(tmp_path / "cascade.json", told)
     found = read_cascade(tmp_path / "cascade.json")
     assert found.rules == {"call": Rule("sum_logprob", -1.0), "no_call": Rule("sum_logprob", None)} and found.tools == {"book": "ab"}
-    assert found.told["share_local"] == 1.0 and found.mismatches(IDENTITY_TOLD) == []
+    assert found.prompts == 3 and found.told["share_local"] == 1.0 and found.mismatches(IDENTITY_TOLD) == []
 
 
 @pytest.mark.parametrize(
@@ -212,12 +212,12 @@ def test_a_cascade_that_was_written_is_read(tmp_path):
     [
         {"stage": "compare"}, {"schema_version": 0}, {"rules": {}}, {"rules": {"call": {"signal": "x", "threshold": 1}, "no_call": {"signal": "sum_logprob", "threshold": None}}},
         {"rules": {kind: {"signal": "sum_logprob", "threshold": "1"} for kind in ("call", "no_call")}}, {"tools": {"a": 1}}, {"tools": []}, {"identity": None},
-        {"share_local": 2}, {"regret": None}, {"track": "poetry"}, {"guarantee": "none"},
+        {"share_local": 2}, {"regret": None}, {"track": "poetry"}, {"guarantee": "none"}, {"prompts": None},
     ],
 )  # fmt: skip
 def test_what_is_no_cascade_is_refused(tmp_path, change):
     path = tmp_path / "cascade.json"
-    write_cascade(path, calibrate([reply(at, -1.0) for at in range(149)], TOOLCALL, TARGET) | {"identity": IDENTITY_TOLD, "tools": None})
+    write_cascade(path, calibrate([reply(at, -1.0) for at in range(149)], TOOLCALL, TARGET) | {"identity": IDENTITY_TOLD, "tools": None, "prompts": 0})
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UserError, match="is no cascade of this version: make it with"):
         read_cascade(path)
