@@ -4,7 +4,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from slm_swap.clients.engines import Workload, vllm_for_cpus, why_not_vllm
+from slm_swap.clients.engines import Prompt, Workload, vllm_for_cpus, why_not_vllm
+from slm_swap.clients.loading import encode_prompt
 from slm_swap.clients.protocol import Reply
 from slm_swap.common.settings import Settings
 from slm_swap.slm_client import SLMClient, in_form
@@ -31,3 +32,14 @@ def test_both_engines_reply_alike(rows, way):
         assert all(in_form(row, reply) for row, reply in zip(rows, theirs, strict=True)) and {reply.confidence for reply in theirs} == {None}
     else:
         assert all(one.confidence == pytest.approx(other.confidence, abs=1e-3) for one, other in zip(ours, theirs, strict=True))
+
+
+def test_prompts_join_while_others_run():
+    """As an endpoint feeds it: None where no request waits, and None back where none is under way."""
+    asked = SLMClient(Settings(slm_model_path="models/phi-tiny"), precision="fp32", engine="vllm", max_new_tokens=40, workload=Workload(8, 1024))
+    prompts = [Prompt(at, encode_prompt(asked.tokenizer, row), 40) for at, row in enumerate(BATCH[:4])]
+    together = {made.index: made.tokens for made in asked.engine.generate(prompts)}
+    came = [None, prompts[0], None, None, *prompts[1:3], *[None] * 60, prompts[3], None]
+    found = list(asked.engine.generate(iter(came)))
+    asked.close()
+    assert found[0] is None and {made.index: made.tokens for made in found if made} == together and found.count(None) > 1
