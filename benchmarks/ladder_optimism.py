@@ -17,6 +17,7 @@ gain of the ladder's last setting over its first, as seen on the validation rows
 
 import argparse
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ TRACK = TRACKS["structured"]
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     parser.add_argument("--trials", type=positive, default=2000, help="ladders in each cell")
+    parser.add_argument("--processes", type=positive, default=1, help="cells at a time")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/ladder_optimism.json", help="where the figures go")
     parser.add_seed()
     return parser.parse_args(argv)
@@ -103,14 +105,15 @@ def cell(rng: np.random.Generator, trials: int, scenario: str, rows: int, size: 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    rng, cells = np.random.default_rng(args.seed), []
-    for scenario, rows, size in CELLS:
-        cells.append(cell(rng, args.trials, scenario, rows, size))
-        told = cells[-1]
-        print(
-            f"{scenario:8} {rows:4} rows, {size} a group: keeps a useless rung {told['kept_useless']:.3f}, power {told['power']}, all bounds hold "
-            f"{told['bound_holds']:.3f}, promised {told['promised']:+.3f}, true {told['true']:+.3f}", flush=True
-        )  # fmt: skip
+    seeds, cells = np.random.SeedSequence(args.seed).spawn(len(CELLS)), []
+    with ProcessPoolExecutor(args.processes) as pool:
+        made = pool.map(cell, map(np.random.default_rng, seeds), [args.trials] * len(CELLS), *zip(*CELLS, strict=True))
+        for told in made:
+            cells.append(told)
+            print(
+                f"{told['scenario']:8} {told['rows']:4} rows, {told['rows_a_group']} a group: keeps a useless rung {told['kept_useless']:.3f}, "
+                f"power {told['power']}, all bounds hold {told['bound_holds']:.3f}, promised {told['promised']:+.3f}, true {told['true']:+.3f}", flush=True
+            )  # fmt: skip
     write_json(args.out, {
         "made_by": "benchmarks/ladder_optimism.py", "created_at": now(), "code": code_version(), "hardware": hardware(), "simulated": True,
         "alpha": ALPHA, "base": BASE, "trials": args.trials, "seed": args.seed, "scenarios": SCENARIOS, "cells": cells,

@@ -4,8 +4,8 @@
     python benchmarks/serve.py --requests 20000 --out benchmarks/results/serve.json
 
 Both models are scripts that answer at once, or after a time that is known: what is measured is the endpoint alone, on the machine that the load is
-made on, too. The campaign sends requests through kills of the model and of workers, outages and slowness of the hosted model, clients that
-go and a restart: every request that its client waited for has to get one answer of its own or an error that says to try again.
+made on, too. The campaign sends requests through kills of the model and of workers, outages of the hosted model, slow replies, clients that go, audits
+and restarts of the endpoint: every request that its client waited for has to get one answer of its own or an error that says to try again.
 """
 
 import asyncio
@@ -33,11 +33,13 @@ from slm_swap.clients.protocol import Reply
 from slm_swap.common.reports import code_version, hardware, now, package_versions, write_json
 from slm_swap.common.settings import ROOT
 from slm_swap.rows.toolschema import openai_tool
-from slm_swap.serving.state import lower_flag, raise_flag
+from slm_swap.serving.state import AUDITS, lower_flag, raise_flag
 from slm_swap.verdict.cascade import identity_of, tool_hash
 
 AT_ONCE, SECONDS = 32, 0.5
+NO_AUDITS = ("--audit-share", "0")
 SLOW, DEADLINE = 1.5, 1.0  # of the campaign's slow requests, and of the endpoint's wait for them
+KINDS = ("a process killed", "a process stopped for a while", "hosted model down", "flag", "endpoint restarted")
 PATIENCE = 60  # seconds after which a request that got nothing is lost
 IDENTITY = {"kind": "slm", "path": "scripted", "engine": "scripted", "precision": "fp32", "files_sha256": ["0" * 64], "thinking": None}
 _TEXT = {"type": "string"}
@@ -125,9 +127,35 @@ async def serve_hosted(seconds: float) -> None:
             print(sum(count > 1 for text, count in asked.items() if text.startswith("#")), flush=True)
 
 
+class Endpoint:
+    """05_serve/serve.py as a process, which can be started again on its port."""
+
+    def __init__(self, words: list[str], environment: dict[str, str], log: Any):
+        self.port, self._words, self._environment, self._log = 0, words, environment, log
+        self.start()
+
+    def start(self) -> None:
+        words = [sys.executable, str(Path(__file__).resolve()), "--back-end", "endpoint", *self._words, "--port", str(self.port)]
+        self._process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=self._log, text=True, env=self._environment, cwd=ROOT)
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(Path(self._log.name).read_text())
+        self.port = int(re.search(r":(\d+)/v1", line)[1])
+
+    def stop(self) -> None:
+        self._process.send_signal(signal.SIGTERM)
+        self._process.wait(60)
+        self._process.stdout.close()
+
+    def processes(self) -> list[int]:
+        """The small model's and the workers'."""
+        pid = self._process.pid
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 @contextmanager
 def running(mode: str, hosted_seconds: float, small_seconds: float, workers: int, folder: Path, *flags: str):
-    """(the endpoint's port, the hosted model's port, the endpoint's process, the hosted model's process)."""
+    """(the endpoint, the hosted model's port, the hosted model's process)."""
     kept = openai_tool
     tools = {one["name"]: tool_hash(one) for one in map(kept, TOOLS)}
     rule = {"signal": "min_logprob", "threshold": -1.0, "units": 1, "local": 1, "losses": 0, "bound": 0.01, "seen": 0.0, "local_only": {}}
@@ -143,28 +171,21 @@ def running(mode: str, hosted_seconds: float, small_seconds: float, workers: int
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("AZURE_", "SLM_", "LANGFUSE_"))} | {
         "AZURE_ENDPOINT": f"http://127.0.0.1:{port}/v1", "AZURE_DEPLOYMENT": "m", "AZURE_API_KEY": "key-of-the-hosted-model", "LANGFUSE_DISABLED": "1",
     }  # fmt: skip
-    words = ["--track", "toolcall", "--mode", mode, "--cascade", str(folder / "cascade.json"), "--port", "0", "--workers", str(workers), "--state", str(folder / "state")]
-    log = open(folder / "log", "w")  # noqa: SIM115
-    endpoint = subprocess.Popen(
-        [sys.executable, here, "--back-end", "endpoint", str(small_seconds), *words, "--audit-share", "0", "--queue", "1000", *flags],
-        stdout=subprocess.PIPE, stderr=log, text=True, env=environment, cwd=ROOT,
-    )  # fmt: skip
-    try:
-        url = endpoint.stdout.readline()
-        own = int(re.search(r":(\d+)/v1", url)[1])
-        until = time.monotonic() + 60
-        while time.monotonic() < until:
-            status, told, _ = asyncio.run(_once(own, body_of("warm up")))
-            if status == 200 and (mode != "cascade" or told.startswith("local")):
-                break
-            time.sleep(0.1)
-        yield own, port, endpoint, hosted
-    finally:
-        endpoint.send_signal(signal.SIGTERM)
-        endpoint.wait(60)
-        hosted.kill()
-        hosted.wait()
-        log.close()
+    words = ["--track", "toolcall", "--mode", mode, "--cascade", str(folder / "cascade.json"), "--queue", "1000", "--workers", str(workers), "--state", str(folder / "state")]
+    with open(folder / "log", "w") as log:
+        endpoint = Endpoint([str(small_seconds), *words, *flags], environment, log)
+        try:
+            until = time.monotonic() + 60
+            while time.monotonic() < until:
+                status, told, _ = asyncio.run(_once(endpoint.port, body_of("warm up")))
+                if status == 200 and (mode != "cascade" or told.startswith("local")):
+                    break
+                time.sleep(0.1)
+            yield endpoint, port, hosted
+        finally:
+            endpoint.stop()
+            hosted.kill()
+            hosted.wait()
 
 
 # -- Load ------------------------------------------------------------------------------------------------------------------------------
@@ -214,7 +235,7 @@ async def load(port: int, text: str, seconds: float, at_once: int = AT_ONCE) -> 
 
     async def client() -> None:
         connection, body = Connection(port), body_of(text)
-        await asyncio.sleep(random.random() * 0.1)  # or all would come in step
+        await asyncio.sleep(random.random() * SECONDS)  # or all would come in step, as each takes as long
         while time.perf_counter() - began < seconds:
             at = time.perf_counter()
             status, _, _ = await connection.ask(body)
@@ -236,24 +257,25 @@ def measure(seconds: float) -> dict[str, Any]:
     told: dict[str, Any] = {"at_once": AT_ONCE, "back_end_ms": 1000 * SECONDS, "load_before": os.getloadavg()[0]}
     for workers in (1, 2):
         for mode, who in (("hosted", "hosted"), ("cascade", "local")):
-            with tempfile.TemporaryDirectory() as folder, running(mode, SECONDS, SECONDS, workers, Path(folder)) as (own, port, _, _):
+            with tempfile.TemporaryDirectory() as folder, running(mode, SECONDS, SECONDS, workers, Path(folder), *NO_AUDITS) as (endpoint, port, _):
                 direct = quantiles(asyncio.run(load(port, "call", seconds))[0])
-                through = quantiles(asyncio.run(load(own, "call", seconds))[0])
-            with tempfile.TemporaryDirectory() as folder, running(mode, 0.0, 0.0, workers, Path(folder)) as (own, _, endpoint, _):
-                before = cpu_seconds(children_of(endpoint.pid))
-                took, rate = asyncio.run(load(own, "call", seconds))
-                spent = 1000 * (cpu_seconds(children_of(endpoint.pid)) - before) / len(took)
+                through = quantiles(asyncio.run(load(endpoint.port, "call", seconds))[0])
+            with tempfile.TemporaryDirectory() as folder, running(mode, 0.0, 0.0, workers, Path(folder), *NO_AUDITS) as (endpoint, _, _):
+                asyncio.run(load(endpoint.port, "call", seconds / 4))  # what is made once
+                before, size = cpu_seconds(endpoint.processes()), memory(endpoint.processes())
+                took, rate = asyncio.run(load(endpoint.port, "call", seconds))
+                spent = 1000 * (cpu_seconds(endpoint.processes()) - before) / len(took)
+                sizes = [size, memory(endpoint.processes())]
             added = {name: round(through[name] - direct[name], 2) for name in ("p50", "p99")}
-            told[f"{who}_{workers}_workers"] = {"direct_ms": direct, "through_ms": through, "added_ms": added, "requests_per_second": round(rate, 1), "cpu_ms_per_request": round(spent, 2)}
-            print(who, workers, added, round(rate, 1), round(spent, 2), flush=True)
+            told[f"{who}_{workers}_workers"] = {
+                "direct_ms": direct, "through_ms": through, "added_ms": added, "requests_per_second": round(rate, 1), "cpu_ms_per_request": round(spent, 2),
+                "instant_requests": len(took), "memory_mib": sizes,
+            }  # fmt: skip
+            print(who, workers, added, round(rate, 1), round(spent, 2), sizes, flush=True)
     return told
 
 
 # -- Faults ----------------------------------------------------------------------------------------------------------------------------
-
-
-def children_of(parent: int) -> list[int]:
-    return [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
 
 
 def cpu_seconds(pids: list[int]) -> float:
@@ -268,22 +290,21 @@ def memory(pids: list[int]) -> float:
     return round(max(int(one[1]) for one in found if one) / 1024, 1)
 
 
-async def campaign(requests: int, rng: random.Random, port: int, endpoint: subprocess.Popen, hosted: subprocess.Popen, state: Path) -> dict[str, Any]:
+async def campaign(requests: int, rng: random.Random, endpoint: Endpoint, hosted: subprocess.Popen, state: Path) -> dict[str, Any]:
     """Ask so many requests, AT_ONCE at a time, while things fail, each until it is answered as the openai package would: after an error that says so, again."""
     outcome: Counter[str] = Counter()
     faults: Counter[str] = Counter()
-    sizes: list[float] = []
     waiting = iter(range(requests))
     over = asyncio.Event()
 
     async def client() -> None:
-        connection = Connection(port)
+        connection = Connection(endpoint.port)
         for number in waiting:
             kind = rng.choices(("sure", "unsure", "slow"), (60, 38, 2))[0]
             for attempt in range(1000):
                 text = f"#{number}.{attempt} {kind}"
                 if rng.random() < 0.03:  # this client goes; the application asks again on another connection
-                    gone = asyncio.create_task(_once(port, body_of(f"{text} gone")))
+                    gone = asyncio.create_task(_once(endpoint.port, body_of(f"{text} gone")))
                     await asyncio.sleep(rng.random() * 0.02)
                     gone.cancel()
                     outcome["clients that went"] += 1
@@ -309,8 +330,8 @@ async def campaign(requests: int, rng: random.Random, port: int, endpoint: subpr
     async def trouble() -> None:
         while not over.is_set():
             await asyncio.sleep(rng.uniform(0.5, 1.5))
-            processes = children_of(endpoint.pid)  # the small model's and the workers': which is which, chance decides
-            kind = rng.choice(("a process killed", "a process stopped for a while", "hosted model down", "flag"))
+            processes = endpoint.processes()  # which is whose, chance decides
+            kind = rng.choices(KINDS, (3, 3, 3, 3, 1))[0]
             faults[kind] += 1
             try:
                 if kind.startswith("a process") and processes:
@@ -326,7 +347,9 @@ async def campaign(requests: int, rng: random.Random, port: int, endpoint: subpr
                     raise_flag(state, "a trial", [], [])
                     await asyncio.sleep(0.3)
                     lower_flag(state)
-                sizes.append(memory(children_of(endpoint.pid)))
+                elif kind == "endpoint restarted":
+                    await asyncio.to_thread(endpoint.stop)
+                    await asyncio.to_thread(endpoint.start)
             except (ProcessLookupError, ValueError, OSError):
                 pass
 
@@ -336,11 +359,10 @@ async def campaign(requests: int, rng: random.Random, port: int, endpoint: subpr
     await troubles
     hosted.stdin.write("twice\n")
     hosted.stdin.flush()
-    quarter = max(1, len(sizes) // 4)
     return {
         "requests": requests, "seconds": round(time.monotonic() - began, 1), "outcome": dict(outcome), "faults": dict(faults),
         "lost": outcome["LOST"], "answers_of_others": outcome["WRONG"], "asked_of_the_hosted_model_twice": int(hosted.stdout.readline()),
-        "memory_mib": {"first_quarter": max(sizes[:quarter], default=None), "last_quarter": max(sizes[-quarter:], default=None)},
+        "audited": len((state / AUDITS).read_bytes().splitlines()), "memory_mib": memory(endpoint.processes()),
     }  # fmt: skip
 
 
@@ -355,9 +377,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.seconds:
         told["added"] = measure(args.seconds)
     if args.requests:
-        flags = ("--deadline", str(DEADLINE))
-        with tempfile.TemporaryDirectory() as folder, running("cascade", 0.005, 0.005, 2, Path(folder), *flags) as (own, _, endpoint, hosted):
-            told["campaign"] = asyncio.run(campaign(args.requests, random.Random(args.seed), own, endpoint, hosted, Path(folder) / "state"))
+        flags = ("--deadline", str(DEADLINE), "--audit-share", "5%")
+        with tempfile.TemporaryDirectory() as folder, running("cascade", 0.005, 0.005, 2, Path(folder), *flags) as (endpoint, _, hosted):
+            told["campaign"] = asyncio.run(campaign(args.requests, random.Random(args.seed), endpoint, hosted, Path(folder) / "state"))
         print(json.dumps(told["campaign"], indent=2))
     if args.out:
         write_json(args.out, told)

@@ -30,8 +30,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywher
 from slm_swap.cli import Parser, positive, run
 from slm_swap.common.reports import code_version, hardware, now, write_json
 from slm_swap.common.settings import ROOT, display_path
-from slm_swap.serving.watching import ALPHA, upper
+from slm_swap.serving.watching import ALPHA
 from slm_swap.verdict.stats.e_detector import bets
+from slm_swap.verdict.stats.regret import upper_bound
 
 ALLOWED, TOOLS, ALARMS_IN = (0.02, 0.05, 0.1), (0, 8, 40), (1_000, 10_000)
 SEEN, DROPS, UNITS, BEFORE, MOST = (0.0, 0.02, 0.06), (0.02, 0.05, 0.1, 0.2), 500, 500, 10_000
@@ -103,8 +104,8 @@ def false_alarms(rng: np.random.Generator, trials: int, alarms_in: int, allowed:
 def detection(rng: np.random.Generator, trials: int, alarms_in: int, seen: float, drop: float, tools: int, only: int | None = None) -> dict[str, Any]:
     """One cell: the rate rises by `drop` on every tool, or on the one of rank `only` (0 is the most used)."""
     shares, units = zipf(tools), UNITS if only is None else 2 * UNITS
-    bound = upper(round(seen * units), units, ALPHA)
-    own = [max(bound, upper(round(seen * n), n, ALPHA / tools)) for n in np.round(shares * units).astype(int)] if tools else []
+    bound = upper_bound(round(seen * units), units, ALPHA)
+    own = [max(bound, upper_bound(round(seen * n), n, ALPHA / tools)) for n in np.round(shares * units).astype(int)] if tools else []
     before = np.full(len(shares), seen)
     after = before + drop * (np.arange(len(shares)) == only if only is not None else 1.0)
     most = BEFORE + MOST

@@ -5,6 +5,7 @@ import json
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from slm_swap.common.secrets import scrub
@@ -19,8 +20,8 @@ MODELS = ("/v1/models", "/openai/v1/models", "/openai/models")
 METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 
 
-def make_app(service: Service) -> "Starlette":
-    """The application of one worker."""
+def make_app(service: Service, closing: Callable[[], bool]) -> "Starlette":
+    """The application of one worker; `closing` says whether it is to end."""
     from starlette.applications import Starlette
     from starlette.routing import Route
 
@@ -32,15 +33,15 @@ def make_app(service: Service) -> "Starlette":
         finally:
             await service.stop()
 
-    door = Door(service)
+    door = Door(service, closing)
     return Starlette(routes=[Route("/{path:path}", door, methods=METHODS)], lifespan=life)
 
 
 class Door:
     """Every request comes in here, and gets exactly one answer, unless its client has gone before."""
 
-    def __init__(self, service: Service):
-        self._service, self._options = service, service.options
+    def __init__(self, service: Service, closing: Callable[[], bool]):
+        self._service, self._options, self._closing = service, service.options, closing
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         work = None
@@ -65,6 +66,8 @@ class Door:
             if work and not work.done():
                 work.cancel()
                 await asyncio.wait({work})
+        if self._closing():  # a client that asks on and on over its connection would never let the worker end
+            given = replace(given, headers=[*given.headers, ("connection", "close")])
         await _send(given, send)
 
     def _own(self, scope: dict[str, Any]) -> Given | None:

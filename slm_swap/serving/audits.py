@@ -9,6 +9,7 @@ from typing import Any
 from slm_swap.clients.completions import read_completion
 from slm_swap.clients.pricing import HostedPrices, to_float
 from slm_swap.clients.protocol import Reply
+from slm_swap.common.errors import UserError
 from slm_swap.rows.lines import dump_json, writable
 from slm_swap.scoring.several import answer, answer_json
 from slm_swap.serving import state
@@ -42,7 +43,7 @@ class Audits:
 
     def __init__(self, options: Options, hosted: Hosted, meters: Meters, prices: HostedPrices):
         self._options, self._hosted, self._meters, self._prices = options, hosted, meters, prices
-        self._lines, self._day, self._spent = state.Lines(options.state, state.AUDITS), 0, 0.0
+        self._lines, self._day, self._spent = state.Tail(options.state / state.AUDITS), 0, 0.0
         self._under_way = 0
 
     def due(self) -> bool:
@@ -55,10 +56,15 @@ class Audits:
         """What may be spent today."""
         day = int(time.time() // DAY)
         if day != self._day:
-            self._day, self._spent, self._lines = day, 0.0, state.Lines(self._options.state, state.AUDITS)
-        for line in self._lines.new():
-            if int(line["time"] // DAY) == day:
-                self._spent += line["cost"]["hosted"] or 0.0
+            self._day, self._spent, self._lines = day, 0.0, state.Tail(self._lines.path)
+        try:
+            for line in self._lines.new():
+                if int(float(line["time"]) // DAY) == day:
+                    self._spent += float(line["cost"]["hosted"] or 0.0)
+        except state.Replaced:  # what was spent stays spent
+            self._lines = state.Tail(self._lines.path)
+        except UserError:  # it cannot be read: nothing more is spent until it can
+            return 0.0
         return self._options.audit_budget - self._spent
 
     async def audit(self, name: str, kind: str, tool: str | None, path: str, body: dict[str, Any], local: Reply) -> Reply | None:
@@ -109,7 +115,14 @@ class Audits:
 
     def _cost(self, local: Reply, hosted: Reply) -> float | None:
         """By the hosted model's count of tokens; where it gave none, by the small model's."""
-        for reply in (hosted, local):
-            if reply.input_tokens is not None and reply.output_tokens is not None:
-                return to_float(self._prices.cost(reply.input_tokens, reply.cached_tokens or 0, reply.output_tokens))
+        if None in (hosted.input_tokens, hosted.output_tokens):
+            return hosted_price(self._prices, local)
+        return hosted_price(self._prices, hosted, hosted.cached_tokens or 0)
+
+
+def hosted_price(prices: HostedPrices, reply: Reply, cached: int = 0) -> float | None:
+    """What a reply's tokens cost at the hosted model, None where that is not known. Without `cached`, what it would have had in its cache is not known, and
+    all input counts in full."""
+    if reply.input_tokens is None or reply.output_tokens is None:
         return None
+    return to_float(prices.cost(reply.input_tokens, cached, reply.output_tokens))

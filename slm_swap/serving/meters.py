@@ -27,7 +27,7 @@ class Meters:
         self._failures = Counter("slm_swap_failures", "Requests that nobody answered", ["reason"], registry=own)
         self._seconds = Histogram("slm_swap_request_seconds", "Seconds to the whole answer", ["answered_by"], buckets=SECONDS, registry=own)
         self._tokens = Counter("slm_swap_tokens", "Tokens, as each model counts them", ["answered_by", "kind"], registry=own)
-        self._saved = Counter("slm_swap_saved_money", "Hosted price of what was answered locally, by the small model's counts of tokens", registry=own)
+        self._saved = Counter("slm_swap_saved_money", "Hosted price of what was answered locally, by the small model's counts of tokens, all input in full", registry=own)
         self._audits = Counter("slm_swap_audits", "Local answers that the hosted model was asked for too", ["agree"], registry=own)
         self._audit_cost = Counter("slm_swap_audit_money", "What audits cost", registry=own)
         self._engine = Gauge("slm_swap_engine_up", "Whether the small model answers", multiprocess_mode="livemin", registry=own)

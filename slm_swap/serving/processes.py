@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import ctypes
 import fcntl
+import gc
 import multiprocessing
 import os
 import shutil
@@ -68,6 +69,8 @@ def serve(options: Options, listener: socket.socket, make_client: Callable[[], C
     stopping: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: stopping.append(number))
+    gc.collect()
+    gc.freeze()  # a collection that goes over all that is loaded would hold a worker's requests up by some 60 ms
     with locked(options.state):
         metrics = options.state / "metrics"
         shutil.rmtree(metrics, ignore_errors=True)
@@ -77,7 +80,7 @@ def serve(options: Options, listener: socket.socket, make_client: Callable[[], C
         try:
             if make_client is not None:
                 here, there = _fork.Pipe(duplex=False)
-                engine = Kept("the small model's process", _engine, options, make_client, there, os.getpid())
+                engine = Kept("the small model's process", _engine, options, listener, make_client, there, os.getpid())
                 engine.start()
                 there.close()
                 kept.append(engine)
@@ -154,8 +157,9 @@ def _begin(parent: int, when_orphaned: int) -> None:
         os._exit(0)
 
 
-def _engine(options: Options, make_client: Callable[[], Client], told: Connection, parent: int) -> None:
+def _engine(options: Options, listener: socket.socket, make_client: Callable[[], Client], told: Connection, parent: int) -> None:
     _begin(parent, signal.SIGKILL)
+    listener.close()  # or clients could still connect where no worker is left to answer
     hide_in_tracebacks(lambda: options.settings.secrets)
 
     def ready() -> None:
@@ -175,12 +179,13 @@ def _worker(options: Options, listener: socket.socket, number: int, parent: int)
         from slm_swap.serving.app import make_app
         from slm_swap.serving.service import Service
 
-        app = make_app(Service(options, number))
+        app = make_app(Service(options, number), lambda: server.should_exit)
         config = uvicorn.Config(
             app, log_level="error", access_log=False, server_header=False, timeout_keep_alive=KEEP_ALIVE, ws="none", lifespan="on",
             timeout_graceful_shutdown=DRAIN_SECONDS - 30,
         )  # fmt: skip
-        asyncio.run(uvicorn.Server(config).serve(sockets=[listener]))
+        server = uvicorn.Server(config)
+        asyncio.run(server.serve(sockets=[listener]))
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from slm_swap.clients.completions import read_completion
-from slm_swap.clients.pricing import HostedPrices, load_prices, to_float
+from slm_swap.clients.pricing import HostedPrices, load_prices
 from slm_swap.clients.protocol import Reply
 from slm_swap.common.errors import UserError
 from slm_swap.common.exact_json import EXACT
@@ -23,7 +23,7 @@ from slm_swap.rows.few_shot import FewShot
 from slm_swap.rows.prompts import Request as ModelRequest
 from slm_swap.rows.prompts import request_of
 from slm_swap.serving import state
-from slm_swap.serving.audits import Audits, agree
+from slm_swap.serving.audits import Audits, agree, hosted_price
 from slm_swap.serving.chat import Asked, Unsupported, completion, events, may_be_sent, read_chat, tool_of
 from slm_swap.serving.hosted import ASKING, CHAT, Hosted, HostedDown, answered_headers
 from slm_swap.serving.link import Link, NotNow
@@ -243,6 +243,8 @@ class Service:
         reason, detail, row = self._eligible(asked)
         shadow = self.options.mode == "shadow"
         task = asyncio.create_task(self._local(row)) if row else None
+        if task:
+            task.add_done_callback(lambda task: task.cancelled() or task.exception())  # of a reply that is not waited for any more
         self.meters.under_way(1)
         try:
             if task and not shadow:
@@ -337,7 +339,7 @@ class Service:
         reply = local.reply
         whole = completion(self.options.track, reply, asked.id, asked.model or (self.hosted.name if self.hosted else "slm"))
         self.meters.answered("local", "local", time.perf_counter() - asked.began, (reply.input_tokens, reply.output_tokens))
-        self.meters.saved(to_float(self.prices.cost(reply.input_tokens, reply.cached_tokens or 0, reply.output_tokens)))
+        self.meters.saved(hosted_price(self.prices, reply))
         if self.audits and self.audits.due():
             self._do(self._audit(asked, row, local))
         else:

@@ -5,18 +5,17 @@ for each audit and for each worker's minute; each line is appended in one write,
 """
 
 import contextlib
-import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from slm_swap.common.errors import UserError
-from slm_swap.common.os_errors import writing
+from slm_swap.common.os_errors import reading, writing
 from slm_swap.common.reports import SCHEMA_VERSION, json_line, now, read_json, write_json
 from slm_swap.common.settings import PACKAGE
-from slm_swap.rows.lines import is_whole, with_checksum
+from slm_swap.rows.lines import decode_line, is_whole, with_checksum
 
 STATE = PACKAGE / "05_serve/state"
 STOP, AUDITS, MINUTES, ENDPOINT = "stop.json", "audits.jsonl", "minutes.jsonl", "endpoint.json"
@@ -87,23 +86,53 @@ def append(folder: Path, name: str, value: dict[str, Any]) -> None:
         os.close(descriptor)
 
 
-class Lines:
-    """The whole lines of a file that grows, each given once; a line that is not as it was written is passed over."""
+class Replaced(Exception):
+    """A file of the state is not the one that was read so far."""
 
-    def __init__(self, folder: Path, name: str):
-        self._path, self._at = folder / name, 0
 
-    def new(self) -> list[dict[str, Any]]:
-        """Those that came since the last call."""
-        try:
-            with open(self._path, "rb") as stream:
-                stream.seek(self._at)
-                data = stream.read()
-        except FileNotFoundError:
-            return []
-        whole = data[: data.rfind(b"\n") + 1]
-        self._at += len(whole)
-        return [json.loads(line) for line in whole.splitlines(keepends=True) if is_whole(line)]
+class Tail:
+    """The whole lines of a growing file behind its first `start` bytes, each once; `damaged` counts those that are not as they were written."""
+
+    def __init__(self, path: Path, start: int = 0):
+        self.path, self.damaged, self.lines = path, 0, 0
+        self._offset, self._inode = start, None
+
+    def new(self) -> Iterator[dict[str, Any]]:
+        """What has come since the last time; a last line without its end is left until it has it.
+
+        Raises:
+            Replaced: the file is shorter than it was, gone, or another one.
+            UserError: it cannot be read.
+        """
+        if not os.path.lexists(self.path):
+            if self._offset:
+                raise Replaced
+            return
+        with reading(self.path, ADVICE), open(self.path, "rb") as lines:
+            stat = os.fstat(lines.fileno())
+            if self._inode not in (None, stat.st_ino) or stat.st_size < self._offset:
+                raise Replaced
+            self._inode = stat.st_ino
+            lines.seek(self._offset)
+            for line in lines:
+                if not line.endswith(b"\n"):
+                    return
+                self._offset += len(line)
+                if line.strip():
+                    self.lines += 1
+                    value = _decoded(line)
+                    if value is None:
+                        self.damaged += 1
+                    else:
+                        yield value
+
+
+def _decoded(line: bytes) -> dict[str, Any] | None:
+    try:
+        value = decode_line(line) if is_whole(line) else None
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def write_endpoint(folder: Path, told: dict[str, Any]) -> None:

@@ -17,20 +17,19 @@ import math
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from slm_swap.common.errors import UserError
-from slm_swap.common.os_errors import reading
 from slm_swap.common.reports import SCHEMA_VERSION, now, read_json, sha256_file, write_json
 from slm_swap.common.settings import display_path, find_path
-from slm_swap.rows.lines import decode_line, is_whole
-from slm_swap.serving.state import ADVICE, AUDITS, ENDPOINT, MINUTES
+from slm_swap.serving.state import ADVICE, AUDITS, ENDPOINT, MINUTES, Replaced, Tail
+from slm_swap.verdict.cascade import MADE_BY, read_cascade
 from slm_swap.verdict.stats.e_detector import EDetector, Mixture
+from slm_swap.verdict.stats.regret import upper_bound
 
-RESTART, CALIBRATE = "restart.json", "03_compare/calibrate.py"
+RESTART = "restart.json"
 ALPHA = 0.05  # of each bound that the calibration's rows give
 BINS, LOW_BINS = 20, (1, 5, 10)  # of a signal, over the calibration's quantiles; confidence is low below the 5%, 25% or 50% quantile
 DECIDED = ("unfit", "no_confidence", "below_threshold", "class_never")  # the rule's reasons to hand on; others are none of the calibration's
@@ -63,10 +62,8 @@ def read_allowed(path: Path) -> Allowed:
     Raises:
         UserError: it is missing, or is none.
     """
-    told = read_json(path, CALIBRATE)
+    told = read_cascade(path).told
     try:
-        if told["stage"] != "cascade":
-            raise ValueError
         bound, share_local, by = told["disagreement"]["bound"], float(told["share_local"]), told.get("units") or {}
         units = {name: int(rule["units"]) for name, rule in told["rules"].items()}
         tools = {name: (int(own["disagreements"]), int(own["local"])) for name, own in (told.get("per_tool") or {}).items()}
@@ -75,19 +72,12 @@ def read_allowed(path: Path) -> Allowed:
         if not good or not all(0 <= k <= of for k, of in tools.values()):
             raise ValueError
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise UserError(f"{display_path(path)} is no cascade.json: make it with {CALIBRATE}") from None
+        raise UserError(f"{display_path(path)} is no cascade of this version: make it with {MADE_BY}") from None
     handed_on = round((1 - share_local) * n)
-    own = {name: max(bound or 0.0, upper(k, of, ALPHA / len(tools))) for name, (k, of) in tools.items()}
-    limits = 1 - upper(n - handed_on, n, ALPHA / 2), upper(handed_on, n, ALPHA / 2)
+    own = {name: max(bound or 0.0, upper_bound(k, of, ALPHA / len(tools))) for name, (k, of) in tools.items()}
+    limits = 1 - upper_bound(n - handed_on, n, ALPHA / 2), upper_bound(handed_on, n, ALPHA / 2)
     own = {name: most for name, most in own.items() if most < 1}
     return Allowed(display_path(path), sha256_file(path), str(told.get("hosted") or "hosted"), bound, own, limits, units, by.get("by") == "group")
-
-
-def upper(count: int, n: int, alpha: float) -> float:
-    """Clopper and Pearson's one-sided upper bound of a share, of level 1 - alpha; 1 where nothing was seen."""
-    from scipy.special import betaincinv
-
-    return 1.0 if count >= n else float(betaincinv(count + 1, n - count, 1 - alpha))
 
 
 def find_cascade(folder: Path, given: str | None) -> Path:
@@ -166,55 +156,6 @@ class Watched:
 
 def testable(most: float | None, alarm_at: float) -> EDetector | None:
     return EDetector(most, alarm_at) if most is not None and 0 < most < 1 else None
-
-
-class Replaced(Exception):
-    """A file of the state is not the one that was read so far."""
-
-
-class Tail:
-    """The whole lines of a growing file behind its first `start` bytes, each once; `damaged` counts those that are not as they were written."""
-
-    def __init__(self, path: Path, start: int = 0):
-        self.path, self.damaged, self.lines = path, 0, 0
-        self._offset, self._inode = start, None
-
-    def new(self) -> Iterator[dict[str, Any]]:
-        """What has come since the last time; a last line without its end is left until it has it.
-
-        Raises:
-            Replaced: the file is shorter than it was, gone, or another one.
-            UserError: it cannot be read.
-        """
-        if not os.path.lexists(self.path):
-            if self._offset:
-                raise Replaced
-            return
-        with reading(self.path, ADVICE), open(self.path, "rb") as lines:
-            stat = os.fstat(lines.fileno())
-            if self._inode not in (None, stat.st_ino) or stat.st_size < self._offset:
-                raise Replaced
-            self._inode = stat.st_ino
-            lines.seek(self._offset)
-            for line in lines:
-                if not line.endswith(b"\n"):
-                    return
-                self._offset += len(line)
-                if line.strip():
-                    self.lines += 1
-                    value = _decoded(line)
-                    if value is None:
-                        self.damaged += 1
-                    else:
-                        yield value
-
-
-def _decoded(line: bytes) -> dict[str, Any] | None:
-    try:
-        value = decode_line(line) if is_whole(line) else None
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def _is_audit(value: dict[str, Any]) -> bool:

@@ -48,7 +48,11 @@ def cascade(path: Path, **more: Any) -> Path:
     """Of 1,000 calibration rows: 900 answered locally, of which 20 disagreed."""
     told = {
         "schema_version": 1, "stage": "cascade", "track": "toolcall", "hosted": "gpt-x", "share_local": 0.9,
-        "rules": {"call": {"signal": "mean", "threshold": 0.5, "units": 1000, "local": 900}},
+        "guarantee": "regret", "delta": 0.02, "alpha": 0.05, "regret": {"seen": 0.01, "bound": 0.02}, "identity": {}, "tools": None, "prompts": 0,
+        "rules": {
+            "call": {"signal": "sum_logprob", "threshold": -0.5, "units": 1000, "local": 900},
+            "no_call": {"signal": "sum_logprob", "threshold": None, "units": 0, "local": 0},
+        },
         "disagreement": {"seen": 20 / 900, "bound": 0.05, "units": 900},
         "per_tool": {
             "order_status": {"local": 800, "losses": 10, "disagreements": 15},

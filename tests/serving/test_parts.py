@@ -1,7 +1,12 @@
 """The endpoint's parts without a process: streams put together, what waits for the small model, audits' comparison, keys."""
 
+import asyncio
 import json
+import socket
 import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -14,12 +19,14 @@ from slm_swap.demo.simulator_parts import events_of
 from slm_swap.rows.lines import dump_json
 from slm_swap.rows.prompts import Request, Wanted
 from slm_swap.serving import state
-from slm_swap.serving.audits import agree
+from slm_swap.serving.app import Door
+from slm_swap.serving.audits import Audits, agree
 from slm_swap.serving.chat import completion, events
 from slm_swap.serving.engine import Job, Jobs, read_line, read_request, request_json
 from slm_swap.serving.options import Options, read_keys
 from slm_swap.serving.streams import joined
 from slm_swap.slm_client import taken_at_once
+from tests.support.scripts import load_script
 
 CALLS = st.lists(st.fixed_dictionaries({"name": st.sampled_from(["a", "b"]), "arguments": st.dictionaries(st.text(max_size=3), st.text(max_size=30)).map(json.dumps)}), max_size=3)
 
@@ -91,15 +98,37 @@ def test_replies_agree_by_value(one, other, same):
 
 
 def test_a_line_of_the_state_is_read_once_and_a_torn_one_when_it_is_whole(tmp_path):
-    lines = state.Lines(tmp_path, state.AUDITS)
-    assert lines.new() == []
+    lines = state.Tail(tmp_path / state.AUDITS)
+    assert list(lines.new()) == []
     state.append(tmp_path, state.AUDITS, {"a": 1})
     whole = (tmp_path / state.AUDITS).read_bytes()
     (tmp_path / state.AUDITS).write_bytes(whole + whole[:10])
     assert [line["a"] for line in lines.new()] == [1]
-    assert lines.new() == []
+    assert list(lines.new()) == []
     (tmp_path / state.AUDITS).write_bytes(whole + whole + whole.replace(b"1", b"2"))
-    assert [line["a"] for line in lines.new()] == [1]  # the last one is damaged
+    assert [line["a"] for line in lines.new()] == [1] and lines.damaged == 1
+
+
+def test_what_audits_cost_today_is_kept_to_by_all_workers_whatever_happens_to_their_file(tmp_path):
+    options = Options(Settings(), "cascade", "toolcall", tmp_path, audit_share=1.0, audit_budget=1.0)
+    audits = Audits(options, None, None, None)
+
+    def spend(cost: float | None) -> None:
+        state.append(tmp_path, state.AUDITS, {"time": time.time(), "cost": {"hosted": cost}})
+
+    assert audits.due()
+    spend(0.6)
+    spend(None)
+    assert audits.due()
+    (tmp_path / state.AUDITS).unlink()
+    assert audits.due()  # 0.4 are left
+    spend(0.5)
+    assert not audits.due()
+    other = Audits(options, None, None, None)  # a worker that has started since
+    assert other.due()
+    (tmp_path / state.AUDITS).unlink()
+    (tmp_path / state.AUDITS).mkdir()
+    assert not Audits(options, None, None, None).due(), "what was spent cannot be read"
 
 
 @pytest.mark.parametrize(("keys", "said"), [("short", "fewer than 16"), ("the-hosted-key-itself", "keys that this endpoint uses itself")])
@@ -114,3 +143,34 @@ def test_a_clients_key_is_known(tmp_path):
     options = Options(Settings(), "hosted", "toolcall", tmp_path, keys=keys)
     assert [options.knows(key) for key in ("0123456789abcdef", "0123456789abcdefg", "fedcba9876543210")] == [True] * 3
     assert not any(options.knows(key) for key in (None, "", "0123456789abcde", "# a comment"))
+
+
+def test_an_answer_of_several_packets_goes_out_at_once():
+    listener = load_script("05_serve/serve.py").listen("127.0.0.1", 0)
+
+    async def delayed() -> int:
+        asked: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        class Server(asyncio.Protocol):
+            def connection_made(self, transport):
+                asked.set_result(transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+                transport.close()
+
+        server = await asyncio.get_running_loop().create_server(Server, sock=listener)
+        async with server:
+            socket.create_connection(listener.getsockname()).close()
+            return await asked
+
+    assert asyncio.run(delayed()), "without TCP_NODELAY each answer waits 40 ms for an acknowledgement"
+
+
+@pytest.mark.parametrize("closing", [False, True])
+def test_a_worker_that_is_to_end_keeps_no_connection(closing):
+    service = SimpleNamespace(options=Options(Settings(), "hosted", "toolcall", Path()), health=dict)
+    sent: list[dict] = []
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    asyncio.run(Door(service, lambda: closing)({"path": "/healthz", "headers": [], "method": "GET"}, None, send))
+    assert sent[0]["status"] == 200 and ((b"connection", b"close") in sent[0]["headers"]) is closing

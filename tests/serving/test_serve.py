@@ -369,12 +369,23 @@ def test_keys_are_asked_for_and_never_passed_on(hosted, tmp_path):
         assert key not in running.log.read_text()
 
 
+def refuses(running) -> bool:
+    """Whether nobody listens: a client that could connect would wait for an answer that nobody gives."""
+    try:
+        socket.create_connection(("127.0.0.1", int(running.url.rpartition(":")[2])), timeout=5).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
 def test_sigterm_answers_what_is_under_way_and_takes_nothing_new(hosted, tmp_path):
     with serving(tmp_path, "--mode", "cascade", "--cascade", cascade(tmp_path / "c.json"), "--workers", 2, "--deadline", 60, hosted=hosted) as running:
         with ThreadPoolExecutor(2) as pool:
             under_way = [pool.submit(running.ask, "slow 4") for _ in range(2)]
             wait_until(lambda: "slm_swap_under_way 2.0" in httpx2.get(f"{running.url}/metrics").text)
             running.script.send_signal(15)
+            wait_until(lambda: refuses(running))
+            assert not any(told.done() for told in under_way)
             assert [told.result()[0] for told in under_way] == ["local; reason=local"] * 2
         assert running.script.wait() == 0
         with pytest.raises(openai.APIConnectionError):

@@ -1,10 +1,12 @@
 """watch.py as it is run: exit codes, the flag, starting anew, the export, Langfuse, a terminal."""
 
+import contextlib
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 
@@ -171,6 +173,13 @@ def test_langfuse_is_told_of_the_alarm_and_an_outage_does_not_hold_it_up(run, fo
         assert code == 12 and flag(folder) and "have not reached Langfuse" in error
 
 
+def read_on(descriptor: int, shown: bytearray) -> None:
+    """Read what a process shows until it ends: a terminal that nobody reads holds it up."""
+    with contextlib.suppress(OSError), open(descriptor, "rb", buffering=0) as stream:
+        while part := stream.read(10_000):
+            shown += part
+
+
 @pytest.mark.parametrize("terminal", [False, True])
 def test_it_watches_until_it_is_interrupted(folder, terminal):
     append(folder / "audits.jsonl", *(audit(number, True) for number in range(50)))
@@ -179,10 +188,12 @@ def test_it_watches_until_it_is_interrupted(folder, terminal):
     out = slave if terminal else subprocess.PIPE
     process = subprocess.Popen(command, stdout=out, stderr=subprocess.PIPE, env=os.environ | {"LANGFUSE_DISABLED": "1", "COLUMNS": "120"})
     os.close(slave)
+    shown = bytearray()
+    threading.Thread(target=read_on, args=(os.dup(master) if terminal else os.dup(process.stdout.fileno()), shown), daemon=True).start()
     try:
-        shown = b""
-        while b"quiet: 50 audited requests" not in shown:
-            shown += os.read(master if terminal else process.stdout.fileno(), 10_000)
+        until = time.monotonic() + PATIENCE
+        while b"quiet: 50 audited requests" not in shown and time.monotonic() < until:
+            time.sleep(0.05)
         disagree(folder, 50)
         until = time.monotonic() + PATIENCE
         while flag(folder) is None and time.monotonic() < until:

@@ -7,8 +7,10 @@ import pytest
 
 from slm_swap.common.errors import UserError
 from slm_swap.serving import state
+from slm_swap.serving.state import Tail
 from slm_swap.serving.watch_page import cautions, verdict_line, write_page
-from slm_swap.serving.watching import KINDS, TAKES_BACK, Tail, Watch, find_cascade, read_allowed, restart, upper
+from slm_swap.serving.watching import KINDS, TAKES_BACK, Watch, find_cascade, read_allowed, restart
+from slm_swap.verdict.stats.regret import upper_bound
 from tests.serving import states
 from tests.serving.states import append, audit, line, minute
 
@@ -32,22 +34,22 @@ def names(alarms) -> set[str]:
 
 
 def test_upper_bounds_of_clopper_and_pearson():
-    assert upper(0, 100, 0.05) == pytest.approx(1 - 0.05 ** (1 / 100))
-    assert upper(0, 0, 0.05) == upper(5, 5, 0.05) == 1
-    assert upper(5, 50, 0.025) == pytest.approx(0.2181, abs=1e-4)  # the textbook's 95% interval of 5 in 50: 3.3% to 21.8%
+    assert upper_bound(0, 100, 0.05) == pytest.approx(1 - 0.05 ** (1 / 100))
+    assert upper_bound(0, 0, 0.05) == upper_bound(5, 5, 0.05) == 1
+    assert upper_bound(5, 50, 0.025) == pytest.approx(0.2181, abs=1e-4)  # the textbook's 95% interval of 5 in 50: 3.3% to 21.8%
 
 
 def test_what_a_cascade_allows(tmp_path):
     told = read_allowed(states.cascade(tmp_path / "cascade.json"))
-    assert told.disagreement == 0.05 and told.hosted == "gpt-x" and told.units == {"call": 1000}
-    assert told.tools == {"order_status": 0.05, "rare": upper(0, 5, 0.05 / 3)}  # never below the bound of all; `never` cannot be tested
+    assert told.disagreement == 0.05 and told.hosted == "gpt-x" and told.units == {"call": 1000, "no_call": 0}
+    assert told.tools == {"order_status": 0.05, "rare": upper_bound(0, 5, 0.05 / 3)}  # never below the bound of all; `never` cannot be tested
     low, high = told.handed_on
-    assert low == pytest.approx(1 - upper(900, 1000, 0.025)) and high == upper(100, 1000, 0.025) and 0.08 < low < 0.1 < high < 0.13
+    assert low == pytest.approx(1 - upper_bound(900, 1000, 0.025)) and high == upper_bound(100, 1000, 0.025) and 0.08 < low < 0.1 < high < 0.13
 
 
 def test_rows_of_a_group_are_no_further_evidence(tmp_path):
     told = read_allowed(states.cascade(tmp_path / "cascade.json", units={"by": "group", "count": 100}))
-    assert told.grouped and told.handed_on == (1 - upper(90, 100, 0.025), upper(10, 100, 0.025))
+    assert told.grouped and told.handed_on == (1 - upper_bound(90, 100, 0.025), upper_bound(10, 100, 0.025))
 
 
 @pytest.mark.parametrize(
@@ -57,7 +59,7 @@ def test_rows_of_a_group_are_no_further_evidence(tmp_path):
      {"per_tool": {"t": {"local": 1, "disagreements": 2}}}, {"rules": []}],
 )  # fmt: skip
 def test_no_cascade(tmp_path, broken):
-    with pytest.raises(UserError, match=r"cascade\.json is no cascade\.json: make it with 03_compare/calibrate\.py"):
+    with pytest.raises(UserError, match=r"cascade\.json is no cascade of this version: make it with 03_compare/calibrate\.py"):
         read_allowed(states.cascade(tmp_path / "cascade.json", **broken))
 
 
