@@ -128,14 +128,14 @@ async def serve_hosted(seconds: float) -> None:
 
 
 class Endpoint:
-    """05_serve/serve.py as a process, which can be started again on its port."""
+    """05_serve/serve.py, or a script that runs it, as a process, which can be started again on its port."""
 
     def __init__(self, words: list[str], environment: dict[str, str], log: Any):
         self.port, self._words, self._environment, self._log = 0, words, environment, log
         self.start()
 
     def start(self) -> None:
-        words = [sys.executable, str(Path(__file__).resolve()), "--back-end", "endpoint", *self._words, "--port", str(self.port)]
+        words = [sys.executable, *self._words, "--port", str(self.port)]
         self._process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=self._log, text=True, env=self._environment, cwd=ROOT)
         line = self._process.stdout.readline()
         if not line:
@@ -153,6 +153,16 @@ class Endpoint:
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+def start_hosted(seconds: float) -> tuple[subprocess.Popen, int, dict[str, str]]:
+    """The hosted model as a process, its port, and the environment of an endpoint in front of it."""
+    words = [sys.executable, str(Path(__file__).resolve()), "--back-end", "hosted", str(seconds)]
+    hosted = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    port = int(hosted.stdout.readline())
+    return hosted, port, {name: value for name, value in os.environ.items() if not name.startswith(("AZURE_", "SLM_", "LANGFUSE_"))} | {
+        "AZURE_ENDPOINT": f"http://127.0.0.1:{port}/v1", "AZURE_DEPLOYMENT": "m", "AZURE_API_KEY": "key-of-the-hosted-model", "LANGFUSE_DISABLED": "1",
+    }  # fmt: skip
+
+
 @contextmanager
 def running(mode: str, hosted_seconds: float, small_seconds: float, workers: int, folder: Path, *flags: str):
     """(the endpoint, the hosted model's port, the hosted model's process)."""
@@ -165,15 +175,10 @@ def running(mode: str, hosted_seconds: float, small_seconds: float, workers: int
         "recipe": None, "calibration": {}, "hosted": None, "costs": {},
     }  # fmt: skip
     (folder / "cascade.json").write_text(json.dumps(told))
-    here = str(Path(__file__).resolve())
-    hosted = subprocess.Popen([sys.executable, here, "--back-end", "hosted", str(hosted_seconds)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    port = int(hosted.stdout.readline())
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("AZURE_", "SLM_", "LANGFUSE_"))} | {
-        "AZURE_ENDPOINT": f"http://127.0.0.1:{port}/v1", "AZURE_DEPLOYMENT": "m", "AZURE_API_KEY": "key-of-the-hosted-model", "LANGFUSE_DISABLED": "1",
-    }  # fmt: skip
+    here, (hosted, port, environment) = str(Path(__file__).resolve()), start_hosted(hosted_seconds)
     words = ["--track", "toolcall", "--mode", mode, "--cascade", str(folder / "cascade.json"), "--queue", "1000", "--workers", str(workers), "--state", str(folder / "state")]
     with open(folder / "log", "w") as log:
-        endpoint = Endpoint([str(small_seconds), *words, *flags], environment, log)
+        endpoint = Endpoint([here, "--back-end", "endpoint", str(small_seconds), *words, *flags], environment, log)
         try:
             until = time.monotonic() + 60
             while time.monotonic() < until:
