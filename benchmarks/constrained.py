@@ -11,6 +11,7 @@ the processor's seconds, which other work on the machine leaves as they are.
 """
 
 import argparse
+import json
 import statistics
 import sys
 import tempfile
@@ -67,12 +68,20 @@ def questions() -> list[Request]:
 
 
 def checkpoint(folder: Path, shape: str) -> Path:
-    """Random weights with the embedded model's tokenizer, filled up with words to the shape's vocabulary."""
-    path, tokenizer = make_checkpoint(folder / shape, shape), load_tokenizer(EMBEDDED)
-    random, letters = Random(0), "etaoinshrdlucmfwypvbgkjqxz"
-    words = {" " + "".join(random.choices(letters, k=random.randint(3, 9))) for _ in range(SHAPES[shape][1]["vocab_size"] - len(tokenizer))}
-    tokenizer.add_tokens(sorted(words))
-    tokenizer.save_pretrained(path)
+    """Random weights with the embedded model's tokenizer, its vocabulary filled up to the shape's by longer and longer words."""
+    path = make_checkpoint(folder / shape, shape)
+    load_tokenizer(EMBEDDED).save_pretrained(path)
+    told = json.loads((path / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary, merges, random = told["model"]["vocab"], told["model"]["merges"], Random(0)
+    words = [token for token in vocabulary if token.removeprefix("Ġ").isalpha() and token.isascii() or token == "Ġ"]
+    letters = [token for token in words if len(token) == 1 and token.isalpha()]
+    while len(vocabulary) < SHAPES[shape][1]["vocab_size"]:
+        word, letter = random.choice(words), random.choice(letters)
+        if len(word) < 12 and word + letter not in vocabulary:
+            vocabulary[word + letter] = len(vocabulary)
+            merges.append([word, letter])
+            words.append(word + letter)
+    (path / "tokenizer.json").write_text(json.dumps(told, ensure_ascii=False), encoding="utf-8")
     return path
 
 
