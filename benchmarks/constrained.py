@@ -73,7 +73,7 @@ def checkpoint(folder: Path, shape: str) -> Path:
     load_tokenizer(EMBEDDED).save_pretrained(path)
     told = json.loads((path / "tokenizer.json").read_text(encoding="utf-8"))
     vocabulary, merges, random = told["model"]["vocab"], told["model"]["merges"], Random(0)
-    words = [token for token in vocabulary if token.removeprefix("Ġ").isalpha() and token.isascii() or token == "Ġ"]
+    words = [token for token in vocabulary if (token.removeprefix("Ġ").isalpha() and token.isascii()) or token == "Ġ"]
     letters = [token for token in words if len(token) == 1 and token.isalpha()]
     while len(vocabulary) < SHAPES[shape][1]["vocab_size"]:
         word, letter = random.choice(words), random.choice(letters)

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from slm_swap.clients.engines import captured as captured_module
+from slm_swap.clients.engines import Prompt
 from slm_swap.clients.engines.captured import CapturedDecoder
+from slm_swap.clients.engines.masks import Grammars, Masks
 from slm_swap.clients.protocol import Reply
 from slm_swap.clients.reply_forms import call_form, row_grammar
 from slm_swap.common.settings import Settings
@@ -18,6 +19,7 @@ from slm_swap.scoring.replies import parse_toolcall
 from slm_swap.scoring.tracks import TRACKS
 from slm_swap.slm_client import SLMClient, in_form, made_again
 from tests.support.chat_templates import tokenizer_of
+from tests.support.uncaptured import uncaptured
 
 SETTINGS = Settings(slm_model_path="models/phi-tiny")
 TOOLS = [
@@ -72,17 +74,9 @@ def test_replies_under_a_grammar_do_not_depend_on_the_batch(clients, size, monke
 
 
 def test_the_captured_decoder_keeps_to_grammars_too(clients, monkeypatch):
-    """Its steps run as they are: all but the capturing."""
-
-    def steps(self, step):
-        step.at.zero_()
-        for _ in range(captured_module.CHECK_EVERY):
-            self._step(step)
-
     client = clients["always"]
     expected = client.generate(ASKED)
-    monkeypatch.setattr(CapturedDecoder, "_run", steps)
-    monkeypatch.setattr(CapturedDecoder, "_run_forward", CapturedDecoder._forward)
+    monkeypatch.setattr(CapturedDecoder, "_capture", uncaptured)
     monkeypatch.setattr(client.engine, "_captured", CapturedDecoder(client.engine.model, client.engine.ends))
     assert all(map(same, client.generate(ASKED), expected))
     assert client.engine._captured is not None and client.engine._captured._steps
@@ -174,7 +168,6 @@ def test_the_rows_file_says_how_a_reply_was_made():
 @pytest.mark.parametrize("family, separators", [("phi", (", ", ": ")), ("qwen2_5", (", ", ": ")), ("qwen3", (", ", ": ")), ("llama3_1", (", ", ": "))])
 def test_calls_in_a_templates_own_form_are_in_the_grammar(family, separators):
     from slm_swap.clients.endings import reply_ends, require_ending
-    from slm_swap.clients.engines.masks import Grammars
     from slm_swap.tuning.tokens import lesson
 
     tokenizer = tokenizer_of(family)
@@ -189,3 +182,17 @@ def test_calls_in_a_templates_own_form_are_in_the_grammar(family, separators):
         grammar = row_grammar(tokenizer, request_of("toolcall", example), reply_ends(tokenizer), made.special)
         assert made.why_not(grammar) is None
         assert made.matcher(grammar).try_consume_tokens(tokens) == len(tokens), tokenizer.decode(tokens)
+
+
+def test_embeddings_that_are_no_tokens_come_only_where_a_row_is_free(clients):
+    client = clients["always"]
+    grammar = row_grammar(client.tokenizer, ASKED[0], client.engine.ends, client.grammars.special)
+    size = len(client.tokenizer)
+    prompts = [Prompt(0, [1], 9, grammar=grammar), Prompt(1, [1], 9), Prompt(2, [1], 9, grammar=grammar)]
+
+    def allowed(vocabulary: int) -> torch.Tensor:
+        return Masks(client.grammars, prompts).apply(torch.zeros(3, vocabulary), [0, 1, 2]) == 0
+
+    exact, padded = allowed(size), allowed(size + 100)
+    assert torch.equal(padded[:, :size], exact) and 0 < exact[0].sum() < size and exact[1].all()
+    assert padded[:, size:].any(1).tolist() == [False, True, False] and padded[1].all()

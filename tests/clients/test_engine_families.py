@@ -20,6 +20,7 @@ from slm_swap.clients.engines.transformers_engine import TransformersEngine, cac
 from slm_swap.clients.loading import load_tokenizer
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import PACKAGE
+from tests.support.uncaptured import uncaptured
 
 TINY = dict(vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
 TEXT = TINY | dict(max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False)
@@ -110,17 +111,10 @@ def test_replies_are_right_in_any_batch(family):
     assert together == alone and len({token for reply in alone.values() for token in reply}) > 40
 
 
-def steps(self, step):
-    """All of a captured decoder but the capturing."""
-    step.at.zero_()
-    for _ in range(captured_module.CHECK_EVERY):
-        self._step(step)
-
-
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in HYBRID])
 def test_static_caches_take_any_shape(family, monkeypatch):
     """Gemma 4 has other heads in its global layers; within windows all are captured, beyond them none is."""
-    monkeypatch.setattr(CapturedDecoder, "_run", steps)
+    monkeypatch.setattr(CapturedDecoder, "_capture", uncaptured)
     model(family).set_attn_implementation("sdpa")
     made = engine(family, 2)
     made._captured = CapturedDecoder(made.model, ENDS)

@@ -7,7 +7,7 @@ from typing import Any
 
 from slm_swap.clients.architecture import fixed_length, text_config
 from slm_swap.clients.engines import Chance
-from slm_swap.clients.engines.masks import Masks
+from slm_swap.clients.engines.masks import Masks, host_bits, masked
 from slm_swap.common.errors import UserError
 
 CACHE_ROUND = 256  # and static caches to a multiple of this one
@@ -16,6 +16,7 @@ HOST_ROPE = {"longrope", "dynamic"}  # rotary embeddings whose factors are chose
 PREFILL_TOKENS = 16_384  # of a captured batch's prompts at a time
 
 Row = tuple[list[int], list[Chance]]  # a row's new tokens, the one that ended it included, and their chances
+Looked = tuple[list[list[int]], list[list[list[float]]], list[int]]  # each row's tokens since the last look, their chances, and how many it may still get
 
 
 def positions_of(mask: Any) -> Any:
@@ -92,8 +93,13 @@ class Step:
     chances: Any  # [rows, CHECK_EVERY, 2], theirs
     at: Any  # [1], the column of `made` and `chances` that is written next
     graph: Any = None
-    logits: Any = None  # [rows, vocabulary], of the step's first half alone, which rows with a grammar have
-    forward: Any = None  # and its graph
+    # Of rows with a grammar, whose step has two halves: the host says in between which tokens may come next.
+    forward: Any = None  # the first half's graph
+    logits: Any = None  # [rows, vocabulary], what it gives
+    host_bits: Any = None  # the host's answer, as of `masks.host_bits`
+    bits: Any = None  # and on the device
+    choice: Any = None  # the second half's graph
+    told: Any = None  # [rows, 4], float64: each row's token, its chance and what is left to it, read at once
 
 
 class CapturedDecoder:
@@ -119,7 +125,7 @@ class CapturedDecoder:
     def decode(self, ids: Any, mask: Any, limits: list[int], masks: Masks | None = None) -> list[Row]:
         """The new tokens of each row, the one that ended it included, and their chances. ids, mask: [rows, width].
 
-        With `masks` only the model's own part of a step is replayed: the host has to see each token before it knows which may follow.
+        With `masks` a step has two graphs: the host has to see each token before it knows which may follow.
         """
         import torch
 
@@ -144,12 +150,7 @@ class CapturedDecoder:
         step.slot.fill_(width)
         names = list(range(rows))  # which prompt each row of the step is
         while names:
-            if masks:
-                self._run_masked(step, masks, names)
-            else:
-                self._run(step)
-            count = 1 if masks else CHECK_EVERY
-            made, sure, still = step.made[:, :count].tolist(), step.chances[:, :count].tolist(), step.left.tolist()
+            made, sure, still = self._run_masked(step, masks, names) if masks else self._run(step)
             for at, name in enumerate(names):
                 had = len(tokens[name])
                 take(tokens[name], made[at], limits[name], self.ends)
@@ -235,29 +236,35 @@ class CapturedDecoder:
             )
         return cache
 
-    def _run(self, step: Step) -> None:
+    def _run(self, step: Step) -> Looked:
         """CHECK_EVERY steps."""
         step.at.zero_()
         if step.graph is None:
             step.graph = self._capture(lambda: self._step(step), CHECK_EVERY)
-            return
-        for _ in range(CHECK_EVERY):
-            step.graph.replay()
+        else:
+            for _ in range(CHECK_EVERY):
+                step.graph.replay()
+        return step.made.tolist(), step.chances.tolist(), step.left.tolist()
 
-    def _run_masked(self, step: Step, masks: Masks, names: list[int]) -> None:
-        """One step, each row's token one of those that its grammar allows: the first column of `made`."""
-        step.at.zero_()
-        self._run_forward(step)
-        new = step.tokens[:, 0].clone()
-        new[: len(names)] = masks.apply(step.logits[: len(names)], names).argmax(-1)
-        self._advance(step, step.logits, new)
+    def _run_masked(self, step: Step, masks: Masks, names: list[int]) -> Looked:
+        """One step, each row's token one of those that its grammar allows."""
+        import torch
 
-    def _run_forward(self, step: Step) -> None:
-        """The model's part of one step."""
         if step.forward is None:
             step.forward = self._capture(lambda: self._forward(step), 1)
+            step.host_bits = host_bits(len(step.tokens), step.logits)
+            step.bits = step.host_bits.to(step.logits.device)
+            step.told = torch.zeros(len(step.tokens), 4, dtype=torch.float64, device=step.logits.device)
         else:
             step.forward.replay()
+        masks.fill(step.host_bits, names)  # while the device is at work
+        step.bits.copy_(step.host_bits, non_blocking=True)
+        if step.choice is None:
+            step.choice = self._capture(lambda: self._choose(step), 1)
+        else:
+            step.choice.replay()
+        told = step.told.tolist()
+        return [[int(token)] for token, *_ in told], [[chance] for _, *chance, _ in told], [int(left) for *_, left in told]
 
     def _capture(self, work: Callable[[], None], times: int) -> Any:
         """A graph of some work. It is done so many times before, as usual: that also sets up what must not be set up while capturing."""
@@ -287,6 +294,13 @@ class CapturedDecoder:
         if step.logits is None:
             step.logits = logits.clone()  # where the graph writes them too
         step.logits.copy_(logits)
+
+    def _choose(self, step: Step) -> None:
+        import torch
+
+        step.at.zero_()
+        self._advance(step, step.logits, masked(step.logits, step.bits).argmax(-1))
+        step.told.copy_(torch.cat([step.tokens, step.chances[:, 0], step.left[:, None]], 1))
 
     def _next_logits(self, step: Step) -> Any:
         """[rows, vocabulary]"""

@@ -76,21 +76,25 @@ class Masks:
 
         What is computed on the host is computed while the device still works on the logits.
         """
-        import torch
-
-        words, device, vocabulary = self._grammars.words, logits.device, logits.shape[1]
-        free = [self._matchers[row] is None for row in rows]
-        if all(free):
+        if all(self._matchers[row] is None for row in rows):
             return logits
-        bits = torch.full((len(rows), words), -1, dtype=torch.int32, pin_memory=device.type == "cuda")
-        asked = [(self._matchers[row], at) for at, row in enumerate(rows) if not free[at]]
-        self._grammars.executor.unsafe_compute_mask_ptr(asked, bits.data_ptr(), words * 4, len(rows))
-        bits = bits.to(device, non_blocking=True)
-        allowed = ((bits[:, :, None] >> torch.arange(32, dtype=torch.int32, device=device)) & 1).bool().flatten(1)[:, :vocabulary]
-        if allowed.shape[1] < vocabulary:  # embeddings that are no tokens
-            rest = torch.tensor(free, device=device)[:, None].expand(-1, vocabulary - allowed.shape[1])
-            allowed = torch.cat([allowed, rest], 1)
-        return logits.masked_fill(~allowed, float("-inf"))
+        bits = host_bits(len(rows), logits)
+        self.fill(bits, rows)
+        return masked(logits, bits.to(logits.device, non_blocking=True))
+
+    def fill(self, bits: Any, rows: Sequence[int]) -> None:
+        """Set the `host_bits` of the first len(rows) rows: 1 where a token may come next."""
+        words = self._grammars.words
+        bits[: len(rows)] = -1
+        asked = [(self._matchers[row], at) for at, row in enumerate(rows) if self._matchers[row] is not None]
+        if not asked:
+            return
+        own = bits if bits.shape[1] == words else bits.new_zeros(len(rows), words)
+        self._grammars.executor.unsafe_compute_mask_ptr(asked, own.data_ptr(), words * 4, len(rows))
+        if own is not bits:
+            bound, least = [at for _, at in asked], min(words, bits.shape[1])
+            bits[bound] = 0  # embeddings that are no tokens
+            bits[bound, :least] = own[bound, :least]
 
     def take(self, row: int, token: int, done: bool) -> None:
         """Go on by one token of a row; one that is done is free from here on.
@@ -106,3 +110,18 @@ class Masks:
         elif not matcher.consume_token(token):
             told = " ".join(matcher.get_error().split())[:160]
             raise UserError(f"llguidance failed while it decoded ({told}): run the same command again without --constrain")
+
+
+def host_bits(rows: int, logits: Any) -> Any:
+    """Room for the masks of some rows of logits like these, [rows, words] of 32 bits; pinned where the logits are on a GPU."""
+    import torch
+
+    return torch.full((rows, -(-logits.shape[1] // 32)), -1, dtype=torch.int32, pin_memory=logits.device.type == "cuda")
+
+
+def masked(logits: Any, bits: Any) -> Any:
+    """Logits, [rows, vocabulary], with minus infinity where `bits`, [rows, words] on the same device, are 0."""
+    import torch
+
+    allowed = ((bits[:, :, None] >> torch.arange(32, dtype=torch.int32, device=bits.device)) & 1).bool().flatten(1)
+    return logits.masked_fill(~allowed[:, : logits.shape[1]], float("-inf"))
