@@ -7,6 +7,7 @@ are taken. A worker's interpreter is never held up by the model, and a model tha
 
 import asyncio
 import dataclasses
+import faulthandler
 import json
 import os
 import queue
@@ -25,6 +26,27 @@ from slm_swap.rows.prompts import Request, Wanted
 LINE = 64 * 2**20  # bytes of the longest line
 GATHER_SECONDS = 0.01  # that a batch of the transformers engine waits for others to join it
 FULL_BATCH = 8  # where the batch's size is not fixed
+HUNG_SECONDS = 300  # without any progress after which the model's process ends itself, to be started again
+
+
+class Watchdog:
+    """Ends this process, with all threads' tracebacks on standard error, where the model makes no progress for HUNG_SECONDS. It needs no GIL for it."""
+
+    def __init__(self) -> None:
+        self._set = 0.0
+
+    def work(self) -> None:
+        """The model has made progress, and has more to do."""
+        now = time.monotonic()
+        if now - self._set > HUNG_SECONDS / 20:  # each setting starts a thread
+            faulthandler.dump_traceback_later(HUNG_SECONDS, exit=True)
+            self._set = now
+
+    def rest(self) -> None:
+        """It has nothing to do."""
+        if self._set:
+            faulthandler.cancel_dump_traceback_later()
+            self._set = 0.0
 
 
 def read_line(line: bytes) -> dict[str, Any]:
@@ -136,12 +158,15 @@ def _pass_on(client: Any, jobs: Jobs) -> None:
 def _feed(client: Any, jobs: Jobs) -> None:
     """vLLM takes what waits between any two of its steps."""
     asked: dict[int, Job] = {}
-    count = 0
+    count, watchdog = 0, Watchdog()
 
     def rows() -> Iterator[tuple[int, Request] | None]:
         nonlocal count
         while True:
+            if not asked:
+                watchdog.rest()
             job = jobs.take(0 if asked else None)
+            watchdog.work()
             if job is None:
                 yield None
                 continue
@@ -156,12 +181,15 @@ def _feed(client: Any, jobs: Jobs) -> None:
 def _in_batches(client: Any, jobs: Jobs, size: int) -> None:
     """A batch is what comes within GATHER_SECONDS, and at most `size`. One that fails is asked again one by one: a row that does not fit in
     memory is that row's error."""
+    watchdog = Watchdog()
     while True:
+        watchdog.rest()
         batch = [jobs.take(None)]
         until = time.monotonic() + GATHER_SECONDS
         while len(batch) < size and (job := jobs.take(max(0.0, until - time.monotonic()))):
             batch.append(job)
         for part in [batch, *([job] for job in batch if len(batch) > 1)]:
+            watchdog.work()
             try:
                 replies = client.generate([job.request for job in part])
             except UserError as error:

@@ -3,6 +3,8 @@
 import asyncio
 import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 
 from slm_swap.clients.protocol import Reply
 from slm_swap.common.errors import UserError
-from slm_swap.common.settings import Settings
+from slm_swap.common.settings import ROOT, Settings
 from slm_swap.demo.simulator_parts import events_of
 from slm_swap.rows.lines import dump_json
 from slm_swap.rows.prompts import Request, Wanted
@@ -26,6 +28,7 @@ from slm_swap.serving.engine import Job, Jobs, read_line, read_request, request_
 from slm_swap.serving.options import Options, read_keys
 from slm_swap.serving.streams import joined
 from slm_swap.slm_client import taken_at_once
+from tests.support.processes import PATIENCE
 from tests.support.scripts import load_script
 
 CALLS = st.lists(st.fixed_dictionaries({"name": st.sampled_from(["a", "b"]), "arguments": st.dictionaries(st.text(max_size=3), st.text(max_size=30)).map(json.dumps)}), max_size=3)
@@ -174,3 +177,30 @@ def test_a_worker_that_is_to_end_keeps_no_connection(closing):
 
     asyncio.run(Door(service, lambda: closing)({"path": "/healthz", "headers": [], "method": "GET"}, None, send))
     assert sent[0]["status"] == 200 and ((b"connection", b"close") in sent[0]["headers"]) is closing
+
+
+HUNG = """
+import sys, time
+from types import SimpleNamespace
+from slm_swap.rows.prompts import Request
+from slm_swap.serving import engine
+
+class Client:
+    engine = SimpleNamespace(name="transformers", batch_size=1)
+    def generate(self, batch):
+        if batch[0].messages[0]["content"] == "hang":
+            time.sleep(60)
+        return [engine.Reply("x", "stop")]
+
+engine.HUNG_SECONDS = 2
+jobs = engine.Jobs(9)
+ask = lambda number, text: jobs.put(engine.Job(number, Request([{"role": "user", "content": text}]), lambda told: print(told["reply"], flush=True)))
+import threading
+threading.Thread(target=lambda: (ask(1, "a"), time.sleep(3), ask(2, "b"), ask(3, "hang")), daemon=True).start()
+engine._in_batches(Client(), jobs, 1)
+"""
+
+
+def test_a_model_that_hangs_ends_its_process_and_one_that_waits_does_not():
+    ended = subprocess.run([sys.executable, "-c", HUNG], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+    assert (ended.returncode, ended.stdout) == (1, "1\n2\n") and "generate" in ended.stderr
