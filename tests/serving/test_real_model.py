@@ -1,15 +1,20 @@
 """The endpoint with the embedded model: what it sends is what an evaluation of the same request measured."""
 
 import json
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 
 import httpx2
 import pytest
 
 from slm_swap.clients.loading import files_hash
+from slm_swap.common.reports import sha256_file
 from slm_swap.common.settings import PACKAGE, Settings
 from slm_swap.demo.azure_simulator import AzureSimulator
-from slm_swap.rows.examples import read_examples
+from slm_swap.rows.examples import Example, read_examples
+from slm_swap.rows.few_shot import FewShot
 from slm_swap.rows.prompts import request_of
 from slm_swap.scoring.form import form_of
 from slm_swap.serving import state
@@ -35,16 +40,20 @@ def asked(said: str) -> dict:
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    """Rows as prepare_data.py makes them of a log, by what the user said."""
-    folder = tmp_path_factory.mktemp("rows")
-    gold = {"LONG": {"why": "x" * 400}, "SHORT": {"kind": "late", "sure": True}}
-    log = [asked(said) for said in SAID]
-    for row, said in zip(log, SAID, strict=True):
-        row["messages"] = [*row["messages"], {"role": "assistant", "content": json.dumps(gold["LONG" if said == SAID[-1] else "SHORT"])}]
+    return prepared(tmp_path_factory.mktemp("rows"), SAID)
+
+
+def prepared(folder: Path, said: Sequence[str]) -> list[Example]:
+    """Rows as prepare_data.py makes them of a log."""
+    log = []
+    for one in said:
+        gold = {"why": "x" * 400} if one == SAID[-1] else {"kind": "late", "sure": True}
+        log.append(asked(one) | {"messages": [*asked(one)["messages"], {"role": "assistant", "content": json.dumps(gold)}]})
     (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
     load_script("02_dataset/prepare_data.py").main(["--source", "chat", "--dataset-path", str(folder / "log.jsonl"), "--out-dir", str(folder)])
-    found = [row for split in folder.rglob("structured/*.jsonl") for row in read_examples(split)]
-    assert len(found) == len(SAID)
+    (folder / "all.jsonl").write_text("".join(split.read_text() for split in folder.rglob("structured/*.jsonl")))
+    found = read_examples(folder / "all.jsonl")
+    assert len(found) == len(said)
     return sorted(found, key=lambda row: row.messages[-1]["content"])
 
 
@@ -124,3 +133,26 @@ def test_the_endpoint_says_what_runs(endpoint):
     wait_until(lambda: (endpoint.state / "endpoint.json").exists())
     told = json.loads((endpoint.state / "endpoint.json").read_text())
     assert told["identity"]["engine"] == "transformers" and told["answers"] == "cascade"
+
+
+def test_a_recipe_is_asked_through_the_endpoint_as_it_was_measured(rows, measured, tmp_path):
+    prepared(tmp_path, ("the parcel came late", "a torn box and a broken lamp", "money back for the rug"))
+    shots, recipe = tmp_path / "all.jsonl", tmp_path / "recipe.json"
+    row, plain = next(pair for pair in measured if fits(*pair))
+    row = replace(row, ask="native")
+    row = replace(row, shots=FewShot(shots, "structured", 2).turns(row))
+    [wanted] = SLMClient(Settings(), MODEL, "fp32", max_new_tokens=NEW, constrain="always").generate([request_of("structured", row)])
+    assert fits(row, wanted) and wanted.input_tokens > plain.input_tokens + 50, "the shots are in the prompt"
+    told = {
+        "schema_version": 1, "stage": "recipe", "track": "structured", "model": {"path": "models/phi-tiny", "files_sha256": files_hash(MODEL)}, "adapter": None,
+        "precision": "fp32", "engine": "transformers", "ask": "native", "few_shot": {"path": str(shots), "sha256": sha256_file(shots), "shots": 2},
+        "thinking": None, "constrain": "always", "max_new_tokens": NEW,
+    }  # fmt: skip
+    recipe.write_text(json.dumps(told))
+    flags = ("--mode", "local", "--recipe", recipe, "--deadline", 120)
+    with serving(tmp_path, *flags, script="slm_swap/05_serve/serve.py", track="structured", SLM_MODEL_PATH="models/phi-tiny", AZURE_ENDPOINT="") as running:
+        assert httpx2.get(f"{running.url}/healthz").json()["mismatches"] == []
+        answer = httpx2.post(f"{running.url}/v1/chat/completions", json=body_of(row), timeout=120)
+    assert answer.headers["x-slm-swap"] == "local; reason=local"
+    assert answer.json()["choices"][0]["message"]["content"] == wanted.text
+    assert answer.json()["usage"]["prompt_tokens"] == wanted.input_tokens

@@ -297,6 +297,20 @@ def test_counts_are_told_to_prometheus(endpoint):
 # -- Endpoints of their own --------------------------------------------------------------------------------------------------------------
 
 
+def test_audits_end_where_their_budget_of_the_day_does(hosted, tmp_path):
+    prices = tmp_path / "prices.toml"
+    prices.write_text(f'[hosted."{HOSTED_NAME}"]\ninput = 1000000\noutput = 1000000\n')  # one a token
+    flags = ("--mode", "cascade", "--cascade", cascade(tmp_path / "c.json"), "--audit-share", 1, "--audit-budget", 1)
+    with serving(tmp_path, *flags, hosted=hosted, PRICES_FILE=str(prices)) as running:
+        for _ in range(2):
+            assert running.ask("call Porto")[0] == "local; reason=local"
+            wait_until(lambda: len(running.lines("audits.jsonl")) == 1)
+        assert running.lines("audits.jsonl")[0]["cost"]["hosted"] > 1
+    [minute] = running.lines("minutes.jsonl")
+    assert minute["requests"] == {"local": {"local": 2}} and minute["saved"] == 2 * (20 + 10)
+    assert len(running.lines("audits.jsonl")) == 1
+
+
 def test_overload_goes_to_the_hosted_model(hosted, tmp_path):
     flags = ("--mode", "cascade", "--cascade", cascade(tmp_path / "c.json"), "--queue", 2, "--audit-share", 0)
     with serving(tmp_path, *flags, hosted=hosted) as running, ThreadPoolExecutor(6) as pool:
