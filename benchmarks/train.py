@@ -36,6 +36,7 @@ from slm_swap.tuning.backends import import_unsloth, load_trainable
 from slm_swap.tuning.hyperparameters import PRESETS, Hyperparameters
 from slm_swap.tuning.packing import IGNORED
 from slm_swap.tuning.trainer import make_trainer, trainer_arguments
+from slm_swap.tuning.training import lean_or_fast
 
 WARM_UP = 3  # optimizer steps
 ZERO2 = PACKAGE / "accelerate_config/deepspeed_zero2.json"
@@ -188,20 +189,23 @@ def measure(config: str, folder: Path, rows_wanted: int, seconds: float, out: Pa
             trainer = stock_trainer(folder, tokenizer, rows, parameters, scratch, deepspeed)
         else:
             arguments = trainer_arguments(parameters, backend, scratch, deepspeed)
+            if backend == "trl":
+                lean_or_fast(folder, parameters, max(len(row["input_ids"]) for row in rows), arguments, print)
             model = load_trainable(folder, parameters, backend, arguments.device)
-            trainer = make_trainer(model, tokenizer, arguments, rows, [], parameters, backend)
+            trainer = make_trainer(model, tokenizer, arguments, rows, [], parameters, backend, print)
         clock = make_clock(seconds)
         trainer.add_callback(clock)
         loaded = time.perf_counter()
         loss = trainer.train().training_loss
     args = trainer.args
-    tokens = sum(len(row["input_ids"]) for row in rows)
+    tokens, step_packs = sum(len(row["input_ids"]) for row in rows), getattr(trainer, "step_packs", None)
+    together = parameters.step_rows if step_packs else args.per_device_train_batch_size  # rows, or packs, of a micro-batch
     if args.process_index:
         return
     found = {
         "tokens_per_second": round(clock.epochs * tokens / clock.elapsed, 1),
         "rows_per_second": round(clock.epochs * len(rows) / clock.elapsed, 2),
-        "tokens_per_micro_batch": round(tokens / len(trainer.train_dataset) * args.per_device_train_batch_size, 1),
+        "tokens_per_micro_batch": round(tokens / len(trainer.train_dataset) * together, 1),
         "steps": clock.steps,
         "seconds": {
             "load": round(loaded - started, 2), "warm_up": round(clock.begun - loaded, 2), "measured": round(clock.elapsed, 2)
@@ -212,6 +216,8 @@ def measure(config: str, folder: Path, rows_wanted: int, seconds: float, out: Pa
         } if cuda else None,
         "mean_loss": round(loss, 4),
         "backend": backend,
+        "step_packs": step_packs is not None,
+        "gradient_checkpointing": args.gradient_checkpointing,
         "hyperparameters": asdict(parameters),
         "processes": args.world_size,
         "zero2": wanted.zero2,

@@ -26,7 +26,7 @@ from slm_swap.tracing.runs import connect, trace_run
 from slm_swap.tuning.backends import choose_backend, choose_deepspeed, has_gpu
 from slm_swap.tuning.checkpoints import Checkpoints
 from slm_swap.tuning.checks import check_test_split
-from slm_swap.tuning.hyperparameters import BACKENDS, COMPILE, PRESETS, Hyperparameters
+from slm_swap.tuning.hyperparameters import BACKENDS, PRESETS, SWITCH, Hyperparameters
 from slm_swap.tuning.training import train
 
 
@@ -39,7 +39,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the adapter's folder")
     parser.add_argument("--model", metavar="DIR", help="the base model (default: SLM_MODEL_PATH)")
     parser.add_argument(
-        "--backend", choices=BACKENDS, default="auto", help="auto: unsloth where there is a CUDA GPU and no packing, trl elsewhere"
+        "--backend", choices=BACKENDS, default="auto", help="auto: unsloth where there is a CUDA GPU and rows are not packed, trl elsewhere"
     )
     parser.add_argument(
         "--preset", choices=PRESETS, default="documented", help="what the hyperparameters are where no flag says otherwise"
@@ -52,7 +52,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--deepspeed-config", metavar="FILE", help="none: plain DDP (default: accelerate_config/deepspeed_zero2.json on several GPUs)"
     )
-    choices = {"precision": PRECISIONS["transformers"], "compile": COMPILE}
+    choices = {"precision": PRECISIONS["transformers"], "compile": SWITCH, "step_packs": SWITCH}
     for field in fields(Hyperparameters):  # left out of the result where the flag is not given: the preset decides then
         kind = {"action": argparse.BooleanOptionalAction} if isinstance(field.default, bool) else {"type": type(field.default)}
         parser.add_argument(
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     parameters = Hyperparameters(**PRESETS[args.preset] | given)
     track = TRACKS[args.track]
     parameters.check_metric(track.for_gold([track.reference(example) for example in rows["val"][: parameters.eval_generate]]))
-    backend = choose_backend(args.backend, parameters.packing)
+    backend = choose_backend(args.backend, parameters.packing or parameters.step_packed)
     deepspeed = choose_deepspeed(args.deepspeed_config, launch)
     if not has_gpu(launch):
         print(f"error: rank {launch.rank} has no GPU: start no more processes than there are GPUs", file=sys.stderr)

@@ -20,7 +20,7 @@ from slm_swap.tuning.untrained import start_rows, token_indices
 
 
 def choose_backend(wanted: str, packing: bool = False) -> str:
-    """`auto` is Unsloth where there is a CUDA GPU, and TRL + PEFT elsewhere, and where rows are packed: there it is faster.
+    """`auto` is Unsloth where there is a CUDA GPU, and TRL + PEFT elsewhere, and where rows or steps are packed: there it is faster.
 
     Raises:
         UserError: Unsloth is asked for and cannot work here.
@@ -85,6 +85,10 @@ def load_trainable(
     from peft import LoraConfig, get_peft_model
 
     model = load_model(path, parameters.precision, device_map={"": device})
+    if parameters.precision == "int8":
+        from slm_swap.clients.int8 import give_own_products
+
+        give_own_products(model)
     require_numbers(path, model)
     if getattr(text_config(model.config), "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")  # transformers' `sdpa` leaves soft-capping out without a word
@@ -101,6 +105,13 @@ def load_trainable(
     if tokens:
         start_rows(tuned, tokens)
     return tuned
+
+
+def products_of(backend: str, precision: str) -> str:
+    """In what the products with the frozen weights are made, as `training_info.json` says it."""
+    if precision == "int8":
+        return "bf16" if backend == "trl" else "LLM.int8()"
+    return {"nf4": "bf16"}.get(precision, precision)
 
 
 def import_unsloth(generated: Path, rank: int) -> None:
