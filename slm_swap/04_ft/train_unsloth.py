@@ -27,6 +27,7 @@ from slm_swap.tuning.backends import choose_backend, choose_deepspeed, has_gpu
 from slm_swap.tuning.checkpoints import Checkpoints
 from slm_swap.tuning.checks import check_test_split
 from slm_swap.tuning.hyperparameters import BACKENDS, PRESETS, SWITCH, Hyperparameters
+from slm_swap.tuning.presets import choose_preset
 from slm_swap.tuning.training import train
 
 
@@ -42,7 +43,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--backend", choices=BACKENDS, default="auto", help="auto: unsloth where there is a CUDA GPU and rows are not packed, trl elsewhere"
     )
     parser.add_argument(
-        "--preset", choices=PRESETS, default="documented", help="what the hyperparameters are where no flag says otherwise"
+        "--preset", choices=("auto", *PRESETS), default="documented",
+        help="what the hyperparameters are where no flag says otherwise; auto: the fastest that fits the GPU's memory",
     )
     parser.add_ask()
     parser.add_recipe(ROW_FLAGS)
@@ -50,7 +52,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--save-steps", type=not_negative, default=100, metavar="N", help="steps between checkpoints; 0: none")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint, if there is one")
     parser.add_argument(
-        "--deepspeed-config", metavar="FILE", help="none: plain DDP (default: accelerate_config/deepspeed_zero2.json on several GPUs)"
+        "--deepspeed-config", metavar="FILE", help="train by DeepSpeed, as accelerate_config/deepspeed_zero2.json says (default: plain DDP, which is faster)"
     )
     choices = {"precision": PRECISIONS["transformers"], "compile": SWITCH, "step_packs": SWITCH}
     for field in fields(Hyperparameters):  # left out of the result where the flag is not given: the preset decides then
@@ -94,6 +96,10 @@ def main(argv: list[str] | None = None) -> int:
     base = model_path(settings, args.model)
     rows, inputs = read_rows(args)
     given = {field.name: getattr(args, field.name) for field in fields(Hyperparameters) if hasattr(args, field.name)}
+    if args.preset == "auto":
+        args.preset, why = choose_preset(base, given)
+        if launch.rank == 0:
+            print(f"preset {args.preset}: {why}")
     parameters = Hyperparameters(**PRESETS[args.preset] | given)
     track = TRACKS[args.track]
     parameters.check_metric(track.for_gold([track.reference(example) for example in rows["val"][: parameters.eval_generate]]))

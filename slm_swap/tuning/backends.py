@@ -14,7 +14,7 @@ from typing import Any
 from slm_swap.clients.architecture import text_config
 from slm_swap.clients.loading import load_model, quiet_int8, require_numbers
 from slm_swap.common.errors import UserError
-from slm_swap.common.settings import PACKAGE, Launch, display_path, find_path
+from slm_swap.common.settings import Launch, display_path, find_path
 from slm_swap.tuning.hyperparameters import Hyperparameters
 from slm_swap.tuning.untrained import start_rows, token_indices
 
@@ -47,7 +47,7 @@ def has_gpu(launch: Launch) -> bool:
 
 
 def choose_deepspeed(given: str | None, launch: Launch) -> Path | None:
-    """DeepSpeed's configuration: `given`, for "none" no DeepSpeed, and for None ZeRO-2 where several GPUs are used.
+    """DeepSpeed's configuration, `given`; for None and "none" no DeepSpeed: plain DDP is faster, as LoRA has little that ZeRO could share out.
 
     Raises:
         UserError: there is no such file, or DeepSpeed cannot work here.
@@ -56,17 +56,17 @@ def choose_deepspeed(given: str | None, launch: Launch) -> Path | None:
 
     import torch
 
-    if given == "none" or (given is None and (launch.world == 1 or not torch.cuda.is_available())):
+    if given in (None, "none"):
         return None
-    path = find_path(given or PACKAGE / "accelerate_config/deepspeed_zero2.json")
+    path = find_path(given)
     if not path.is_file():
-        raise UserError(f"no DeepSpeed configuration at {display_path(path)}: check --deepspeed-config, or pass none")
+        raise UserError(f"no DeepSpeed configuration at {display_path(path)}: check --deepspeed-config, or leave it out")
     if launch.world == 1 or not torch.cuda.is_available():
         raise UserError(
-            "DeepSpeed is for several processes on CUDA GPUs: start them with torchrun or accelerate launch, or pass none"
+            "DeepSpeed is for several processes on CUDA GPUs: start them with torchrun or accelerate launch, or leave --deepspeed-config out"
         )
     if importlib.util.find_spec("deepspeed") is None:
-        raise UserError("deepspeed is not installed: pip install -r requirements.txt, or use --deepspeed-config none")
+        raise UserError("deepspeed is not installed: pip install -r requirements.txt, or leave --deepspeed-config out")
     return path
 
 
