@@ -13,7 +13,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
 from slm_swap.cli import Parser, few_shot_of, not_negative, positive, quieten, run, run_metadata, tracing_options, warn
-from slm_swap.clients.engines import PRECISIONS
 from slm_swap.clients.loading import model_path
 from slm_swap.clients.replicas import take_one_gpu
 from slm_swap.common.reports import sha256_file
@@ -26,7 +25,7 @@ from slm_swap.tracing.runs import connect, trace_run
 from slm_swap.tuning.backends import choose_backend, choose_deepspeed, has_gpu
 from slm_swap.tuning.checkpoints import Checkpoints
 from slm_swap.tuning.checks import check_test_split
-from slm_swap.tuning.hyperparameters import BACKENDS, PRESETS, SWITCH, Hyperparameters
+from slm_swap.tuning.hyperparameters import BACKENDS, PRECISIONS, PRESETS, SWITCH, Hyperparameters
 from slm_swap.tuning.presets import choose_preset
 from slm_swap.tuning.training import train
 
@@ -54,7 +53,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--deepspeed-config", metavar="FILE", help="train by DeepSpeed, as accelerate_config/deepspeed_zero2.json says (default: plain DDP, which is faster)"
     )
-    choices = {"precision": PRECISIONS["transformers"], "compile": SWITCH, "step_packs": SWITCH}
+    choices = {"precision": PRECISIONS, "compile": SWITCH, "step_packs": SWITCH}
     for field in fields(Hyperparameters):  # left out of the result where the flag is not given: the preset decides then
         kind = {"action": argparse.BooleanOptionalAction} if isinstance(field.default, bool) else {"type": type(field.default)}
         parser.add_argument(
@@ -103,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     parameters = Hyperparameters(**PRESETS[args.preset] | given)
     track = TRACKS[args.track]
     parameters.check_metric(track.for_gold([track.reference(example) for example in rows["val"][: parameters.eval_generate]]))
-    backend = choose_backend(args.backend, parameters.packing or parameters.step_packed)
+    backend = choose_backend(args.backend, parameters.packing or parameters.step_packed, parameters.precision)
     deepspeed = choose_deepspeed(args.deepspeed_config, launch)
     if not has_gpu(launch):
         print(f"error: rank {launch.rank} has no GPU: start no more processes than there are GPUs", file=sys.stderr)

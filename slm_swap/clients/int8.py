@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-PRODUCTS = "exact"  # what training_info.json calls them; LLM.int8() makes most of them in 8 bits on both sides
-
 
 def dequantized(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """An int8 weight (out, in) times the scale of each row (out,), rounded once, to `dtype`."""
@@ -42,6 +40,11 @@ def _int8_backward_shape(gradient, weight, scale):
     return gradient.new_empty((*gradient.shape[:-1], weight.shape[1]))
 
 
+def product_dtype(x: torch.Tensor) -> torch.dtype:
+    """In what a linear layer makes its products, as autocast wants it."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+
 class Int8Product(torch.autograd.Function):
     """x (..., in) times the transpose of a frozen int8 weight; kept for backward are the 8 bits."""
 
@@ -49,7 +52,7 @@ class Int8Product(torch.autograd.Function):
     def forward(ctx, x, weight, scale, bias):
         ctx.save_for_backward(weight, scale)
         ctx.dtype = x.dtype
-        kind = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        kind = product_dtype(x)
         inner = dequantized if torch.compiler.is_compiling() else _weight_in  # compiled, it becomes one kernel with what is around it
         return functional.linear(x.to(kind), inner(weight, scale, kind), None if bias is None else bias.to(kind))
 
@@ -59,24 +62,35 @@ class Int8Product(torch.autograd.Function):
         return torch.ops.slm_swap.int8_backward(gradient, weight, scale).to(ctx.dtype), None, None, None
 
 
-class Int8Linear(torch.nn.Linear):
-    """A frozen linear layer of int8 weights (out, in) and a float32 scale for each row (out,).
+class FrozenLinear(torch.nn.Linear):
+    """A linear layer whose weight (out, in) is of 8 bits, held as int8, with `scales` in 32 bits, each an attribute.
 
-    A linear layer to PEFT and to whoever looks for such; PEFT's `merge` into it fails, as 8 bits have no room for it.
+    A linear layer to PEFT and to whoever looks for such, and of whole numbers, as PEFT gives LoRA the type of a weight of floats. PEFT's `merge` into
+    it fails: 8 bits have no room for it.
     """
 
-    def __init__(self, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None):
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, **scales: torch.Tensor):
         torch.nn.Module.__init__(self)  # nn.Linear's would make a weight of floats
         self.out_features, self.in_features = weight.shape
-        self.weight = torch.nn.Parameter(weight, requires_grad=False)  # as a buffer, DDP would send it at each step
+        self.weight = torch.nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else torch.nn.Parameter(bias.detach(), requires_grad=False)
-        self.register_buffer("scale", scale.float())
+        self.scales = tuple(scales)
+        for name, scale in scales.items():
+            self.register_buffer(name, scale.float())
 
     def _apply(self, fn, recurse=True):
-        scale = self.scale
+        scales = {name: getattr(self, name) for name in self.scales}
         super()._apply(fn, recurse)
-        self.scale = scale.to(self.weight.device)  # in 32 bits whatever the model is cast to
+        for name, scale in scales.items():
+            setattr(self, name, scale.to(self.weight.device))  # in 32 bits whatever the model is cast to
         return self
+
+
+class Int8Linear(FrozenLinear):
+    """A frozen linear layer of whole numbers from -127 to 127 (out, in), and what one of them is worth in each row: `scale` (out,)."""
+
+    def __init__(self, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None):
+        super().__init__(weight, bias, scale=scale)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return Int8Product.apply(x, self.weight, self.scale, self.bias)

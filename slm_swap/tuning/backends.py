@@ -19,8 +19,9 @@ from slm_swap.tuning.hyperparameters import Hyperparameters
 from slm_swap.tuning.untrained import start_rows, token_indices
 
 
-def choose_backend(wanted: str, packing: bool = False) -> str:
-    """`auto` is Unsloth where there is a CUDA GPU, and TRL + PEFT elsewhere, and where rows or steps are packed: there it is faster.
+def choose_backend(wanted: str, packing: bool = False, precision: str = "int8") -> str:
+    """`auto` is Unsloth where there is a CUDA GPU, and TRL + PEFT elsewhere, and where rows or steps are packed: there it is
+    faster. Unsloth knows no fp8.
 
     Raises:
         UserError: Unsloth is asked for and cannot work here.
@@ -31,7 +32,9 @@ def choose_backend(wanted: str, packing: bool = False) -> str:
 
     installed = importlib.util.find_spec("unsloth") is not None
     if wanted == "auto":
-        return "unsloth" if torch.cuda.is_available() and installed and not packing else "trl"
+        return "unsloth" if torch.cuda.is_available() and installed and not packing and precision != "fp8" else "trl"
+    if wanted == "unsloth" and precision == "fp8":
+        raise UserError("--backend unsloth does not train in fp8: use --backend trl, or --precision bf16")
     if wanted == "unsloth" and not torch.cuda.is_available():
         raise UserError("--backend unsloth needs a CUDA GPU and there is none: use --backend trl")
     if wanted == "unsloth" and not installed:
@@ -89,6 +92,10 @@ def load_trainable(
         from slm_swap.clients.int8 import give_own_products
 
         give_own_products(model)
+    elif parameters.precision == "fp8":
+        from slm_swap.tuning.fp8 import give_fp8_products
+
+        give_fp8_products(model, fit_layers(model))
     require_numbers(path, model)
     if getattr(text_config(model.config), "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")  # transformers' `sdpa` leaves soft-capping out without a word
@@ -162,8 +169,17 @@ def _load_unsloth(path: Path, parameters: Hyperparameters, find_untrained: Calla
     )
 
 
+def fit_layers(model: Any) -> list[str]:
+    """The names of a text decoder's linear layers that LoRA fits, the output head left out."""
+    from torch import nn
+
+    inside = {id(module) for module in decoder_of(model).modules()} - {id(model.get_output_embeddings())}
+    unfit = set(unfit_layers(model))
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and id(module) in inside and name not in unfit]
+
+
 def linear_names(model: Any) -> list[str] | str:
-    """What LoRA goes onto: a text decoder's linear layers, without the output head. PEFT's `target_modules`.
+    """What LoRA goes onto: `fit_layers`, as PEFT's `target_modules`.
 
     Names where they name no other layer, else a regular expression of whole names: a vision tower may have layers of the same names.
 
@@ -172,14 +188,12 @@ def linear_names(model: Any) -> list[str] | str:
     """
     from torch import nn
 
-    inside = {id(module) for module in decoder_of(model).modules()} - {id(model.get_output_embeddings())}
-    linear = {name: id(module) in inside for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    linear |= dict.fromkeys(unfit_layers(model), False)
-    wanted, others = ({name for name, taken in linear.items() if taken is kind} for kind in (True, False))
+    wanted = set(fit_layers(model))
     if not wanted:
         raise UserError(f"{type(model).__name__} has no linear layers for LoRA to go onto: use another model")
+    others = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)} | set(unfit_layers(model))
     names = {name.rsplit(".", 1)[-1] for name in wanted}
-    if names.isdisjoint(name.rsplit(".", 1)[-1] for name in others):
+    if names.isdisjoint(name.rsplit(".", 1)[-1] for name in others - wanted):
         return sorted(names)
     return "|".join(sorted({re.sub(r"\b\d+\b", r"\\d+", re.escape(name)) for name in wanted}))
 

@@ -7,6 +7,7 @@ from slm_swap.scoring.tracks import Track
 
 BACKENDS = ("auto", "unsloth", "trl")
 SWITCH = ("auto", "yes", "no")
+PRECISIONS = ("int8", "bf16", "fp32", "nf4", "fp8")  # fp8 is for training alone: its adapter is evaluated over 16 bits
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Hyperparameters:
         """Whether layers are compiled: it takes a minute, and pays where rows are packed. bitsandbytes' 4-bit layers break graphs."""
         import torch
 
-        where_it_pays = (self.packing or self.step_packed) and self.precision in ("bf16", "int8") and torch.cuda.is_available()
+        where_it_pays = (self.packing or self.step_packed) and self.precision in ("bf16", "int8", "fp8") and torch.cuda.is_available()
         return self.compile == "yes" or (self.compile == "auto" and where_it_pays)
 
 
