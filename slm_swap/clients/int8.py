@@ -21,8 +21,8 @@ def _fused_dequantized() -> Any:
 
 
 def _weight_in(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`dequantized`, on a GPU by one kernel."""
-    return (_fused_dequantized() if weight.is_cuda else dequantized)(weight, scale, dtype)
+    """`dequantized`, on a GPU by one kernel for all shapes: torch.compile makes another one for the shape of each nn.Parameter."""
+    return (_fused_dequantized() if weight.is_cuda else dequantized)(weight.detach(), scale, dtype)
 
 
 # The product of backward is one operation to torch.compile. Were it several, the 16-bit weight would be found to be the forward pass's and kept for

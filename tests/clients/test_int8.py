@@ -131,7 +131,8 @@ def test_compiled_it_gives_the_same_by_the_kernel_of_backward_on_another_thread(
         return torch.autograd.grad(of(x).square().sum(), x)[0]
 
     wanted, found = gradient(model), []
-    monkeypatch.setattr(int8, "_weight_in", lambda *given: int8._fused_dequantized()(*given))
+    fused = int8._fused_dequantized()
+    monkeypatch.setattr(int8, "_weight_in", lambda weight, scale, dtype: fused(weight.detach(), scale, dtype))
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True)
     thread = threading.Thread(target=lambda: found.append(gradient(compiled)))
@@ -140,6 +141,18 @@ def test_compiled_it_gives_the_same_by_the_kernel_of_backward_on_another_thread(
     torch.testing.assert_close(found[0], wanted)
     with torch.compiler.set_stance("force_eager"):
         torch.testing.assert_close(gradient(compiled), wanted)
+
+
+def test_one_kernel_dequantises_weights_of_all_shapes():
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    fused = torch.compile(dequantized, dynamic=True, backend="aot_eager")
+    for number in range(2, 14):
+        weight = torch.nn.Parameter(torch.ones(16 * number, 48 - 2 * number, dtype=torch.int8), requires_grad=False)
+        assert fused(weight.detach(), torch.ones(16 * number), torch.bfloat16).shape == weight.shape
+    assert counters["stats"]["unique_graphs"] == 1, dict(counters["stats"])
 
 
 def test_autocast_makes_products_in_16_bits():
