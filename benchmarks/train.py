@@ -1,12 +1,14 @@
 """Measure training speed: a model of Phi-4-mini's or another shape with random weights, LoRA r=64 on all linear layers, rows of ~210 tokens.
 
     python benchmarks/train.py
+    python benchmarks/train.py --configs documented fast fast:precision=int8 rtx3090:precision=int8 fast:precision=fp8
     python benchmarks/train.py --configs fast fast:processes=2 fast:processes=2,zero2=yes --out benchmarks/results/train_gpus.json
     python benchmarks/train.py --shape tiny --configs fast:precision=fp32,pack_length=2048 --rows 64 --seconds 1 --out /tmp/train.json
 
 Each configuration runs in processes of its own, with a time limit; one that fails is reported with its error and the others go on. The
 clock starts after three optimizer steps, compilation included in them, and tokens are those of the rows, without padding:
-  documented, documented-unsloth   the documented setting: 8-bit base, one row at a time, accumulation 8, checkpointing
+  documented, documented-unsloth   the documented setting: 8-bit base, one row at a time, accumulation 8, checkpointing; of TRL's on a GPU a
+                                   step's 8 rows are packs (documented:step_packs=no: they are not), and it checkpoints only where memory is short
   trl, unsloth                     the libraries as they come, bf16 base, packed to 2,048 tokens
   fast, rtx3090                    train_unsloth.py with that --preset
 NAME:HYPERPARAMETER=VALUE,... changes hyperparameters of train_unsloth.py (not of `trl`); `processes=N` among them starts so many, one a

@@ -1,4 +1,4 @@
-"""Fine-tune the small model on one track with QLoRA: Unsloth on a GPU, TRL + PEFT elsewhere.
+"""Fine-tune the small model on one track with QLoRA, by TRL + PEFT or, on a GPU, by Unsloth.
 
 python 04_ft/train_unsloth.py --track toolcall --train 02_dataset/toolcall/train.jsonl --val 02_dataset/toolcall/val.jsonl --out 04_ft/adapter_toolcall
 python 04_ft/train_unsloth.py --track structured --train 02_dataset/structured/train.jsonl --val 02_dataset/structured/val.jsonl --out 04_ft/adapter_structured --backend trl --precision fp32

@@ -80,9 +80,10 @@ def require_fp8(device: torch.device) -> None:
     Raises:
         UserError: so, with what it is.
     """
-    what = f"{torch.cuda.get_device_name(device)}, compute capability {'.'.join(map(str, torch.cuda.get_device_capability(device)))}" if device.type == "cuda" else "a CPU"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
-        raise UserError(f"--precision fp8 needs a GPU of compute capability 8.9 or more (Ada, Hopper), and this is {what}: use --precision bf16")
+    cuda = device.type == "cuda"
+    what = torch.cuda.get_device_name(device) if cuda else "a CPU"
+    if cuda and torch.cuda.get_device_capability(device) < (8, 9):
+        raise UserError(f"--precision fp8 needs an Ada or Hopper GPU (compute capability 8.9 or more), and this is {what}: use --precision bf16")
     try:
         weight, scale = quantised(torch.ones(MULTIPLE, MULTIPLE, device=device))
         scaled_product(torch.ones(1, MULTIPLE, device=device), weight.view(torch.int8), scale[:, 0])
