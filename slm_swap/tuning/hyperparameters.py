@@ -26,7 +26,7 @@ class Hyperparameters:
     warmup_share: float = 0.03
     scheduler: str = "cosine"
     weight_decay: float = 0.0
-    gradient_checkpointing: bool = True
+    gradient_checkpointing: bool = True  # where steps are packs, only if memory is short: the gradients are the same
     packing: bool = False  # a step's micro-batch is one pack of whole rows; gradient_accumulation then counts packs
     pack_length: int = 8192  # tokens in a pack, or at most in one of a step's
     step_packs: str = "auto"  # without packing: a step's rows are computed as few packs, with the same gradients; auto: where it pays
