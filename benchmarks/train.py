@@ -1,12 +1,14 @@
 """Measure training speed: a model of Phi-4-mini's or another shape with random weights, LoRA r=64 on all linear layers, rows of ~210 tokens.
 
     python benchmarks/train.py
+    python benchmarks/train.py --configs documented fast fast:precision=int8 rtx3090:precision=int8 fast:precision=fp8
     python benchmarks/train.py --configs fast fast:processes=2 fast:processes=2,zero2=yes --out benchmarks/results/train_gpus.json
     python benchmarks/train.py --shape tiny --configs fast:precision=fp32,pack_length=2048 --rows 64 --seconds 1 --out /tmp/train.json
 
 Each configuration runs in processes of its own, with a time limit; one that fails is reported with its error and the others go on. The
 clock starts after three optimizer steps, compilation included in them, and tokens are those of the rows, without padding:
-  documented, documented-unsloth   the documented setting: 8-bit base, one row at a time, accumulation 8, checkpointing
+  documented, documented-unsloth   the documented setting: 8-bit base, one row at a time, accumulation 8, checkpointing; of TRL's on a GPU a
+                                   step's 8 rows are packs (documented:step_packs=no: they are not), and it checkpoints only where memory is short
   trl, unsloth                     the libraries as they come, bf16 base, packed to 2,048 tokens
   fast, rtx3090                    train_unsloth.py with that --preset
 NAME:HYPERPARAMETER=VALUE,... changes hyperparameters of train_unsloth.py (not of `trl`); `processes=N` among them starts so many, one a
@@ -36,6 +38,7 @@ from slm_swap.tuning.backends import import_unsloth, load_trainable
 from slm_swap.tuning.hyperparameters import PRESETS, Hyperparameters
 from slm_swap.tuning.packing import IGNORED
 from slm_swap.tuning.trainer import make_trainer, trainer_arguments
+from slm_swap.tuning.training import lean_or_fast
 
 WARM_UP = 3  # optimizer steps
 ZERO2 = PACKAGE / "accelerate_config/deepspeed_zero2.json"
@@ -188,20 +191,23 @@ def measure(config: str, folder: Path, rows_wanted: int, seconds: float, out: Pa
             trainer = stock_trainer(folder, tokenizer, rows, parameters, scratch, deepspeed)
         else:
             arguments = trainer_arguments(parameters, backend, scratch, deepspeed)
+            if backend == "trl":
+                lean_or_fast(folder, parameters, max(len(row["input_ids"]) for row in rows), arguments, print)
             model = load_trainable(folder, parameters, backend, arguments.device)
-            trainer = make_trainer(model, tokenizer, arguments, rows, [], parameters, backend)
+            trainer = make_trainer(model, tokenizer, arguments, rows, [], parameters, backend, print)
         clock = make_clock(seconds)
         trainer.add_callback(clock)
         loaded = time.perf_counter()
         loss = trainer.train().training_loss
     args = trainer.args
-    tokens = sum(len(row["input_ids"]) for row in rows)
+    tokens, step_packs = sum(len(row["input_ids"]) for row in rows), getattr(trainer, "step_packs", None)
+    together = parameters.step_rows if step_packs else args.per_device_train_batch_size  # rows, or packs, of a micro-batch
     if args.process_index:
         return
     found = {
         "tokens_per_second": round(clock.epochs * tokens / clock.elapsed, 1),
         "rows_per_second": round(clock.epochs * len(rows) / clock.elapsed, 2),
-        "tokens_per_micro_batch": round(tokens / len(trainer.train_dataset) * args.per_device_train_batch_size, 1),
+        "tokens_per_micro_batch": round(tokens / len(trainer.train_dataset) * together, 1),
         "steps": clock.steps,
         "seconds": {
             "load": round(loaded - started, 2), "warm_up": round(clock.begun - loaded, 2), "measured": round(clock.elapsed, 2)
@@ -212,6 +218,8 @@ def measure(config: str, folder: Path, rows_wanted: int, seconds: float, out: Pa
         } if cuda else None,
         "mean_loss": round(loss, 4),
         "backend": backend,
+        "step_packs": step_packs is not None,
+        "gradient_checkpointing": args.gradient_checkpointing,
         "hyperparameters": asdict(parameters),
         "processes": args.world_size,
         "zero2": wanted.zero2,

@@ -19,7 +19,7 @@ start() { # track, its GPUs: a process each, at a port that torchrun finds free
   [ "$count" -lt 2 ] || launcher=(torchrun --standalone --nproc_per_node="$count")
   echo "$track: ${launcher[0]} on GPUs ${mine:-none}, log 04_ft/adapter_$track.log"
   CUDA_VISIBLE_DEVICES=$mine "${launcher[@]}" train_unsloth.py --track "$track" --train "02_dataset/$track/train.jsonl" \
-    --val "02_dataset/$track/val.jsonl" --out "04_ft/adapter_$track" "${flags[@]}" >"04_ft/adapter_$track.log" 2>&1 &
+    --val "02_dataset/$track/val.jsonl" --out "04_ft/adapter_$track" --preset auto "${flags[@]}" >"04_ft/adapter_$track.log" 2>&1 &
   children+=($!)
 }
 

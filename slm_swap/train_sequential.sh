@@ -17,7 +17,7 @@ status=0
 for track in structured toolcall; do
   echo "$track: ${launcher[0]} on $gpus GPUs, log 04_ft/adapter_$track.log"
   "${launcher[@]}" train_unsloth.py --track "$track" --train "02_dataset/$track/train.jsonl" --val "02_dataset/$track/val.jsonl" \
-    --out "04_ft/adapter_$track" "$@" >"04_ft/adapter_$track.log" 2>&1 &
+    --out "04_ft/adapter_$track" --preset auto "$@" >"04_ft/adapter_$track.log" 2>&1 &
   child=$!
   if wait "$child"; then
     echo "$track: done"

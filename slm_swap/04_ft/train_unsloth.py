@@ -1,4 +1,4 @@
-"""Fine-tune the small model on one track with QLoRA: Unsloth on a GPU, TRL + PEFT elsewhere.
+"""Fine-tune the small model on one track with QLoRA, by TRL + PEFT or, on a GPU, by Unsloth.
 
 python 04_ft/train_unsloth.py --track toolcall --train 02_dataset/toolcall/train.jsonl --val 02_dataset/toolcall/val.jsonl --out 04_ft/adapter_toolcall
 python 04_ft/train_unsloth.py --track structured --train 02_dataset/structured/train.jsonl --val 02_dataset/structured/val.jsonl --out 04_ft/adapter_structured --backend trl --precision fp32
@@ -13,7 +13,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
 from slm_swap.cli import Parser, few_shot_of, not_negative, positive, quieten, run, run_metadata, tracing_options, warn
-from slm_swap.clients.engines import PRECISIONS
 from slm_swap.clients.loading import model_path
 from slm_swap.clients.replicas import take_one_gpu
 from slm_swap.common.reports import sha256_file
@@ -26,7 +25,8 @@ from slm_swap.tracing.runs import connect, trace_run
 from slm_swap.tuning.backends import choose_backend, choose_deepspeed, has_gpu
 from slm_swap.tuning.checkpoints import Checkpoints
 from slm_swap.tuning.checks import check_test_split
-from slm_swap.tuning.hyperparameters import BACKENDS, COMPILE, PRESETS, Hyperparameters
+from slm_swap.tuning.hyperparameters import BACKENDS, PRECISIONS, PRESETS, SWITCH, Hyperparameters
+from slm_swap.tuning.presets import choose_preset
 from slm_swap.tuning.training import train
 
 
@@ -39,10 +39,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the adapter's folder")
     parser.add_argument("--model", metavar="DIR", help="the base model (default: SLM_MODEL_PATH)")
     parser.add_argument(
-        "--backend", choices=BACKENDS, default="auto", help="auto: unsloth where there is a CUDA GPU and no packing, trl elsewhere"
+        "--backend", choices=BACKENDS, default="auto", help="auto: unsloth where there is a CUDA GPU and rows are not packed, trl elsewhere"
     )
     parser.add_argument(
-        "--preset", choices=PRESETS, default="documented", help="what the hyperparameters are where no flag says otherwise"
+        "--preset", choices=("auto", *PRESETS), default="documented",
+        help="what the hyperparameters are where no flag says otherwise; auto: the fastest that fits the GPU's memory",
     )
     parser.add_ask()
     parser.add_recipe(ROW_FLAGS)
@@ -50,9 +51,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--save-steps", type=not_negative, default=100, metavar="N", help="steps between checkpoints; 0: none")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint, if there is one")
     parser.add_argument(
-        "--deepspeed-config", metavar="FILE", help="none: plain DDP (default: accelerate_config/deepspeed_zero2.json on several GPUs)"
+        "--deepspeed-config", metavar="FILE", help="train by DeepSpeed, as accelerate_config/deepspeed_zero2.json says (default: plain DDP, which is faster)"
     )
-    choices = {"precision": PRECISIONS["transformers"], "compile": COMPILE}
+    choices = {"precision": PRECISIONS, "compile": SWITCH, "step_packs": SWITCH}
     for field in fields(Hyperparameters):  # left out of the result where the flag is not given: the preset decides then
         kind = {"action": argparse.BooleanOptionalAction} if isinstance(field.default, bool) else {"type": type(field.default)}
         parser.add_argument(
@@ -94,10 +95,14 @@ def main(argv: list[str] | None = None) -> int:
     base = model_path(settings, args.model)
     rows, inputs = read_rows(args)
     given = {field.name: getattr(args, field.name) for field in fields(Hyperparameters) if hasattr(args, field.name)}
+    if args.preset == "auto":
+        args.preset, why = choose_preset(base, given)
+        if launch.rank == 0:
+            print(f"preset {args.preset}: {why}")
     parameters = Hyperparameters(**PRESETS[args.preset] | given)
     track = TRACKS[args.track]
     parameters.check_metric(track.for_gold([track.reference(example) for example in rows["val"][: parameters.eval_generate]]))
-    backend = choose_backend(args.backend, parameters.packing)
+    backend = choose_backend(args.backend, parameters.packing or parameters.step_packed, parameters.precision)
     deepspeed = choose_deepspeed(args.deepspeed_config, launch)
     if not has_gpu(launch):
         print(f"error: rank {launch.rank} has no GPU: start no more processes than there are GPUs", file=sys.stderr)

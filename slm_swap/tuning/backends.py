@@ -14,13 +14,14 @@ from typing import Any
 from slm_swap.clients.architecture import text_config
 from slm_swap.clients.loading import load_model, quiet_int8, require_numbers
 from slm_swap.common.errors import UserError
-from slm_swap.common.settings import PACKAGE, Launch, display_path, find_path
+from slm_swap.common.settings import Launch, display_path, find_path
 from slm_swap.tuning.hyperparameters import Hyperparameters
 from slm_swap.tuning.untrained import start_rows, token_indices
 
 
-def choose_backend(wanted: str, packing: bool = False) -> str:
-    """`auto` is Unsloth where there is a CUDA GPU, and TRL + PEFT elsewhere, and where rows are packed: there it is faster.
+def choose_backend(wanted: str, packing: bool = False, precision: str = "int8") -> str:
+    """`auto` is Unsloth where there is a CUDA GPU, and TRL + PEFT elsewhere, and where rows or steps are packed: there it is
+    faster. Unsloth knows no fp8.
 
     Raises:
         UserError: Unsloth is asked for and cannot work here.
@@ -31,7 +32,9 @@ def choose_backend(wanted: str, packing: bool = False) -> str:
 
     installed = importlib.util.find_spec("unsloth") is not None
     if wanted == "auto":
-        return "unsloth" if torch.cuda.is_available() and installed and not packing else "trl"
+        return "unsloth" if torch.cuda.is_available() and installed and not packing and precision != "fp8" else "trl"
+    if wanted == "unsloth" and precision == "fp8":
+        raise UserError("--backend unsloth does not train in fp8: use --backend trl, or --precision bf16")
     if wanted == "unsloth" and not torch.cuda.is_available():
         raise UserError("--backend unsloth needs a CUDA GPU and there is none: use --backend trl")
     if wanted == "unsloth" and not installed:
@@ -47,7 +50,7 @@ def has_gpu(launch: Launch) -> bool:
 
 
 def choose_deepspeed(given: str | None, launch: Launch) -> Path | None:
-    """DeepSpeed's configuration: `given`, for "none" no DeepSpeed, and for None ZeRO-2 where several GPUs are used.
+    """DeepSpeed's configuration, `given`; for None and "none" no DeepSpeed: plain DDP is faster, as LoRA has little that ZeRO could share out.
 
     Raises:
         UserError: there is no such file, or DeepSpeed cannot work here.
@@ -56,17 +59,17 @@ def choose_deepspeed(given: str | None, launch: Launch) -> Path | None:
 
     import torch
 
-    if given == "none" or (given is None and (launch.world == 1 or not torch.cuda.is_available())):
+    if given in (None, "none"):
         return None
-    path = find_path(given or PACKAGE / "accelerate_config/deepspeed_zero2.json")
+    path = find_path(given)
     if not path.is_file():
-        raise UserError(f"no DeepSpeed configuration at {display_path(path)}: check --deepspeed-config, or pass none")
+        raise UserError(f"no DeepSpeed configuration at {display_path(path)}: check --deepspeed-config, or leave it out")
     if launch.world == 1 or not torch.cuda.is_available():
         raise UserError(
-            "DeepSpeed is for several processes on CUDA GPUs: start them with torchrun or accelerate launch, or pass none"
+            "DeepSpeed is for several processes on CUDA GPUs: start them with torchrun or accelerate launch, or leave --deepspeed-config out"
         )
     if importlib.util.find_spec("deepspeed") is None:
-        raise UserError("deepspeed is not installed: pip install -r requirements.txt, or use --deepspeed-config none")
+        raise UserError("deepspeed is not installed: pip install -r requirements.txt, or leave --deepspeed-config out")
     return path
 
 
@@ -85,6 +88,14 @@ def load_trainable(
     from peft import LoraConfig, get_peft_model
 
     model = load_model(path, parameters.precision, device_map={"": device})
+    if parameters.precision == "int8":
+        from slm_swap.clients.int8 import give_own_products
+
+        give_own_products(model)
+    elif parameters.precision == "fp8":
+        from slm_swap.tuning.fp8 import give_fp8_products
+
+        give_fp8_products(model, fit_layers(model))
     require_numbers(path, model)
     if getattr(text_config(model.config), "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")  # transformers' `sdpa` leaves soft-capping out without a word
@@ -101,6 +112,13 @@ def load_trainable(
     if tokens:
         start_rows(tuned, tokens)
     return tuned
+
+
+def products_of(backend: str, precision: str) -> str:
+    """In what the products with the frozen weights are made, as `training_info.json` says it."""
+    if precision == "int8":
+        return "bf16" if backend == "trl" else "LLM.int8()"
+    return {"nf4": "bf16"}.get(precision, precision)
 
 
 def import_unsloth(generated: Path, rank: int) -> None:
@@ -151,8 +169,17 @@ def _load_unsloth(path: Path, parameters: Hyperparameters, find_untrained: Calla
     )
 
 
+def fit_layers(model: Any) -> list[str]:
+    """The names of a text decoder's linear layers that LoRA fits, the output head left out."""
+    from torch import nn
+
+    inside = {id(module) for module in decoder_of(model).modules()} - {id(model.get_output_embeddings())}
+    unfit = set(unfit_layers(model))
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and id(module) in inside and name not in unfit]
+
+
 def linear_names(model: Any) -> list[str] | str:
-    """What LoRA goes onto: a text decoder's linear layers, without the output head. PEFT's `target_modules`.
+    """What LoRA goes onto: `fit_layers`, as PEFT's `target_modules`.
 
     Names where they name no other layer, else a regular expression of whole names: a vision tower may have layers of the same names.
 
@@ -161,14 +188,12 @@ def linear_names(model: Any) -> list[str] | str:
     """
     from torch import nn
 
-    inside = {id(module) for module in decoder_of(model).modules()} - {id(model.get_output_embeddings())}
-    linear = {name: id(module) in inside for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    linear |= dict.fromkeys(unfit_layers(model), False)
-    wanted, others = ({name for name, taken in linear.items() if taken is kind} for kind in (True, False))
+    wanted = set(fit_layers(model))
     if not wanted:
         raise UserError(f"{type(model).__name__} has no linear layers for LoRA to go onto: use another model")
+    others = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)} | set(unfit_layers(model))
     names = {name.rsplit(".", 1)[-1] for name in wanted}
-    if names.isdisjoint(name.rsplit(".", 1)[-1] for name in others):
+    if names.isdisjoint(name.rsplit(".", 1)[-1] for name in others - wanted):
         return sorted(names)
     return "|".join(sorted({re.sub(r"\b\d+\b", r"\\d+", re.escape(name)) for name in wanted}))
 

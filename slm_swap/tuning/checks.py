@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,12 +142,14 @@ def memory_needed(config: Any, parameters: Any, longest: int) -> dict[str, float
         linear = layers * hidden * (attention + query)
         inter *= getattr(config, "num_experts_per_tok", None) or 1  # what a token's way leads through
     head = vocabulary * hidden * (1 if config.tie_word_embeddings else 2)
-    width = {"int8": 1, "nf4": 0.55, "bf16": 2, "fp32": 4}[parameters.precision]
+    width = {"int8": 1, "nf4": 0.55, "bf16": 2, "fp8": 2, "fp32": 4}[parameters.precision]
     other = 4 if parameters.precision == "fp32" else 2
     fused = config.model_type in FUSED
     readers = 2 if fused else 5  # linear layers with LoRA that read the hidden states
     lora = layers * parameters.lora_r * ((2 if fused else 4) * hidden + query + attention + (0 if experts else (2 if fused else 3) * hidden + 3 * inter))
     tokens = parameters.pack_length if parameters.packing else parameters.batch_size * longest
+    if parameters.step_packed:
+        tokens = parameters.step_room(longest)
     # What a layer keeps of a token for its backward pass, counted in what torch.compile saves for Phi-4-mini's layers and Qwen3-4B's: compiled, it
     # computes again what is cheap. LoRA's dropout leaves each of its layers an input and a mask of its own.
     dropped = readers * hidden + query + inter
@@ -156,7 +159,7 @@ def memory_needed(config: Any, parameters: Any, longest: int) -> dict[str, float
     else:
         kept = other * (4 * hidden + 2 * query + 2 * attention + 5 * inter) + (4 * dropped if parameters.lora_dropout else 0)
     through = other * hidden * layers + kept if parameters.gradient_checkpointing else kept * layers
-    chunk = min(tokens, 1024)  # tokens whose logits are there at once
+    chunk = min(tokens, 512)  # tokens whose logits are there at once
     parts = {
         "weights": linear * width + (experts + head) * other,  # experts are no linear layers, and not quantized
         "LoRA": lora * 16,  # fp32: weight, gradient and AdamW's two moments
@@ -165,6 +168,20 @@ def memory_needed(config: Any, parameters: Any, longest: int) -> dict[str, float
     }
     parts["allocator"] = 0.05 * sum(parts.values())  # what it holds and cannot use; benchmarks/results/train.json has both figures
     return {name: value / 2**30 for name, value in parts.items()}
+
+
+def without_needless_checkpointing(config: Any, parameters: Any, longest: int, free: float) -> Any:
+    """Hyperparameters without gradient checkpointing where a step's rows are packs and, by the estimate, four fifths of the `free` GiB suffice.
+
+    Checkpointing makes the same gradients in less memory and a third more time.
+
+    Raises:
+        AttributeError: as `memory_needed`.
+    """
+    if not (parameters.gradient_checkpointing and parameters.step_packed):
+        return parameters
+    without = replace(parameters, gradient_checkpointing=False)
+    return without if sum(memory_needed(config, without, longest).values()) <= 0.8 * free else parameters
 
 
 def expert_count(config: Any) -> int:

@@ -4,7 +4,9 @@ Imports torch and TRL: import it inside functions, and after Unsloth where that 
 """
 
 import inspect
+from contextlib import nullcontext
 from functools import cache
+from itertools import islice
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -17,11 +19,11 @@ from trl import SFTTrainer
 from slm_swap.common.errors import UserError
 from slm_swap.tuning.backends import decoder_of
 from slm_swap.tuning.checks import OTHER_HEAD, UNPACKED, head_options
-from slm_swap.tuning.packing import IGNORED
+from slm_swap.tuning.packing import IGNORED, StepPacks, StepRows
 from slm_swap.tuning.validation import ExactEvaluation
 
 VARLEN = "slm_swap_varlen"  # the name under which transformers knows varlen_attention
-CHUNK = 1024  # targets whose logits are in memory at once: 0.8 GiB in fp32 with 200,064 tokens in the vocabulary
+CHUNK = 512  # targets whose logits are in memory at once: 0.4 GiB in fp32 with 200,064 tokens in the vocabulary
 GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}  # without the flag it just works
 LARGEST_HEAD = 256  # FlashAttention's limit
 HARMLESS = {"cu_seq_lens_k", "max_length_k", "position_ids", "use_cache", "output_attentions", "output_hidden_states", "return_dict"}
@@ -211,8 +213,10 @@ def give_completion_loss(model: Any, compiled: bool = False) -> None:
     model.forward = MethodType(forward, model)
 
 
-def compile_layers(model: Any) -> None:
+def compile_layers(model: Any, one_shape: bool = True) -> None:
     """Compile the decoder's layers, one graph for all of them: all of the model at once would take many times as long.
+
+    For batches of `one_shape`, or with a further graph for all other shapes from the second one on.
 
     Raises:
         UserError: the decoder has no list of layers.
@@ -221,15 +225,46 @@ def compile_layers(model: Any) -> None:
     if not stacks:
         raise UserError(f"the layers of {type(model).__name__} are in no list and cannot be compiled one by one: use --compile no")
     for layer in max(stacks, key=len):
-        layer.compile(dynamic=False)
+        layer.compile(dynamic=False if one_shape else None)
 
 
 class CompletionTrainer(ExactEvaluation, SFTTrainer):
     """TRL's trainer for models of `give_completion_loss`: the mean over all targets of a step, and no waiting for the GPU between."""
 
+    own_attention: str  # the name of the attention that the model came with
+    step_packs: StepPacks | None = None  # where given, batches are StepRows
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True  # the loss is divided by the targets of the whole step, in compute_loss
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """A step's micro-batches; with `step_packs` all of their rows, as packs, are in the last one, whose gradients DDP adds up over ranks.
+
+        There stay as many micro-batches as without: transformers counts them, and finds its place among them when it resumes.
+        """
+        if self.step_packs is None:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = list(islice(epoch_iterator, num_batches))
+        if not batches:
+            return [], None
+        packs = self.step_packs([row for batch in batches for row in batch.rows])
+        labels = torch.cat([pack["targets"] for pack in packs])
+        count = self._get_num_items_in_batch([{"labels": labels, "shift_labels": labels}], device)
+        return [*([] for _ in batches[1:]), packs], count
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Of a micro-batch, or of one pack after the other."""
+        if self.step_packs is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        loss = torch.zeros((), device=self.args.device)
+        for number, pack in enumerate(inputs, 1):
+            with nullcontext() if number == len(inputs) else self.accelerator.no_sync(model):
+                loss += super().training_step(model, pack, num_items_in_batch)
+        return loss
+
+    def _prepare_inputs(self, inputs):
+        return inputs if isinstance(inputs, StepRows) else super()._prepare_inputs(inputs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The micro-batch's share of the step's mean; ranks are averaged later, so each counts for all of them."""
@@ -238,6 +273,9 @@ class CompletionTrainer(ExactEvaluation, SFTTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def targets_loss(self, batch):
+        if isinstance(batch, StepRows):
+            found = [self.targets_loss(self._prepare_inputs(pack)) for pack in self.step_packs(batch.rows)]
+            return tuple(sum(parts) for parts in zip(*found, strict=True))
         with torch.compiler.set_stance("force_eager"):  # nothing is compiled for it
             return self.model(**batch)["loss"], (batch["targets"] != IGNORED).sum()
 

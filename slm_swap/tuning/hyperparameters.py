@@ -6,7 +6,8 @@ from slm_swap.common.errors import UserError
 from slm_swap.scoring.tracks import Track
 
 BACKENDS = ("auto", "unsloth", "trl")
-COMPILE = ("auto", "yes", "no")
+SWITCH = ("auto", "yes", "no")
+PRECISIONS = ("int8", "bf16", "fp32", "nf4", "fp8")  # fp8 is for training alone: its adapter is evaluated over 16 bits
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,10 @@ class Hyperparameters:
     warmup_share: float = 0.03
     scheduler: str = "cosine"
     weight_decay: float = 0.0
-    gradient_checkpointing: bool = True
+    gradient_checkpointing: bool = True  # where steps are packs, only if memory is short: the gradients are the same
     packing: bool = False  # a step's micro-batch is one pack of whole rows; gradient_accumulation then counts packs
-    pack_length: int = 8192  # tokens in a pack
+    pack_length: int = 8192  # tokens in a pack, or at most in one of a step's
+    step_packs: str = "auto"  # without packing: a step's rows are computed as few packs, with the same gradients; auto: where it pays
     compile: str = "auto"  # the layers, by torch.compile; auto: where it pays
     eval_steps: int = (
         0  # steps between evaluations on the validation rows, the best of which is kept; 0: none, and the last step is kept
@@ -60,11 +62,28 @@ class Hyperparameters:
             raise UserError(f"--best-by {self.best_by} is no metric of these {track.title} rows: choose one of {', '.join(known)}")
 
     @property
-    def compiled(self) -> bool:
-        """Whether layers are compiled: it takes a minute, and pays where all micro-batches have one shape."""
+    def step_packed(self) -> bool:
+        """Whether the rows of a step are computed as packs: it pays where attention of packed rows has kernels, which is on a CUDA GPU in 16 bits."""
         import torch
 
-        where_it_pays = self.packing and self.precision == "bf16" and torch.cuda.is_available()
+        where_it_pays = torch.cuda.is_available() and self.precision != "fp32"
+        return not self.packing and (self.step_packs == "yes" or (self.step_packs == "auto" and where_it_pays))
+
+    @property
+    def step_rows(self) -> int:
+        """The rows of a step and device, without packing."""
+        return self.batch_size * self.gradient_accumulation
+
+    def step_room(self, longest: int) -> int:
+        """The most tokens in a pack of a step's rows, of which the longest one has `longest`."""
+        return min(max(self.pack_length, longest), self.step_rows * longest)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether layers are compiled: it takes a minute, and pays where rows are packed. bitsandbytes' 4-bit layers break graphs."""
+        import torch
+
+        where_it_pays = (self.packing or self.step_packed) and self.precision in ("bf16", "int8", "fp8") and torch.cuda.is_available()
         return self.compile == "yes" or (self.compile == "auto" and where_it_pays)
 
 

@@ -91,6 +91,36 @@ class PackCollator:
         return add_targets(batch, self.multiple_of)
 
 
+@dataclass(frozen=True)
+class StepRows:
+    """The rows of a micro-batch as they are, {"input_ids", "labels"} each, until those of its whole step are known."""
+
+    rows: list[dict[str, list[int]]]
+
+
+@dataclass(frozen=True)
+class StepPacks:
+    """The rows of an optimizer step to as few packs as hold them: the sum of their losses is that of the rows one by one, and so are its gradients.
+
+    Gives tensors as PackCollator does. A pack is as long as its rows and at most `room`; what lies between `multiple` and `multiple` is padding.
+    """
+
+    room: int  # tokens in a pack at most
+    rows: int  # of a step at most
+    longest: int  # tokens in the longest row
+    pad_token: int
+    multiple: int = 1  # that lengths are of
+    targets: int = 1  # see add_targets
+
+    def __call__(self, rows: Sequence[dict[str, list[int]]]) -> list[dict[str, Any]]:
+        packs, segments = packed_rows(rows, self.room, seed=0), self.rows + -(-self.multiple // self.longest)
+        lengths = [-(-len(pack["input_ids"]) // self.multiple) * self.multiple for pack in packs]
+        return [
+            PackCollator(length, self.longest, segments, self.pad_token, self.targets)([pack])
+            for pack, length in zip(packs, lengths, strict=True)
+        ]  # fmt: skip
+
+
 def add_targets(batch: dict[str, Any], multiple_of: int = 1) -> dict[str, Any]:
     """Add where in the batch the next token carries loss, and which token that is.
 

@@ -3,7 +3,7 @@
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,17 @@ from slm_swap.common.settings import Launch, display_path
 from slm_swap.evaluating.evaluation import Stopwatch
 from slm_swap.rows.examples import Example
 from slm_swap.rows.prompts import asked_natively
-from slm_swap.tuning.backends import import_unsloth, load_trainable
+from slm_swap.tuning.backends import import_unsloth, load_trainable, products_of
 from slm_swap.tuning.checkpoints import Checkpoints
-from slm_swap.tuning.checks import head_options, length_report, lora_reach, memory_needed, memory_warning, reach_report
+from slm_swap.tuning.checks import (
+    head_options,
+    length_report,
+    lora_reach,
+    memory_needed,
+    memory_warning,
+    reach_report,
+    without_needless_checkpointing,
+)
 from slm_swap.tuning.hyperparameters import Hyperparameters
 from slm_swap.tuning.record import peak_memory_gib, save_adapter
 from slm_swap.tuning.tokens import Tokenized, tokenize
@@ -125,14 +133,16 @@ def train(
 
     with said_what_is_kept(checkpoints, launch.rank, say):
         arguments = trainer_arguments(parameters, backend, str(checkpoints.folder), deepspeed)
-        warn_of_memory(base, parameters, lengths[-1], arguments.device, say)
+        if backend == "trl":
+            lean_or_fast(base, parameters, lengths[-1], arguments, say)
+        warn_of_memory(base, replace(parameters, gradient_checkpointing=arguments.gradient_checkpointing), lengths[-1], arguments.device, say)
         learn = partial(untrained_tokens, tokenizer=tokenizer, rows=rows)
         model = load_together(lambda: load_trainable(base, parameters, backend, arguments.device, learn), launch.world)
         say_trained(model, tokenizer, say)
         reach = lora_reach(model)
         for line in reach_report(reach):
             say(line)
-        trainer = load_together(lambda: make_trainer(model, tokenizer, arguments, rows, held_out, parameters, backend), launch.world)
+        trainer = load_together(lambda: make_trainer(model, tokenizer, arguments, rows, held_out, parameters, backend, say), launch.world)
         sample = GenerationSample(trainer, tokenizer, track, val_rows[: parameters.eval_generate], backend, say)
         told, log = run_trainer(trainer, parameters, sample, checkpoints, save_steps, clock, say)
         if trainer.state.global_step == 1 and 0 < parameters.warmup_share < 1:
@@ -143,7 +153,10 @@ def train(
             **run,
             "base_model": {"path": display_path(base), **run.get("base_model", {})},
             "lora": reach,
-        }
+            "computed": {
+                "step_packs": getattr(trainer, "step_packs", None) is not None, "gradient_checkpointing": arguments.gradient_checkpointing
+            },
+        }  # fmt: skip
         info |= {"inputs": inputs, "rows": {"train": len(rows), "val": len(held_out), "too_long": len(too_long), "untaught": untaught.total()}}
         info |= {"ending": require_ending(tokenizer)._asdict(), "thinking": thinking(tokenizer)} | told | account(trainer.state, log, lengths, too_long, told["seconds"]["train"])
         if launch.rank == 0:
@@ -234,6 +247,21 @@ def warn_of_memory(base: Path, parameters: Hyperparameters, longest: int, device
         say(f"warning: {warning}")
 
 
+def lean_or_fast(base: Path, parameters: Hyperparameters, longest: int, arguments: Any, say: Callable[[str], object]) -> None:
+    """Leave gradient checkpointing out of a trainer's `arguments` where it is needless: see without_needless_checkpointing. Says so."""
+    import torch
+
+    if arguments.device.type != "cuda":
+        return
+    try:
+        fit = without_needless_checkpointing(read_config(base), parameters, longest, torch.cuda.mem_get_info(arguments.device)[0] / 2**30)
+    except AttributeError:  # no estimate: warn_of_memory says so
+        return
+    if fit != parameters:
+        arguments.gradient_checkpointing = False
+        say("gradient checkpointing is left out, as memory suffices: the gradients are the same")
+
+
 def identity(
     track: str,
     base: Path,
@@ -252,4 +280,5 @@ def identity(
         "inputs": {name: {key: told[key] for key in ("sha256", "rows", "shots") if key in told} for name, told in inputs.items()},
         "processes": launch.world,
         "deepspeed_sha256": sha256_file(deepspeed) if deepspeed else None,
+        "products": products_of(backend, parameters.precision),
     }

@@ -25,6 +25,7 @@ from slm_swap.tuning.checks import (
     reach_report,
 )  # fmt: skip
 from slm_swap.tuning.hyperparameters import PRESETS, Hyperparameters
+from slm_swap.tuning.presets import choose_preset
 from slm_swap.tuning.record import plot
 from slm_swap.tuning.training import packages_refuse, train, warn_of_memory
 from tests.support.tiny_training import SIZES, VOCABULARY, tiny_config, tiny_family, tiny_gemma3_with_vision
@@ -192,7 +193,10 @@ def test_the_estimate_is_what_was_measured_on_a_gpu(name):
     """The longest of the benchmark's rows has 599 tokens. Too little would be found out late; Unsloth offloads, and takes less."""
     shape, measured = MEASURED[name]
     told, peak = measured["hyperparameters"], measured["peak_gib"]
-    parameters = Hyperparameters(**told | {"compile": "yes" if told["packing"] else "no"})
+    step_packs = measured.get("step_packs", False)
+    changed = {"compile": "yes" if told["packing"] or step_packs else "no", "step_packs": "yes" if step_packs else "no"}
+    changed |= {"gradient_checkpointing": measured.get("gradient_checkpointing", told["gradient_checkpointing"])}
+    parameters = Hyperparameters(**told | changed)
     needed = sum(memory_needed(SHAPES[shape], parameters, 599).values())
     assert max(peak["allocated"], 0.95 * peak["reserved"]) < needed < 1.4 * peak["reserved"]
 
@@ -213,6 +217,17 @@ def test_the_flags_that_are_named_make_it_less(preset, longest):
     assert named or preset == "documented"
     for change in named:
         assert sum(memory_needed(PHI4_MINI, replace(parameters, **change), longest).values()) < needed, change
+
+
+def test_a_preset_is_chosen_by_the_memory_of_the_smallest_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # where layers are compiled
+    PHI4_MINI.save_pretrained(tmp_path)
+    chosen = {gib: choose_preset(tmp_path, {}, [80.0, gib])[0] for gib in (12.0, 23.6, 31.8, 44.5, 79.2, 139.8)}
+    assert chosen == {12.0: "documented", 23.6: "rtx3090", 31.8: "rtx3090", 44.5: "fast", 79.2: "fast", 139.8: "fast"}
+    assert choose_preset(tmp_path, {}, []) == ("documented", "there is no CUDA GPU")
+    assert "of a GPU's 23.6 GiB" in choose_preset(tmp_path, {}, [23.6])[1]
+    assert choose_preset(tmp_path, {"pack_length": 4096}, [79.2])[0] == "fast"
+    assert choose_preset(tmp_path, {"max_length": 4096}, [23.6])[0] == "documented", "such rows do not fit into packs of 2,048"
 
 
 def test_hyperparameters_of_evaluations_need_evaluations():

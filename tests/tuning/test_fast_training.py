@@ -11,7 +11,7 @@ from slm_swap.tuning import fast_training
 from slm_swap.tuning.backends import linear_names
 from slm_swap.tuning.fast_training import CompletionLoss, Head, chunk_loss, compile_layers, give_completion_loss
 from slm_swap.tuning.model_checks import check_loss
-from slm_swap.tuning.packing import IGNORED, PackCollator, add_targets, packed_rows
+from slm_swap.tuning.packing import IGNORED, PackCollator, StepPacks, add_targets, packed_rows
 from tests.support.tiny_training import VOCABULARY, some_rows, tiny_family, tiny_gemma3_with_vision, tiny_model
 
 
@@ -202,6 +202,32 @@ def test_compiled_layers_share_graphs_and_give_the_same_gradients(monkeypatch):
     # One for the first layer, whose input needs no gradient, and one for all others.
     assert counters["stats"]["unique_graphs"] == 2, dict(counters["stats"])
     assert not counters["graph_break"], dict(counters["graph_break"])
+
+
+def test_steps_of_all_lengths_share_graphs(monkeypatch):
+    """The second length makes the graph of all further ones; 8 graphs of one function are where torch.compile gives up."""
+    from functools import partialmethod
+
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    model, base = tiny_model()
+    give_completion_loss(base)
+    compile_layers(base, one_shape=False)
+    rows = some_rows(40)
+    packs = StepPacks(room=1024, rows=40, longest=20, pad_token=0, multiple=16)
+    for count in (3, 8, 15, 22, 30, 40):
+        (batch,) = packs(rows[:count])
+        loss = model(**batch).loss
+        found = gradients(model, loss)
+    assert counters["stats"]["unique_graphs"] == 4 and not counters["graph_break"], dict(counters)
+    with torch.compiler.set_stance("force_eager"):
+        wanted = model(**batch).loss
+        torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-4)
+        for name, gradient in gradients(model, wanted).items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("more", [{}, {"scale": 0.5, "cap": 3.0, "bias": torch.randn(VOCABULARY), "places": torch.tensor([4, 50])}])
