@@ -27,6 +27,7 @@ from slm_swap.evaluating.row import score_row
 from slm_swap.rows.examples import Example
 from slm_swap.rows.prompts import request_text
 from slm_swap.scoring.tracks import TRACKS
+from slm_swap.serving.state import AUDITS, Tail
 
 TRACK = "toolcall"
 AT_ONCE = 8  # requests that the application has under way
@@ -172,44 +173,62 @@ def summary(answers: Iterable[Answer]) -> list[str]:
 
 @dataclass(frozen=True)
 class Bill:
-    """What the hosted model's tokens cost at a price list, by the endpoint's own counts; None where not known. `audits` is for the watch alone, `saved` what
-    the local answers would have cost, by the small model's own count of tokens."""
+    """What the hosted model's tokens cost at a price list, by the endpoint's own counts; None where not known. `answered` is for the `requests` requests that
+    it answered, `audits` for those `audited` besides, of which `agreed` agree; `saved` is what the `local` answers would have cost, by the small model's own
+    count of tokens."""
 
-    hosted: float | None
-    audits: float
+    requests: int
+    local: int
+    answered: float | None
+    audits: float | None
     saved: float | None
     audited: int
+    agreed: int
 
     @property
     def paid(self) -> float | None:
-        return None if self.hosted is None else self.hosted + self.audits
+        return None if None in (self.answered, self.audits) else self.answered + self.audits
 
     @property
     def without(self) -> float | None:
-        return None if None in (self.hosted, self.saved) else self.hosted + self.saved
+        return None if None in (self.answered, self.saved) else self.answered + self.saved
 
 
-def read_bill(url: str, prices: HostedPrices) -> Bill:
-    """The bill of all that the endpoint has answered so far."""
+def audits_so_far(state: Path, quiet: float, most: float = 60) -> list[dict[str, Any]]:
+    """The lines of audits.jsonl: they come in the background, so that they are waited for until none has come for `quiet` seconds, `most` seconds at most."""
+    found, tail, began = [], Tail(state / AUDITS), time.monotonic()
+    last = began
+    while time.monotonic() < min(last + quiet, began + most):
+        if new := list(tail.new()):
+            found, last = found + new, time.monotonic()
+        time.sleep(0.1)
+    return found
+
+
+def read_metrics(url: str) -> str:
+    """The text of /metrics."""
     with _http() as client:
-        return bill_of(client.get(f"{url}/metrics", timeout=30).raise_for_status().text, prices)
+        return client.get(f"{url}/metrics", timeout=30).raise_for_status().text
 
 
-def bill_of(metrics: str, prices: HostedPrices) -> Bill:
-    """The bill in the text of /metrics. All input counts in full: the endpoint's counts do not say what was cached."""
+def bill_of(metrics: str, audits: Iterable[Mapping[str, Any]], prices: HostedPrices) -> Bill:
+    """The bill of all that an endpoint answered, by the text of its /metrics and the lines of its audits.jsonl. All input counts in full: its counts do not say
+    what was cached."""
     from prometheus_client.parser import text_string_to_metric_families
 
+    audits = list(audits)
     found = [sample for family in text_string_to_metric_families(metrics) for sample in family.samples]
 
     def total(name: str, **labels: str) -> float:
         return sum(sample.value for sample in found if sample.name == name and labels.items() <= sample.labels.items())
 
-    tokens = [int(total("slm_swap_tokens_total", answered_by="hosted", kind=kind)) for kind in ("input", "output")]
-    cost = prices.cost(tokens[0], 0, tokens[1])
-    audited = int(total("slm_swap_audits_total"))
-    if cost is None:
-        return Bill(None, 0.0, None, audited)
-    return Bill(to_float(cost), total("slm_swap_audit_money_total"), total("slm_swap_saved_money_total"), audited)
+    cost = prices.cost(*(int(total("slm_swap_tokens_total", answered_by="hosted", kind=kind)) for kind in ("input", "cached", "output")))
+    spent = [audit["cost"]["hosted"] for audit in audits]
+    return Bill(
+        int(total("slm_swap_requests_total")), int(total("slm_swap_requests_total", answered_by="local")), to_float(cost),
+        None if None in spent else sum(spent), None if cost is None else total("slm_swap_saved_money_total"),
+        len(audits), sum(audit["agree"] for audit in audits),
+    )  # fmt: skip
 
 
 def bill_lines(bill: Bill, currency: str | None) -> list[str]:
@@ -218,8 +237,9 @@ def bill_lines(bill: Bill, currency: str | None) -> list[str]:
     def money(value: float | None) -> str:
         return "unknown" if value is None else f"{value:.4f} {currency or ''}".rstrip()
 
+    share = f" ({bill.local / bill.requests:.0%} answered locally)" if bill.requests else ""
     return [
-        f"bill of all these requests at example prices: {money(bill.paid)} with the endpoint ({money(bill.audits)} of it for {bill.audited} audits), "
-        f"{money(bill.without)} by the hosted model alone",
-        "tokens are the endpoint's own counts, those of local answers the small model's; what the machine costs is not in it",
+        f"audits: {bill.audited} times both models replied to the same request, and {bill.agreed} times they agree",
+        f"bill at example prices of these {bill.requests} requests{share}: {money(bill.paid)}, of which {money(bill.audits)} for audits; "
+        f"by the hosted model alone {money(bill.without)}; without what this machine costs",
     ]

@@ -183,15 +183,15 @@ class Demo:
         with endpoint.running(flags, self.environment, log) as url:
             self.say(f"serve: an application sends {len(asked)} test requests to {url}/v1, {endpoint.AT_ONCE} at a time")
             answers = endpoint.ask(url, model, asked)
-            lines = endpoint.summary(answers)
+            audits, prices = endpoint.audits_so_far(state, quiet=1 if certified else 6), load_prices(self.environment["PRICES_FILE"])
+            bill = endpoint.bill_of(endpoint.read_metrics(url), audits, prices.deployment(model))
+            lines = [*endpoint.summary(answers), *endpoint.bill_lines(bill, prices.currency)]
             for line in lines:
                 self.say(f"serve: {line}")
             if certified:
                 self.take_back(url, model, state, [answer.row for answer in answers if answer.by == "local"])
-            prices = load_prices(self.environment["PRICES_FILE"])
-            bill = endpoint.read_bill(url, prices.deployment(model))
         self.say("serve: SIGTERM, and the endpoint has ended with exit code 0")
-        return [f"the endpoint ({mode[1]} mode, {track}, simulated hosted model): {told[0]}", *lines, *endpoint.bill_lines(bill, prices.currency)]
+        return [f"the endpoint ({mode[1]} mode, {track}, simulated hosted model): {told[0]}", *lines]
 
     def take_back(self, url: str, model: str, state: Path, rows: list[Example]) -> None:
         """An operator's roll-back, and the way back into service, shown on requests that were answered locally.
@@ -269,9 +269,9 @@ def main(argv: list[str] | None = None) -> int:
     sample = PACKAGE / "02_dataset/sample/xlam_sample.jsonl"
     flags = ("--source", "xlam", "--dataset-path", sample, "--calls", "one", "--val-size", 50, "--test-size", 200, "--calibration-size", CALIBRATION, "--out-dir", demo.out)
     demo.stage("prepare", "02_dataset/prepare_data.py", *flags)
-    references = [example for track in TRACKS for example in read_examples(demo.out / track / "test.jsonl")]
     chat = demo.chat_rows()
-    references += [example for path in chat.values() for example in read_examples(path)]
+    # The first reference counts where several are asked the same: conversations before the structured rows of the same sentences.
+    references = [example for path in (*chat.values(), *(demo.out / track / "test.jsonl" for track in TRACKS)) for example in read_examples(path)]
     with AzureSimulator(references, mistake_rate=0.08, faults=Faults(rate_limit=0.01, content_filter=0.01)) as server:
         demo.say(f"the simulator of a hosted deployment answers at {server.url}")
         demo.environment |= {
