@@ -1,4 +1,4 @@
-"""The whole pipeline on the embedded defaults: prepare, evaluate both models, compare, fine-tune, evaluate and compare again.
+"""The whole pipeline on the embedded defaults: prepare, evaluate both models, compare, fine-tune, evaluate and compare again, calibrate, serve.
 
     python demo/quickstart.py
     python demo/quickstart.py --short
@@ -13,6 +13,7 @@ import argparse
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -24,15 +25,26 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
 from slm_swap.cli import Parser, run
+from slm_swap.clients.pricing import load_prices
 from slm_swap.common.errors import UserError
+from slm_swap.common.reports import write_jsonl
 from slm_swap.common.settings import PACKAGE, ROOT, display_path, load_settings
+from slm_swap.demo import endpoint
 from slm_swap.demo.azure_simulator import AzureSimulator, Faults
-from slm_swap.rows.examples import read_examples
+from slm_swap.rows.examples import Example, read_examples
 from slm_swap.scoring.tracks import TRACKS
+from slm_swap.serving.state import STOP
 
 DELTA = 0.05
+SHORT = 24  # rows of an evaluation with --short
 HEARTBEAT = 30  # seconds between signs of life of a long stage
 VERDICTS = {0: "SWAP", 10: "FINE_TUNE", 11: "NEED_MORE_DATA"}
+NOTHING = 11  # calibrate.py's exit code where no rule can be certified
+CALIBRATION, REQUESTS = 300, 60  # rows for the rule, and requests that an application sends to the endpoint
+AUDIT_SHARE = 0.5  # so that few requests show some; in service 2% are usual
+
+
+LOCAL = ("--precision", "fp32", "--batch-size", 32, "--max-new-tokens", 96)  # how the small model runs, in evaluations and in service
 
 
 @dataclass
@@ -49,6 +61,14 @@ class Demo:
     def say(self, text: str) -> None:
         with self.lock:
             print(f"[{time.perf_counter() - self.started:4.0f} s] {text}", flush=True)
+
+    @property
+    def limit(self) -> tuple[object, ...]:
+        return ("--limit", SHORT) if self.short else ()
+
+    @property
+    def cascade_page(self) -> Path:
+        return self.out / f"reports/{endpoint.TRACK}_cascade.html"
 
     def log(self, title: str) -> Path:
         return self.out / "logs" / f"{title.replace(' ', '_')}.log"
@@ -87,8 +107,8 @@ class Demo:
             for name in ("azure", "before", "after", "decision_before", "decision_after")
         }
         paths["page"] = self.out / f"reports/{track}.html"
-        limit = ("--limit", 24) if self.short else ()
-        local = ("--model-kind", "slm", "--precision", "fp32", "--batch-size", 32, "--max-new-tokens", 96, "--latency-rows", 5, *limit)
+        limit = self.limit
+        local = ("--model-kind", "slm", *LOCAL, "--latency-rows", 5, *limit)
         rows = ("--track", track, "--dataset", data / "test.jsonl")
 
         def evaluate(name: str, *flags: object) -> None:
@@ -118,7 +138,6 @@ class Demo:
         compare("after", "decision_after", "--before", paths["before"])
         return paths
 
-
     def ladder(self, track: str, of_track: tuple, data: Path, limit: tuple) -> None:
         """Climb the means that need no training, on the validation rows; its table is shown."""
         hosted, title = self.out / f"reports/{track}_azure_val.json", f"{track} ladder"
@@ -130,6 +149,72 @@ class Demo:
         )  # fmt: skip
         log = self.log(title).read_text(encoding="utf-8")
         self.say(f"{title}:\n{log[log.index(f'{track}: ') :] if f'{track}: ' in log else log}")
+
+    def chat_rows(self) -> dict[str, Path]:
+        """The calibration and test rows as the conversations of an application: an endpoint gets conversations, and these rows are text."""
+        paths = {split: self.out / f"chat/{endpoint.TRACK}/{split}.jsonl" for split in ("calibration", "test")}
+        for split, path in paths.items():
+            write_jsonl(path, map(endpoint.as_chat, read_examples(self.out / endpoint.TRACK / f"{split}.jsonl")))
+        return paths
+
+    def serve(self, rows: dict[str, Path], adapter: Path | None, model: str) -> list[str]:
+        """Calibrate the small model on rows that nothing was chosen on, and put it into service behind the hosted one; gives what the end tells of it."""
+        track, folder = endpoint.TRACK, self.out / "serving"
+        reports = {name: self.out / f"reports/{track}_{name}_calibration.json" for name in ("azure", "slm")}
+        cascade, state = folder / "cascade.json", folder / "state"
+        shutil.rmtree(folder, ignore_errors=True)  # an earlier run's flag and audits are of another model
+        folder.mkdir(parents=True)
+        # The adapter learned text rows: the conversations are asked as text, too. The hosted model is asked as production asks it.
+        local = (*LOCAL, "--ask", "text", *(("--adapter", adapter) if adapter else ()))
+        of_track = ("--track", track, "--dataset", rows["calibration"], "--latency-rows", 0, *self.limit, "--overwrite")
+        self.stage("calibration azure", "01_eval/eval.py", *of_track, "--model-kind", "azure", "--out", reports["azure"])
+        self.stage("calibration phi-tiny", "01_eval/eval.py", *of_track, "--model-kind", "slm", *local, "--out", reports["slm"])
+        code = self.stage(
+            "calibrate", "03_compare/calibrate.py", "--track", track, "--azure", reports["azure"], "--slm", reports["slm"], "--delta", DELTA,
+            "--signal", "sum_logprob", "--out", cascade, "--html", self.cascade_page, accept=(0, NOTHING),
+        )  # fmt: skip
+        told = [line for line in self.log("calibrate").read_text(encoding="utf-8").splitlines() if line and not line.startswith("warning:")]
+        self.say(f"calibrate: {told[0]}")
+        certified = code != NOTHING
+        if not certified:
+            self.say("nothing is certified, so that the endpoint runs in shadow mode: the hosted model answers, the small one is compared beside it")
+        mode = ("--mode", "cascade", "--cascade", cascade) if certified else ("--mode", "shadow")
+        # The deadline is for a busy machine: in service a request does not wait so long for the small model.
+        flags = ("--track", track, *mode, "--state", state, "--audit-share", AUDIT_SHARE, "--deadline", 60, *local)
+        asked = read_examples(rows["test"])[: SHORT if self.short else REQUESTS]
+        self.say(f"serve: python 05_serve/serve.py {' '.join(display_path(flag) if isinstance(flag, Path) else str(flag) for flag in flags)}")
+        with endpoint.running(flags, self.environment, self.log("serve")) as url:
+            self.say(f"serve: an application sends {len(asked)} test requests to {url}/v1, {endpoint.AT_ONCE} at a time")
+            answers = endpoint.ask(url, model, asked)
+            audits, prices = endpoint.audits_so_far(state, quiet=1 if certified else 6), load_prices(self.environment["PRICES_FILE"])
+            bill = endpoint.bill_of(endpoint.read_metrics(url), audits, prices.deployment(model))
+            lines = [*endpoint.summary(answers), *endpoint.bill_lines(bill, prices.currency)]
+            for line in lines:
+                self.say(f"serve: {line}")
+            if local_rows := [answer.row for answer in answers if answer.by == "local"]:
+                self.take_back(url, model, state, local_rows)
+        self.say("serve: SIGTERM, and the endpoint has ended with exit code 0")
+        return [f"the endpoint ({mode[1]} mode, {track}, simulated hosted model): {told[0]}", *lines]
+
+    def take_back(self, url: str, model: str, state: Path, rows: list[Example]) -> None:
+        """An operator's roll-back, and the way back into service, shown on requests that were answered locally.
+
+        Raises:
+            UserError: the small model answered while the flag was up, or answers nothing any more when it is lowered.
+        """
+        (state / STOP).touch()
+        began = time.perf_counter()
+        answers = endpoint.ask(url, model, rows)
+        seconds = time.perf_counter() - began
+        hosted = sum(answer.by == "hosted" for answer in answers)
+        self.say(f"roll-back: stop.json is written, and the hosted model answers {hosted} of the same {len(rows)} requests, all within {seconds:.2f} s")
+        if hosted < len(rows):
+            raise UserError(f"{len(rows) - hosted} requests were not answered by the hosted model while stop.json was up: the log is {display_path(self.log('serve'))}")
+        self.stage("resume", "05_serve/watch.py", "--state", state, "--resume")
+        local = sum(answer.by == "local" for answer in endpoint.ask(url, model, rows))
+        self.say(f"resume: the small model answers {local} of them again")
+        if not local:
+            raise UserError(f"nothing is answered locally after watch.py --resume: the log is {display_path(self.log('serve'))}")
 
 
 def table(results: dict[str, dict[str, Path]], rows: int):
@@ -175,6 +260,8 @@ def main(argv: list[str] | None = None) -> int:
         **os.environ,
         "PRICES_FILE": str(PACKAGE / "demo/prices.toml"),
         "SLM_MODEL_PATH": "models/phi-tiny",
+        "SLM_BASE_URL": "",  # a team's own .env may name a server
+        "SLM_SWAP_KEYS": "",
         "OMP_NUM_THREADS": threads,
         "TOKENIZERS_PARALLELISM": "false",
         "SLM_SWAP_SESSION": settings.session or f"quickstart-{time.strftime('%Y%m%d-%H%M%S')}",
@@ -183,9 +270,11 @@ def main(argv: list[str] | None = None) -> int:
         demo.environment["LANGFUSE_DISABLED"] = "1"
         demo.say("Langfuse is not set up (see .env.example): these runs are not traced")
     sample = PACKAGE / "02_dataset/sample/xlam_sample.jsonl"
-    flags = ("--source", "xlam", "--dataset-path", sample, "--calls", "one", "--val-size", 50, "--test-size", 200, "--out-dir", demo.out)
+    flags = ("--source", "xlam", "--dataset-path", sample, "--calls", "one", "--val-size", 50, "--test-size", 200, "--calibration-size", CALIBRATION, "--out-dir", demo.out)
     demo.stage("prepare", "02_dataset/prepare_data.py", *flags)
-    references = [example for track in TRACKS for example in read_examples(demo.out / track / "test.jsonl")]
+    chat = demo.chat_rows()
+    # The first reference counts where several are asked the same: conversations before the structured rows of the same sentences.
+    references = [example for path in (*chat.values(), *(demo.out / track / "test.jsonl" for track in TRACKS)) for example in read_examples(path)]
     with AzureSimulator(references, mistake_rate=0.08, faults=Faults(rate_limit=0.01, content_filter=0.01)) as server:
         demo.say(f"the simulator of a hosted deployment answers at {server.url}")
         demo.environment |= {
@@ -193,6 +282,10 @@ def main(argv: list[str] | None = None) -> int:
         }  # fmt: skip
         with ThreadPoolExecutor(len(TRACKS)) as pool:
             results = dict(zip(TRACKS, pool.map(demo.track, TRACKS), strict=True))
+        # All cores are this stage's, and threads that wait leave them to the endpoint, the simulator and whatever else runs: spinning took 2.4 times as long.
+        demo.environment |= {"OMP_NUM_THREADS": str(os.cpu_count() or 1), "OMP_WAIT_POLICY": "passive"}
+        adapter = demo.out / f"adapter_{endpoint.TRACK}" if "after" in results[endpoint.TRACK] else None
+        served = demo.serve(chat, adapter, server.deployment)
     rows = json.loads(results["toolcall"]["azure"].read_text())["counts"]["rows"]
     Console(width=110 if not sys.stdout.isatty() else None).print(table(results, rows))
     print(
@@ -201,10 +294,12 @@ def main(argv: list[str] | None = None) -> int:
     print(
         "pretrained on generated text; its cost is this machine's time. Neither says anything about a real model; the stages are the real ones."
     )
+    print("\n".join(served))
     print("reports:")
     for paths in results.values():
         for path in paths.values():
             print(f"  {display_path(path)}")
+    print(f"  {display_path(demo.cascade_page)}")
     demo.say("done")
     return 0
 
