@@ -1,4 +1,4 @@
-"""A frozen base whose products are made in 8-bit floats, of activations as of weights: Hopper and Ada make them twice as fast as in 16 bits.
+"""A frozen base whose products are made in 8-bit floats, of activations as of weights: the tensor cores of Hopper and Ada have twice the peak rate for them.
 
 Imports torch: import it inside functions.
 """

@@ -58,7 +58,8 @@ def on_two_ranks(work, *args, killed: bool = False) -> list:
     if killed:
         children[1].kill()
     children[1].join(120)
-    assert [child.exitcode for child in children] == ([-signal.SIGKILL] * 2 if killed else [0, 0])
+    codes = [child.exitcode for child in children]
+    assert (codes[0] == -signal.SIGKILL and codes[1] in (-signal.SIGKILL, 1)) if killed else codes == [0, 0], codes  # rank 1 may notice it first
     return [] if killed else sorted(results.get() for _ in children)
 
 
