@@ -214,6 +214,10 @@ class SLMClient:
             from slm_swap.clients.engines.transformers_engine import TransformersEngine
 
             loaded = load_model(self.path, self.precision, placement(self.path, self.precision, processes), trust_remote_code)
+            if self.precision == "int8":
+                from slm_swap.clients.int8 import give_own_products
+
+                give_own_products(loaded)  # LLM.int8()'s stop for the host at each product, and hang on what else is in the batch
             if self.adapter:
                 loaded = with_adapter(loaded, self.adapter, self.path)
             require_numbers(self.adapter or self.path, loaded.eval())
@@ -336,6 +340,7 @@ class SLMClient:
             **particulars(self.tokenizer),
             **({"thinking": asked} if (asked := thinking_of(self.tokenizer)) else {}),
             **({"constrain": self.constrain} if self.grammars else {}),
+            **({"products": "bf16"} if self.precision == "int8" else {}),  # reports without it are of LLM.int8()
             **self.engine.describe(),
         }
 

@@ -21,7 +21,7 @@ from slm_swap.scoring.tracks import TRACKS
 STAGE, MADE_BY = "cascade", "03_compare/calibrate.py"
 CLASSES = {"structured": ("value",), "toolcall": ("call", "no_call")}  # of a small model's replies: each has a signal and a threshold of its own
 GUARANTEES = ("regret", "agreement")
-IDENTITY = ("files_sha256", "path", "precision", "engine", "ask", "thinking", "constrain", "max_new_tokens", "few_shot_sha256", "shots")
+IDENTITY = ("files_sha256", "path", "precision", "products", "engine", "ask", "thinking", "constrain", "max_new_tokens", "few_shot_sha256", "shots")
 
 _CANONICAL = ExactEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":"))
 
@@ -109,6 +109,7 @@ def identity_of(
         "files_sha256": model.get("files_sha256"),
         "path": model.get("path") if model.get("engine") == "served" else None,
         "precision": model.get("precision"),
+        "products": model.get("products"),
         "engine": model.get("engine"),
         "ask": ask,
         "thinking": model.get("thinking"),

@@ -22,6 +22,7 @@ from slm_swap.common.settings import PACKAGE, ROOT, Settings
 from slm_swap.rows.prompts import Request
 from slm_swap.slm_client import SLMClient, measure_workload
 from tests.support.tool_requests import BATCH, ask
+from tests.support.uncaptured import uncaptured
 
 SETTINGS = Settings(slm_model_path="models/phi-tiny")
 
@@ -80,13 +81,7 @@ def test_rows_leave_a_batch_when_they_are_done(client, prompts, monkeypatch):
 @pytest.fixture
 def captured(client, monkeypatch):
     """The decoder that replays CUDA graphs on a GPU, with its steps run as they are: all but the capturing."""
-
-    def steps(self, step):
-        step.at.zero_()
-        for _ in range(captured_module.CHECK_EVERY):
-            self._step(step)
-
-    monkeypatch.setattr(CapturedDecoder, "_run", steps)
+    monkeypatch.setattr(CapturedDecoder, "_capture", uncaptured)
     decoder = CapturedDecoder(client.engine.model, client.engine.ends)
     monkeypatch.setattr(client.engine, "_captured", decoder)
     return decoder

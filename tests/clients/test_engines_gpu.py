@@ -140,17 +140,13 @@ def test_longrope_is_captured_within_the_first_context(tmp_path):
     assert texts(asked) == captured
 
 
-def test_captured_steps_of_quantized_weights_give_the_same_replies():
-    asked = client(engine="transformers", precision="nf4")
+@pytest.mark.parametrize("precision", ["nf4", "int8"])
+def test_captured_steps_of_quantized_weights_give_the_same_replies(precision):
+    asked = client(engine="transformers", precision=precision)
     captured = texts(asked)
     assert any(step.graph is not None for step in asked.engine._captured._steps.values())
     asked.engine._captured = None
     assert agreement(captured, texts(asked)) > 0.8  # in 16 bits there are more ties
-
-
-def test_eight_bits_are_not_captured():
-    asked = client(engine="transformers", precision="int8")
-    assert asked.engine._captured is None and all(tokens > 3 for _, _, tokens in texts(asked))
 
 
 @vllm

@@ -46,7 +46,7 @@ def test_a_good_model_answers_everything(calibrate, tmp_path):
     found = read_cascade(tmp_path / "cascade.json")
     assert found.told["share_local"] == 1.0 and found.local("call", True, {"sum_logprob": -0.2})[0] and not found.local("call", True, {"sum_logprob": -0.200001})[0]
     assert found.identity == {
-        "files_sha256": ["f" * 64], "path": None, "precision": "int8", "engine": "transformers", "ask": "text", "thinking": None, "constrain": "off",
+        "files_sha256": ["f" * 64], "path": None, "precision": "int8", "products": None, "engine": "transformers", "ask": "text", "thinking": None, "constrain": "off",
         "max_new_tokens": 512, "few_shot_sha256": None, "shots": None,
     }  # fmt: skip
     assert set(found.tools) == {"book", "cancel"} and found.told["calibration"]["sha256"] == sha256_file(tmp_path / "calibration.jsonl")

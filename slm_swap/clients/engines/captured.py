@@ -66,7 +66,6 @@ def can_capture(model: Any) -> bool:
 
     if model.device.type != "cuda" or model.config._attn_implementation == "eager":
         return False
-    int8 = bool(getattr(getattr(model.config, "quantization_config", None), "load_in_8bit", False))
     spread = len(set(getattr(model, "hf_device_map", {0: 0}).values())) > 1
     config = text_config(model.config)
     try:
@@ -76,7 +75,7 @@ def can_capture(model: Any) -> bool:
     plain = len(layers) == config.num_hidden_layers and all(
         type(layer) in (StaticLayer, StaticSlidingWindowLayer) for layer in layers
     )
-    return plain and not int8 and not spread
+    return plain and not spread
 
 
 @dataclass
