@@ -38,8 +38,8 @@ from slm_swap.common.settings import PACKAGE, ROOT, display_path
 LONGEST = 256  # new tokens, as eval.py's default
 SETTINGS: dict[str, dict[str, Any]] = {  # flags of eval.py; rows once started, rows of the whole command (0: not measured)
     "documented": {"flags": {"precision": "int8", "batch_size": 8}, "rows": 16, "command": 0},
-    "transformers-int8-8": {"flags": {"engine": "transformers", "precision": "int8", "batch_size": 8}, "rows": 16, "command": 0},
-    "transformers-int8-auto": {"flags": {"engine": "transformers", "precision": "int8", "batch_size": "auto"}, "rows": 64, "command": 0},
+    "transformers-int8-8": {"flags": {"engine": "transformers", "precision": "int8", "batch_size": 8}, "rows": 64, "command": 0},
+    "transformers-int8-auto": {"flags": {"engine": "transformers", "precision": "int8", "batch_size": "auto"}, "rows": 2048, "command": 0},
     "transformers-bf16-8": {"flags": {"engine": "transformers", "precision": "bf16", "batch_size": 8}, "rows": 64, "command": 0},
     "transformers-bf16-auto": {"flags": {"engine": "transformers", "precision": "bf16", "batch_size": "auto"}, "rows": 2048, "command": 512},
     "vllm-eager": {"flags": {"engine": "vllm", "precision": "bf16", "engine_start": "eager"}, "rows": 2048, "command": 512},
