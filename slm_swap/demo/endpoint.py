@@ -240,6 +240,7 @@ def bill_lines(bill: Bill, currency: str | None) -> list[str]:
     share = f" ({bill.local / bill.requests:.0%} answered locally)" if bill.requests else ""
     return [
         f"audits: {bill.audited} times both models replied to the same request, and {bill.agreed} times they agree",
-        f"bill at example prices of these {bill.requests} requests, the client's retries among them{share}: {money(bill.paid)}, of which {money(bill.audits)} for audits; "
+        f"bill at example prices of these {bill.requests} requests, the client's retries among them{share}: {money(bill.paid)}, "
+        f"of which {money(bill.audits)} for audits; "
         f"by the hosted model alone {money(bill.without)}, by the small model's count of tokens for local answers; this machine's cost is not in it",
     ]

@@ -270,8 +270,8 @@ def main(argv: list[str] | None = None) -> int:
         demo.environment["LANGFUSE_DISABLED"] = "1"
         demo.say("Langfuse is not set up (see .env.example): these runs are not traced")
     sample = PACKAGE / "02_dataset/sample/xlam_sample.jsonl"
-    flags = ("--source", "xlam", "--dataset-path", sample, "--calls", "one", "--val-size", 50, "--test-size", 200, "--calibration-size", CALIBRATION, "--out-dir", demo.out)
-    demo.stage("prepare", "02_dataset/prepare_data.py", *flags)
+    sizes = ("--val-size", 50, "--test-size", 200, "--calibration-size", CALIBRATION)
+    demo.stage("prepare", "02_dataset/prepare_data.py", "--source", "xlam", "--dataset-path", sample, "--calls", "one", *sizes, "--out-dir", demo.out)
     chat = demo.chat_rows()
     # The first reference counts where several are asked the same: conversations before the structured rows of the same sentences.
     references = [example for path in (*chat.values(), *(demo.out / track / "test.jsonl" for track in TRACKS)) for example in read_examples(path)]

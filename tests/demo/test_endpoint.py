@@ -98,7 +98,8 @@ def test_what_is_not_known_is_not_told():
     assert (bill.answered, bill.saved, bill.paid, bill.without) == (None, None, None, None)
     audited, money = endpoint.bill_lines(bill, "USD")
     assert audited == "audits: 1 times both models replied to the same request, and 0 times they agree"
-    assert money.startswith("bill at example prices of these 4 requests, the client's retries among them (25% answered locally): unknown, of which unknown for audits; by the hosted model alone unknown")
+    assert money.startswith("bill at example prices of these 4 requests, ") and "(25% answered locally): unknown, of which unknown for audits;" in money
+    assert "by the hosted model alone unknown" in money
     assert endpoint.bill_of(metrics, [one], PRICES).paid is None
 
 
