@@ -98,7 +98,9 @@ class Step:
     host_bits: Any = None  # the host's answer, as of `masks.host_bits`
     bits: Any = None  # and on the device
     choice: Any = None  # the second half's graph
-    told: Any = None  # [rows, 4], float64: each row's token, its chance and what is left to it, read at once
+    told: Any = None  # [rows, 4], float64: each row's token, its chance and what is left to it
+    host_told: Any = None  # what the host reads at once
+    ahead: bool = False  # whether the next step's first half is under way
 
 
 class CapturedDecoder:
@@ -124,7 +126,8 @@ class CapturedDecoder:
     def decode(self, ids: Any, mask: Any, limits: list[int], masks: Masks | None = None) -> list[Row]:
         """The new tokens of each row, the one that ended it included, and their chances. ids, mask: [rows, width].
 
-        With `masks` a step has two graphs: the host has to see each token before it knows which may follow.
+        With `masks` a step has two graphs, as the host has to see each token before it knows which may follow. The device goes on with the next
+        step's first half meanwhile, in vain only where all rows were done.
         """
         import torch
 
@@ -147,9 +150,14 @@ class CapturedDecoder:
         step.mask[:rows, 0, 0, :width] = mask.bool()
         step.mask[:, :, :, width] = True  # also in rows that stand for nothing: a softmax over no slot is NaN
         step.slot.fill_(width)
-        names = list(range(rows))  # which prompt each row of the step is
+        step.ahead = False
+        names, still = list(range(rows)), left.tolist()  # which prompt each row of the step is, and how many tokens it may still get
         while names:
-            made, sure, still = self._run_masked(step, masks, names) if masks else self._run(step)
+            if masks:
+                few = 2 * sum(map(bool, still)) <= step.tokens.shape[0]  # the step is shrunk before the next one
+                made, sure, still = self._run_masked(step, masks, names, ahead=max(still) > 1 and not few)
+            else:
+                made, sure, still = self._run(step)
             for at, name in enumerate(names):
                 had = len(tokens[name])
                 take(tokens[name], made[at], limits[name], self.ends)
@@ -159,8 +167,9 @@ class CapturedDecoder:
             kept = [at for at in range(len(names)) if still[at]]
             if not kept:
                 break
-            if len(kept) <= step.tokens.shape[0] // 2:
+            if len(kept) <= step.tokens.shape[0] // 2 and not step.ahead:
                 step, names = self._shrink(step, kept), [names[at] for at in kept]
+                still = [still[at] for at in kept]
         return list(zip(tokens, chances, strict=True))
 
     def _prefill(self, step: Step, ids: Any, mask: Any, masks: Masks | None) -> tuple[Any, Any]:
@@ -245,25 +254,42 @@ class CapturedDecoder:
                 step.graph.replay()
         return step.made.tolist(), step.chances.tolist(), step.left.tolist()
 
-    def _run_masked(self, step: Step, masks: Masks, names: list[int]) -> Looked:
-        """One step, each row's token one of those that its grammar allows."""
+    def _run_masked(self, step: Step, masks: Masks, names: list[int], ahead: bool) -> Looked:
+        """One step, each row's token one of those that its grammar allows; `ahead`: the next one is begun before the host looks."""
         import torch
 
-        if step.forward is None:
-            step.forward = self._capture(lambda: self._forward(step), 1)
-            step.host_bits = host_bits(len(step.tokens), step.logits)
-            step.bits = step.host_bits.to(step.logits.device)
-            step.told = torch.zeros(len(step.tokens), 4, dtype=torch.float64, device=step.logits.device)
-        else:
-            step.forward.replay()
+        if not step.ahead:
+            self._run_forward(step)
         masks.fill(step.host_bits, names)  # while the device is at work
         step.bits.copy_(step.host_bits, non_blocking=True)
         if step.choice is None:
             step.choice = self._capture(lambda: self._choose(step), 1)
         else:
             step.choice.replay()
-        told = step.told.tolist()
+        step.host_told.copy_(step.told, non_blocking=True)
+        looked = torch.cuda.Event() if step.told.is_cuda else None
+        if looked:
+            looked.record()
+        step.ahead = ahead
+        if ahead:
+            self._run_forward(step)
+        if looked:
+            looked.synchronize()
+        told = step.host_told.tolist()
         return [[int(token)] for token, *_ in told], [[chance] for _, *chance, _ in told], [int(left) for *_, left in told]
+
+    def _run_forward(self, step: Step) -> None:
+        """The first half of a step: the model's part."""
+        import torch
+
+        if step.forward is not None:
+            step.forward.replay()
+            return
+        step.forward = self._capture(lambda: self._forward(step), 1)
+        step.host_bits = host_bits(len(step.tokens), step.logits)
+        step.bits = step.host_bits.to(step.logits.device)
+        step.told = torch.zeros(len(step.tokens), 4, dtype=torch.float64, device=step.logits.device)
+        step.host_told = torch.zeros(len(step.tokens), 4, dtype=torch.float64, pin_memory=step.told.is_cuda)
 
     def _capture(self, work: Callable[[], None], times: int) -> Any:
         """A graph of some work. It is done so many times before, as usual: that also sets up what must not be set up while capturing."""
@@ -336,6 +362,7 @@ class CapturedDecoder:
             old, new = getattr(step, name), getattr(smaller, name)
             new.zero_()
             new[: len(kept)] = old[index]
+        smaller.ahead = False
         smaller.slot.copy_(step.slot)
         smaller.mask.index_fill_(3, step.slot, True)
         used = int(step.slot)
