@@ -1,8 +1,8 @@
 """Greedy decoding with transformers, in batches of prompts of like length.
 
 A decode step of a small model is bound by launching its kernels, not by arithmetic: on a CUDA GPU the step is captured once for each
-shape in a CUDA graph over a static cache and replayed. LLM.int8() looks at its inputs on the host and cannot be captured; there, on
-a CPU, for models whose cache is not a plain one, and once capturing has failed, each step is launched as usual over a cache that grows.
+shape in a CUDA graph over a static cache and replayed. On a CPU, for models whose cache is not a plain one, and once capturing has
+failed, each step is launched as usual over a cache that grows.
 """
 
 import sys
