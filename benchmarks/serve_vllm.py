@@ -3,8 +3,9 @@
     python benchmarks/serve_vllm.py --shape phi-4-mini --out benchmarks/results/serve_vllm.json
 
 Random weights of a real shape: no reply parses, so that the hosted model, a script that answers at once, is asked besides for each request.
-The endpoint does more here than for a reply that it sends. vLLM alone is its engine's own loop over the same prompts' tokens, without what
-the endpoint needs of it: log-probabilities. The two take turns in processes of their own. Needs a GPU, or vLLM built for CPUs (--precision fp32).
+The endpoint does more here than for a reply that it sends. vLLM alone is its engine's own loop over the same prompts' tokens, without and with what
+the endpoint needs of it: log-probabilities. All replies are equally long, so requests come one by one to begin with: in step, they would leave
+the GPU idle each time that all of them end. Needs a GPU, or vLLM built for CPUs (--precision fp32).
 """
 
 import argparse
@@ -47,44 +48,50 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def alone(path: Path, precision: str, requests: int, tokens: int, turns: int) -> list[float]:
-    """Requests a second of vLLM's engine with AT_ONCE at a time, for each turn."""
+def alone(path: Path, precision: str, requests: int, tokens: int, turns: int) -> dict[str, list[float]]:
+    """Requests a second of vLLM's engine with AT_ONCE at a time, for each turn; of the product's own settings with log-probabilities, and without."""
     from slm_swap.clients.engines import Workload
     from slm_swap.slm_client import SLMClient
 
     client = SLMClient(Settings(), path, precision=precision, max_new_tokens=tokens, engine="vllm", workload=Workload(10**9, 2048 + tokens))
-    vllm, found = client.engine._llm.llm_engine, []
+    vllm = client.engine._llm.llm_engine
+    found: dict[str, list[float]] = {"without": [], "with": []}
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    wanted = SamplingParams(temperature=0.0, max_tokens=tokens, stop_token_ids=client.engine.ends, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
     for turn in range(-1, turns):  # the first is the warm-up
-        asked = [request_of("toolcall", read_chat("toolcall", json.loads(body_of(f"{turn} {number}")), "x").example) for number in range(requests)]
-        waiting = client._encode(asked)
-        begun, open_now, count = time.perf_counter(), 0, 0
-        while waiting or open_now:
-            while waiting and open_now < AT_ONCE:
-                count, open_now = count + 1, open_now + 1
-                vllm.add_request(f"{turn}-{count}", {"prompt_token_ids": waiting.pop()}, wanted)
-            open_now -= sum(output.finished for output in vllm.step())
-        found.append(requests / (time.perf_counter() - begun))
+        for way, more in (("without", {}), ("with", {"logprobs": 2, "flat_logprobs": True})):
+            wanted = SamplingParams(
+                temperature=0.0, max_tokens=tokens, stop_token_ids=client.engine.ends, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, **more
+            )
+            texts = (f"{turn} {way} {number}" for number in range(requests))
+            waiting = client._encode([request_of("toolcall", read_chat("toolcall", json.loads(body_of(text)), "x").example) for text in texts])
+            begun, open_now, count, steps = time.perf_counter(), 0, 0, 0
+            while waiting or open_now:
+                steps += 1
+                while waiting and open_now < min(AT_ONCE, steps):
+                    count, open_now = count + 1, open_now + 1
+                    vllm.add_request(f"{turn}-{way}-{count}", {"prompt_token_ids": waiting.pop()}, wanted)
+                open_now -= sum(output.finished for output in vllm.step())
+            found[way].append(requests / (time.perf_counter() - begun))
     client.close()
-    return found[1:]
+    return {way: rates[1:] for way, rates in found.items()}
 
 
 async def through(port: int, turn: int, requests: int, answered: Counter) -> float:
     """Requests a second of AT_ONCE clients of the endpoint."""
     waiting = iter(range(requests))
 
-    async def client() -> None:
+    async def client(place: int) -> None:
         connection = Connection(port)
+        await asyncio.sleep(place / AT_ONCE)
         for number in waiting:
             status, told, _ = await connection.ask(body_of(f"{turn} {number}"))
             answered[f"{status} {told}"] += 1
         connection.close()
 
     begun = time.perf_counter()
-    await asyncio.gather(*(client() for _ in range(AT_ONCE)))
+    await asyncio.gather(*map(client, range(AT_ONCE)))
     return requests / (time.perf_counter() - begun)
 
 
@@ -121,8 +128,8 @@ def main(argv: list[str] | None = None) -> int:
         rates, answered = served(path, args)
     told: dict[str, Any] = {
         "shape": args.shape, "precision": args.precision, "requests": args.requests, "reply_tokens": args.tokens, "at_once": AT_ONCE, "tools": len(TOOLS),
-        "vllm_alone_per_second": [round(rate, 1) for rate in own], "endpoint_per_second": [round(rate, 1) for rate in rates],
-        "ratio": round(statistics.median(rates) / statistics.median(own), 4), "answered": answered,
+        "vllm_alone_per_second": {way: [round(rate, 1) for rate in told] for way, told in own.items()}, "endpoint_per_second": [round(rate, 1) for rate in rates],
+        "ratio": {way: round(statistics.median(rates) / statistics.median(told), 4) for way, told in own.items()}, "answered": answered,
     }  # fmt: skip
     print(told)
     write_json(args.out, {"created_at": now(), "code": code_version(), "hardware": hardware(), "packages": package_versions(), **told})
