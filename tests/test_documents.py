@@ -17,7 +17,8 @@ from slm_swap.scoring.metrics import ERRORS
 from tests.support.scripts import load_script
 from tests.support.shop_bot import write_log
 
-README, WORKFLOW, PLAYBOOK = ROOT / "README.md", PACKAGE / "README.md", PACKAGE / "agent.md"
+README, WORKFLOW, PLAYBOOK, LANGFUSE = ROOT / "README.md", PACKAGE / "README.md", PACKAGE / "agent.md", ROOT / "docs/langfuse.md"
+DOCUMENTS = (README, WORKFLOW, PLAYBOOK, *sorted((ROOT / "docs").glob("*.md")))
 KEY = "key-of-the-simulator"
 
 
@@ -33,7 +34,20 @@ def commands(text):
     return [(words[1], words[2:]) for words in split if (PACKAGE / words[1]).is_file() and "..." not in words]
 
 
-@pytest.mark.parametrize("path", [README, WORKFLOW, PLAYBOOK], ids=str)
+def anchors(path):
+    """What links may name of a document: its headings as GitHub and others write them."""
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=str)
+def test_every_link_of_a_document_leads_somewhere(path):
+    for name, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", path.read_text(encoding="utf-8")):
+        target = path.parent / name if name else path
+        assert target.exists(), name
+        assert not anchor or anchor in anchors(target), (name, anchor)
+
+
+@pytest.mark.parametrize("path", [README, WORKFLOW, PLAYBOOK, LANGFUSE], ids=str)
 def test_every_command_of_a_document_is_taken(path):
     found = commands(path.read_text(encoding="utf-8"))
     assert found
@@ -76,6 +90,6 @@ def test_the_three_commands_take_a_log_to_its_verdict(tmp_path, run_script, monk
 
 
 def test_the_workflow_names_every_field_reason_and_error():
-    text = WORKFLOW.read_text(encoding="utf-8")
+    text = WORKFLOW.read_text(encoding="utf-8") + LANGFUSE.read_text(encoding="utf-8")
     named = set(re.findall(r"`([a-z_]+)`", text))
     assert named >= FIELDS and REASONS.keys() <= named and set(ERRORS) <= named
