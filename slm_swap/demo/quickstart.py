@@ -274,7 +274,8 @@ def main(argv: list[str] | None = None) -> int:
     demo.stage("prepare", "02_dataset/prepare_data.py", "--source", "xlam", "--dataset-path", sample, "--calls", "one", *sizes, "--out-dir", demo.out)
     chat = demo.chat_rows()
     # The first reference counts where several are asked the same: conversations before the structured rows of the same sentences.
-    references = [example for path in (*chat.values(), *(demo.out / track / "test.jsonl" for track in TRACKS)) for example in read_examples(path)]
+    splits = [demo.out / track / f"{split}.jsonl" for split in ("test", *(("val",) if demo.long else ())) for track in TRACKS]
+    references = [example for path in (*chat.values(), *splits) for example in read_examples(path)]
     with AzureSimulator(references, mistake_rate=0.08, faults=Faults(rate_limit=0.01, content_filter=0.01)) as server:
         demo.say(f"the simulator of a hosted deployment answers at {server.url}")
         demo.environment |= {
