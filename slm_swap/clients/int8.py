@@ -130,6 +130,11 @@ def product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: to
         if x.numel() <= kernels.FEW * x.shape[-1]:
             return kernels.few_rows(x, weight, scale, bias)
         return functional.linear(x, kernels.dequantised(weight, scale, x.dtype), None if bias is None else bias.to(x.dtype))
+    return plain_product(x, weight, scale, bias)
+
+
+def plain_product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`product` in plain torch: on a CPU, and where there are no kernels."""
     # The whole numbers are exact in 16 bits: only the product is scaled, which costs less than scaling the weight, and rounds less.
     out = functional.linear(x, weight.to(x.dtype)) * scale
     return (out if bias is None else out + bias).to(x.dtype)
