@@ -3,12 +3,12 @@
     python benchmarks/int8_product.py
     python benchmarks/int8_product.py --rows 8 --sweep --out /tmp/int8_sweep.json
 
-The four linear layers of Phi-4-mini, bf16, in replays of a CUDA graph. A graph goes through as many copies of a weight as fill the GPU's L2 cache several
-times, as no weight of a model is still there when its turn comes again; told is the median of the replays, for one product. Ways: `bf16`, cuBLAS with a 16-bit
-weight; `plain`, torch's own cast, product and scaling; `few_rows`, the kernel that reads 8 bits; `dequantised`, a 16-bit weight by a kernel, then cuBLAS. `program`
-is which of the last two the program takes for so many rows. GB/s count the weight as it is held, in 8 or 16 bits, once: what it would be at the memory's
-speed is `copy_gb_per_s`, a plain copy's, read and written. `dequantise` is a 16-bit weight alone, by the kernel and by the one that torch.compile makes for
-training. `--sweep` tries other ways to cut up `few_rows` and prints the best of each shape; they are no part of the program.
+The four linear layers of Phi-4-mini, in bf16, in replays of a CUDA graph. A graph goes through as many copies of a weight as fill the GPU's L2 cache
+several times, as no weight of a model is still there when it is read again. The figures are the median of the replays, for one product. Ways: `bf16`, cuBLAS
+with a 16-bit weight; `plain`, torch's own cast, product and scaling; `few_rows`, the kernel that reads 8 bits; `dequantised`, a 16-bit weight by a kernel,
+then cuBLAS. `program` is which of the last two the program takes for so many rows. GB/s count the weight once, as it is held, in 8 or 16 bits. Compare
+them with `copy_gb_per_s`, what a copy reads and writes. `dequantise` is a 16-bit weight alone, by the kernel and by the one that torch.compile makes for
+training. `--sweep` also tries other ways to cut up `few_rows`, and prints the best of each shape. The program does not use them.
 """
 
 import argparse

@@ -112,8 +112,9 @@ def _kernels(device: torch.device) -> Any:
         int8_kernels.few_rows(torch.ones(1, 16, dtype=torch.bfloat16, device=device), weight, scale, None)
         int8_kernels.dequantised(weight, scale, torch.bfloat16)
     except Exception as error:  # no triton, a GPU that it does not know, no C compiler for its launcher
-        told = f"triton's kernels for 8-bit weights do not run on {torch.cuda.get_device_name(device)} ({type(error).__name__}: {first_line(error)})"
-        print(f"warning: {told}: products are made in plain torch, several times slower; see that triton and a C compiler are there", file=sys.stderr, flush=True)
+        where = f"{torch.cuda.get_device_name(device)} ({type(error).__name__}: {first_line(error)})"
+        told = f"triton's kernels for 8-bit weights do not run on {where}: products are made in plain torch, several times slower"
+        print(f"warning: {told}; see that triton and a C compiler are installed", file=sys.stderr, flush=True)
         return None
     return int8_kernels
 
