@@ -3,11 +3,14 @@
 Imports torch: import it inside functions.
 """
 
+import sys
 from functools import cache
 from typing import Any
 
 import torch
 from torch.nn import functional
+
+from slm_swap.clients.loading import first_line
 
 
 def dequantized(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -95,10 +98,47 @@ class Int8Linear(FrozenLinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled():
             return Int8Product.apply(x, self.weight, self.scale, self.bias)
-        # The whole numbers are exact in 16 bits: only the product is scaled, which costs less than scaling the weight, and rounds less.
         kind = product_dtype(x)
-        out = functional.linear(x.to(kind), self.weight.to(kind)) * self.scale
-        return (out if self.bias is None else out + self.bias).to(kind)
+        return product(x.to(kind), self.weight, self.scale, self.bias)
+
+
+@cache
+def _kernels(device: torch.device) -> Any:
+    """The module `int8_kernels`, tried on a GPU once; None where its kernels cannot be had there, which is told in one line."""
+    try:
+        from slm_swap.clients import int8_kernels
+
+        weight, scale = (torch.ones(size, dtype=kind, device=device) for size, kind in (((16, 16), torch.int8), (16, torch.float32)))
+        int8_kernels.few_rows(torch.ones(1, 16, dtype=torch.bfloat16, device=device), weight, scale, None)
+        int8_kernels.dequantised(weight, scale, torch.bfloat16)
+    except Exception as error:  # no triton, a GPU that it does not know, no C compiler for its launcher
+        where = f"{torch.cuda.get_device_name(device)} ({type(error).__name__}: {first_line(error)})"
+        told = f"triton's kernels for 8-bit weights do not run on {where}: products are made in plain torch, several times slower"
+        print(f"warning: {told}; see that triton and a C compiler are installed", file=sys.stderr, flush=True)
+        return None
+    return int8_kernels
+
+
+def product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x (..., in) times the transpose of an int8 weight (out, in) with a scale (out,), without a gradient: (..., out), of x's type.
+
+    On a GPU, of up to `int8_kernels.FEW` rows, by a kernel that reads 8 bits, and each row is the same whatever the others are. Of more rows by torch's
+    product with the dequantised weight, which it may order by their number.
+    """
+    # Compiled (an evaluation within training), the plain way: a kernel of ours would break the graph.
+    kernels = _kernels(x.device) if x.is_cuda and weight.is_contiguous() and not torch.compiler.is_compiling() else None
+    if kernels and x.dtype in kernels.KINDS and x.numel():
+        if x.numel() <= kernels.FEW * x.shape[-1]:
+            return kernels.few_rows(x, weight, scale, bias)
+        return functional.linear(x, kernels.dequantised(weight, scale, x.dtype), None if bias is None else bias.to(x.dtype))
+    return plain_product(x, weight, scale, bias)
+
+
+def plain_product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`product` in plain torch: on a CPU, and where there are no kernels."""
+    # The whole numbers are exact in 16 bits: only the product is scaled, which costs less than scaling the weight, and rounds less.
+    out = functional.linear(x, weight.to(x.dtype)) * scale
+    return (out if bias is None else out + bias).to(x.dtype)
 
 
 def give_own_products(model: Any) -> int:

@@ -1,6 +1,7 @@
 """bitsandbytes' 8-bit weights with products of our own: the same bits, exact products, 8 bits in memory."""
 
 import copy
+import sys
 import threading
 
 import pytest
@@ -192,3 +193,24 @@ def test_documented_training_takes_it(tmp_path):
     tuned = load_trainable(BASE, Hyperparameters(), "trl", torch.device("cpu"))
     assert sum(isinstance(part, Int8Linear) for part in tuned.modules()) == 16
     assert {weight.dtype for weight in tuned.parameters() if weight.requires_grad} == {torch.float32}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_without_gradients_products_are_of_exact_weights(bias):
+    """65 and more rows go another way on a GPU."""
+    quantized = layer(bias=bias)
+    with torch.inference_mode():
+        for rows in (0, 1, 8, 65):
+            x = torch.randn(rows, 16)
+            wanted = x.double() @ (quantized.weight.double() * quantized.scale.double()[:, None]).T + (quantized.bias.double() if bias else 0)
+            torch.testing.assert_close(quantized(x).double(), wanted, rtol=1e-5, atol=1e-5)
+            assert quantized(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_a_gpu_without_triton_is_told_in_one_line(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "slm_swap.clients.int8_kernels", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an old GPU")
+    assert int8._kernels.__wrapped__(torch.device("cpu")) is None
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "do not run on an old GPU" in told and "triton" in told and "plain torch" in told
