@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Command 2: set up once, then run the tests (no GPU, no network).  ./run_tests.sh [pytest's flags]
+# Command 2: set up once, then run the tests (no GPU, no network).  ./run_tests.sh [--no-vllm] [pytest's flags]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 . ./setup_env.sh

@@ -2,9 +2,8 @@
 
 import gc
 import time
-from collections.abc import Callable, Container, Generator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import cache, cached_property
 from itertools import chain, islice
@@ -15,11 +14,11 @@ from slm_swap.clients.confidence import confidence
 from slm_swap.clients.engines import Engine, Generated, Prompt, Workload, choose_engine
 from slm_swap.clients.grammar import NoGrammar
 from slm_swap.clients.loading import (
+    BackgroundHashes,
     adapter_path,
     count_tokens,
     encode_prompt,
     encode_prompts,
-    files_hash,
     load_model,
     load_tokenizer,
     model_path,
@@ -38,6 +37,7 @@ from slm_swap.clients.protocol import Client, Reply
 from slm_swap.clients.reply_forms import row_grammar
 from slm_swap.clients.templates import particulars
 from slm_swap.clients.thinking import thinking as thinking_of
+from slm_swap.common.errors import UserError
 from slm_swap.common.reports import sha256_file
 from slm_swap.common.seeds import set_seed
 from slm_swap.common.settings import Settings, display_path
@@ -138,6 +138,7 @@ class SLMClient:
         batch_size: rows in one batch of the transformers engine, or "auto".
         workload: what vLLM is started for.
         tokenizer: the checkpoint's, where it is loaded already, with that `thinking`.
+        hashes: those of the checkpoint's and the adapter's folder, where they are being made already.
         thinking: whether prompts ask for thinking: see `thinking.use_thinking`.
         constrain: one of engines.CONSTRAINTS. "always" decodes each reply under the grammar of what may be replied: see `grammar`. "retry" decodes
             freely, and again under the grammar where a reply is not `in_form`: all others stay as they are. A row that no grammar
@@ -165,6 +166,7 @@ class SLMClient:
         tokenizer: Any = None,
         thinking: str | None = None,
         constrain: str = "off",
+        hashes: BackgroundHashes | None = None,
     ):
         self.constrain, self.grammars = constrain, None
         self.max_new_tokens = max_new_tokens
@@ -174,15 +176,14 @@ class SLMClient:
         self.training_seconds = training_seconds(self.adapter or self.path)
         started = time.perf_counter()
         folders = [self.path, *([self.adapter] if self.adapter else [])]
-        with ThreadPoolExecutor(1) as background:  # while the model is loaded
-            hashes = background.submit(lambda: [files_hash(folder) for folder in folders])
+        with hashes or BackgroundHashes(folders) as hashes:
             self.tokenizer = tokenizer or load_tokenizer(self.path, trust_remote_code, thinking)
             if constrain != "off":
                 from slm_swap.clients.engines.masks import Grammars
 
                 self.grammars = Grammars(self.tokenizer)
             self._load(name, batch_size, trust_remote_code, engine_start, workload, settings.launch.world)
-        self._files_sha256 = hashes.result()
+            self._files_sha256 = hashes.result()
         for folder, files_sha256 in zip(folders, self._files_sha256, strict=True):
             require_undamaged(folder, files_sha256)
         if self.adapter:
@@ -366,6 +367,14 @@ class SLMClient:
         self.engine.close()
 
 
+def begin_hashing(settings: Settings, options: Mapping[str, Any]) -> BackgroundHashes | None:
+    """The hashes for an `SLMClient` with these options; None where it will refuse a folder, which it does in its turn."""
+    with suppress(UserError):
+        adapter = adapter_path(options.get("adapter"))
+        return BackgroundHashes([model_path(settings, options.get("model")), *([adapter] if adapter else [])])
+    return None
+
+
 @contextmanager
 def no_collections() -> Iterator[None]:
     """Without garbage collections, which find next to nothing while packages and a model are loaded, and take a seventh of that time."""
@@ -383,7 +392,14 @@ def local_client(settings: Settings, rows: Iterable[Request], max_new_tokens: in
     Raises:
         UserError: as `SLMClient`.
     """
+    hashes = begin_hashing(settings, options) if settings.launch.world == 1 else None  # before torch is imported, which takes seconds
+    with hashes or nullcontext():
+        return _local_client(settings, rows, max_new_tokens, seed, hashes, **options)
 
+
+def _local_client(
+    settings: Settings, rows: Iterable[Request], max_new_tokens: int, seed: int, hashes: BackgroundHashes | None, **options: Any
+) -> Client:
     set_seed(seed)
     engine, _ = choose_engine(options.get("engine", "auto"), options.get("precision"))
 
@@ -396,7 +412,7 @@ def local_client(settings: Settings, rows: Iterable[Request], max_new_tokens: in
         workload = measure_workload(own_tokenizer(), rows, max_new_tokens)
     if settings.launch.world == 1:
         tokenizer = own_tokenizer() if own_tokenizer.cache_info().currsize else None
-        return SLMClient(settings, max_new_tokens=max_new_tokens, workload=workload, tokenizer=tokenizer, **options)
+        return SLMClient(settings, max_new_tokens=max_new_tokens, workload=workload, tokenizer=tokenizer, hashes=hashes, **options)
     from slm_swap.clients.replicas import open_replicas
 
     price = load_prices(settings.prices_file).local
@@ -414,12 +430,14 @@ def serve_rows(settings: Settings, seed: int, concurrency: int | None = None, **
 
     @no_collections()
     def make(receive: Callable[[], Workload | None]) -> SLMClient:
-        set_seed(seed)
-        engine, _ = choose_engine(options.get("engine", "auto"), options.get("precision"))
-        if engine == "vllm":  # while rank 0 looks at the rows
-            from slm_swap.clients.engines.vllm_engine import import_vllm
+        hashes = begin_hashing(settings, options)
+        with hashes or nullcontext():
+            set_seed(seed)
+            engine, _ = choose_engine(options.get("engine", "auto"), options.get("precision"))
+            if engine == "vllm":  # while rank 0 looks at the rows
+                from slm_swap.clients.engines.vllm_engine import import_vllm
 
-            import_vllm()
-        return SLMClient(settings, workload=receive(), **options)
+                import_vllm()
+            return SLMClient(settings, workload=receive(), hashes=hashes, **options)
 
     serve(settings.launch, make)

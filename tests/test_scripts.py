@@ -61,6 +61,27 @@ def test_the_docstring_shows_two_commands_that_parse(script):
         assert done.returncode == 0, (command, errors(done))
 
 
+NOT_NEEDED = {  # by an evaluation with the transformers engine, without tracing and adapter
+    "langfuse", "openai", "anthropic", "vllm", "trl", "peft", "datasets", "pandas", "pyarrow", "matplotlib", "starlette", "uvicorn", "jsonschema",
+    "scipy.stats", "torch._inductor.compile_fx",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp32"])
+def test_an_evaluation_imports_nothing_that_it_does_not_need(precision, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"Say {n}", "completion": f'{{"a": {n}}}'}) + "\n" for n in range(2)))
+    flags = ("--track", "structured", "--model-kind", "slm", "--engine", "transformers", "--precision", precision, "--max-new-tokens", "2")
+    done = run(
+        "01_eval/eval.py", *flags, "--dataset", str(rows), "--out", str(tmp_path / "report.json"),
+        LANGFUSE_DISABLED="1", SLM_MODEL_PATH=str(PACKAGE / "models/phi-tiny"),
+    )  # fmt: skip
+    assert done.returncode == 0 and (tmp_path / "report.json").exists(), errors(done)
+    imported = {line.rsplit("|", 1)[1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert {"torch", "transformers"} < imported and ("bitsandbytes" in imported) is (precision == "int8")
+    assert not imported & NOT_NEEDED
+
+
 TRACK_SCRIPTS = {
     "01_eval/eval.py": ["--model-kind", "slm"],
     "01_eval/infer.py": ["--model-kind", "slm", "--prompt", "x"],

@@ -8,11 +8,12 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from threading import Event
+from typing import Any, Self
 
 from slm_swap.clients.architecture import text_config
 from slm_swap.clients.templates import require_text
@@ -135,6 +136,23 @@ def quiet_int8() -> None:
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
+def import_bitsandbytes() -> None:
+    """Import bitsandbytes, where it is installed, without torch's compiler, of which the import would take longer than its own.
+
+    What it would compile stands in for kernels that it lacks, and is launched step by step then. What this project compiles stays compiled.
+    """
+    given = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    try:
+        with suppress(Exception):  # of a broken installation, too: who needs it imports it again and says so
+            import bitsandbytes  # noqa: F401
+    finally:
+        if given is None:
+            del os.environ["TORCHDYNAMO_DISABLE"]
+        else:
+            os.environ["TORCHDYNAMO_DISABLE"] = given
+
+
 def load_model(path: Path, precision: str, device_map: Any = "auto", trust_remote_code: bool = False) -> Any:
     """A causal language model in one of transformers' precisions: the one loader of evaluation and training.
 
@@ -153,6 +171,8 @@ def load_model(path: Path, precision: str, device_map: Any = "auto", trust_remot
     require_precision(path, config, precision)
     known = [auto for auto in (AutoModelForCausalLM, AutoModelForImageTextToText) if type(config) in auto._model_mapping]
     wanted = None if quantized_by(config) else quantization(precision)
+    if wanted:
+        import_bitsandbytes()
     options = {"quantization_config": wanted} if wanted else {}  # given as None, it would hide the checkpoint's own from transformers
     auto = known[0] if known else AutoModelForCausalLM  # code of the checkpoint's own is no part of either
     try:
@@ -516,6 +536,8 @@ def with_adapter(model: Any, adapter: Path, base: Path) -> Any:
         UserError: the two do not fit.
     """
     import torch
+
+    import_bitsandbytes()  # PEFT would
     from peft import PeftModel
 
     try:
@@ -568,19 +590,55 @@ def put_rows_in_place(tuned: Any) -> None:
             module.merge()
 
 
-def files_hash(folder: Path) -> str:
-    """A hash of the names and contents of what a checkpoint's or adapter's folder is loaded from: of blocks, by all cores at once."""
+class BackgroundHashes:
+    """`files_hash` of each folder, made while packages are imported and the model is loaded, which finds its files in memory then.
+
+    A context: an error inside ends the hashing, and waits for no more than the blocks that are being read.
+    """
+
+    def __init__(self, folders: Sequence[Path]):
+        self._stop = Event()
+        thread = ThreadPoolExecutor(1)
+        self._told = thread.submit(lambda: [files_hash(folder, self._stop) for folder in folders])
+        thread.shutdown(wait=False)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._stop.set()
+
+    def result(self) -> list[str]:
+        """The hashes, in the folders' order, once they are made.
+
+        Raises:
+            OSError: a file cannot be read.
+            CancelledError: an error has ended the hashing.
+        """
+        return self._told.result()
+
+
+def files_hash(folder: Path, stop: Event | None = None) -> str:
+    """A hash of the names and contents of what a checkpoint's or adapter's folder is loaded from: of blocks, by all cores at once.
+
+    Raises:
+        OSError: a file cannot be read.
+        CancelledError: `stop` was set meanwhile.
+    """
     kinds = {".json", ".jinja", ".model", ".txt", ".safetensors", ".bin", ".py"}
     files = sorted(path for path in folder.iterdir() if path.suffix in kinds and path.name != "training_info.json")
     blocks = [(path, start) for path in files for start in range(0, max(1, path.stat().st_size), HASH_BLOCK)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        digests = pool.map(_block_hash, blocks)
+        digests = pool.map(lambda block: _block_hash(block, stop), blocks)
         return text_hash(
             "\n".join(f"{path.name} {start} {digest}" for (path, start), digest in zip(blocks, digests, strict=True))
         )
 
 
-def _block_hash(block: tuple[Path, int]) -> str:
+def _block_hash(block: tuple[Path, int], stop: Event | None) -> str:
+    if stop is not None and stop.is_set():
+        raise CancelledError
     path, start = block
     with open(path, "rb") as file:
         file.seek(start)

@@ -23,7 +23,7 @@ def show(report: dict[str, Any], out: Path, argv: Sequence[str], warn: Callable[
     counts = report["counts"]
     missed = ", ".join(f"{error} {count}" for error, count in counts["errors"].items() if count)
     print(f"{counts['rows']} rows in {report['seconds']['generate']} s; missed: {missed or 'none'}")
-    for line in (_latency(report["latency"]), _repeat(report), _cost(report)):
+    for line in (_batches(report), _latency(report["latency"]), _repeat(report), _cost(report)):
         if line:
             print(line)
     _warn_of_unmeasured(report, argv, warn)
@@ -77,6 +77,11 @@ def _warn_of_unmeasured(report: dict[str, Any], argv: Sequence[str], warn: Calla
         return
     remedy = "record those replies again" if report["model"].get("kind") == "replay" else f"ask exactly these again: {again_command(argv, list(found), limit)}"
     warn(f"{total} of {rows} rows are not measured, and the metrics count them as they stand ({causes}): {remedy}")
+
+
+def _batches(report: dict[str, Any]) -> str | None:
+    used, fits = (report["model"].get(name) for name in ("batch_size_used", "batch_size_fits"))
+    return f"batches of {used} rows: --batch-size auto takes {fits} at a time on this GPU, which is faster" if fits else None
 
 
 def _latency(latency: dict[str, Any]) -> str | None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slm_swap.clients import engines
-from slm_swap.clients.engines import Prompt, Workload, choose_engine, vllm_engine
+from slm_swap.clients.engines import Generated, Prompt, Workload, choose_engine, vllm_engine
 from slm_swap.clients.engines import captured as captured_module
 from slm_swap.clients.engines import transformers_engine as module
 from slm_swap.clients.engines.attention import GROUPED, grouped_sdpa
@@ -125,6 +126,22 @@ def test_auto_takes_a_batch_size_and_keeps_it(client, prompts):
     assert other.state() == {"batch_size_used": 4, "batches_halved": 2}
 
 
+@pytest.mark.parametrize(("rows", "fits", "told"), [(9, 64, 64), (8, 64, None), (9, 8, None), (9, 4, None)])
+def test_a_larger_batch_that_would_fit_on_a_gpu_is_told(client, prompts, rows, fits, told, monkeypatch):
+    """Where there are more rows than one batch has."""
+    engine = module.TransformersEngine(client.engine.model, client.tokenizer, 8)
+    monkeypatch.setattr(engine, "model", SimpleNamespace(device=torch.device("cuda")))
+    monkeypatch.setattr(engine, "_halving", lambda batch, name: [Generated(prompt.index, [], True, 0.0) for prompt in batch])
+    monkeypatch.setattr(module, "fitting_batch", lambda model, window: fits)
+    asked = [replace(prompts[0], index=index) for index in range(rows)]
+    assert len(list(engine.generate(asked))) == rows
+    wanted = {"batch_size_used": 8, "batches_halved": 0} | ({"batch_size_fits": told} if told else {})
+    assert engine.state() == wanted
+    other = module.TransformersEngine(client.engine.model, client.tokenizer, 8)
+    other.restore(wanted)
+    assert other.state() == wanted
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 9), st.data())
 def test_grouped_attention_is_attention(rows, kv_heads, length, data):
@@ -164,7 +181,7 @@ def test_a_row_takes_tokens_up_to_its_end_or_limit(tokens, made, limit):
         ("auto", None, False, ("transformers", "int8")),
         ("transformers", None, True, ("transformers", "int8")),
         ("vllm", "fp32", True, ("vllm", "fp32")),
-        ("vllm", None, False, "the vllm engine cannot run here .no GPU.: pip install -r requirements-vllm.txt"),
+        ("vllm", None, False, "the vllm engine cannot run here .no GPU.: pip install -r requirements.txt"),
         ("auto", "fp8", False, "the vllm engine cannot run here"),
         ("vllm", "int8", True, "the vllm engine has no precision int8: choose one of bf16, fp8, fp32"),
         ("vllm", "nf4", False, "the vllm engine has no precision nf4"),

@@ -71,6 +71,16 @@ def test_captured_steps_give_the_same_replies(launched, size):
     assert any(step.graph is not None for step in asked.engine._captured._steps.values())
 
 
+def test_batches_of_eight_tell_what_auto_would_take():
+    taken = {}
+    for size in (8, "auto"):
+        asked = client(engine="transformers", precision="bf16", batch_size=size)
+        texts(asked)
+        taken[size] = asked.describe()
+    assert taken[8]["batch_size_used"] == 8 and taken[8]["batch_size_fits"] == taken["auto"]["batch_size_used"] > 8
+    assert "batch_size_fits" not in taken["auto"]
+
+
 @pytest.mark.parametrize("size", [4, 32])
 def test_captured_steps_give_the_same_chances(size):
     """Also of rows that go on in a smaller batch."""

@@ -1,8 +1,11 @@
 """Checkpoints that can be loaded, and the one line that is said of those that cannot: real files of tiny models."""
 
 import json
+import os
 import re
 import shutil
+import threading
+from concurrent.futures import CancelledError
 
 import pytest
 import torch
@@ -10,8 +13,12 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
+from slm_swap.clients import loading
 from slm_swap.clients.engines.vllm_engine import lora_rank
 from slm_swap.clients.loading import (
+    BackgroundHashes,
+    files_hash,
+    import_bitsandbytes,
     load_config,
     load_model,
     load_tokenizer,
@@ -345,3 +352,41 @@ def test_pickled_shards_count(tmp_path):
     for name, size in (("pytorch_model-00001-of-00002.bin", 600), ("pytorch_model-00002-of-00002.bin", 400), ("training_args.bin", 99)):
         (tmp_path / name).write_bytes(bytes(size))
     assert [weight_bytes(tmp_path, precision) for precision in ("bf16", "int8", "nf4", "fp32")] == [1000, 500, 300, 2000]
+
+
+# -- In the background -----------------------------------------------------------------------------------------------------------
+
+
+def test_hashes_in_the_background_are_the_folders_own(checkpoint):
+    change(checkpoint, other=1)
+    with BackgroundHashes([BASE, checkpoint]) as hashes:
+        assert hashes.result() == [files_hash(BASE), files_hash(checkpoint)]
+    with BackgroundHashes([checkpoint / "none"]) as hashes, pytest.raises(FileNotFoundError):
+        hashes.result()
+
+
+def test_an_error_ends_the_hashing(checkpoint, monkeypatch):
+    hashed, block_hash = [], loading._block_hash
+    left = threading.Event()
+
+    def waiting(block, stop):
+        hashed.append(block)
+        left.wait()
+        return block_hash(block, stop)
+
+    monkeypatch.setattr(loading, "HASH_BLOCK", 1 << 10)  # bytes: some ten thousand blocks
+    monkeypatch.setattr(loading, "_block_hash", waiting)
+    with pytest.raises(UserError), BackgroundHashes([checkpoint]) as hashes:
+        raise UserError("no model")
+    left.set()
+    with pytest.raises(CancelledError):
+        hashes.result()
+    with pytest.raises(CancelledError):
+        block_hash((checkpoint / "config.json", 0), hashes._stop)
+
+
+@pytest.mark.parametrize("given", [None, "0", "1"])
+def test_the_environment_is_as_it_was_once_bitsandbytes_is_imported(given, monkeypatch):
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False) if given is None else monkeypatch.setenv("TORCHDYNAMO_DISABLE", given)
+    import_bitsandbytes()
+    assert os.environ.get("TORCHDYNAMO_DISABLE") == given

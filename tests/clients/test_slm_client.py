@@ -85,6 +85,35 @@ def test_nothing_is_collected_while_it_is_loaded_and_everything_afterwards(monke
     assert gc.isenabled()
 
 
+@pytest.mark.parametrize("adapter", [None, "adapter"])
+def test_hashing_begins_before_anything_is_imported_and_is_not_begun_twice(adapter, monkeypatch, tmp_path):
+    begun: list = []
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text("{}")
+    given = {"adapter": tmp_path / adapter} if adapter else {}
+    whole = loading.BackgroundHashes
+
+    def begin(folders):
+        begun.append(folders)
+        return whole(folders)
+
+    monkeypatch.setattr(slm_client, "BackgroundHashes", begin)
+    monkeypatch.setattr(slm_client, "set_seed", lambda seed: begun.append(seed))
+    monkeypatch.setattr(slm_client, "SLMClient", lambda *_, hashes, **__: hashes.result())
+    found = local_client(SETTINGS, [], 8, seed=7, engine="transformers", **given)
+    folders = [PACKAGE / "models/phi-tiny", *given.values()]
+    assert begun == [folders, 7] and found == [loading.files_hash(folder) for folder in folders]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [({"precision": "fp8"}, "the transformers engine has no precision fp8"), ({"adapter": "none"}, "no checkpoint at none"), ({"model": None, "adapter": "none"}, "no adapter at none")],
+)
+def test_folders_that_are_not_there_are_told_in_their_turn(flags, said):
+    with pytest.raises(UserError, match=said):
+        local_client(SETTINGS, [], 8, seed=7, **{"engine": "transformers", "model": "none"} | flags)
+
+
 def test_a_reply_holds_only_the_new_tokens(client, alone):
     for messages, reply in zip(BATCH, alone, strict=True):
         assert messages.messages[-1]["content"] not in reply.text and "<|" not in reply.text

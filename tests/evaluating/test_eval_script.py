@@ -6,6 +6,7 @@ import os
 import pytest
 
 from slm_swap.common.settings import ROOT
+from slm_swap.evaluating.console import show
 from slm_swap.rows.examples import read_examples
 from slm_swap.scoring.metrics import ERRORS, MATCHERS
 from slm_swap.scoring.tracks import TRACKS
@@ -79,6 +80,18 @@ def test_a_replay_from_files_to_files(evaluate, files, tmp_path):
     assert [(line["id"], line["reply"], line["reference"]) for line in lines] == [
         (row["id"], reply["prediction"], row["completion"]) for row, reply in zip(ROWS, REPLIES, strict=True)
     ]
+
+
+def test_a_larger_batch_that_would_fit_is_told_once(evaluate, files, tmp_path, capsys):
+    rows, replies = files
+    evaluate("--dataset", rows, "--replies", replies)
+    report = read(tmp_path / "out.json")
+    show(report, tmp_path / "out.json", [], lambda message: None)
+    assert "--batch-size" not in capsys.readouterr().out
+    report["model"] |= {"batch_size_used": 8, "batch_size_fits": 128}
+    show(report, tmp_path / "out.json", [], lambda message: None)
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "--batch-size" in line]
+    assert line == "batches of 8 rows: --batch-size auto takes 128 at a time on this GPU, which is faster"
 
 
 def test_its_own_rows_file_gives_the_same_report(evaluate, files, tmp_path):

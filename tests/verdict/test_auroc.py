@@ -6,12 +6,17 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import mannwhitneyu, norm
+from scipy.stats import mannwhitneyu, norm, rankdata
 
 from slm_swap.verdict.confidence import discrimination, is_confidence, signals_of
-from slm_swap.verdict.stats.auroc import POINTS, auroc, interval, risk_coverage
+from slm_swap.verdict.stats.auroc import POINTS, auroc, interval, mean_ranks, risk_coverage
 
 ROWS = st.lists(st.tuples(st.sampled_from([-3.5, -1.0, 0.0, 0.25, 7.0]) | st.floats(-50, 0), st.booleans()), min_size=1, max_size=40)
+
+
+@given(st.lists(st.sampled_from([-3.5, -0.0, 0.0, 7.0]) | st.floats(allow_nan=False), max_size=40))
+def test_ranks_are_scipys(values):
+    assert mean_ranks(np.array(values)).tolist() == rankdata(values).tolist()
 
 
 @given(ROWS)

@@ -99,7 +99,7 @@ def choose_engine(wanted: str, precision: str | None) -> tuple[str, str]:
     if wanted == "auto":
         wanted = "vllm" if precision == "fp8" or (precision in (None, "bf16") and why_not_vllm() is None) else "transformers"
     if wanted == "vllm" and precision in (None, *PRECISIONS["vllm"]) and (reason := why_not_vllm(cpu=True)):
-        raise UserError(f"the vllm engine cannot run here ({reason}): pip install -r requirements-vllm.txt, or use --engine transformers")
+        raise UserError(f"the vllm engine cannot run here ({reason}): pip install -r requirements.txt, or use --engine transformers")
     known = PRECISIONS[wanted]
     if precision is not None and precision not in known:
         raise UserError(f"the {wanted} engine has no precision {precision}: choose one of {', '.join(known)}, or another --engine")

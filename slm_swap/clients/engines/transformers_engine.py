@@ -56,6 +56,7 @@ class TransformersEngine:
         self.ends = reply_ends(tokenizer, model.generation_config.eos_token_id, *config_ends(model.config))
         self.batch_size = None if batch_size == "auto" else batch_size
         self.halved = 0
+        self.fits: int | None = None  # what "auto" would take, once it is known
         self._batches, self._border = 0, longrope_border(model.config)
         self._captured = CapturedDecoder(model, self.ends) if capture and can_capture(model) else None
         self.capture_error: str | None = None
@@ -67,6 +68,8 @@ class TransformersEngine:
         while window := list(islice(prompts, WINDOW)):
             if self.batch_size is None:
                 self.batch_size = fitting_batch(self.model, window)
+            elif self.fits is None and self.model.device.type == "cuda" and len(window) > self.batch_size:
+                self.fits = fitting_batch(self.model, window)
             window.sort(key=lambda prompt: (-len(prompt.tokens), prompt.index))  # the longest first: if it fits, all do
             for batch in self._cut(window):
                 if any(prompt.index not in answered for prompt in batch):
@@ -199,12 +202,13 @@ class TransformersEngine:
         return {"device": str(self.model.device)}
 
     def state(self) -> dict[str, Any]:
-        """`capture_error` is there only where capturing failed."""
+        """`batch_size_fits`, what "auto" would take, is there only on a GPU where that is more; `capture_error` only where capturing failed."""
+        larger = {"batch_size_fits": self.fits} if self.fits and self.fits > self.batch_size else {}
         failed = {"capture_error": self.capture_error} if self.capture_error else {}
-        return {"batch_size_used": self.batch_size, "batches_halved": self.halved, **failed}
+        return {"batch_size_used": self.batch_size, "batches_halved": self.halved, **larger, **failed}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.batch_size, self.halved = state["batch_size_used"], state["batches_halved"]
+        self.batch_size, self.halved, self.fits = state["batch_size_used"], state["batches_halved"], state.get("batch_size_fits")
         if reason := state.get("capture_error"):
             self.capture_error, self._captured = reason, None
 
