@@ -491,7 +491,7 @@ def test_where_results_cannot_go(compare, make, tmp_path, out, flag):
     azure, slm = make("azure"), make("slm")
     before = [path.read_text() for path in (azure, slm, rows_path(slm))]
     code, printed, error = compare(azure, slm, flag, tmp_path / out)
-    assert (code, printed, error.count("\n")) == (2, "", 1) and "choose another place" in error
+    assert (code, printed, error.count("\n")) == (2, "", 1) and f"choose another place with {flag}" in error
     assert [path.read_text() for path in (azure, slm, rows_path(slm))] == before and not (tmp_path / "decision.json").exists()
 
 

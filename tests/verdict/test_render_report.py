@@ -665,7 +665,7 @@ def test_plots_come_for_both_themes_and_widths(full):
 def test_the_script_writes_beside_the_decision_or_elsewhere(run_script, render_script, tmp_path, draw_once):
     decision = make_decision(tmp_path, 4)
     code, printed, error = run_script(render_script, "--decision", decision)
-    assert (code, printed, error) == (0, f"report: {tmp_path / 'decision.html'}\n", "")
+    assert (code, printed, error) == (0, f"report: {tmp_path / 'decision.html'}\nnext: open {(tmp_path / 'decision.html').as_uri()} in a browser\n", "")
     assert run_script(render_script, "--decision", decision, "--out", tmp_path / "there/page.html")[0] == 0
     assert (tmp_path / "there/page.html").read_bytes() == (tmp_path / "decision.html").read_bytes()
 
