@@ -26,6 +26,7 @@ from slm_swap.scoring.tracks import TRACKS
 from slm_swap.tracing.runs import Tracing
 
 SHOTS = 3  # rows that are shown with --few-shot
+LOCAL = ("engine", "engine_start", "batch_size", "precision", "adapter", "thinking", "trust_remote_code")  # flags of the local model alone
 MAX_NEW_TOKENS, MAX_WITH_THINKING = 256, 4096  # of a reply, where --max-new-tokens is not given
 
 
@@ -232,10 +233,15 @@ def client_options(args: argparse.Namespace) -> dict[str, Any]:
     return options | ({"replies": find_path(args.replies)} if options.get("replies") else {})
 
 
-def require_own_model(parser: Parser, args: argparse.Namespace, kinds: Sequence[str]) -> None:
-    """Refuse --constrain where no model of ours is asked: a hosted one or recorded replies cannot be decoded under a grammar."""
-    if args.constrain != "off" and "slm" not in kinds:
+def require_own_model(parser: Parser, args: argparse.Namespace, kinds: Sequence[str], used: Sequence[str] = ()) -> None:
+    """Refuse --constrain where no model of ours is asked: a hosted one or recorded replies cannot be decoded under a grammar. Other flags of
+    the local model that are given there have no effect, but for those `used`, and it says so."""
+    if "slm" in kinds:
+        return
+    if args.constrain != "off":
         parser.error(f"--constrain needs --model-kind slm: the replies of {', '.join(kinds)} are not decoded here")
+    if idle := [f"--{name.replace('_', '-')}" for name in LOCAL if name not in used and getattr(args, name, None) != parser.get_default(name)]:
+        warn(f"no effect: {', '.join(idle)} (of the local model, and {', '.join(kinds)} is asked): leave it out, or give --model-kind slm")
 
 
 def check_out(*outs: Path, inputs: Sequence[str | Path | None] = (), advice: str | None = None) -> None:
@@ -266,13 +272,6 @@ def run_metadata(args: argparse.Namespace) -> dict[str, Any]:
     return flags | {"commit": code_version()["commit"] or ""}
 
 
-def progress(title: str, total: int) -> Any:
-    """A progress bar with rate and time left, quiet where standard error is not a terminal."""
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc=title, unit="row", disable=not sys.stderr.isatty())
-
-
 def quieten(rank: int) -> None:
     """Keep packages from talking of their own accord: all but errors where this is not rank 0, and progress where nobody looks."""
     if rank:
@@ -287,6 +286,12 @@ def warn_of_unknown_fields(dataset: Dataset) -> None:
     if dataset.unknown:
         told = ", ".join(f"{name} ({count} rows)" for name, count in dataset.unknown.most_common(5))
         warn(f"fields that nothing reads: {told}")
+
+
+def next_step(*commands: str) -> None:
+    """What to do next, one command a line: the end of a script's output."""
+    for command in commands:
+        print(f"next: {command}")
 
 
 def warn(message: str) -> None:

@@ -27,9 +27,9 @@ from slm_swap.cli import (
     few_shot_report,
     find_rows,
     minutes,
+    next_step,
     not_negative,
     positive,
-    progress,
     require_own_model,
     run,
     run_metadata,
@@ -40,6 +40,7 @@ from slm_swap.cli import (
 from slm_swap.clients.protocol import MODEL_KINDS, Client
 from slm_swap.clients.replicas import fork_replica, take_one_gpu
 from slm_swap.common.errors import UserError
+from slm_swap.common.progress import Progress
 from slm_swap.common.reports import SCHEMA_VERSION, rows_path, write_atomically, write_json
 from slm_swap.common.settings import PACKAGE, display_path, load_settings
 from slm_swap.evaluating.console import show, warn_of_training
@@ -164,7 +165,21 @@ def main(argv: list[str] | None = None) -> int:
             client.close()
         journal.remove()
     show(report, out, sys.argv[1:] if argv is None else argv, warn)
+    tell_next(args, name)
     return 0
+
+
+def tell_next(args: argparse.Namespace, name: str) -> None:
+    """The comparison, where both models' reports are there; else the evaluation of the other model on the same rows."""
+    other = "slm" if args.model_kind == "azure" else "azure"
+    report = PACKAGE / f"01_eval/reports/{args.track}_{other}_{name}.json"
+    if report.is_file():
+        sides = {"azure" if other == "slm" else "slm": args.out, other: report}
+        told = " ".join(f"--{side} {display_path(path)}" for side, path in sorted(sides.items()))
+        return next_step(f"python 03_compare/compare.py --track {args.track} {told} --table")
+    rows = f" --dataset {args.dataset}" if args.dataset else f" --split {args.split}" if args.split else ""
+    rows += f" --limit {args.limit}" if args.limit else ""
+    return next_step(f"python 01_eval/eval.py --track {args.track} --model-kind {other}{rows}")
 
 
 def measure(
@@ -179,7 +194,7 @@ def measure(
     if journal.answered:
         print(f"{journal.answered} of {rows} rows are answered already: going on with the others", file=sys.stderr)
     cache = ReplyCache(args.cache, client.identity) if args.cache else None
-    with progress(f"{args.track} {args.model_kind}", rows) as bar, closing(cache) if cache else nullcontext():
+    with Progress(f"{args.track} {args.model_kind}", rows, earlier=journal.answered) as bar, closing(cache) if cache else nullcontext():
 
         def on_row(index: int, row: Row) -> None:
             bar.update()

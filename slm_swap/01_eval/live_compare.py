@@ -23,6 +23,7 @@ from slm_swap.cli import (
     check_out,
     client_options,
     load_rows,
+    next_step,
     require_own_model,
     run,
     run_metadata,
@@ -73,7 +74,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.models[0] == args.models[1]:
         parser.error("--models takes two different models")
-    require_own_model(parser, args, args.models)
+    require_own_model(parser, args, args.models, used=["batch_size"])
     if args.stop_early and "azure" not in args.models:
         parser.error("--stop-early saves calls of the hosted model: name azure as one of --models")
     if args.recipe and "slm" not in args.models:
@@ -213,6 +214,11 @@ def main(argv: list[str] | None = None) -> int:
         save_somewhere(args, sides, inputs, name, clock, early, asked | {"rows": asked["rows"] if finished else done})
     for side, kind in zip(sides, args.models, strict=True):
         trace_side(connection, args, side, kind, report_path(args, kind, name))
+    told = " ".join(f"--{kind} {display_path(report_path(args, kind, name))}" for kind in args.models)
+    if args.save and finished and "replay" not in args.models:
+        next_step(f"python 03_compare/compare.py --track {args.track} {told}{' --sequential' if early else ''} --delta {args.delta:g}")
+    elif not args.save:
+        next_step("the same command with --save writes both reports, for 03_compare/compare.py")
     return 0 if finished else 130
 
 

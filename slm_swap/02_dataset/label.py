@@ -17,8 +17,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
-from slm_swap.cli import Parser, check_out, positive, progress, run, warn
+from slm_swap.cli import Parser, check_out, next_step, positive, run, warn
 from slm_swap.common.errors import UserError
+from slm_swap.common.progress import Progress
 from slm_swap.common.reports import SCHEMA_VERSION, code_version, now, sha256_file, write_json, write_jsonl
 from slm_swap.common.settings import PACKAGE, Settings, display_path, find_path, load_settings
 from slm_swap.dataset.labels import counts_of, labelled, unlabelled, votes_of
@@ -115,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
         if damage := journal.told_of_damage():
             warn(damage)
         confirm(args, labelling, client, journal.answered)
-        with progress(f"{args.track} labels", len(journal)) as bar:
+        with Progress(f"{args.track} labels", len(journal), "replies", journal.answered) as bar:
             bar.update(journal.answered)
             complete = labelling.ask(make, journal, Outage(), bar.update)
         if not complete:
@@ -141,6 +142,8 @@ def main(argv: list[str] | None = None) -> int:
         journal.remove()
     print(f"{len(kept)} of {len(rows)} rows: {needed} of {args.samples} samples agree; they cost {labelling.spent:.4g} {client.prices.currency or ''}".rstrip())
     print(f"{'labelled: ' + display_path(out) if kept else 'nothing is labelled'}\nto review: {display_path(review)} ({len(left)} rows with their votes)")
+    if kept:
+        next_step(f"python 02_dataset/prepare_data.py --source jsonl --track {args.track} --dataset-path {display_path(out)}")
     return 0
 
 

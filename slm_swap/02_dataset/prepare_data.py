@@ -16,8 +16,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
-from slm_swap.cli import Parser, not_negative, run, warn
+from slm_swap.cli import Parser, next_step, not_negative, run, warn
 from slm_swap.common.errors import UserError
+from slm_swap.common.progress import Progress
 from slm_swap.common.reports import SCHEMA_VERSION, code_version, now, sha256_file
 from slm_swap.common.settings import display_path, find_path
 from slm_swap.dataset.build import build
@@ -27,7 +28,7 @@ from slm_swap.dataset.readers.files import read_rows
 from slm_swap.dataset.readers.own import jsonl
 from slm_swap.dataset.readers.sources import Seen
 from slm_swap.dataset.row import Dropped, Row
-from slm_swap.dataset.splits import Sizes
+from slm_swap.dataset.splits import SPLITS, Sizes
 from slm_swap.dataset.summary import remarks, summary
 from slm_swap.rows.lines import writable
 from slm_swap.rows.schema_parts import unread_patterns
@@ -66,7 +67,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.track and args.source in ("xlam", "bfcl"):
         raise UserError(f"--source jsonl needs --track and --source chat takes it; --source {args.source} makes both tracks")
     seen = Seen()
-    rows = list(_with_calls(_items(args, seen), args.calls))
+    rows: list[Row | Dropped] = []
+    with Progress("rows read") as shown:
+        for item in _with_calls(_items(args, seen), args.calls):
+            rows.append(item)
+            shown.update()
     counts = Counter(item.where.rpartition(":")[0] for item in rows)
     counts.update({display_path(path): sum(1 for _ in read_rows(path)) for path in args.answers or ()})
     tools = {id(tool): tool for item in rows if isinstance(item, Row) for tool in item.tools}.values()
@@ -89,11 +94,30 @@ def main(argv: list[str] | None = None) -> int:
     sizes = Sizes(args.train_size, args.val_size, args.test_size, args.calibration_size)
     tracks = (args.track,) if args.track else tuple(TRACKS)
     out_dir, by_time = args.out_dir or Path(__file__).parent, args.split_by == "time"
-    report = build(rows, out_dir, head, sizes, args.seed, args.unseen_tools, tracks, by_time)
+    earlier = splits_at(out_dir, tracks)
+    with Progress("duplicates and splits"):
+        report = build(rows, out_dir, head, sizes, args.seed, args.unseen_tools, tracks, by_time)
     print(summary(report))
     for line in remarks(report, out_dir):
         print(line)
+    now_there = splits_at(out_dir, tracks)
+    if replaced := [display_path(path) for path, sha256 in earlier.items() if now_there.get(path) != sha256]:
+        warn(f"splits of an earlier run were replaced: {', '.join(replaced)}: reports and adapters of those rows are not of these")
+    print(f"report: {display_path(out_dir / 'prepare_report.json')}")
+    tell_next(args, out_dir, [track for track in tracks if report["splits"][track]["test"]["rows"]])
     return 0
+
+
+def splits_at(out_dir: Path, tracks: Iterable[str]) -> dict[Path, str]:
+    """The hashes of the splits that are there."""
+    paths = [out_dir / track / f"{name}.jsonl" for track in tracks for name in SPLITS]
+    return {path: sha256_file(path) for path in paths if path.is_file()}
+
+
+def tell_next(args: argparse.Namespace, out_dir: Path, tracks: list[str]) -> None:
+    for track in tracks:
+        rows = f" --dataset {display_path(out_dir / track / 'test.jsonl')}" if args.out_dir else ""
+        next_step(f"python 01_eval/eval.py --track {track} --model-kind azure{rows}")
 
 
 def _items(args: argparse.Namespace, seen: Seen) -> Iterable[Row | Dropped]:

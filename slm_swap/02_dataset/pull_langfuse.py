@@ -16,8 +16,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
-from slm_swap.cli import Parser, check_out, positive, progress, run, warn
+from slm_swap.cli import Parser, check_out, next_step, positive, run, warn
 from slm_swap.common.errors import UserError
+from slm_swap.common.progress import Progress
 from slm_swap.common.reports import SCHEMA_VERSION, code_version, now, sha256_file, write_json
 from slm_swap.common.settings import PACKAGE, display_path, load_settings
 from slm_swap.scoring.tracks import TRACKS
@@ -94,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     report_path, journal = out.with_suffix(".report.json"), out.with_suffix(".part")
     check_out(*outs.values(), report_path, journal)
     query = query_of(args, tracks)
-    with LangfuseApi(load_settings()) as api, progress("pull", args.limit) as bar:
+    with LangfuseApi(load_settings()) as api, Progress("pull", args.limit) as bar:
         pulled = read(api, query, journal, args.end or datetime.now(timezone.utc), bar.update)
         entries, dropped = pulled.entries, pulled.dropped
         if args.min_score:
@@ -153,6 +154,7 @@ def show(report: dict) -> None:
     for track, output in report["outputs"].items():
         print(f"{track + ' rows':<26}{output['rows']:>8}" + (f"  {output['path']}" if output["rows"] else ""))
     print(f"reference: {report['reference']}")
+    next_step(*(f"python 02_dataset/prepare_data.py --source jsonl --dataset-path {output['path']} --track {track}" for track, output in report["outputs"].items() if output["rows"]))
 
 
 if __name__ == "__main__":

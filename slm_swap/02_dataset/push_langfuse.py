@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
-from slm_swap.cli import Parser, load_rows, run
+from slm_swap.cli import Parser, load_rows, next_step, run
 from slm_swap.common.settings import load_settings
 from slm_swap.scoring.tracks import TRACKS
 from slm_swap.tracing.api import LangfuseApi
@@ -40,6 +40,8 @@ def main(argv: list[str] | None = None) -> int:
         name = args.name or dataset_name(args.track, split)
         counts = push(api, name, args.track, examples, inputs)
     print(f"{name}: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
+    rows = f"--dataset {inputs['path']}" if args.dataset else f"--split {split}"
+    next_step(f"python 01_eval/eval.py --track {args.track} --model-kind azure {rows} --langfuse-experiment NAME")
     return 0
 
 

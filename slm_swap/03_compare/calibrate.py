@@ -15,7 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
-from slm_swap.cli import Parser, check_out, run, share, warn
+from slm_swap.cli import Parser, check_out, next_step, run, share, warn
 from slm_swap.clients.confidence import SIGNALS
 from slm_swap.clients.pricing import load_prices
 from slm_swap.common.errors import UserError
@@ -31,6 +31,7 @@ from slm_swap.verdict.unused_rows import calibration_examples, require_unused, s
 
 MUCH_LOST = 0.2  # of the local answers
 NOTHING = 11  # as compare.py's NEED_MORE_DATA
+PAGE = "choose another place with --html"
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -114,7 +115,10 @@ def main(argv: list[str] | None = None) -> int:
     warnings += more + require_unused(slm, args.track, chosen_on, validation and validation["slm"])
     out = args.out or PACKAGE / f"03_compare/cascade_{args.track}.json"
     read = [path for side in (*sides.values(), *(validation or {}).values()) for path in (side.path, rows_path(side.path))]
-    check_out(out, *([args.html] if args.html else []), inputs=[*read, find_path(slm.report["inputs"]["path"]), recipe and recipe["path"]])
+    read += [find_path(slm.report["inputs"]["path"]), *([recipe["path"]] if recipe else [])]
+    check_out(out, inputs=read)
+    if args.html:
+        check_out(args.html, inputs=read, advice=PAGE)
     examples = calibration_examples(slm)
     tools, unusual = offered_tools(examples) if track.name else (None, set())
     if prompts := sum(example.messages is None for example in examples):
@@ -138,13 +142,14 @@ def main(argv: list[str] | None = None) -> int:
     if args.html:
         from slm_swap.verdict.html_report.cascade_page import write_cascade_page
 
-        write_atomically(args.html, lambda stream: stream.writelines(write_cascade_page(told)))
+        write_atomically(args.html, lambda stream: stream.writelines(write_cascade_page(told)), PAGE)
         print(f"report: {display_path(args.html)}")
     if not told["share_local"]:
         print(f"no cascade is written{f'; {display_path(out)} is an earlier one' if out.exists() else ''}")
         return NOTHING
     write_cascade(out, {name: value for name, value in told.items() if name != "curves"})
     print(f"cascade: {display_path(out)}")
+    next_step(f"python 05_serve/serve.py --track {args.track} --mode cascade --cascade {display_path(out)}")
     return 0
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
-from slm_swap.cli import Parser, check_out, positive, run, run_metadata, share, tracing_options, warn
+from slm_swap.cli import Parser, check_out, next_step, positive, run, run_metadata, share, tracing_options, warn
 from slm_swap.clients.pricing import Prices, load_prices
 from slm_swap.common.reports import SCHEMA_VERSION, code_version, now, rows_path, write_atomically, write_json
 from slm_swap.common.settings import PACKAGE, display_path, find_path, load_settings
@@ -27,6 +27,8 @@ from slm_swap.verdict.decision import EXIT_CODES, FINE_TUNE, RULES
 from slm_swap.verdict.evaluations import QUESTIONS, Evaluation, fit_together, model_of, read_evaluation
 from slm_swap.verdict.judge import Gate
 from slm_swap.verdict.looks import Look, ledger_path, look_at, record
+
+MARKDOWN = "choose another place with --markdown"
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -112,7 +114,9 @@ def main(argv: list[str] | None = None) -> int:
     sides, warnings = read_sides(args)
     out = args.out or PACKAGE / f"03_compare/reports/{args.track}.json"
     read = [path for side in sides.values() for path in (side.path, rows_path(side.path))] + ([args.cascade] if args.cascade else [])
-    check_out(out, *([args.markdown] if args.markdown else []), inputs=read)
+    check_out(out, inputs=read)
+    if args.markdown:
+        check_out(args.markdown, inputs=read, advice=MARKDOWN)
     ledger, azure, slm = ledger_path(out, args.track), sides["azure"], sides["slm"]
     look = look_at(ledger, azure.rows, model_of(azure.report), model_of(slm.report)) if args.rule != "point" else None
     found = decide(args, sides, load_prices(settings.prices_file), look)
@@ -144,8 +148,9 @@ def main(argv: list[str] | None = None) -> int:
     from slm_swap.verdict.text_report import brief, markdown, table
 
     (table if args.table else brief)(told)
+    next_step(f"python 03_compare/render_report.py --decision {display_path(out)}")
     if args.markdown:
-        write_atomically(args.markdown, lambda stream: stream.write(markdown(told)))
+        write_atomically(args.markdown, lambda stream: stream.write(markdown(told)), MARKDOWN)
         print(f"markdown: {display_path(args.markdown)}")
     print(f"FINE_TUNE={int(told['fine_tune'])}")
     print(f"VERDICT={told['verdict']}")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
-from slm_swap.cli import Parser, check_out, run
+from slm_swap.cli import Parser, check_out, next_step, run
 from slm_swap.common.reports import write_atomically
 from slm_swap.common.settings import PACKAGE, display_path, find_path
 from slm_swap.scoring.tracks import TRACKS
@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     check_out(out, inputs=[path, *(report[key] for report in reports for key in ("path", "rows_path"))])
     write_atomically(out, lambda stream: stream.writelines(write_page(decision)))
     print(f"report: {display_path(out)}")
+    next_step(f"open {out.absolute().as_uri()} in a browser")
     return 0
 
 

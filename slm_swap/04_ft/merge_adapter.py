@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
-from slm_swap.cli import Parser, run, warn
+from slm_swap.cli import Parser, next_step, run, warn
 from slm_swap.clients.loading import adapter_path, model_path, trained_base
 from slm_swap.common.reports import read_json
 from slm_swap.common.settings import display_path, load_settings
@@ -38,6 +38,8 @@ def main(argv: list[str] | None = None) -> int:
         told = ", ".join(f"{name} {value}" for name, value in left_out.items())
         print(f"generation_config.json is without {told}: they are invalid there, and the base model is run without them")
     print(f"{info['merged']['adapter']['path']} merged into {display_path(base)}, {args.dtype}: {display_path(args.out)}")
+    track = info.get("track") or "TRACK"
+    next_step(f"SLM_MODEL_PATH={display_path(args.out)} python 01_eval/eval.py --track {track} --model-kind slm --out 01_eval/reports/{track}_slm_merged.json")
     return 0
 
 

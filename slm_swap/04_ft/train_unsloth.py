@@ -12,7 +12,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
-from slm_swap.cli import Parser, few_shot_of, not_negative, positive, quieten, run, run_metadata, tracing_options, warn
+from slm_swap.cli import Parser, few_shot_of, next_step, not_negative, positive, quieten, run, run_metadata, tracing_options, warn
 from slm_swap.clients.loading import model_path
 from slm_swap.clients.replicas import take_one_gpu
 from slm_swap.common.reports import sha256_file
@@ -120,6 +120,8 @@ def main(argv: list[str] | None = None) -> int:
         if launch.rank == 0:
             tell(trace, info, args.out)
             show(info, args.out, launch)
+            asked = f" --ask {args.ask}" if args.ask else ""
+            next_step(f"python 01_eval/eval.py --track {args.track} --model-kind slm --adapter {display_path(args.out)}{asked} --out 01_eval/reports/{args.track}_slm_adapter.json")
     return 0
 
 

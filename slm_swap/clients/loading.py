@@ -122,7 +122,7 @@ def quantization(precision: str) -> Any:
     from transformers import BitsAndBytesConfig
 
     if precision == "int8":
-        quiet_int8()
+        quiet_bitsandbytes()
         return BitsAndBytesConfig(load_in_8bit=True)
     if precision == "nf4":
         return BitsAndBytesConfig(
@@ -131,9 +131,11 @@ def quantization(precision: str) -> Any:
     return None
 
 
-def quiet_int8() -> None:
-    """bitsandbytes would tell at each product of 8-bit weights that it casts to float16: hundreds of lines a row."""
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+def quiet_bitsandbytes() -> None:
+    """bitsandbytes would tell at each product of 8-bit weights that it casts to float16: hundreds of lines a row. And, when it is imported
+    on a CPU (PEFT does so), that it lacks a 4-bit kernel, which it does without."""
+    for name in ("autograd._functions", "backends.cpu.ops"):
+        logging.getLogger(f"bitsandbytes.{name}").setLevel(logging.ERROR)
 
 
 def import_bitsandbytes() -> None:
@@ -166,6 +168,7 @@ def load_model(path: Path, precision: str, device_map: Any = "auto", trust_remot
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    quiet_bitsandbytes()
     config = load_config(path, trust_remote_code)
     require_generation_config(path)
     require_precision(path, config, precision)

@@ -95,10 +95,10 @@ def _messages(request: Request) -> list[dict[str, Any]]:
         if message["role"] == "tool" and "name" not in message and message.get("tool_call_id") in names:
             message["name"] = names[message["tool_call_id"]]
         told.append(message)
-    return _with_schema(told, request)
+    return with_json_sentence(told, request)
 
 
-def _with_schema(messages: list[dict], request: Request) -> list[dict]:
+def with_json_sentence(messages: list[dict], request: Request) -> list[dict]:
     """The messages with the sentence that asks for JSON at the end of the system text, where there is something to ask for."""
     wanted = (request.options or {}).get("response_format")
     if request.schema is not None:

@@ -47,11 +47,12 @@ from slm_swap.demo.simulator_parts import (
 )  # fmt: skip
 from slm_swap.demo.simulator_replies import Replies, as_message
 from slm_swap.rows.examples import Example, read_examples
+from slm_swap.verdict.evaluations import SIMULATOR
 
 if TYPE_CHECKING:
     from aiohttp import web
 
-MODEL = "azure-simulator"
+MODEL = SIMULATOR
 CACHE_FROM, CACHE_STEP = 1024, 128  # tokens: Azure caches prompt prefixes from 1,024 tokens up, in steps of 128
 
 

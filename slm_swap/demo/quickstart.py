@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywher
 from slm_swap.cli import Parser, run
 from slm_swap.clients.pricing import load_prices
 from slm_swap.common.errors import UserError
+from slm_swap.common.progress import last_line
 from slm_swap.common.reports import write_jsonl
 from slm_swap.common.settings import PACKAGE, ROOT, display_path, load_settings
 from slm_swap.demo import endpoint
@@ -90,7 +91,7 @@ class Demo:
                     code = process.wait(HEARTBEAT)
                     break
                 except subprocess.TimeoutExpired:
-                    self.say(f"{title}: at work for {beats * HEARTBEAT} s")
+                    self.say(f"{title}: {last_line(log) or f'at work for {beats * HEARTBEAT} s'}")
                 except BaseException:
                     process.terminate()
                     raise

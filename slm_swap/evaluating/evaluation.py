@@ -42,8 +42,10 @@ def evaluate(
     examples: list[Example],
     gold: list[Reference | Calls],
     batch_size: int,
+    on_rows: Callable[[int], object] = lambda _: None,
 ) -> list[Row]:
-    """Ask a client for every row, `batch_size` at a time, and score the replies: for rows that fit in memory.
+    """Ask a client for every row, `batch_size` at a time, and score the replies: for rows that fit in memory. `on_rows` is called with
+    the number of rows of each batch when it is answered.
 
     Raises:
         UserError: the client cannot work as it is set up.
@@ -55,6 +57,7 @@ def evaluate(
         replies = client.generate([request_of(track_name, example) for example in batch])
         parts = zip(batch, gold[start : start + batch_size], replies, strict=True)
         rows += [make_row(track, example, reference, reply, client) for example, reference, reply in parts]
+        on_rows(len(batch))
     return rows
 
 

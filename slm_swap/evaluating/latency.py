@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 from slm_swap.clients.protocol import Client
+from slm_swap.common.progress import Progress
 from slm_swap.evaluating.journal import Journal
 from slm_swap.evaluating.report import ANSWERED, Tally, hosted_latency, no_latency, spread
 from slm_swap.rows.examples import Example
@@ -62,19 +63,21 @@ def local_latency(
         return no_latency("--latency-rows 0")
     burst = sample("burst", seed, rows, concurrency)
     asked = requests_of(track, examples, {*alone, *burst})
-    client.generate([asked[alone[0]]])
-    client.forget()
-    single = [seconds for index in alone for seconds in _arrivals(client, [asked[index]])]
-    client.forget()
-    together = spread(list(_arrivals(client, [asked[index] for index in burst])))
+    with Progress(f"{track} latency", len(alone) + len(burst)) as shown:
+        client.generate([asked[alone[0]]])
+        client.forget()
+        single = [seconds for index in alone for seconds in _arrivals(client, [asked[index]], shown)]
+        client.forget()
+        together = spread(list(_arrivals(client, [asked[index] for index in burst], shown)))
     loaded = {"concurrency": len(burst)} | together if together else None
     why = None if single and loaded else "every prompt of the sample is longer than the context"
     return {"alone": spread(single), "loaded": loaded, "why": why}
 
 
-def _arrivals(client: Client, batch: list[Request]) -> Iterable[float]:
+def _arrivals(client: Client, batch: list[Request], shown: Progress) -> Iterable[float]:
     """When each answer came, in seconds after all rows were handed over at once."""
     began = time.perf_counter()
     for _, reply in client.stream(enumerate(batch)):
+        shown.update()
         if reply.finish_reason in ANSWERED:
             yield time.perf_counter() - began

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from slm_swap.clients.protocol import Client
+from slm_swap.common.progress import Progress
 from slm_swap.evaluating.evaluation import Stopwatch, evaluate
 from slm_swap.evaluating.report import summary
 from slm_swap.evaluating.row import Row
@@ -172,10 +173,12 @@ def watch(
     """Both models over the rows with their metrics in the terminal; False when Ctrl-C ended it."""
     from rich.live import Live
 
+    quiet = not sys.stdout.isatty()  # then the table comes at the end alone
     azure, slm = sorted(sides, key=lambda side: side.client.kind != "azure")
     try:
-        with Live(table(TRACKS[track], sides, len(examples), early), refresh_per_second=4) as live:
+        with Live(table(TRACKS[track], sides, len(examples), early), refresh_per_second=4) as live, Progress(track, len(examples), shown=quiet) as shown:
             for _ in side_by_side(track, sides, examples, gold, batch_size):
+                shown.update(len(azure.rows) - shown.done)
                 certain = early is not None and early.look(azure, slm)
                 live.update(table(TRACKS[track], sides, len(examples), early))
                 if certain:
@@ -183,6 +186,6 @@ def watch(
     except KeyboardInterrupt:
         return False
     finally:
-        if not sys.stdout.isatty():
+        if quiet:
             print()  # where there is no terminal, rich leaves the last line open
     return True

@@ -5,6 +5,7 @@ from collections.abc import Callable, Container, Generator, Iterable
 from typing import Any
 
 from slm_swap.clients.protocol import Client, Reply
+from slm_swap.common.progress import Progress
 from slm_swap.evaluating.evaluation import Stopwatch
 from slm_swap.evaluating.journal import Journal
 from slm_swap.evaluating.latency import sample
@@ -38,10 +39,12 @@ def repeat_rows(
         names = {index: f"repeat {run} {index}" for index in chosen}
         done = {index for index, name in names.items() if name in journal.kept and not journal.kept[name]["failed"]}
         clock = Stopwatch()
-        for index, reply in outage.replies(_stream(client, track, chosen), _probe(client, track, chosen), done):
-            right = score_row(track, chosen[index], reply).scored.strict.exact
-            told = {"text": reply.shown, "exact": right, "failed": reply.finish_reason == "error", "counts": reply.counts, "seconds": clock.lap()}
-            journal.keep(names[index], told)
+        with Progress(f"{track.title}, asked again", len(chosen) - len(done)) as shown:
+            for index, reply in outage.replies(_stream(client, track, chosen), _probe(client, track, chosen), done):
+                right = score_row(track, chosen[index], reply).scored.strict.exact
+                told = {"text": reply.shown, "exact": right, "failed": reply.finish_reason == "error", "counts": reply.counts, "seconds": clock.lap()}
+                journal.keep(names[index], told)
+                shown.update()
     again = {index: [journal.kept[f"repeat {run} {index}"] for run in range(2, runs + 1)] for index in chosen}
     different = changed = compared = 0
     for index, replies in again.items():

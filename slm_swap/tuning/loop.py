@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch.utils.data import Sampler
-from transformers import TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from slm_swap.common.os_errors import writing
+from slm_swap.common.progress import Progress
 from slm_swap.evaluating.evaluation import Stopwatch
 from slm_swap.tuning.checkpoints import GO_ON, Checkpoints
 
@@ -130,6 +131,24 @@ class Watch(TrainerCallback):
         return self.earlier | {"seconds": {name: round(spent[name] + self.earlier["seconds"][name], 2) for name in spent}}
 
 
+class Told(TrainerCallback):
+    """The steps as Progress, and each loss as a line, in the place of what transformers would show."""
+
+    def __init__(self, shown: Progress):
+        self.shown = shown
+
+    def on_train_begin(self, args, state, control, **_):
+        self.shown.expect(state.max_steps, state.global_step)
+
+    def on_step_end(self, args, state, control, **_):
+        self.shown.update(state.global_step - self.shown.done)
+
+    def on_log(self, args, state, control, logs=None, **_):
+        named = (("loss", "loss"), ("eval_loss", "validation loss"))
+        if found := [f"{title} {logs[name]:.4g}" for name, title in named if name in (logs or {})]:
+            self.shown.say(f"step {state.global_step} of {state.max_steps}: {', '.join(found)}")
+
+
 def run_trainer(
     trainer: Any,
     parameters: Any,
@@ -161,10 +180,16 @@ def run_trainer(
             "metrics": {"before": sample()},
         }
     tell_where_it_saves(trainer, checkpoints.folder)
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
     watch = Watch(parameters, order, checkpoints, save_steps, sample, clock, earlier | {"sessions": earlier["sessions"] + 1})
-    trainer.add_callback(watch)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    trainer.remove_callback(watch)
+    with Progress("training", None, "steps", shown=trainer.is_world_process_zero()) as shown:
+        steps = Told(shown)
+        trainer.add_callback(watch)
+        trainer.add_callback(steps)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.remove_callback(steps)
+        trainer.remove_callback(watch)
     state, told = trainer.state, watch.progress()
     log = [entry for entry in state.log_history if "loss" in entry or "eval_loss" in entry]
     if best := state.best_global_step:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from slm_swap.clients.pricing import Prices, to_float
 from slm_swap.common.errors import UserError
+from slm_swap.common.progress import last_line
 from slm_swap.common.settings import PACKAGE, display_path
 from slm_swap.tuning.ladder import OutOfBudget, Setting, Unfit, file_name, flags_of
 
@@ -95,7 +96,7 @@ class Stages:
                 [sys.executable, str(PACKAGE / script), *flags], stdout=output, stderr=subprocess.STDOUT, preexec_fn=_end_with_parent
             )
             try:
-                code = self._wait(process, name, left)
+                code = self._wait(process, name, log, left)
             except BaseException:
                 process.send_signal(signal.SIGINT)
                 with suppress(subprocess.TimeoutExpired):
@@ -110,7 +111,7 @@ class Stages:
             raise UserError(f"{script} ended with exit code {code}: its log is {display_path(log)}")
         return seconds
 
-    def _wait(self, process: subprocess.Popen, name: str, left: float | None) -> int:
+    def _wait(self, process: subprocess.Popen, name: str, log: Path, left: float | None) -> int:
         began = time.monotonic()
         while True:
             rest = None if left is None else left - (time.monotonic() - began)
@@ -119,7 +120,7 @@ class Stages:
             try:
                 return process.wait(HEARTBEAT if rest is None else min(HEARTBEAT, rest))
             except subprocess.TimeoutExpired:
-                self.say(f"{name}: at work for {time.monotonic() - began:.0f} s")
+                self.say(f"{name}: {last_line(log) or f'at work for {time.monotonic() - began:.0f} s'}")
 
 
 def _end_with_parent() -> None:

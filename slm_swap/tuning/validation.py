@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from slm_swap.common.errors import UserError
+from slm_swap.common.progress import Progress
 from slm_swap.evaluating.console import NEARLY_ALL
 from slm_swap.evaluating.evaluation import evaluate, references
 from slm_swap.evaluating.report import summary
@@ -44,9 +45,12 @@ class ExactEvaluation:
         self.model.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         with torch.no_grad(), self.accelerator.autocast():
-            for batch in self.get_eval_dataloader(eval_dataset):
-                loss, count = self.targets_loss(self._prepare_inputs(batch))
-                total += torch.stack((loss.double(), count.double()))
+            batches = self.get_eval_dataloader(eval_dataset)
+            with Progress("validation", len(batches), "batches", shown=self.args.process_index == 0) as shown:
+                for batch in batches:
+                    loss, count = self.targets_loss(self._prepare_inputs(batch))
+                    total += torch.stack((loss.double(), count.double()))
+                    shown.update()
         self.model.train(training)
         loss, count = self.accelerator.reduce(total).tolist()
         metrics = {f"{metric_key_prefix}_loss": loss / count}
@@ -81,9 +85,9 @@ class GenerationSample:
         # That of packed rows knows no cache; the one that the model came with knows all that the model asks of it.
         with attending_by(model.get_base_model(), self.trainer.own_attention):
             try:
-                with torch.compiler.set_stance("force_eager"):
+                with torch.compiler.set_stance("force_eager"), Progress("validation replies", len(share), shown=arguments.process_index == 0) as shown:
                     client = LiveClient(model.eval(), self.tokenizer)
-                    rows = evaluate(self.track, client, share, references(TRACKS[self.track], share), BATCH)
+                    rows = evaluate(self.track, client, share, references(TRACKS[self.track], share), BATCH, shown.update)
             finally:
                 model.train(training)
         told = summary(TRACKS[self.track], gather_object(rows))

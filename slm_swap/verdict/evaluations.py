@@ -17,6 +17,7 @@ from slm_swap.verdict.decision import Values
 
 MADE_BY = "01_eval/eval.py"
 NO_CALL = "no call due"  # stands for the tool of rows in which none is to be called
+SIMULATOR = "azure-simulator"  # what the model of demo/azure_simulator.py calls itself
 QUESTIONS = ("these", "others")  # what a verdict is about: the tools of the rows, or other tools like them
 
 
@@ -42,6 +43,8 @@ class Evaluation:
     def files(self) -> dict[str, Any]:
         """Which files these are, as the decision records them."""
         told = {"path": display_path(self.path), "sha256": sha256_file(self.path), "rows_path": None, "rows_sha256": None}
+        few_shot = self.report["inputs"].get("few_shot") or {}
+        told |= {"ask": self.report.get("ask"), "shots": few_shot.get("shots")}
         if self.rows:
             rows = rows_path(self.path)
             told |= {"rows_path": display_path(rows), "rows_sha256": sha256_file(rows)}
@@ -51,6 +54,11 @@ class Evaluation:
 def model_of(report: dict[str, Any]) -> dict[str, Any]:
     """What a report says of its model; empty where it says nothing."""
     return report["model"] if isinstance(report.get("model"), dict) else {}
+
+
+def is_simulated(model: dict[str, Any]) -> bool:
+    """Whether the demo's simulator answered for a report's `model`: its numbers are no real model's."""
+    return SIMULATOR in (model.get("served_model") or [])
 
 
 def read_evaluation(path: str | Path, track: Track, with_rows: bool) -> Evaluation:

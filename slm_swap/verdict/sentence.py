@@ -5,6 +5,7 @@ from typing import Any
 
 from slm_swap.verdict.decision import FINE_TUNE, MIN_CLUSTERS, SWAP, Decision
 from slm_swap.verdict.gap import FINE_TUNING
+from slm_swap.verdict.html_report.words import metric_name, stretch
 
 FEW = 300  # rows from which `need.rows` was right in about as many cases as announced (benchmarks/results/tools_error_rates.json)
 
@@ -25,7 +26,7 @@ def sentence(decision: Decision, rows: int, evidence: Mapping[str, Any] | None =
         worst = max(decision.metrics, key=lambda name: decision.metrics[name]["difference"])
         gap = points(decision.metrics[worst]["difference"])
         compared = "more" if decision.fine_tune else "not more"
-        return f"By the means of {rows} rows alone the largest gap ({worst}, {gap} points) is {compared} than {margin}."
+        return f"By the means of {rows} rows alone the largest gap (“{metric_name(worst)}”, {gap} points) is {compared} than {margin}."
     evidence = evidence or {}
     if decision.withheld:
         return _withheld(decision, rows, evidence)
@@ -75,7 +76,7 @@ def _worse(decision: Decision, rows: int, margin: str, evidence: Mapping[str, An
     name = decision.failing[0]
     low, high = decision.metrics[name]["interval"]
     gap = points(decision.metrics[name]["difference"])
-    found = f"The small model is worse by more than {margin}: {name} is {gap} points lower ({points(low)} to {points(high)}) on {rows} rows."
+    found = f"The small model is worse by more than {margin}: “{metric_name(name)}” is {gap} points lower ({points(low)} to {points(high)}) on {rows} rows."
     split = evidence.get("gap") or {}
     first = next((own for own in split.get("remedies", ()) if own["remedy"] == split.get("first")), None)
     train = "train it on more rows, or on better ones," if tuned else "fine-tune it,"
@@ -94,7 +95,7 @@ def _open(decision: Decision, rows: int, margin: str, evidence: Mapping[str, Any
         )
     name = need["metric"]
     low, high = decision.metrics[name]["interval"]
-    found = f"{rows} rows do not settle it: in {name} azure - slm is {points(low)} to {points(high)} points, too near {margin}."
+    found = f"{rows} rows do not settle it: in “{metric_name(name)}” the small model is {stretch(low, high)}, too near {margin}."
     if clusters["effective"] < MIN_CLUSTERS:
         groups = "" if clusters["count"] == rows else f" in {clusters['count']} groups"
         found = f"{rows} rows{groups} are too few: {SWAP} takes at least {MIN_CLUSTERS}{' of even size' if groups else ''}."

@@ -10,7 +10,7 @@ from slm_swap.common.settings import PACKAGE, display_path, find_path, real_path
 from slm_swap.rows.examples import Example, read_examples
 from slm_swap.verdict.cascade import identity_of_report
 from slm_swap.verdict.evaluations import Evaluation, model_of
-from slm_swap.verdict.html_report.decision_file import dataset, prompts_of
+from slm_swap.verdict.html_report.decision_file import dataset, prompt_hashes
 
 OTHER_SPLITS = ("train", "val", "test")
 ADVICE = "put rows aside by 02_dataset/prepare_data.py --calibration-size N, and evaluate both models on --split calibration"
@@ -53,7 +53,7 @@ def require_unused(slm: Evaluation, track: str, chosen_on: Mapping[str, Any] | N
     prompts = {row["prompt_sha256"]: row["id"] for row in slm.rows if row.get("prompt_sha256")}
     for file in dict.fromkeys(map(real_path, files)):
         if file.is_file() and file != real_path(find_path(path)):
-            _share_nothing(prompts, prompts_of(file), display_path(file))
+            _share_nothing(prompts, prompt_hashes(file), display_path(file))
     if validation:
         _share_nothing({row["id"]: row["id"] for row in slm.rows}, {row["id"] for row in validation.rows}, display_path(validation.path))
         _share_nothing(prompts, {row.get("prompt_sha256") for row in validation.rows}, display_path(validation.path))

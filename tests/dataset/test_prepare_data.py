@@ -348,3 +348,15 @@ def test_parallel_and_irrelevance_rows_are_conversations(tmp_path):
     assert sum(row.calls == [] for row in rows) == 240 and all(len(row.calls) > 1 for row in rows if row.calls)
     assert all(len(row.accept) == len(row.calls) for row in rows if row.calls)
     assert not (tmp_path / "structured/test.jsonl").exists(), "there is no structured twin of several calls or none"
+
+
+def test_splits_of_an_earlier_run_are_not_replaced_without_a_word(tmp_path, capsys):
+    flags = ("--source", "xlam", "--dataset-path", write(tmp_path / "rows.jsonl", xlam_rows(40)), "--out-dir", tmp_path / "out")
+    assert prepare(*flags) == 0
+    first = capsys.readouterr()
+    assert first.err == "" and f"next: python 01_eval/eval.py --track toolcall --model-kind azure --dataset {tmp_path / 'out/toolcall/test.jsonl'}\n" in first.out
+    assert prepare(*flags) == 0 and capsys.readouterr().err == "", "the same splits again"
+    assert prepare(*flags, "--seed", 7) == 0
+    error = capsys.readouterr().err
+    assert error.startswith("warning: splits of an earlier run were replaced: ") and error.count("\n") == 1
+    assert all(str(tmp_path / f"out/{track}/{name}.jsonl") in error for track in TRACKS for name in ("train", "val", "test"))

@@ -51,11 +51,12 @@ def read_lines(path):
 
 def test_a_replay_from_files_to_files(evaluate, files, tmp_path):
     rows, replies = files
-    code, printed, error = evaluate("--dataset", rows, "--replies", replies, "--batch-size", 3)
+    code, printed, error = evaluate("--dataset", rows, "--replies", replies)
     assert code == 0 and error.startswith("warning: 1 of 4 rows are not measured, and the metrics count them as they stand (1 truncated, cut by")
     assert "record those replies again" in error and error.count("\n") == 1
     assert "exact_match_rate              0.2500" in printed and "missed: filtered 1, truncated 1, extra_text 1" in printed
-    assert printed.endswith(f"report: {tmp_path / 'out.json'}\n")
+    shown = f"report: {tmp_path / 'out.json'}\nnext: python 01_eval/eval.py --track structured --model-kind azure --dataset {rows}\n"
+    assert printed.endswith(shown)
     report, lines = read(tmp_path / "out.json"), read_lines(tmp_path / "out.rows.jsonl")
     assert set(report) == {
         "schema_version", "stage", "created_at", "track", "args", "code", "packages", "hardware", "model", "inputs",
@@ -72,7 +73,7 @@ def test_a_replay_from_files_to_files(evaluate, files, tmp_path):
     assert report["inputs"]["path"] == str(rows) and report["inputs"]["rows"] == 4 and len(report["inputs"]["sha256"]) == 64
     assert report["model"]["kind"] == "replay" and report["tokens"] == {"input": 10, "cached": 4, "output": 3, "rows": 1}
     assert report["counts"]["unmeasured"] == {"failed": 0, "truncated": 1} and report["latency"]["why"] == "the replies are recorded"
-    assert report["args"]["track"] == "structured" and report["args"]["seed"] == 42 and report["args"]["batch_size"] == 3
+    assert report["args"]["track"] == "structured" and report["args"]["seed"] == 42 and report["args"]["batch_size"] == 8
     assert report["trace"] == {"id": None, "url": None} and report["cost"]["total"] is None
     text = (tmp_path / "out.json").read_text()
     assert "NaN" not in text and text == json.dumps(report, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
@@ -351,3 +352,11 @@ def test_every_recorded_completion_is_gold_and_right_against_itself(track):
         scored = TRACKS[track].score(TRACKS[track].reference(example), example.completion)
         assert scored.error is None and scored.strict.f1 == scored.schema.f1 == scored.lenient.f1 == 1
     assert len(examples) == 300
+
+
+def test_flags_of_the_local_model_say_that_they_have_no_effect(evaluate, files):
+    rows, replies = files
+    code, _, error = evaluate("--dataset", rows, "--replies", replies, "--adapter", "adapter", "--precision", "bf16", "--batch-size", 4)
+    told = "warning: no effect: --batch-size, --precision, --adapter (of the local model, and replay is asked): leave it out, or give --model-kind slm"
+    assert code == 0 and error.splitlines()[0] == told
+    assert "no effect" not in evaluate("--dataset", rows, "--replies", replies, out="other.json")[2]

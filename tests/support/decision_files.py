@@ -232,7 +232,7 @@ def make_decision(
     sides = {}
     for side, found in (("azure", azure), ("slm", slm)):
         written = write(folder / f"{side}.rows.jsonl", *found)
-        sides[side] = write(folder / f"{side}.json", {"stage": "eval"}) | {f"rows_{key}": value for key, value in written.items()}
+        sides[side] = write(folder / f"{side}.json", {"stage": "eval"}) | {"ask": "text", "shots": None} | {f"rows_{key}": value for key, value in written.items()}
     metrics = compared(azure, slm)
     suspect = [
         {"id": a["id"], "group": a["group"], "reference": a["reference"], "reply": a["reply"]}

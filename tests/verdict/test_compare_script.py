@@ -119,7 +119,7 @@ def test_the_decision_file_has_the_keys_that_are_promised(compare, make, decisio
     for side, path in (("azure", azure), ("slm", slm), ("before", before)):
         rows = rows_path(path)
         assert told["reports"][side] == {
-            "path": str(path), "sha256": sha256_file(path), "rows_path": str(rows), "rows_sha256": sha256_file(rows),
+            "path": str(path), "sha256": sha256_file(path), "rows_path": str(rows), "rows_sha256": sha256_file(rows), "ask": read(path)["ask"], "shots": None,
         }  # fmt: skip
     assert told["models"] == {"azure": AZURE, "slm": TUNED, "before": SLM}
     assert told["labels"] == {"azure": "gpt-4o-mini", "slm": "phi-4-mini + adapter_toolcall", "before": "phi-4-mini"}
@@ -491,7 +491,7 @@ def test_where_results_cannot_go(compare, make, tmp_path, out, flag):
     azure, slm = make("azure"), make("slm")
     before = [path.read_text() for path in (azure, slm, rows_path(slm))]
     code, printed, error = compare(azure, slm, flag, tmp_path / out)
-    assert (code, printed, error.count("\n")) == (2, "", 1) and "choose another place" in error
+    assert (code, printed, error.count("\n")) == (2, "", 1) and f"choose another place with {flag}" in error
     assert [path.read_text() for path in (azure, slm, rows_path(slm))] == before and not (tmp_path / "decision.json").exists()
 
 

@@ -16,6 +16,7 @@ from slm_swap.verdict.comparison import examine, examine_means
 from slm_swap.verdict.decision import clusters_if_identical
 from slm_swap.verdict.evaluations import QUESTIONS, aligned, cluster_labels, read_evaluation, require_same, tools_of, units
 from slm_swap.verdict.gap import KINDS, REMEDIES, gap
+from slm_swap.verdict.html_report.words import metric_name, stretch
 from slm_swap.verdict.judge import Gate
 from slm_swap.verdict.sentence import points
 from tests.support.evaluated import AZURE, SLM, TUNED, calls, objects, replies, write_report
@@ -300,7 +301,7 @@ def test_fine_tune_and_its_sentence(sides):
     assert (told["verdict"], told["failing"][0], exact["difference"]) == ("FINE_TUNE", "args_exact_rate", 0.5)
     low, high = (points(end) for end in exact["interval"])
     assert told["sentence"] == (
-        f"The small model is worse by more than the margin of 2.0 points: args_exact_rate is 50.0 points lower ({low} to {high}) on 200 "
+        f"The small model is worse by more than the margin of 2.0 points: “Fully right call” is 50.0 points lower ({low} to {high}) on 200 "
         "rows. First try a larger --max-new-tokens (at most 25.0 points). Then train it on more rows, or on better ones, and measure again."
     )
 
@@ -309,9 +310,9 @@ def test_need_more_data_and_its_sentence(sides):
     told = look(sides(calls(60), slm=["right"] * 29 + ["wrong_value"]), delta=0.05)
     assert told["verdict"] == "NEED_MORE_DATA"
     need = told["need"]
-    low, high = (points(end) for end in told["metrics"][need["metric"]]["interval"])
-    assert told["sentence"] == (
-        f"60 rows do not settle it: in {need['metric']} azure - slm is {low} to {high} points, too near the margin of 5.0 points. "
+    shown = stretch(*told["metrics"][need["metric"]]["interval"])
+    assert shown.endswith("points behind") and told["sentence"] == (
+        f"60 rows do not settle it: in “{metric_name(need['metric'])}” the small model is {shown}, too near the margin of 5.0 points. "
         f"About {need['rows']:,} further rows would settle it (towards SWAP, with 80% power). So few rows say little of the gap: the number is "
         "rough."
     )
@@ -362,7 +363,7 @@ def test_the_point_rule_s_sentence(sides):
     found = sides(calls(20), slm=["right", "right", "right", "wrong_value"])
     told = examine_means(TRACK, found, 0.02)
     assert told["verdict"] == "FINE_TUNE" and told["gap"] is None and told["cost"] is None
-    assert told["sentence"] == "By the means of 20 rows alone the largest gap (args_exact_rate, 25.0 points) is more than the margin of 2.0 points."
+    assert told["sentence"] == "By the means of 20 rows alone the largest gap (“Fully right call”, 25.0 points) is more than the margin of 2.0 points."
     assert "is not more than the margin of 30.0" in examine_means(TRACK, found, 0.3)["sentence"]
 
 

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from hypothesis import given
@@ -15,10 +16,12 @@ from slm_swap.common.errors import UserError
 from slm_swap.common.reports import sha256_file
 from slm_swap.rows.examples import Example
 from slm_swap.rows.lines import text_hash
+from slm_swap.rows.prompts import SYSTEM_PROMPTS, toolcall_prompt
 from slm_swap.verdict.decision import FINE_TUNE, NEED_MORE_DATA, SWAP
 from slm_swap.verdict.html_report import plots, words
 from slm_swap.verdict.html_report.decision_file import open_rows, read_decision
 from slm_swap.verdict.html_report.page import csp_hash, write_page
+from slm_swap.verdict.html_report.sent import Texts, sent
 from slm_swap.verdict.html_report.text import MOST_COMPARISONS, all_visible, embedded_json, one_line, visible, word_diff
 from slm_swap.verdict.html_report.view import Page
 from tests.support.decision_files import MADE, TRACK, call, make_cost, make_decision, make_rows
@@ -142,7 +145,7 @@ def hostile(tmp_path_factory) -> Path:
     return render(make_decision(tmp_path_factory.mktemp("hostile"), change=poison, lines=(examples, azure, slm)))
 
 
-STRUCTURE = {"stage", "track", "verdict", "question", "guarantee", "withheld", "towards", "verdict_without", "path", "rows_path", "sha256", "rows_sha256", "id"}
+STRUCTURE = {"stage", "track", "verdict", "question", "guarantee", "withheld", "towards", "verdict_without", "path", "rows_path", "sha256", "rows_sha256", "id", "ask"}
 
 
 def poison(decision: dict) -> None:
@@ -306,7 +309,7 @@ def test_rows_are_put_side_by_side(tmp_path):
     ]
     assert [row["slm"]["error"] for row in found] == [None, None, "filtered", "truncated"]
     assert [row["marks"] for row in found] == [["mended"], [], ["broken"], ["reference", "mended"]]
-    assert [row["prompt"] for row in found] == [example.prompt for example in examples]
+    assert [row["sent"][0][1][-1][1] for row in found] == [example.prompt for example in examples]
     assert (
         found[0]["group"] in examples[0].completion and found[1]["group"] == examples[1].group
     )  # the tool stands in for no group
@@ -331,9 +334,51 @@ def test_prompts_are_shown_only_from_the_dataset_that_was_compared(tmp_path):
     decision = read_decision(make_decision(tmp_path, 3))
     with (tmp_path / "test.jsonl").open("a") as stream:
         stream.write("\n")
-    assert all("prompt" not in row for row in open_rows(decision))
+    assert not any({"sent", "request"} & set(row) for row in open_rows(decision))
     (tmp_path / "test.jsonl").unlink()
-    assert all("prompt" not in row for row in open_rows(decision))
+    assert not any({"sent", "request"} & set(row) for row in open_rows(decision))
+
+
+TOOL = {"name": "book", "description": "Book a table.", "parameters": {"type": "object", "properties": {"seats": {"type": "integer"}}}}
+HOW = {"ask": "text", "shots": None, "local": False}
+
+
+def test_what_was_sent_stands_in_parts_and_what_rows_share_stands_once():
+    texts, offer = Texts(), f"Tools:\n{json.dumps(TOOL)}\n\nRequest:"
+    rows = [Example(toolcall_prompt([TOOL], request), call("book", {}), request, tools=[TOOL]) for request in ("For two.", "For three.")]
+    for row in rows:
+        ((whom, parts),) = sent("toolcall", row, {"azure": HOW, "slm": HOW}, texts)
+        assert whom == "both" and parts == [("System text", 0), ("Tools (1), at the head of the user’s message", 1), ("User", row.id)]
+    assert list(texts) == [SYSTEM_PROMPTS["toolcall"], offer]
+
+
+def test_each_side_has_what_it_was_sent_itself():
+    messages = [{"role": "system", "content": "You are Mila."}, {"role": "user", "content": "For\u202e two."}]
+    row = Example("", "{}", "a", messages=messages, value={}, schema={"type": "object"}, options={"seed": 1})
+    asked = {"azure": HOW | {"ask": "native"}, "slm": HOW | {"ask": "native", "local": True, "shots": 3}}
+    texts = Texts()
+    (_, hosted), (_, small) = sent("structured", row, asked, texts)
+    told = [[(title, part if isinstance(part, str) else list(texts)[part]) for title, part in parts] for parts in (hosted, small)]
+    assert told[0] == [("JSON Schema", '{"type": "object"}'), ("Options", '{"seed": 1}'), ("System text", "You are Mila."), ("User", "For\\u202e two.")]
+    assert [title for title, _ in told[1]] == ["System text", "Examples", "User"] and told[1][0][1].startswith("You are Mila.\n\nReply with one JSON value")
+    assert "Up to 3 rows" in told[1][1][1]
+    # Recorded replies: nobody knows what was said, so that no system text is claimed.
+    unknown = {side: HOW | {"ask": None} for side in asked}
+    prompted = Example("For two.", "{}", "b")
+    assert sent("structured", prompted, unknown, texts) == [("row", [("User", "For two.")])]
+
+
+def test_a_simulated_model_is_called_so(tmp_path):
+    def change(decision):
+        decision["models"]["azure"]["served_model"] = ["azure-simulator"]
+
+    page = Page(read_decision(make_decision(tmp_path, 4, change=change)))
+    assert page.labels["azure"] == "gpt-4o-mini (simulated)" and page.labels["slm"] == "phi-4-mini + adapter_toolcall"
+    compared = [what for what, _, _ in page.facts() if "→" in what]
+    assert len(compared) == 3 and all("hosted (simulated) → small" in what for what in compared)
+    assert page.latency_table().rows[0][0] == "Hosted (simulated), one at a time"
+    text = render(tmp_path / "decision.json").read_text()
+    assert "the hosted model is the demo’s simulator" in text
 
 
 POINT = (
@@ -620,7 +665,7 @@ def test_plots_come_for_both_themes_and_widths(full):
 def test_the_script_writes_beside_the_decision_or_elsewhere(run_script, render_script, tmp_path, draw_once):
     decision = make_decision(tmp_path, 4)
     code, printed, error = run_script(render_script, "--decision", decision)
-    assert (code, printed, error) == (0, f"report: {tmp_path / 'decision.html'}\n", "")
+    assert (code, printed, error) == (0, f"report: {tmp_path / 'decision.html'}\nnext: open {(tmp_path / 'decision.html').as_uri()} in a browser\n", "")
     assert run_script(render_script, "--decision", decision, "--out", tmp_path / "there/page.html")[0] == 0
     assert (tmp_path / "there/page.html").read_bytes() == (tmp_path / "decision.html").read_bytes()
 
@@ -886,23 +931,93 @@ def test_a_row_s_difference_is_marked(open_page, tmp_path, draw_once):
     slm[0] |= {"reply": examples[0].completion.replace('"count":', '"number":'), "error": "missing_argument"}
     slm[0]["scores"] |= {TRACK.exact: 0.0}
     azure[0]["reply"] = examples[0].completion.replace('"count":', '"count": ')
+    azure[0]["seconds"], slm[0]["seconds"], slm[0]["load"] = 0.25, 2.5, 8
     page, _ = open_page(render(make_decision(tmp_path, lines=(examples, azure, slm))))
     assert page.locator("#body td").all_text_contents()[:2] == ["✓ right", "✗ missing argument"]
     page.click("#body button")
-    prompt, reference, left, right = page.locator("#body .detail pre").all()
+    system, prompt, reference, left, right = page.locator("#body .detail pre").all()
+    assert system.text_content() == SYSTEM_PROMPTS["toolcall"] and not system.is_visible()
     assert (prompt.text_content(), reference.text_content(), left.text_content()) == (
         examples[0].prompt,
         examples[0].completion,
         azure[0]["reply"],
     )
     assert left.locator("ins").all_text_contents() == [" "] and page.locator(".note").all_text_contents() == [
-        "Equal as JSON: order of keys and spacing do not count."
+        "User", "tokens: 160 in, 40 out; 250 ms", "Equal as JSON: order of keys and spacing do not count.", "tokens: 160 in, 40 out; 2.5 s, 8 at a time",
     ]
     assert (right.locator("del").all_text_contents(), right.locator("ins").all_text_contents()) == (["count"], ["number"])
     for mark, line in (("del", "line-through"), ("ins", "underline")):
         assert right.locator(mark).evaluate("(mark) => getComputedStyle(mark).textDecorationLine") == line
     page.click("#body button")
     assert page.locator(".detail").count() == 0
+
+
+@needs_chromium
+def test_filter_and_row_stand_in_the_address(open_page, full):
+    from playwright.sync_api import expect
+
+    page, heard = open_page(full)
+    page.select_option("#filter-right", "=azure")
+    page.fill("#filter-text", "=row & 0000")
+    expect(page.locator("#count")).to_have_text("No row fits these filters (120 in all).")
+    assert parse_qs(urlsplit(page.url).fragment) == {"right": ["azure"], "text": ["=row & 0000"]}
+    page.fill("#filter-text", "row")
+    expect(page.locator("#count")).to_contain_text("Rows 1 to")
+    wanted = shown_ids(page)[2]
+    page.locator("#body button").nth(2).click()
+    assert parse_qs(urlsplit(page.url).fragment) == {"right": ["azure"], "text": ["row"], "row": [wanted]}
+    address, ids = page.url, shown_ids(page)
+    other = page.context.new_page()
+    other.goto(address)
+    assert shown_ids(other) == ids and other.input_value("#filter-text") == "row" and other.input_value("#filter-right") == "=azure"
+    assert other.locator("#body > tr.open .id").all_text_contents() == [wanted] and other.locator(".detail").count() == 1
+    other.goto(f"{full.as_uri()}#row=row-00117")
+    assert other.locator("#body > tr.open .id").all_text_contents() == ["row-00117"] and len(shown_ids(other)) == 20
+    other.goto(f"{full.as_uri()}#row=gone")
+    assert "gone of the address is not among them" in other.locator("#count").text_content()
+    page.click("#clear")
+    assert page.url.endswith("#rows") and heard == []
+
+
+@needs_chromium
+def test_the_rows_of_the_filter_are_downloaded_and_a_row_is_copied(open_page, full):
+    page, heard = open_page(full, accept_downloads=True, permissions=["clipboard-read", "clipboard-write"])
+    page.select_option("#filter-right", "=neither")
+    with page.expect_download() as started:
+        page.click("#download")
+    lines = [json.loads(line) for line in Path(started.value.path()).read_text().splitlines()]
+    rows = {row["id"]: row for row in open_rows(read_decision(full.with_suffix(".json")))}
+    assert [line["id"] for line in lines] == shown_ids(page)
+    for line in lines:
+        row = rows[line["id"]]
+        assert put_together(row["slm"]["diff"]) == (line["reference"], line["small"]["reply"]) and line["small"]["error"] == row["slm"]["error"]
+        assert line["sent"][0]["to"] == "both" and line["sent"][0]["parts"][0]["text"] == SYSTEM_PROMPTS["toolcall"] and line["hosted"]["input"] == 160
+    page.locator("#body button").first.click()
+    page.get_by_text("Copy row as JSON").click()
+    page.get_by_text("Copied").wait_for()
+    assert json.loads(page.evaluate("navigator.clipboard.readText()")) == lines[0]
+    page.get_by_text("Copy link to this row").click()
+    page.get_by_text("Copied").nth(1).wait_for()
+    assert page.evaluate("navigator.clipboard.readText()") == page.url and f"row={lines[0]['id']}" in page.url and heard == []
+
+
+@needs_chromium
+def test_paper_has_no_buttons_and_everything_that_is_folded(open_page, full):
+    page, _ = open_page(full)
+    page.emulate_media(media="print")
+    assert page.locator("button:visible, select:visible, input:visible, nav:visible").count() == 0
+    for details in page.locator("details").all():
+        assert details.evaluate("(own) => own.lastElementChild.getBoundingClientRect().height > 0 && own.lastElementChild.checkVisibility({contentVisibilityAuto: true})")
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [1280, 1920])
+def test_a_wide_screen_is_used(open_page, full, width):
+    page, _ = open_page(full, width)
+    boxes = [page.locator(place).first.bounding_box() for place in (".verdict-told", ".facts", ".verdict-next")]
+    assert boxes[1]["x"] > boxes[0]["x"] + boxes[0]["width"] - 1 and boxes[1]["x"] + boxes[1]["width"] > 0.85 * min(width, 1664)
+    if width == 1280:
+        assert boxes[2]["y"] + boxes[2]["height"] < 800  # what to do next is on the first screen
 
 
 @needs_chromium
@@ -915,7 +1030,7 @@ def test_by_keyboard_alone(open_page, full):
     page.keyboard.press("n")  # Neither right
     first = page.locator("#body .id").first.text_content()
     assert "120 in all" in page.locator("#count").text_content()
-    for _ in range(6):
+    for _ in range(8):
         page.keyboard.press("Tab")
     button = "document.activeElement"
     assert page.evaluate(f"{button}.textContent") == f"Show row {first}"
@@ -950,7 +1065,7 @@ def test_five_thousand_rows_are_there_and_fifty_in_the_document(open_page, tmp_p
     from playwright.sync_api import expect
 
     page, heard = open_page(render(make_decision(tmp_path, 5000)))
-    assert page.evaluate("JSON.parse(document.getElementById('data').textContent).length") == 5000
+    assert page.evaluate("JSON.parse(document.getElementById('data').textContent).rows.length") == 5000
     assert page.locator("#count").text_content() == "Rows 1 to 50 of 5,000." and page.locator("#body tr").count() == 50
     page.fill("#filter-text", "row-04999")
     expect(page.locator("#count")).to_have_text("Rows 1 to 1 of 1 (5,000 in all).")

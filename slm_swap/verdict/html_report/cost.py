@@ -13,10 +13,10 @@ Fact = tuple[str, str, str]  # what, number, explanation
 
 
 class CostView:
-    """The `cost` of a decision, where it has one; `unit` is the currency as the page shows it."""
+    """The `cost` of a decision, where it has one; `unit` is the currency as the page shows it, `hosted` and `small` are what it calls the models."""
 
-    def __init__(self, decision: dict[str, Any], unit: str):
-        self.cost, self.unit = decision["cost"], unit
+    def __init__(self, decision: dict[str, Any], unit: str, hosted: str = "hosted", small: str = "small"):
+        self.cost, self.unit, self.hosted, self.small = decision["cost"], unit, hosted, small
         self.verdict, self.delta = decision["verdict"], decision["delta"]
         self.volume = (self.cost["traffic"] or {}).get("tasks_per_month")
         self.bills = self.cost["bills"] or []
@@ -37,7 +37,7 @@ class CostView:
         bill = self.bills[0]
         told = f"{cost_words.difference(bill['saving'], self.unit)} a month"
         facts = [(
-            f"A month of {count(self.volume, 'tasks')}: hosted → small", f"{self.money(bill['azure'])} → {self.money(bill['slm'])}",
+            f"A month of {count(self.volume, 'tasks')}: {self.hosted} → {self.small}", f"{self.money(bill['azure'])} → {self.money(bill['slm'])}",
             ": ".join(filter(None, (told, cost_words.machines(bill)))),
         )]  # fmt: skip
         if bill["wrong_replies"]:
@@ -68,7 +68,7 @@ class CostView:
         """A month by volume; None where neither bill is known."""
         if all(bill["azure"] is None and bill["slm"] is None for bill in self.bills):
             return None
-        head = ["Tasks a month", "Hosted", "Small", "Machines", "Small, 1,000 tasks", "More wrong replies, at most"]
+        head = ["Tasks a month", self.hosted.capitalize(), self.small.capitalize(), "Machines", "Small, 1,000 tasks", "More wrong replies, at most"]
         rows = []
         for bill in self.bills:
             wrong = "–" if bill["wrong_replies"] is None else count(bill["wrong_replies"])

@@ -11,15 +11,19 @@ from slm_swap.common.errors import UserError
 from slm_swap.common.reports import read_json, sha256_file
 from slm_swap.common.settings import display_path, find_path
 from slm_swap.rows.conversations import conversation_text, normalized
+from slm_swap.rows.examples import Example, parse_example
 from slm_swap.rows.lines import read_jsonl, text_hash
+from slm_swap.rows.prompts import ASKS, request_text
 from slm_swap.scoring.tracks import TRACKS
 from slm_swap.verdict.cascade import GUARANTEES
 from slm_swap.verdict.decision import EXIT_CODES
 from slm_swap.verdict.evaluations import QUESTIONS, shown_tool, tool_of
-from slm_swap.verdict.html_report.text import all_visible, visible, word_diff
+from slm_swap.verdict.html_report.sent import Texts, sent
+from slm_swap.verdict.html_report.text import all_visible, one_line, visible, word_diff
 
 MADE_BY = "03_compare/compare.py"
 HALF_PAIR = re.compile("[\ud800-\udfff]")  # no text: it has no hash, and no row is made of it
+REQUEST_LENGTH = 160  # characters of a request in the list of rows
 
 # -- The file's form, as JSON Schema. What may be null may be absent, too: then it is null. --------------------------------------
 
@@ -49,7 +53,7 @@ COUNT = {"type": "integer", "minimum": 0, "maximum": 10**15}
 INTERVAL = {"type": "array", "items": DIFFERENCE, "minItems": 2, "maxItems": 2}
 VERDICT = {"enum": list(EXIT_CODES)}
 PATH = {"type": "string", "pattern": r"^[^\x00]+$"}
-SIDE = record(path=maybe(PATH), sha256=maybe(TEXT), rows_path=maybe(PATH), rows_sha256=maybe(TEXT))
+SIDE = record(path=maybe(PATH), sha256=maybe(TEXT), rows_path=maybe(PATH), rows_sha256=maybe(TEXT), ask=maybe({"enum": [*ASKS, "mixed"]}), shots=maybe(COUNT))
 SPEED = record(rows=maybe(COUNT), concurrency=maybe(COUNT), p50=AMOUNT, p95=AMOUNT)  # seconds
 LATENCY = record(alone=maybe(SPEED), loaded=maybe(SPEED), why=maybe(TEXT))
 CAUSES = record(failed=maybe(COUNT), truncated=maybe(COUNT))
@@ -285,6 +289,12 @@ class Rows:
             "mended": set(before["better"]) if before else set(),
         }
         self.dataset = dataset(decision["inputs"])
+        self.texts = Texts()  # of the rows that were iterated over
+        models = {side: (decision["models"] or {}).get(side) or {} for side in ("azure", "slm")}
+        self.asked = {
+            side: {name: decision["reports"][side][name] for name in ("ask", "shots")} | {"local": model.get("kind") == "slm" and "endpoint" not in model}
+            for side, model in models.items()
+        }
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Each row as page.js takes it, every string of it visible.
@@ -292,7 +302,7 @@ class Rows:
         Raises:
             UserError: a line is not a row, or the files hold other rows; the line is named.
         """
-        prompts = prompts_of(self.dataset) if self.dataset else {}
+        examples = examples_of(self.dataset) if self.dataset else {}
         for azure, slm in self.pairs():
             marks = [mark for mark, ids in self.marks.items() if azure["id"] in ids]
             row = {
@@ -302,8 +312,9 @@ class Rows:
                 "slm": self.side(slm),
                 "marks": marks,
             }
-            if azure.get("prompt_sha256") in prompts:
-                row["prompt"] = prompts[azure["prompt_sha256"]]
+            if example := examples.get((azure["id"], azure.get("prompt_sha256"))):
+                row["request"] = one_line(request_text(example), REQUEST_LENGTH)
+                row["sent"] = sent(self.track.title, example, self.asked, self.texts)
             yield all_visible(row)
 
     def pairs(self) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
@@ -343,7 +354,9 @@ class Rows:
         }
         if row.get("reply_error") or row.get("finish_reason") not in (None, "stop"):
             told["ended"] = row.get("reply_error") or row["finish_reason"]
-        return told
+        tokens = row.get("tokens") if isinstance(row.get("tokens"), dict) else {}
+        spent = {"input": tokens.get("input"), "output": tokens.get("output"), "seconds": row.get("seconds"), "load": row.get("load")}
+        return told | {name: value for name, value in spent.items() if isinstance(value, (int, float)) and value >= 0}
 
 
 def is_row(value: Any) -> bool:
@@ -389,9 +402,19 @@ def dataset(inputs: dict[str, Any] | None) -> Path | None:
     return path if path.is_file() and sha256_file(path) == inputs["sha256"] else None
 
 
-def prompts_of(path: Path) -> dict[str, str]:
-    """The prompts of a dataset by the hash that rows files know them by."""
-    return {text_hash(prompt): prompt for prompt in _prompts(path) if not HALF_PAIR.search(prompt)}
+def examples_of(path: Path) -> dict[tuple[str, str], Example]:
+    """The rows of a dataset by what rows files know them by: id, and hash of the prompt."""
+    found = {}
+    for where, line in read_jsonl(path):
+        with suppress(UserError):  # the evaluation had another file under that name
+            example = parse_example(line, where)
+            found[example.id, text_hash(example.prompt)] = example
+    return found
+
+
+def prompt_hashes(path: Path) -> set[str]:
+    """The hashes of a dataset's prompts, as rows files have them."""
+    return {text_hash(prompt) for prompt in _prompts(path) if not HALF_PAIR.search(prompt)}
 
 
 def _prompts(path: Path) -> Iterator[str]:

@@ -4,7 +4,8 @@
   const PAGE = 50;
   const RIGHT = { both: "Both right", azure: "Only hosted right", slm: "Only small right", neither: "Neither right" };
   const MARKS = { reference: "Reference may be wrong", broken: "Right before fine-tuning, wrong now", mended: "Wrong before fine-tuning, right now" };
-  const rows = JSON.parse(document.getElementById("data").textContent);
+  const WHOM = { both: "Sent to both models", azure: "Sent to the hosted model", slm: "Sent to the small model", row: "The row (how it was asked is not known)" };
+  const { rows, texts } = JSON.parse(document.getElementById("data").textContent);
   const browser = document.getElementById("browser");
   const [right, error, group, mark, text] = ["right", "error", "group", "mark", "text"].map((name) => document.getElementById(`filter-${name}`));
   const [body, count, previous, next] = ["body", "count", "previous", "next"].map((name) => document.getElementById(name));
@@ -40,8 +41,11 @@
 
   // Both texts can be put together from a difference: parts in both, only in the reference, only in the reply, and so on.
   const side = (diff, left_out) => diff.filter((_, at) => at % 3 !== left_out).join("");
+  const told = (part) => (typeof part === "number" ? texts[part] : part);
+  // What all rows share, such as tools, is left out: every row would be found by it.
+  const own = (row) => (row.sent ?? []).flatMap(([, parts]) => parts.map(([, part]) => part)).filter((part) => typeof part === "string");
   function textOf(row) {
-    const texts = () => [row.id, row.group, row.prompt ?? "", side(row.azure.diff, 2), side(row.azure.diff, 1), side(row.slm.diff, 1)];
+    const texts = () => [row.id, row.group, ...own(row), side(row.azure.diff, 2), side(row.azure.diff, 1), side(row.slm.diff, 1)];
     return (row.searched ??= texts().join("\n").toLowerCase());
   }
 
@@ -57,6 +61,58 @@
     );
     first = 0;
     show();
+    remember(null);
+  }
+
+  // The filters and the row that is open stand in the address: `#right=azure&row=row-17`.
+  const FILTERS = { right, error, group, mark, text };
+  function remember(id) {
+    const given = Object.entries(FILTERS).filter(([, filter]) => filter.value).map(([name, filter]) => [name, filter.value.replace(filter === text ? "" : /^=/, "")]);
+    const query = new URLSearchParams([...given, ...(id === null ? [] : [["row", id]])]).toString();
+    history.replaceState(null, "", query ? `#${query}` : "#rows");
+  }
+
+  function recall() {
+    if (!location.hash.includes("=")) return;
+    const query = new URLSearchParams(location.hash.slice(1));
+    for (const [name, filter] of Object.entries(FILTERS)) filter.value = query.has(name) ? (filter === text ? "" : "=") + query.get(name) : "";
+    const wanted = query.get("row");
+    search();
+    const at = found.findIndex((row) => row.id === wanted);
+    if (wanted !== null && at < 0) count.textContent += ` The row ${wanted} of the address is not among them.`;
+    if (at >= 0) {
+      first = at - (at % PAGE);
+      show();
+      body.children[at - first].querySelector("button").click();
+    }
+    (at >= 0 ? body.children[at - first] : browser).scrollIntoView();
+  }
+
+  function copyButton(label, textOf) {
+    const button = element("button", { type: "button", className: "copy", textContent: label });
+    copies(button, textOf);
+    return button;
+  }
+
+  function copies(button, textOf) {
+    const label = button.textContent;
+    button.addEventListener("click", async () => {
+      try {
+        await navigator.clipboard.writeText(textOf());
+        button.textContent = "Copied";
+      } catch {
+        button.textContent = "Copying is not allowed here";
+      }
+      setTimeout(() => (button.textContent = label), 2000);
+    });
+  }
+
+  // A line of the download: what was sent, wanted and answered, as the page shows it.
+  function exported(row) {
+    const { id, group, request, marks } = row;
+    const sent = row.sent?.map(([whom, parts]) => ({ to: whom, parts: parts.map(([title, part]) => ({ title, text: told(part) })) }));
+    const [hosted, small] = [row.azure, row.slm].map(({ diff, ...rest }) => ({ reply: side(diff, 1), ...rest }));
+    return JSON.stringify({ id, group, request, sent, reference: side(row.azure.diff, 2), hosted, small, marks });
   }
 
   function show() {
@@ -74,13 +130,14 @@
     button.setAttribute("aria-expanded", "false");
     const line = element(
       "tr", {},
-      element("th", { scope: "row" }, ...["id", "group"].map((name) => element("bdi", { className: name }, ...breakable(row[name])))),
+      element("th", { scope: "row" }, ...["id", "group"].map((name) => element("bdi", { className: name }, ...breakable(row[name]))), ...(row.request ? [element("bdi", { className: "request", textContent: row.request })] : [])),
       outcome(row.azure), outcome(row.slm), element("td", {}, button),
     );
     button.addEventListener("click", () => {
       const open = button.getAttribute("aria-expanded") === "false";
       button.setAttribute("aria-expanded", String(open));
       button.firstChild.data = open ? "Hide" : "Show";
+      remember(open ? row.id : null);
       line.classList.toggle("open", open);
       if (open) {
         const detail = details(row, `detail-${at}`);
@@ -100,19 +157,35 @@
 
   function details(row, id) {
     const cell = element("td", { colSpan: 4 });
-    const part = (title, ...content) => cell.append(element("h3", { textContent: title }), ...content);
+    const part = (title, ...content) => element("div", {}, element("h3", { textContent: title }), ...content);
     const note = (text) => element("p", { className: "note", textContent: text });
     const gone = browser.dataset.prompts === "yes" ? "Not in the dataset." : "Not stored: the dataset is not where it was, or has changed.";
-    part("Prompt", row.prompt === undefined ? note(gone) : element("pre", { textContent: row.prompt }));
-    part("Reference", element("pre", { textContent: side(row.azure.diff, 2) }));
+    cell.append(element("p", { className: "copies" }, copyButton("Copy row as JSON", () => exported(row)), " ", copyButton("Copy link to this row", () => location.href)));
+    for (const [whom, parts] of row.sent ?? [["row", []]]) cell.append(part(WHOM[whom], ...(row.sent ? parts.flatMap(shared) : [note(gone)])));
+    cell.append(part("Reference", element("pre", { textContent: side(row.azure.diff, 2) })));
+    const sides = element("div", { className: "sides" });
     for (const [name, title] of [["azure", "Hosted"], ["slm", "Small"]]) {
       const content = [element("pre", {}, ...marked(row[name].diff))];
       if (row[name].ended) content.unshift(note(`Ended by: ${row[name].ended}`));
       if (row[name].right && row[name].diff.length > 1) content.unshift(note("Equal as JSON: order of keys and spacing do not count."));
       if (!side(row[name].diff, 1)) content.unshift(note("The reply is empty."));
-      part(`${title}: ${browser.dataset[name]}${row[name].right ? "" : `, ${plain(row[name].error ?? "not exact")}`}`, ...content);
+      content.unshift(note(spent(row[name])));
+      sides.append(part(`${title}: ${browser.dataset[name]}${row[name].right ? "" : `, ${plain(row[name].error ?? "not exact")}`}`, ...content));
     }
+    cell.append(sides);
     return element("tr", { className: "detail", id }, cell);
+  }
+
+  // A part that was sent: one that many rows share is folded.
+  function shared([title, part]) {
+    if (typeof part === "string") return [element("p", { className: "note", textContent: title }), element("pre", { textContent: part })];
+    return [element("details", {}, element("summary", { textContent: title }), element("pre", { textContent: texts[part] }))];
+  }
+
+  function spent({ input, output, seconds, load }) {
+    const tokens = input === undefined && output === undefined ? "tokens not known" : `tokens: ${input ?? "?"} in, ${output ?? "?"} out`;
+    const time = seconds === undefined ? "time not known" : `${seconds < 1 ? `${number.format(Math.round(1000 * seconds))} ms` : `${number.format(seconds)} s`}`;
+    return `${tokens}; ${time}${load === undefined ? "" : load === 1 ? ", asked alone" : `, ${load} at a time`}`;
   }
 
   function marked(diff) {
@@ -142,6 +215,14 @@
     if (previous.disabled || next.disabled) (previous.disabled ? next : previous).focus(); // a disabled button loses the focus
     document.getElementById("table").scrollIntoView();
   }
+  copies(document.getElementById("copy"), () => location.href);
+  document.getElementById("download").addEventListener("click", () => {
+    const address = URL.createObjectURL(new Blob([...found.map((row) => `${exported(row)}\n`)], { type: "application/jsonl" }));
+    element("a", { href: address, download: "rows.jsonl" }).click();
+    setTimeout(() => URL.revokeObjectURL(address), 10000);
+  });
+  window.addEventListener("hashchange", recall);
   browser.hidden = false;
   show();
+  recall();
 })();

@@ -67,10 +67,10 @@ def csp_hash(text: str) -> str:
 
 
 def rows_json(rows: Rows) -> Iterator[Any]:
-    """The rows as one JSON list, row by row, safe inside a script element."""
+    """`{"rows": [...], "texts": [...]}`: the rows, one by one, and the texts that they share, safe inside a script element."""
     from markupsafe import Markup
 
-    yield "["
+    yield Markup('{"rows":[')
     for number, row in enumerate(rows):
         yield Markup((",\n" if number else "\n") + embedded_json(row))
-    yield "]"
+    yield Markup('],"texts":' + embedded_json(list(rows.texts)) + "}")

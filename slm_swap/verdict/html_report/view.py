@@ -5,6 +5,7 @@ from typing import Any
 from slm_swap.scoring.tracks import TRACKS
 from slm_swap.verdict.cost_words import money
 from slm_swap.verdict.decision import FINE_TUNE, SWAP
+from slm_swap.verdict.evaluations import is_simulated
 from slm_swap.verdict.gap import FINE_TUNING
 from slm_swap.verdict.html_report import plots, words
 from slm_swap.verdict.html_report.cost import CostView
@@ -28,13 +29,17 @@ class Page:
             side: one_line(given.get(side) or name, 80)
             for side, name in (("azure", "hosted model"), ("slm", "small model"), ("before", "small model"))
         }
+        models = decision["models"] or {}
+        self.simulated = [name for side, name in (("azure", "hosted"), ("slm", "small")) if is_simulated(models.get(side) or {})]
+        self.labels |= {side: f"{self.labels[side]} (simulated)" for side, name in (("azure", "hosted"), ("slm", "small")) if name in self.simulated}
+        self.hosted, self.small = (f"{name} (simulated)" if name in self.simulated else name for name in ("hosted", "small"))
         known = [name for name in self.track.gate if name in decision["metrics"]]
         self.metrics = known + [name for name in decision["metrics"] if name not in known]
         self.delta, self.alpha = decision["delta"], decision["alpha"]
         self.level = None if self.alpha is None else f"{100 * (1 - 2 * self.alpha):g}%"
         self.swap_alpha = decision["swap_alpha"] or self.alpha
         self.currency = one_line((decision["cost"] or {}).get("currency") or "", 12)
-        self.cost = CostView(decision, self.currency) if decision["cost"] else None
+        self.cost = CostView(decision, self.currency, self.hosted, self.small) if decision["cost"] else None
 
     def money(self, amount: float) -> str:
         return money(amount, self.currency)
@@ -48,19 +53,23 @@ class Page:
             return words.TOO_SLOW
         return words.UNMEASURED if withheld else words.HEADLINES[self.decision["verdict"]]
 
+    @property
+    def both(self) -> str:
+        return f"{self.hosted} → {self.small}"
+
     def facts(self) -> list[tuple[str, str, str]]:
         """The few numbers that stand beside the verdict: (what, number, explanation)."""
         decision, facts = self.decision, []
         if main := decision["metrics"].get(self.exact):
             told = f"{percent(main['azure'])} → {percent(main['slm'])}"
-            what = f"{self.name(self.exact)}s: hosted → small"
+            what = f"{self.name(self.exact)}: {self.both}"
             facts.append((what, told, self.spelled(main["difference"], main["interval"])))
         worst = (decision["failing"] or [None])[0] or max(self.metrics, key=lambda name: decision["metrics"][name]["difference"])
         if worst != self.exact and worst in decision["metrics"]:
             values = decision["metrics"][worst]
             told = f"{percent(values['azure'])} → {percent(values['slm'])}"
-            facts.append((f"{self.name(worst)}: hosted → small", told, self.spelled(values["difference"], values["interval"])))
-        facts += self.cost.facts() if self.cost else []
+            facts.append((f"{self.name(worst)}: {self.both}", told, self.spelled(values["difference"], values["interval"])))
+        facts += self.cost.facts() if self.cost else [("Savings", "unknown", "compare by the rows, and fill in slm_swap/prices.toml")]
         if partly := decision["cascade"]:
             what = "regret" if partly["guarantee"] == "regret" else "other answers"
             told = f"the hosted model behind it; {what} at most {100 * partly['delta']:g}% ({100 * (1 - partly['alpha']):g}% sure)"
@@ -86,13 +95,13 @@ class Page:
                     f"{name} {1000 * side[way]['p95']:,.0f} ms" for name, side in zip(("hosted", "small"), sides, strict=True) if side.get(way)
                 )
                 load = "one request at a time" if way == "alone" else "under load"
-                return [("Latency, median: hosted → small", " → ".join(shown), f"{load}; 95th percentile: {slow}")]
+                return [(f"Latency, median: {self.both}", " → ".join(shown), f"{load}; 95th percentile: {slow}")]
         return []
 
     def latency_table(self) -> Table | None:
         """Both models' latencies as measured; None where none was."""
         told, rows = self.decision["latency"] or {}, []
-        for side, name in (("azure", "Hosted"), ("slm", "Small")):
+        for side, name in (("azure", self.hosted.capitalize()), ("slm", self.small.capitalize())):
             for way in ("alone", "loaded"):
                 if found := (told.get(side) or {}).get(way):
                     load = "one at a time" if way == "alone" else f"{count(found['concurrency'])} at a time" if found["concurrency"] else "under load"
@@ -163,7 +172,7 @@ class Page:
     # -- Quality -----------------------------------------------------------------------------------------------------------------
 
     def name(self, metric: str) -> str:
-        return words.METRICS.get(metric, (metric, ""))[0]
+        return words.metric_name(metric)
 
     def glossary(self) -> list[tuple[str, str]]:
         return [words.METRICS[name] for name in self.metrics if name in words.METRICS]
@@ -213,7 +222,7 @@ class Page:
             value = self.values(name)
             sides = [rate_of(value[side], value[f"{side}_interval"]) for side in ("azure", "slm")]
             rows.append([self.name(name), *sides, range_of(value["difference"], value["interval"]), self.finding(name)])
-        head = ["Metric", f"Hosted{intervals}", f"Small{intervals}", f"Behind by, points{intervals}", "Finding"]
+        head = ["Metric", f"{self.hosted.capitalize()}{intervals}", f"{self.small.capitalize()}{intervals}", f"Behind by, points{intervals}", "Finding"]
         return Table("Both models on every metric", head, rows)
 
     def tests_table(self) -> Table | None:

@@ -74,6 +74,11 @@ COST_PARTS = {  # of the small model's month
 MINUS = "\u2212"
 
 
+def metric_name(metric: str) -> str:
+    """A metric's name for people; one that is not known here keeps its own."""
+    return METRICS.get(metric, (metric, ""))[0]
+
+
 def percent(rate: float) -> str:
     return f"{100 * rate:.1f}%"
 
