@@ -61,7 +61,7 @@ def test_the_docstring_shows_two_commands_that_parse(script):
         assert done.returncode == 0, (command, errors(done))
 
 
-NOT_NEEDED = {  # by an evaluation with the transformers engine, without tracing and adapter
+NOT_NEEDED = {  # by an evaluation with the transformers engine, without tracing and adapter, on a CPU
     "langfuse", "openai", "anthropic", "vllm", "trl", "peft", "datasets", "pandas", "pyarrow", "matplotlib", "starlette", "uvicorn", "jsonschema",
     "scipy.stats", "torch._inductor.compile_fx",
 }  # fmt: skip
@@ -74,7 +74,7 @@ def test_an_evaluation_imports_nothing_that_it_does_not_need(precision, tmp_path
     flags = ("--track", "structured", "--model-kind", "slm", "--engine", "transformers", "--precision", precision, "--max-new-tokens", "2")
     done = run(
         "01_eval/eval.py", *flags, "--dataset", str(rows), "--out", str(tmp_path / "report.json"),
-        LANGFUSE_DISABLED="1", SLM_MODEL_PATH=str(PACKAGE / "models/phi-tiny"),
+        LANGFUSE_DISABLED="1", SLM_MODEL_PATH=str(PACKAGE / "models/phi-tiny"), CUDA_VISIBLE_DEVICES="",
     )  # fmt: skip
     assert done.returncode == 0 and (tmp_path / "report.json").exists(), errors(done)
     imported = {line.rsplit("|", 1)[1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from slm_swap import slm_client
-from slm_swap.clients import loading, replicas
+from slm_swap.clients import engines, loading, replicas
 from slm_swap.clients.loading import adapter_path, encode_prompt, encode_prompts, model_path, placement, training_seconds
 from slm_swap.clients.pricing import LocalPrices, Prices
 from slm_swap.common.errors import UserError
@@ -80,6 +80,7 @@ def test_nothing_is_collected_while_it_is_loaded_and_everything_afterwards(monke
     serve_rows(SETTINGS, seed=7)
     assert gc.isenabled() and collected == [False, False]
     assert torch.rand(1) == first, "every process is seeded"
+    monkeypatch.setattr(engines, "why_not_vllm", lambda cpu=False: "no GPU")
     with pytest.raises(UserError, match="cannot run here"):
         local_client(SETTINGS, [], 8, seed=7, engine="vllm")
     assert gc.isenabled()
@@ -229,7 +230,7 @@ def test_a_broken_checkpoint_is_said(broken, tmp_path):
 
 
 def test_eight_bits_have_products_of_our_own():
-    client = SLMClient(SETTINGS, max_new_tokens=8, batch_size=8)
+    client = SLMClient(SETTINGS, engine="transformers", max_new_tokens=8, batch_size=8)
     told = client.describe()
     kinds = Counter(type(part).__name__ for part in client.engine.model.modules())
     assert (told["precision"], told["products"]) == ("int8", "bf16") and kinds["Int8Linear"] == 16 and not kinds["Linear8bitLt"]
