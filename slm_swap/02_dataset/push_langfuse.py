@@ -40,8 +40,9 @@ def main(argv: list[str] | None = None) -> int:
         name = args.name or dataset_name(args.track, split)
         counts = push(api, name, args.track, examples, inputs)
     print(f"{name}: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
-    rows = f"--dataset {inputs['path']}" if args.dataset else f"--split {split}"
-    next_step(f"python 01_eval/eval.py --track {args.track} --model-kind azure {rows} --langfuse-experiment NAME")
+    if not args.name:  # eval.py looks for the default one
+        rows = f"--dataset {inputs['path']}" if args.dataset else f"--split {split}"
+        next_step(f"python 01_eval/eval.py --track {args.track} --model-kind azure {rows} --langfuse-experiment NAME")
     return 0
 
 

@@ -122,7 +122,7 @@ def quantization(precision: str) -> Any:
     from transformers import BitsAndBytesConfig
 
     if precision == "int8":
-        quiet_bitsandbytes()
+        quiet_packages()
         return BitsAndBytesConfig(load_in_8bit=True)
     if precision == "nf4":
         return BitsAndBytesConfig(
@@ -131,11 +131,12 @@ def quantization(precision: str) -> Any:
     return None
 
 
-def quiet_bitsandbytes() -> None:
+def quiet_packages() -> None:
     """bitsandbytes would tell at each product of 8-bit weights that it casts to float16: hundreds of lines a row. And, when it is imported
-    on a CPU (PEFT does so), that it lacks a 4-bit kernel, which it does without."""
+    on a CPU (PEFT does so), that it lacks a 4-bit kernel, which it does without. DeepSpeed would tell that there is no GPU."""
     for name in ("autograd._functions", "backends.cpu.ops"):
         logging.getLogger(f"bitsandbytes.{name}").setLevel(logging.ERROR)
+    logging.getLogger("DeepSpeed").addFilter(_no_choice_of_the_cpu)  # it sets its own level
 
 
 def import_bitsandbytes() -> None:
@@ -168,7 +169,7 @@ def load_model(path: Path, precision: str, device_map: Any = "auto", trust_remot
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    quiet_bitsandbytes()
+    quiet_packages()
     config = load_config(path, trust_remote_code)
     require_generation_config(path)
     require_precision(path, config, precision)
@@ -347,6 +348,10 @@ def without_load_report() -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(_no_load_report)
+
+
+def _no_choice_of_the_cpu(record: logging.LogRecord) -> bool:
+    return "Setting accelerator to CPU" not in record.getMessage()
 
 
 def _no_load_report(record: logging.LogRecord) -> bool:

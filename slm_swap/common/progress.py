@@ -43,7 +43,7 @@ class Progress:
         if self.shown and sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar, self.every = tqdm(total=self.total, desc=self.title, unit=self.unit.removesuffix("s"), leave=False), REFRESH
+            self._bar, self.every = tqdm(total=self.total, desc=self.title, unit=f" {self.unit}", leave=False), REFRESH
         if self.shown:
             self._thread = threading.Thread(target=self._beat, name=f"progress of {self.title}", daemon=True)
             self._thread.start()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from slm_swap.clients.architecture import text_config
-from slm_swap.clients.loading import load_model, quiet_bitsandbytes, require_numbers
+from slm_swap.clients.loading import load_model, quiet_packages, require_numbers
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import Launch, display_path, find_path
 from slm_swap.tuning.hyperparameters import Hyperparameters
@@ -142,7 +142,7 @@ def _load_unsloth(path: Path, parameters: Hyperparameters, find_untrained: Calla
         os.environ["UNSLOTH_BLOCK_COMPILE"] = "0"
     from unsloth import FastLanguageModel
 
-    quiet_bitsandbytes()
+    quiet_packages()
     model, _ = FastLanguageModel.from_pretrained(
         model_name=str(path),
         max_seq_length=parameters.pack_length if parameters.packing else parameters.max_length,

@@ -162,6 +162,8 @@ def run_trainer(
 
     Gives `sessions`, `seconds`, and `eval_loss` and `metrics` before and after, as `training_info.json` has them; and the loss curve.
     """
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)  # Told says it in their place
     order = use_seeded_order(trainer, parameters.seed, by_length=not parameters.packing)
     checkpoint, earlier = checkpoints.latest(say) or (None, None)
     rows = trainer.eval_dataset is not None
@@ -180,8 +182,6 @@ def run_trainer(
             "metrics": {"before": sample()},
         }
     tell_where_it_saves(trainer, checkpoints.folder)
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
     watch = Watch(parameters, order, checkpoints, save_steps, sample, clock, earlier | {"sessions": earlier["sessions"] + 1})
     with Progress("training", None, "steps", shown=trainer.is_world_process_zero()) as shown:
         steps = Told(shown)

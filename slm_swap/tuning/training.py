@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from slm_swap.clients.endings import require_ending
-from slm_swap.clients.loading import files_hash, load_tokenizer, quiet_bitsandbytes
+from slm_swap.clients.loading import files_hash, load_tokenizer, quiet_packages
 from slm_swap.clients.thinking import thinking
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import SCHEMA_VERSION, code_version, hardware, now, package_versions, sha256_file
@@ -109,7 +109,7 @@ def train(
             the back end cannot train this model right.
     """
     clock = Stopwatch()
-    quiet_bitsandbytes()
+    quiet_packages()
     if out.exists() and not out.is_dir():
         raise UserError(f"{display_path(out)} is there and is no folder: choose another --out, or move it away")
     if backend == "trl":

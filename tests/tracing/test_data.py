@@ -71,11 +71,14 @@ def call(capsys):
 
 @pytest.fixture
 def push(call, push_script, write_rows):
-    """A function that pushes rows as the dataset DATASET."""
+    """A function that pushes rows as the dataset DATASET: (exit code, stdout without the next command, stderr)."""
 
     def push_it(rows: list[Example], *flags: object) -> tuple[int, str, str]:
         path = write_rows("rows.jsonl", [row.to_json() for row in rows])
-        return call(push_script, "--track", "structured", "--dataset", path, *flags)
+        code, printed, error = call(push_script, "--track", "structured", "--dataset", path, *flags)
+        told, _, after = printed.partition("next: ")
+        assert bool(after) == (code == 0 and "--name" not in flags)
+        return code, told, error
 
     return push_it
 

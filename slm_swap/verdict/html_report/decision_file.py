@@ -355,7 +355,7 @@ class Rows:
         if row.get("reply_error") or row.get("finish_reason") not in (None, "stop"):
             told["ended"] = row.get("reply_error") or row["finish_reason"]
         tokens = row.get("tokens") if isinstance(row.get("tokens"), dict) else {}
-        spent = {"input": tokens.get("input"), "output": tokens.get("output"), "seconds": row.get("seconds"), "load": row.get("load")}
+        spent = {"input_tokens": tokens.get("input"), "output_tokens": tokens.get("output"), "seconds": row.get("seconds"), "load": row.get("load")}
         return told | {name: value for name, value in spent.items() if isinstance(value, (int, float)) and value >= 0}
 
 

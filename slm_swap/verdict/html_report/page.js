@@ -182,9 +182,10 @@
     return [element("details", {}, element("summary", { textContent: title }), element("pre", { textContent: texts[part] }))];
   }
 
-  function spent({ input, output, seconds, load }) {
-    const tokens = input === undefined && output === undefined ? "tokens not known" : `tokens: ${input ?? "?"} in, ${output ?? "?"} out`;
-    const time = seconds === undefined ? "time not known" : `${seconds < 1 ? `${number.format(Math.round(1000 * seconds))} ms` : `${number.format(seconds)} s`}`;
+  function spent({ input_tokens, output_tokens, seconds, load }) {
+    const amount = (tokens) => (tokens === undefined ? "?" : number.format(tokens));
+    const tokens = (input_tokens ?? output_tokens) === undefined ? "tokens not known" : `tokens: ${amount(input_tokens)} in, ${amount(output_tokens)} out`;
+    const time = seconds === undefined ? "time not known" : seconds < 1 ? `${Math.round(1000 * seconds)} ms` : `${number.format(seconds)} s`;
     return `${tokens}; ${time}${load === undefined ? "" : load === 1 ? ", asked alone" : `, ${load} at a time`}`;
   }
 

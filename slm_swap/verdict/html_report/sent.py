@@ -1,6 +1,7 @@
 """What a model was sent for a row, in parts: texts that many rows share (system text, tools) stand on the page once."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 from slm_swap.clients.native import with_json_sentence
@@ -37,8 +38,7 @@ def sent(track: str, example: Example, asked: dict[str, dict[str, Any]], texts: 
 
 
 def _request(track: str, example: Example, ask: str) -> Request:
-    vars(example)["ask"] = None if ask == "mixed" else ask  # no part of the row
-    return request_of(track, example)
+    return request_of(track, replace(example, ask=None if ask == "mixed" else ask))
 
 
 def _parts(request: Request, example: Example, how: dict[str, Any], texts: Texts) -> list[Part]:
