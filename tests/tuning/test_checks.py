@@ -198,7 +198,8 @@ def test_the_estimate_is_what_was_measured_on_a_gpu(name):
     changed |= {"gradient_checkpointing": measured.get("gradient_checkpointing", told["gradient_checkpointing"])}
     parameters = Hyperparameters(**told | changed)
     needed = sum(memory_needed(SHAPES[shape], parameters, 599).values())
-    assert max(peak["allocated"], 0.95 * peak["reserved"]) < needed < 1.4 * peak["reserved"]
+    most = 1.6 if step_packs else 1.4  # a step's eight longest rows came never together
+    assert max(peak["allocated"], 0.95 * peak["reserved"]) < needed < most * peak["reserved"]
 
 
 @given(st.sampled_from(["fast", "rtx3090", "documented"]), st.integers(16, 2048))
