@@ -108,9 +108,12 @@ def _kernels(device: torch.device) -> Any:
     try:
         from slm_swap.clients import int8_kernels
 
-        weight, scale = (torch.ones(size, dtype=kind, device=device) for size, kind in (((16, 16), torch.int8), (16, torch.float32)))
-        int8_kernels.few_rows(torch.ones(1, 16, dtype=torch.bfloat16, device=device), weight, scale, None)
+        for rows, size in ((1, 16), (17, 16), (17, 6144)):  # one block of rows, two, and sums in parts
+            weight, scale = torch.ones(16, size, dtype=torch.int8, device=device), torch.ones(16, device=device)
+            int8_kernels.few_rows(torch.ones(rows, size, dtype=torch.bfloat16, device=device), weight, scale, None)
         int8_kernels.dequantised(weight, scale, torch.bfloat16)
+    except torch.OutOfMemoryError:  # says nothing of the kernels
+        raise
     except Exception as error:  # no triton, a GPU that it does not know, no C compiler for its launcher
         where = f"{torch.cuda.get_device_name(device)} ({type(error).__name__}: {first_line(error)})"
         told = f"triton's kernels for 8-bit weights do not run on {where}: products are made in plain torch, several times slower"

@@ -248,7 +248,8 @@ class CompletionTrainer(ExactEvaluation, SFTTrainer):
         batches = list(islice(epoch_iterator, num_batches))
         if not batches:
             return [], None
-        packs = self.step_packs([row for batch in batches for row in batch.rows])
+        # All of them are moved before the first one runs: each move waits for the device.
+        packs = [self._prepare_inputs(pack) for pack in self.step_packs([row for batch in batches for row in batch.rows])]
         labels = torch.cat([pack["targets"] for pack in packs])
         count = self._get_num_items_in_batch([{"labels": labels, "shift_labels": labels}], device)
         return [*([] for _ in batches[1:]), packs], count

@@ -107,6 +107,9 @@ def make_trainer(
         attend_in_packs(model, rows, parameters.pack_length, parameters.precision)
     elif parameters.step_packed:
         step_packed = can_pack_steps(model, rows, room, parameters, arguments, say)
+        if not step_packed and parameters.gradient_checkpointing != arguments.gradient_checkpointing:
+            arguments.gradient_checkpointing = parameters.gradient_checkpointing
+            say("gradient checkpointing stays: memory sufficed for packs without it")
     compiled = parameters.compiled and (parameters.packing or step_packed or parameters.compile == "yes")
     give_completion_loss(base, compiled)
     if compiled:

@@ -110,6 +110,7 @@ class CapturedDecoder:
         self.model, self.ends = model, ends
         # Windows are not looked at here, and LongRoPE and dynamic RoPE choose their factors on the host by the longest position.
         self.longest = fixed_length(model.config)
+        self._side: Any = None  # the stream on which work is done before it is captured
         self._shapes: list[tuple[int, int, int]] = []  # each layer's key-value heads, and the sizes of a key and of a value
         self.clear()
 
@@ -152,7 +153,7 @@ class CapturedDecoder:
         step.slot.fill_(width)
         step.ahead = False
         names, still = list(range(rows)), left.tolist()  # which prompt each row of the step is, and how many tokens it may still get
-        while names:
+        while any(still):
             if masks:
                 few = 2 * sum(map(bool, still)) <= step.tokens.shape[0]  # the step is shrunk before the next one
                 made, sure, still = self._run_masked(step, masks, names, ahead=max(still) > 1 and not few)
@@ -295,7 +296,7 @@ class CapturedDecoder:
         """A graph of some work. It is done so many times before, as usual: that also sets up what must not be set up while capturing."""
         import torch
 
-        stream = torch.cuda.Stream()
+        stream = self._side = self._side or torch.cuda.Stream()  # one for all: cuBLAS keeps a workspace for each
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(times):
@@ -325,7 +326,7 @@ class CapturedDecoder:
 
         step.at.zero_()
         self._advance(step, step.logits, masked(step.logits, step.bits).argmax(-1))
-        step.told.copy_(torch.cat([step.tokens, step.chances[:, 0], step.left[:, None]], 1))
+        step.told.copy_(torch.cat([step.tokens.double(), step.chances[:, 0], step.left[:, None]], 1))
 
     def _next_logits(self, step: Step) -> Any:
         """[rows, vocabulary]"""
