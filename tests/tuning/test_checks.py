@@ -196,10 +196,11 @@ def test_the_estimate_is_what_was_measured_on_a_gpu(name):
     step_packs = measured.get("step_packs", False)
     changed = {"compile": "yes" if told["packing"] or step_packs else "no", "step_packs": "yes" if step_packs else "no"}
     changed |= {"gradient_checkpointing": measured.get("gradient_checkpointing", told["gradient_checkpointing"])}
+    if step_packs:  # no step of the benchmark's rows, in 200 random orders of them, had more than 2,721 tokens; eight of the longest would have 4,792
+        changed |= {"pack_length": 2816, "max_length": 599}
     parameters = Hyperparameters(**told | changed)
     needed = sum(memory_needed(SHAPES[shape], parameters, 599).values())
-    most = 1.6 if step_packs else 1.4  # a step's eight longest rows came never together
-    assert max(peak["allocated"], 0.95 * peak["reserved"]) < needed < most * peak["reserved"]
+    assert max(peak["allocated"], 0.95 * peak["reserved"]) < needed < 1.4 * peak["reserved"]
 
 
 @given(st.sampled_from(["fast", "rtx3090", "documented"]), st.integers(16, 2048))
