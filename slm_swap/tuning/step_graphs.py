@@ -120,7 +120,8 @@ class StepGraphs:
 
     def _record(self, work: Callable[[], torch.Tensor], needed: int) -> tuple[Any, torch.Tensor]:
         """A graph of some work, which is not done yet, and the tensor that each replay writes."""
-        stream, random = torch.cuda.current_stream(), torch.cuda.get_rng_state()
+        stream, random = torch.cuda.current_stream(), torch.cuda.default_generators[torch.cuda.current_device()]
+        before = random.clone_state()
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         try:
@@ -131,6 +132,7 @@ class StepGraphs:
                     torch.empty(needed, dtype=torch.uint8, device="cuda")
                 loss = work()
         except Exception:
-            torch.cuda.set_rng_state(random)
+            random.graphsafe_set_state(before)  # what failed left it in the state of capturing, in which earlier graphs have it, too
+            self.graphs.clear()
             raise
         return graph, loss
