@@ -89,7 +89,9 @@ class Hyperparameters:
 
 PRESETS = {  # what each changes in the documented setting
     "documented": {},
-    "fast": {"precision": "bf16", "packing": True, "gradient_accumulation": 1, "gradient_checkpointing": False},
+    "fast": {  # in such packs Phi-4-mini's shape took 32.8 GiB of an H200 over an 8-bit base
+        "precision": "bf16", "packing": True, "pack_length": 7872, "gradient_accumulation": 1, "gradient_checkpointing": False
+    },
     "rtx3090": {
         "precision": "bf16", "packing": True, "pack_length": 2048, "gradient_accumulation": 4, "gradient_checkpointing": False
     },

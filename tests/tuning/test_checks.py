@@ -27,6 +27,7 @@ from slm_swap.tuning.checks import (
 from slm_swap.tuning.hyperparameters import PRESETS, Hyperparameters
 from slm_swap.tuning.presets import choose_preset
 from slm_swap.tuning.record import plot
+from slm_swap.tuning.step_graphs import SPARE, SPARE_BYTES
 from slm_swap.tuning.training import packages_refuse, train, warn_of_memory
 from tests.support.tiny_training import SIZES, VOCABULARY, tiny_config, tiny_family, tiny_gemma3_with_vision
 from tests.support.training_rows import BASE, INPUTS, QUICK, ROWS
@@ -200,6 +201,8 @@ def test_the_estimate_is_what_was_measured_on_a_gpu(name):
         changed |= {"pack_length": 2816, "max_length": 599}
     parameters = Hyperparameters(**told | changed)
     needed = sum(memory_needed(SHAPES[shape], parameters, 599).values())
+    if step_packs and name.startswith("train_graphs "):  # where memory is free, its graphs take that of the longest pack that there could be once more
+        needed += SPARE * memory_needed(SHAPES[shape], replace(parameters, pack_length=told["pack_length"]), 599)["activations"] + SPARE_BYTES / 2**30
     assert max(peak["allocated"], 0.95 * peak["reserved"]) < needed < 1.4 * peak["reserved"]
 
 

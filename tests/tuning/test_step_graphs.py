@@ -15,6 +15,16 @@ PACKED = replace(ONE_BY_ONE, step_packs="yes", lora_dropout=0.1, pack_length=400
 on_gpu = pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def reproducible():
+    """On a GPU, sums in an order that is always the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(CUDA, warn_only=True)
+        yield
+        torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
     """The adapter's weights of a training whose kernels are launched one by one."""

@@ -123,5 +123,5 @@ def masked(logits: Any, bits: Any) -> Any:
     """Logits, [rows, vocabulary], with minus infinity where `bits`, [rows, words] on the same device, are 0."""
     import torch
 
-    allowed = ((bits[:, :, None] >> torch.arange(32, dtype=torch.int32, device=bits.device)) & 1).bool().flatten(1)
-    return logits.masked_fill(~allowed[:, : logits.shape[1]], float("-inf"))
+    barred = (bits[:, :, None] & (1 << torch.arange(32, dtype=torch.int32, device=bits.device))) == 0
+    return logits.masked_fill(barred.flatten(1)[:, : logits.shape[1]], float("-inf"))
