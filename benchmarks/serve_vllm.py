@@ -3,8 +3,8 @@
     python benchmarks/serve_vllm.py --shape phi-4-mini --out benchmarks/results/serve_vllm.json
 
 Random weights of a real shape: no reply parses, so that the hosted model, a script that answers at once, is asked besides for each request.
-The endpoint does more here than for a reply that it sends. vLLM alone is its engine's own loop over the same prompts' tokens, without and with what
-the endpoint needs of it: log-probabilities. All replies are equally long, so requests come one by one to begin with: in step, they would leave
+The endpoint does more here than for a reply that it sends. vLLM alone is its engine's own loop over the same prompts' tokens, which are there already, without
+and with what the endpoint needs of it: log-probabilities. All replies are equally long, so requests come one by one to begin with: in step, they would leave
 the GPU idle each time that all of them end. Needs a GPU, or vLLM built for CPUs (--precision fp32).
 """
 
@@ -33,6 +33,7 @@ from slm_swap.rows.prompts import request_of
 from slm_swap.serving.chat import read_chat
 
 AT_ONCE = 64
+STAGGER = 0.4  # seconds over which the first ones come
 HERE = str(Path(__file__).resolve())
 
 
@@ -66,10 +67,10 @@ def alone(path: Path, precision: str, requests: int, tokens: int, turns: int) ->
             )
             texts = (f"{turn} {way} {number}" for number in range(requests))
             waiting = client._encode([request_of("toolcall", read_chat("toolcall", json.loads(body_of(text)), "x").example) for text in texts])
-            begun, open_now, count, steps = time.perf_counter(), 0, 0, 0
+            begun, open_now, count = time.perf_counter(), 0, 0
             while waiting or open_now:
-                steps += 1
-                while waiting and open_now < min(AT_ONCE, steps):
+                room = min(AT_ONCE, 1 + int((time.perf_counter() - begun) / STAGGER * AT_ONCE))
+                while waiting and open_now < room:
                     count, open_now = count + 1, open_now + 1
                     vllm.add_request(f"{turn}-{way}-{count}", {"prompt_token_ids": waiting.pop()}, wanted)
                 open_now -= sum(output.finished for output in vllm.step())
@@ -84,7 +85,7 @@ async def through(port: int, turn: int, requests: int, answered: Counter) -> flo
 
     async def client(place: int) -> None:
         connection = Connection(port)
-        await asyncio.sleep(place / AT_ONCE)
+        await asyncio.sleep(place / AT_ONCE * STAGGER)
         for number in waiting:
             status, told, _ = await connection.ask(body_of(f"{turn} {number}"))
             answered[f"{status} {told}"] += 1

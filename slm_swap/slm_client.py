@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -143,6 +143,7 @@ class SLMClient:
         constrain: one of engines.CONSTRAINTS. "always" decodes each reply under the grammar of what may be replied: see `grammar`. "retry" decodes
             freely, and again under the grammar where a reply is not `in_form`: all others stay as they are. A row that no grammar
             describes is asked freely, and its reply says so.
+        apart: vLLM runs in a process of its own, which prompts and replies then do not hold up.
 
     Raises:
         UserError: no checkpoint or adapter, one that does not fit the other, an engine that cannot run here, or prices that
@@ -167,6 +168,7 @@ class SLMClient:
         thinking: str | None = None,
         constrain: str = "off",
         hashes: BackgroundHashes | None = None,
+        apart: bool = False,
     ):
         self.constrain, self.grammars = constrain, None
         self.max_new_tokens = max_new_tokens
@@ -182,7 +184,7 @@ class SLMClient:
                 from slm_swap.clients.engines.masks import Grammars
 
                 self.grammars = Grammars(self.tokenizer)
-            self._load(name, batch_size, trust_remote_code, engine_start, workload, settings.launch.world)
+            self._load(name, batch_size, trust_remote_code, engine_start, workload, settings.launch.world, apart)
             self._files_sha256 = hashes.result()
         for folder, files_sha256 in zip(folders, self._files_sha256, strict=True):
             require_undamaged(folder, files_sha256)
@@ -202,14 +204,15 @@ class SLMClient:
         engine_start: str,
         workload: Workload | None,
         processes: int,
+        apart: bool,
     ) -> None:
         if name == "vllm":
+            from slm_swap.clients.engines.apart import EngineApart
             from slm_swap.clients.engines.vllm_engine import VllmEngine
 
             constrained = self.grammars is not None
-            self.engine: Engine = VllmEngine(
-                self.path, self.precision, self.adapter, engine_start, workload, trust_remote_code, self.tokenizer, constrained
-            )
+            make = partial(VllmEngine, self.path, self.precision, self.adapter, engine_start, workload, trust_remote_code, self.tokenizer, constrained)
+            self.engine: Engine = EngineApart(make) if apart else make()
             self._parameters = {"max_new_tokens": self.max_new_tokens, "do_sample": False}
         else:
             from slm_swap.clients.engines.transformers_engine import TransformersEngine

@@ -105,7 +105,7 @@ def make_small(settings: Settings, args: argparse.Namespace) -> Client:
 
     set_seed(SEED)
     workload = Workload(10**9, args.max_prompt_tokens + args.max_new_tokens)
-    client = SLMClient(settings, workload=workload, **options)
+    client = SLMClient(settings, workload=workload, apart=True, **options)
     client.generate([Request([{"role": "user", "content": "Hello."}])])  # the first request would wait for what is made once
     return client
 

@@ -7,46 +7,27 @@ are taken. A worker's interpreter is never held up by the model, and a model tha
 
 import asyncio
 import dataclasses
-import faulthandler
 import json
 import os
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from slm_swap.clients.engines import DeviceFailed
 from slm_swap.clients.protocol import Client, Reply
 from slm_swap.common.errors import UserError
 from slm_swap.common.exact_json import EXACT
+from slm_swap.common.processes import Watchdog
 from slm_swap.rows.lines import dump_json
 from slm_swap.rows.prompts import Request, Wanted
 
 LINE = 64 * 2**20  # bytes of the longest line
 GATHER_SECONDS = 0.01  # that a batch of the transformers engine waits for others to join it
 FULL_BATCH = 8  # where the batch's size is not fixed
-HUNG_SECONDS = 300  # without any progress after which the model's process ends itself, to be started again
-
-
-class Watchdog:
-    """Ends this process, with all threads' tracebacks on standard error, where the model makes no progress for HUNG_SECONDS. It needs no GIL for it."""
-
-    def __init__(self) -> None:
-        self._set = 0.0
-
-    def work(self) -> None:
-        """The model has made progress, and has more to do."""
-        now = time.monotonic()
-        if now - self._set > HUNG_SECONDS / 20:  # each setting starts a thread
-            faulthandler.dump_traceback_later(HUNG_SECONDS, exit=True)
-            self._set = now
-
-    def rest(self) -> None:
-        """It has nothing to do."""
-        if self._set:
-            faulthandler.cancel_dump_traceback_later()
-            self._set = 0.0
 
 
 def read_line(line: bytes) -> dict[str, Any]:
@@ -126,7 +107,7 @@ def run_engine(folder: Path, room: int, make_client: Callable[[], Client], ready
     """Load the model, listen, and answer until the process is ended.
 
     Raises:
-        UserError: as `make_client`. Anything else that is raised is a fault of the model's, of which the process ends.
+        UserError: as `make_client`. What comes later is a fault of the model's, of which the process ends with another exit code.
     """
     client = make_client()
     jobs, listening = Jobs(room), threading.Event()
@@ -134,12 +115,16 @@ def run_engine(folder: Path, room: int, make_client: Callable[[], Client], ready
     threading.Thread(target=lambda: asyncio.run(_listen(folder, jobs, hello, listening)), name="engine-socket", daemon=True).start()
     listening.wait()
     ready()
-    if getattr(client, "over_http", False):
-        _pass_on(client, jobs)
-    elif client.engine.name == "vllm":
-        _feed(client, jobs)
-    else:
-        _in_batches(client, jobs, client.engine.batch_size or FULL_BATCH)
+    try:
+        if getattr(client, "over_http", False):
+            _pass_on(client, jobs)
+        elif client.engine.name == "vllm":
+            _feed(client, jobs)
+        else:
+            _in_batches(client, jobs, client.engine.batch_size or FULL_BATCH)
+    except UserError as error:  # not of the set-up, which would be of no use a second time
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
 
 
 def _pass_on(client: Any, jobs: Jobs) -> None:
@@ -192,6 +177,8 @@ def _in_batches(client: Any, jobs: Jobs, size: int) -> None:
             watchdog.work()
             try:
                 replies = client.generate([job.request for job in part])
+            except DeviceFailed:
+                raise
             except UserError as error:
                 if len(part) == 1:
                     jobs.answer(part[0], Reply("", "error", error=str(error)))

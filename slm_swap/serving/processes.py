@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import ctypes
 import fcntl
 import gc
 import multiprocessing
@@ -20,12 +19,12 @@ from typing import Any, NoReturn
 from slm_swap.clients.protocol import Client
 from slm_swap.common.errors import UserError
 from slm_swap.common.os_errors import mendable
+from slm_swap.common.processes import end_with
 from slm_swap.common.secrets import hide_in_tracebacks
 from slm_swap.common.settings import display_path
 from slm_swap.serving.engine import run_engine
 from slm_swap.serving.options import Options
 
-PR_SET_PDEATHSIG = 1  # of Linux' prctl
 PAUSES = (0.5, 1, 2, 5, 10, 30, 60)  # seconds before a process that died is started again; the last one from then on
 WELL_SECONDS = 300  # after so long a life the first pause holds again
 LOOK_SECONDS = 0.2
@@ -150,11 +149,9 @@ def locked(folder: Path) -> Iterator[None]:
 
 def _begin(parent: int, when_orphaned: int) -> None:
     """What a child does first: it ends with its parent, and decides on signals itself."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, when_orphaned)
+    end_with(parent, when_orphaned)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides on Ctrl-C
-    if os.getppid() != parent:
-        os._exit(0)
 
 
 def _engine(options: Options, listener: socket.socket, make_client: Callable[[], Client], told: Connection, parent: int) -> None:

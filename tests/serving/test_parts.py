@@ -183,6 +183,7 @@ HUNG = """
 import sys, time
 from types import SimpleNamespace
 from slm_swap.rows.prompts import Request
+from slm_swap.common import processes
 from slm_swap.serving import engine
 
 class Client:
@@ -192,7 +193,7 @@ class Client:
             time.sleep(60)
         return [engine.Reply("x", "stop")]
 
-engine.HUNG_SECONDS = 2
+processes.HUNG_SECONDS = 2
 jobs = engine.Jobs(9)
 ask = lambda number, text: jobs.put(engine.Job(number, Request([{"role": "user", "content": text}]), lambda told: print(told["reply"], flush=True)))
 import threading

@@ -18,6 +18,10 @@ PRECISIONS = {"transformers": ("int8", "bf16", "fp32", "nf4"), "vllm": ("bf16", 
 Chance = tuple[float, float]
 
 
+class DeviceFailed(UserError):
+    """The device that a model is on: nothing more can be computed there by this process."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """One row to be continued greedily: its place among the rows, its tokens, and how many new ones it may get at most.

@@ -13,7 +13,7 @@ from typing import Any
 
 from slm_swap.clients.architecture import config_ends, longrope_border, usable_context
 from slm_swap.clients.endings import reply_ends
-from slm_swap.clients.engines import Chance, Generated, Prompt
+from slm_swap.clients.engines import Chance, DeviceFailed, Generated, Prompt
 from slm_swap.clients.engines.captured import (
     CACHE_ROUND,
     CapturedDecoder,
@@ -100,7 +100,7 @@ class TransformersEngine:
         except RuntimeError as error:
             if not out_of_memory(error):
                 if isinstance(error, torch.AcceleratorError):
-                    raise UserError(
+                    raise DeviceFailed(
                         f"the device failed ({first_line(error)}): run the same command again; if it fails there again, use --engine vllm or another machine"
                     ) from None
                 raise

@@ -1,0 +1,113 @@
+"""An engine in another process: the same replies in the same places, and it never outlives who started it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from slm_swap.clients.engines import Prompt
+from slm_swap.clients.engines.apart import EngineApart
+from slm_swap.common.errors import UserError
+from slm_swap.common.settings import ROOT
+from tests.support.echo_engine import DIES, FAILS, EchoEngine
+from tests.support.processes import PATIENCE
+
+
+@pytest.fixture
+def engine():
+    made = EngineApart(partial(EchoEngine, context=64))
+    yield made
+    made.close()
+
+
+def prompt(index: int, *tokens: int, limit: int = 99, **more) -> Prompt:
+    return Prompt(index, list(tokens), limit, **more)
+
+
+def test_each_prompt_gets_its_own_tokens(engine):
+    assert (engine.name, engine.context, engine.ends, engine.state()) == ("vllm", 64, (0,), {"engine_start": "eager"})
+    assert engine.describe() != {"device": f"process {os.getpid()}"}
+    asked = [prompt(number, *range(10, 10 + number % 7 + 1), limit=5) for number in range(3000)]
+    made = {one.index: one for one in engine.generate(iter(asked), answered={5, 6})}
+    assert set(made) == set(range(3000)) - {5, 6}
+    assert all(made[one.index].tokens == one.tokens[:5] for one in asked if one.index in made)
+    assert made[0].chances == [(-0.5, 1.5)] and made[0].cached == 0
+    engine.forget()
+    (one,) = engine.generate(iter([prompt(1, 10)]))
+    assert one.cached == 1, "what was forgotten"
+
+
+def test_prompts_join_while_others_are_under_way_and_none_is_given_back_when_idle(engine):
+    given, asked = count(), iter([prompt(0, *range(10, 40)), None, prompt(1, 10), None, None])
+
+    def coming():
+        for one in asked:
+            next(given)
+            yield one
+        while True:
+            yield None
+
+    found = []
+    for made in engine.generate(coming()):
+        if made is None:
+            break
+        found.append(made.index)
+    assert found == [1, 0], "the later one is shorter"
+
+
+def test_a_prompt_that_is_made_again_is_asked_in_its_place(engine):
+    def again(made):
+        return prompt(made.index, 20, 21, grammar="g") if made.tokens == [10] else None
+
+    asked = [prompt(0, 10, again=again), prompt(1, 11, again=again), prompt(2, 10)]
+    made = {one.index: (one.tokens, one.batch) for one in engine.generate(iter(asked))}
+    assert made == {0: ([20, 21], "g"), 1: ([11], None), 2: ([10], None)}
+
+
+def test_what_goes_wrong_there_is_told_here(engine):
+    with pytest.raises(UserError, match="the engine cannot start: use another one"):
+        EngineApart(partial(EchoEngine, refused=True))
+    with pytest.raises(UserError, match=r"^vllm failed \(out of order\)$"):
+        list(engine.generate(iter([prompt(0, 10, 11), prompt(1, FAILS)])))
+    with pytest.raises(UserError, match="the model's process died"):
+        list(engine.generate(iter([prompt(0, 10)])))
+    other = EngineApart(EchoEngine)
+    with pytest.raises(UserError, match=r"the model's process died \(exit code 7\)"):
+        list(other.generate(iter([prompt(0, 10, 11), prompt(1, DIES)])))
+
+
+OWNER = """
+import sys, time
+from functools import partial
+from slm_swap.clients.engines.apart import EngineApart
+from tests.support.echo_engine import EchoEngine
+if __name__ == "__main__":
+    print(EngineApart(EchoEngine).describe()["device"].split()[1], flush=True)
+    time.sleep(600)
+"""
+
+
+def test_it_ends_with_who_started_it(tmp_path):
+    script = tmp_path / "owner.py"
+    script.write_text(OWNER)
+    owner = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    other = int(owner.stdout.readline())
+    os.kill(other, 0)
+    owner.send_signal(signal.SIGKILL)
+    owner.wait()
+    until = time.monotonic() + PATIENCE
+    while time.monotonic() < until:
+        try:
+            os.kill(other, 0)
+        except ProcessLookupError:
+            return
+        if Path(f"/proc/{other}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z":  # dead, and only not waited for yet
+            return
+        time.sleep(0.05)
+    raise AssertionError("it lives on")
