@@ -267,9 +267,19 @@ def tracing_options(args: argparse.Namespace, settings: Settings) -> Tracing:
 
 
 def run_metadata(args: argparse.Namespace) -> dict[str, Any]:
-    """What a trace says of a run: its flags, and the code that it ran."""
-    flags = {name: str(value) for name, value in vars(args).items() if value is not None}
+    """What a trace says of a run: the flags that have an effect there, as JSON values, and the code that it ran."""
+    kinds = getattr(args, "models", None) or [getattr(args, "model_kind", "slm")]
+    idle = () if "slm" in kinds else LOCAL
+    flags = {name: _json_value(value) for name, value in vars(args).items() if value is not None and name not in idle}
     return flags | {"commit": code_version()["commit"] or ""}
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, Path):
+        return display_path(value)
+    if isinstance(value, list | tuple):
+        return [_json_value(one) for one in value]
+    return value if isinstance(value, bool | int | float | str) else str(value)
 
 
 def quieten(rank: int) -> None:

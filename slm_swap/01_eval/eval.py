@@ -59,6 +59,7 @@ from slm_swap.evaluating.row import Row
 from slm_swap.evaluating.row_traces import RowTracer, model_name
 from slm_swap.rows.examples import Dataset
 from slm_swap.slm_client import serve_rows
+from slm_swap.tracing.datasets import ENVIRONMENT
 from slm_swap.tracing.runs import connect, trace_run
 
 
@@ -147,8 +148,10 @@ def main(argv: list[str] | None = None) -> int:
             model = {"model": model_name(told), "engine": told.get("engine", args.model_kind)}
             metadata = run_metadata(args) | read | model | {"report": display_path(out)}
             title, tags = f"eval-{args.track}-{args.model_kind}", ["eval", args.track, args.model_kind]
-            with trace_run(connection, title, out, metadata, tags, seed=journal.header["run_id"], keep=lambda: journal.answered > 0) as trace:
-                report = measure(args, tally, client, dataset, journal, RowTracer(trace, args.track, client, experiment), clock, inputs, old)
+            environment = ENVIRONMENT if experiment else None
+            with trace_run(connection, title, out, metadata, tags, journal.header["run_id"], lambda: journal.answered > 0, environment) as trace:
+                tell = RowTracer(trace, args.track, client, experiment, lambda: journal.seconds, journal.answered)
+                report = measure(args, tally, client, dataset, journal, tell, clock, inputs, old)
                 trace.scores(report["metrics"])
                 trace.update(output={"metrics": report["metrics"], "counts": report["counts"]}, metadata={"model": report["model"]})
                 report |= {"trace": {"id": trace.id, "url": trace.url}, "asked": old.report["asked"] if old else asked}
@@ -200,7 +203,10 @@ def measure(
             bar.update()
             tell(index, row)
 
-        evaluate_rows(tally, client, dataset, journal, cache, on_row, alone, concurrency, outage)
+        try:
+            evaluate_rows(tally, client, dataset, journal, cache, on_row, alone, concurrency, outage)
+        finally:
+            tell.tell_held()
     tell.finish()
     if damage := journal.told_of_damage():
         warn(damage)

@@ -11,6 +11,7 @@ and ends once the verdict is certain at --delta and --alpha, however often one l
 import argparse
 import sys
 import tempfile
+import uuid
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -45,7 +46,7 @@ from slm_swap.evaluating.report import make_report, no_latency, summary
 from slm_swap.evaluating.row_traces import trace_rows
 from slm_swap.rows.examples import Example
 from slm_swap.scoring.tracks import TRACKS
-from slm_swap.tracing.runs import Connection, connect, trace_run
+from slm_swap.tracing.runs import Connection, connect, trace_of, trace_run
 from slm_swap.verdict.evaluations import QUESTIONS
 
 LIVE_BATCH = 32  # rows between two looks with --batch-size auto
@@ -110,9 +111,10 @@ def is_finished(args: argparse.Namespace, asked: dict[str, Any], name: str, side
 
 
 def save(
-    args: argparse.Namespace, folder: Path, sides: list[Side], inputs: dict, name: str, clock: Stopwatch, early: EarlyStop | None, asked: dict[str, Any]
-) -> None:
-    """Both reports, in a folder.
+    args: argparse.Namespace, folder: Path, sides: list[Side], inputs: dict, name: str, clock: Stopwatch, early: EarlyStop | None, asked: dict[str, Any],
+    traces: dict[str, dict],
+) -> None:  # fmt: skip
+    """Both reports, in a folder; `traces` are where each kind's rows will be told.
 
     Raises:
         UserError: it cannot be written.
@@ -124,6 +126,7 @@ def save(
         report = make_report(args.track, side.client, side.rows, side.seconds, clock.total, inputs | shown, flags)
         report |= {"latency": no_latency("both models were asked at once: eval.py measures it")}
         report |= {"asked": asked | {"model": side.client.identity}, "stopped_early": early and early.to_json(len(side.rows))}
+        report |= {"trace": traces[kind]}
         write_jsonl(rows_path(out), (row.to_json(TRACKS[args.track]) for row in side.rows), ELSEWHERE)
         write_json(out, report, ELSEWHERE)
         print(f"report: {display_path(out)}")
@@ -161,12 +164,14 @@ def save_somewhere(args: argparse.Namespace, *told: Any) -> None:
         raise UserError(f"{without_advice(error)}: both reports are in {folder} instead, move them from there: nothing needs to be asked again") from None
 
 
-def trace_side(connection: Connection | None, args: argparse.Namespace, side: Side, kind: str, out: Path) -> None:
-    """One model's part as a trace of its own, so that a live run stands beside those of eval.py."""
+def trace_side(connection: Connection | None, args: argparse.Namespace, side: Side, kind: str, out: Path, seed: str) -> None:
+    """One model's part as a trace of its own, so that a live run is beside those of eval.py."""
     tags = ["eval", "live", args.track, kind]
-    with trace_run(connection, f"live-{args.track}-{kind}", out, run_metadata(args), tags) as trace:
-        trace_rows(trace, args.track, side.client, side.rows)
-        trace.scores(summary(TRACKS[args.track], side.rows)["metrics"])
+    with trace_run(connection, f"live-{args.track}-{kind}", out, run_metadata(args) | {"model_kind": kind}, tags, seed) as trace:
+        trace_rows(trace, args.track, side.client, side.rows, seconds=side.seconds / len(side.rows))
+        report = summary(TRACKS[args.track], side.rows)
+        trace.scores(report["metrics"])
+        trace.update(output={"metrics": report["metrics"], "counts": report["counts"]})
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -210,10 +215,12 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("no batch was answered by both models: nothing to show or save")
     if early and finished:
         print(early.saved(sides[args.models.index("azure")]))
+    seeds = {kind: str(uuid.uuid4()) for kind in args.models}
     if args.save:
-        save_somewhere(args, sides, inputs, name, clock, early, asked | {"rows": asked["rows"] if finished else done})
+        traces = {kind: trace_of(connection, seed) for kind, seed in seeds.items()}
+        save_somewhere(args, sides, inputs, name, clock, early, asked | {"rows": asked["rows"] if finished else done}, traces)
     for side, kind in zip(sides, args.models, strict=True):
-        trace_side(connection, args, side, kind, report_path(args, kind, name))
+        trace_side(connection, args, side, kind, report_path(args, kind, name), seeds[kind])
     told = " ".join(f"--{kind} {display_path(report_path(args, kind, name))}" for kind in args.models)
     if args.save and finished and "replay" not in args.models:
         next_step(f"python 03_compare/compare.py --track {args.track} {told}{' --sequential' if early else ''} --delta {args.delta:g}")

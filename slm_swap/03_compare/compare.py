@@ -103,7 +103,7 @@ def log(trace: RunTrace, told: dict[str, Any]) -> None:
     """The decision as an event, its verdict and differences as scores."""
     brief = {name: value for name, value in told.items() if name not in ("groups", "gold_audit", "confidence")}
     trace.event("decision", brief)
-    trace.scores({"verdict": told["verdict"]} | {f"{name}_difference": values["difference"] for name, values in told["metrics"].items()})
+    trace.scores({"verdict": told["verdict"]} | {f"{name}_azure_minus_slm": values["difference"] for name, values in told["metrics"].items()})
     trace.update(output={"verdict": told["verdict"], "metrics": told["metrics"]})
 
 

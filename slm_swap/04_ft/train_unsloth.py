@@ -6,6 +6,7 @@ python 04_ft/train_unsloth.py --track structured --train 02_dataset/structured/t
 
 import argparse
 import sys
+import time
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -126,9 +127,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def tell(trace: Any, info: dict[str, Any], out: Path) -> None:
-    """The run's trace: the loss curve, hyperparameters and losses."""
+    """The run's trace: the loss curve, hyperparameters and losses. The log has steps and no times: they are taken as equally long, so that
+    Langfuse, whose charts are over time, shows the curve."""
+    ended, took = time.time_ns(), info["seconds"]["train"] * 1e9
     for _, point in read_jsonl(out / "training_log.jsonl"):
-        trace.event("loss", point)
+        losses = {f"step_{name}": point[name] for name in ("loss", "eval_loss") if name in point}
+        trace.event("loss", point, ended - round(took * (1 - point["step"] / info["steps"])), losses)
     adapter = {"adapter": display_path(out), "adapter_sha256": sha256_file(out / "adapter_model.safetensors")}
     trace.update(output=info, metadata={"hyperparameters": info["hyperparameters"]} | adapter)
     losses = {"train_loss": info["train_loss"], **{f"eval_loss_{when}": loss for when, loss in info["eval_loss"].items()}}

@@ -32,11 +32,20 @@ class HostedPrices:
     def cost(self, input_tokens: Any, cached_tokens: Any, output_tokens: Any) -> Fraction | None:
         """What the tokens cost; `input_tokens` includes the cached ones. None where a price or a count is not known, or where
         more tokens are cached than there are."""
+        parts = self.parts(input_tokens, cached_tokens, output_tokens)
+        return None if parts is None else sum(parts.values(), Fraction())
+
+    def parts(self, input_tokens: Any, cached_tokens: Any, output_tokens: Any) -> dict[str, Fraction] | None:
+        """`cost` by what it is for: `input` (not cached), `input_cached_tokens` and `output`, as Langfuse names them."""
         if None in (self.input, self.output, input_tokens, cached_tokens, output_tokens) or cached_tokens > input_tokens:
             return None
         cached = self.input if self.cached is None else self.cached
-        fresh = (_exact(input_tokens) - _exact(cached_tokens)) * _exact(self.input)
-        return (fresh + _exact(cached_tokens) * _exact(cached) + _exact(output_tokens) * _exact(self.output)) / 10**6
+        priced = {
+            "input": (_exact(input_tokens) - _exact(cached_tokens), self.input),
+            "input_cached_tokens": (_exact(cached_tokens), cached),
+            "output": (_exact(output_tokens), self.output),
+        }
+        return {name: count * _exact(price) / 10**6 for name, (count, price) in priced.items()}
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ REASONS = {  # why a reply makes no row, in the order in which it is looked at
     "not_trained": "a turn that its own file leaves out of the training (`weight` 0)",
     "failed": "level ERROR, finish_reason error, or no output",
     "filtered": "stopped by a content filter, or refused",
-    "truncated": "cut off at a token limit",
+    "truncated": "cut off at a token limit, or as long as the request's limit where the log does not say why it ended",
     "no_request": "no user message before it, or not in text alone",
     "several_replies": "more than one reply to one request",
     "several_turns": "several turns whose calls hang on what the earlier ones gave (BFCL's multi_turn)",

@@ -100,7 +100,7 @@ class LangfuseApi:
         """
         query = {"type": "GENERATION", "fromStartTime": _stamp(start), "toStartTime": _stamp(end), "name": name, "limit": PAGE}
         if cursors:
-            query["fields"] = "core,basic,io,metadata,model" + ",trace_context" * tags
+            query["fields"] = "core,basic,io,metadata,model,usage" + ",trace_context" * tags
             query["expandMetadata"] = "response_format,text_format,tools"
             page = self._get("v2/observations", query | {"cursor": cursor})
             return self._rows("v2/observations", page), page.get("meta", {}).get("cursor")

@@ -1,6 +1,6 @@
 """What a run has to tell Langfuse: a file beside its report, delivered by a process of its own while the run works.
 
-The file is JSON lines: a header with what all spans of the trace share, then the run's records, `{"span": {...}}` and
+The file is JSON lines: a header with what all spans of the trace share and when it began, then the run's records, `{"span": {...}}` and
 `{"scores": {...}}`, and between them the sender's marks (`sender`): up to where either kind has arrived, what the server would
 not have, and why the last request failed. So a killed run leaves a file that says what is missing, and `01_eval/resend_traces.py`
 delivers that. Where an answer was lost a record is sent again under the same ids, so that Langfuse keeps one. The run itself only
@@ -42,6 +42,7 @@ QUEUED = 10_000  # makers of records that may wait in memory
 WRITE_EVERY = 0.05  # seconds: many lines at once cost the run a fifth of what single ones do
 LOCK_SECONDS = 15  # a killed run's sender ends its last requests by then, on a busy machine too
 CHUNK = 1 << 20  # bytes read at once
+ENVIRONMENT = "langfuse.environment"  # the attribute, of a trace that lies elsewhere than in `default`
 KINDS = ("spans", "scores")
 BEGINS = {"spans": b'"span":', "scores": b'"scores":'}  # how a record's line goes on after its checksum
 MARK = b'"delivered":'
@@ -325,12 +326,13 @@ def _expand(kind: str, record: dict[str, Any], header: dict[str, Any]) -> list[d
     trace = header["trace"]
     if kind == "spans":
         return [record["span"] | {"trace": trace, "shared": header["attributes"]}]
-    of, at = record["of"], timestamp(record["at"])
+    of, at, environment = record["of"], timestamp(record["at"]), header["attributes"].get(ENVIRONMENT)
     return [
         {
             "id": f"{of or trace}-{name}",  # the same when it is sent again, so that it is one score
             "traceId": trace,
             **({"observationId": of} if of else {}),
+            **({"environment": environment} if environment else {}),
             "name": name,
             "value": value,
             "dataType": "CATEGORICAL" if isinstance(value, str) else "NUMERIC",

@@ -48,6 +48,7 @@ class Entry:
     track: str
     row: dict[str, Any]
     masked: dict[str, int]
+    ended: bool = True
 
 
 @dataclass(frozen=True)

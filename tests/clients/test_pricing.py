@@ -211,6 +211,11 @@ def test_cached_tokens_are_part_of_the_input():
     assert HostedPrices(input=2.0, cached=1.0).cost(1, 0, 0) is HostedPrices(output=2.0, cached=1.0).cost(0, 0, 1) is None
 
 
+def test_a_cost_by_what_it_is_for():
+    assert HOSTED.parts(1_000_000, 400_000, 50_000) == {"input": Fraction("1.2"), "input_cached_tokens": Fraction("0.4"), "output": Fraction("0.4")}
+    assert HOSTED.parts(10, None, 5) is None
+
+
 @pytest.mark.parametrize("counts", [(None, 0, 5), (10, None, 5), (10, 0, None), (10, 11, 5)])
 def test_counts_that_are_not_known_or_cannot_be_have_no_cost(counts):
     assert HOSTED.cost(*counts) is None
