@@ -22,6 +22,7 @@ from slm_swap.evaluating.recipe import ROW_FLAGS
 from slm_swap.rows.examples import Example, read_examples
 from slm_swap.rows.lines import read_jsonl
 from slm_swap.scoring.tracks import TRACKS
+from slm_swap.scoring.words import metric_name
 from slm_swap.tracing.runs import connect, trace_run
 from slm_swap.tuning.backends import choose_backend, choose_deepspeed, has_gpu
 from slm_swap.tuning.checkpoints import Checkpoints
@@ -149,9 +150,9 @@ def show(info: dict[str, Any], out: Path, launch: Launch) -> None:
     for name, value in {"loss": info["eval_loss"], **info["metrics"]["after"]}.items():
         before, after = (value["before"], value["after"]) if name == "loss" else (info["metrics"]["before"][name], value)
         if after is not None:
-            print(f"{name} on the validation rows: {'unknown' if before is None else f'{before:.4f}'} before, {after:.4f} after")
+            print(f"{metric_name(name)} on the validation rows: {'unknown' if before is None else f'{before:.4f}'} before, {after:.4f} after")
     if info["best_step"] not in (None, info["steps"]):
-        print(f"kept is step {info['best_step']}, the best one by {info['hyperparameters']['best_by']}")
+        print(f"kept is step {info['best_step']}, the best one by {metric_name(info['hyperparameters']['best_by'])}")
     print(f"adapter: {display_path(out)}")
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from slm_swap.clients.loading import trained_as
 from slm_swap.common.settings import display_path, find_path
 from slm_swap.evaluating.finished import again_command
+from slm_swap.scoring.words import error_name, metric_name
 
 WORTH_A_WARNING = 0.01  # share of rows that are not measured
 NEARLY_ALL = 0.9  # share of replies that ran to the limit
@@ -19,9 +20,9 @@ def show(report: dict[str, Any], out: Path, argv: Sequence[str], warn: Callable[
         rows, told = sum(teachers.values()), ", ".join(teachers)
         print(f"agreement, not accuracy: {rows} of {report['counts']['rows']} references are replies of {told}")
     for name, value in report["metrics"].items():
-        print(f"{name:28} {value:7.4f}")
+        print(f"{metric_name(name):28} {value:7.4f}")
     counts = report["counts"]
-    missed = ", ".join(f"{error} {count}" for error, count in counts["errors"].items() if count)
+    missed = ", ".join(f"{error_name(error)} {count}" for error, count in counts["errors"].items() if count)
     print(f"{counts['rows']} rows in {report['seconds']['generate']} s; missed: {missed or 'none'}")
     for line in (_batches(report), _latency(report["latency"]), _repeat(report), _cost(report)):
         if line:

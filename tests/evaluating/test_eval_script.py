@@ -54,7 +54,7 @@ def test_a_replay_from_files_to_files(evaluate, files, tmp_path):
     code, printed, error = evaluate("--dataset", rows, "--replies", replies)
     assert code == 0 and error.startswith("warning: 1 of 4 rows are not measured, and the metrics count them as they stand (1 truncated, cut by")
     assert "record those replies again" in error and error.count("\n") == 1
-    assert "exact_match_rate              0.2500" in printed and "missed: filtered 1, truncated 1, extra_text 1" in printed
+    assert "Fully right reply             0.2500" in printed and "missed: filtered or refused 1, cut off 1, other text around it 1" in printed
     shown = f"report: {tmp_path / 'out.json'}\nnext: python 01_eval/eval.py --track structured --model-kind azure --dataset {rows}\n"
     assert printed.endswith(shown)
     report, lines = read(tmp_path / "out.json"), read_lines(tmp_path / "out.rows.jsonl")
@@ -140,7 +140,7 @@ def test_a_failed_request_is_warned_of(evaluate, files, write_rows, tmp_path):
         *({"id": f"r{number}", "prediction": "", "finish_reason": "error", "reply_error": "HTTP 500"} for number in (1, 2, 3)),
     ]
     code, printed, error = evaluate("--dataset", files[0], "--replies", write_rows("failed.jsonl", lines))
-    assert code == 0 and error.startswith("warning: 3 of 4 rows are not measured, and the metrics count them as they stand (3 failed") and "no_json 3" in printed
+    assert code == 0 and error.startswith("warning: 3 of 4 rows are not measured, and the metrics count them as they stand (3 failed") and "no JSON 3" in printed
     assert read(tmp_path / "out.json")["counts"]["failed_requests"] == 3
     assert [line["reply_error"] for line in read_lines(tmp_path / "out.rows.jsonl")] == [None, "HTTP 500", "HTTP 500", "HTTP 500"]
 

@@ -6,7 +6,7 @@ from slm_swap.scoring.tracks import TRACKS
 from slm_swap.verdict.cost_words import money
 from slm_swap.verdict.decision import FINE_TUNE, SWAP
 from slm_swap.verdict.evaluations import is_simulated
-from slm_swap.verdict.gap import FINE_TUNING
+from slm_swap.verdict.gap import FINE_TUNING, measured_gain
 from slm_swap.verdict.html_report import plots, words
 from slm_swap.verdict.html_report.cost import CostView
 from slm_swap.verdict.html_report.parts import Figure, Table
@@ -298,7 +298,7 @@ class Page:
         rows = [
             [remedy["remedy"] + (" (begin here)" if remedy["remedy"] == first else ""), ", ".join(self.kind(kind).lower() for kind in remedy["kinds"]), count(remedy["rows"]),
              signed(remedy["gain_at_most"]),
-             "not measured" if remedy["gain_measured"] is None else signed(remedy["gain_measured"])]
+             measured_gain(remedy, signed)]
             for remedy in remedies
         ]  # fmt: skip
         head = ["Remedy", "Against", "Rows", "Gain at most, points", "Gain measured, points"]
