@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from slm_swap.clients.engines import CONSTRAINTS, ENGINES, PRECISIONS, STARTS
 from slm_swap.clients.thinking import THINKING
@@ -298,10 +298,10 @@ def warn_of_unknown_fields(dataset: Dataset) -> None:
         warn(f"fields that nothing reads: {told}")
 
 
-def next_step(*commands: str) -> None:
-    """What to do next, one command a line: the end of a script's output."""
+def next_step(*commands: str, stream: TextIO | None = None) -> None:
+    """What to do next, one command a line: the end of a script's output, or on `stream` where standard output is the result itself."""
     for command in commands:
-        print(f"next: {command}")
+        print(f"next: {command}", file=stream, flush=True)
 
 
 def warn(message: str) -> None:

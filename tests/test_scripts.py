@@ -128,3 +128,9 @@ def test_every_variable_is_in_the_example_file():
         if isinstance(value, str) and value.startswith(("SLM_", "AZURE_", "LANGFUSE_", "PRICES_")) and value.isupper()
     }
     assert {name for name in names if " " not in name and "=" not in name} - {"LANGFUSE_HOST"} == documented
+
+
+@pytest.mark.parametrize("script", [script for script in SCRIPTS if script not in ("train_unsloth.py", "demo/make_tiny_model.py", "demo/quickstart.py")])
+def test_every_script_says_the_next_command(script):
+    """`train_unsloth.py` runs the one in 04_ft, and the quickstart ends with the commands for one's own rows."""
+    assert "next_step(" in (PACKAGE / script).read_text(encoding="utf-8")

@@ -141,6 +141,7 @@ def main(argv: list[str] | None = None) -> int:
                 if args.langfuse_experiment:
                     raise UserError(f"{display_path(out)} is finished, and an experiment is recorded as rows are asked: pass --overwrite or another --out")
                 print(f"nothing to ask: the report of these rows is finished (--overwrite asks them anew)\nreport: {display_path(out)}")
+                tell_next(args, name)
                 return 0
             if empty := getattr(client, "warning", None):
                 warn(empty)

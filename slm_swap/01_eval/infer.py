@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
-from slm_swap.cli import Parser, client_options, few_shot_of, positive, require_own_model, run
+from slm_swap.cli import Parser, client_options, few_shot_of, next_step, positive, require_own_model, run
 from slm_swap.common.errors import UserError
 from slm_swap.common.os_errors import os_error
 from slm_swap.common.settings import display_path, find_path, load_settings
@@ -84,6 +84,7 @@ def main(argv: list[str] | None = None) -> int:
         scored = track.score(gold, reply.text, reply.finish_reason, reply.calls)
         told += f", {'right' if scored.strict.exact else scored.error}; reference: {example.completion}"
     print(told + (f"; {reply.error}" if reply.error else ""), file=sys.stderr)
+    next_step(f"python 01_eval/eval.py --track {args.track} --model-kind {args.model_kind}", stream=sys.stderr)
     return 0
 
 

@@ -203,6 +203,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.save and is_finished(args, asked, name, sides):
             places = ", ".join(display_path(report_path(args, kind, name)) for kind in args.models)
             print(f"nothing to ask: both reports are finished (--overwrite asks anew): {places}")
+            tell_next(args, name, early)
             return 0
         finished = watch(args.track, sides, examples, gold, LIVE_BATCH if args.batch_size == "auto" else args.batch_size, early)
     finally:
@@ -221,12 +222,18 @@ def main(argv: list[str] | None = None) -> int:
         save_somewhere(args, sides, inputs, name, clock, early, asked | {"rows": asked["rows"] if finished else done}, traces)
     for side, kind in zip(sides, args.models, strict=True):
         trace_side(connection, args, side, kind, report_path(args, kind, name), seeds[kind])
-    told = " ".join(f"--{kind} {display_path(report_path(args, kind, name))}" for kind in args.models)
-    if args.save and finished and "replay" not in args.models:
-        next_step(f"python 03_compare/compare.py --track {args.track} {told}{' --sequential' if early else ''} --delta {args.delta:g}")
-    elif not args.save:
-        next_step("the same command with --save writes both reports, for 03_compare/compare.py")
+    if finished or not args.save:
+        tell_next(args, name, early)
     return 0 if finished else 130
+
+
+def tell_next(args: argparse.Namespace, name: str, early: EarlyStop | None) -> None:
+    """The comparison of both reports, where they are saved; a replay takes the small model's place."""
+    if not args.save:
+        return next_step("the same command with --save, which writes both reports for 03_compare/compare.py")
+    sides = {("slm" if kind == "replay" and "slm" not in args.models else "azure" if kind == "replay" else kind): kind for kind in args.models}
+    told = " ".join(f"--{side} {display_path(report_path(args, kind, name))}" for side, kind in sides.items())
+    return next_step(f"python 03_compare/compare.py --track {args.track} {told}{' --sequential' if early else ''} --delta {args.delta:g}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
-from slm_swap.cli import Parser, check_out, load_rows, positive, positive_number, run, share
+from slm_swap.cli import Parser, check_out, load_rows, next_step, positive, positive_number, run, share
 from slm_swap.clients.pricing import load_prices
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import write_json
@@ -143,6 +143,7 @@ def main(argv: list[str] | None = None) -> int:
     ladder = Ladder(folder, args.track, inputs | {"rows": len(examples)}, plan, common, measure, hosted, args.delta, args.alpha, prices, say)
     if args.dry_run:
         show_outlook(outlook(ladder, begin, examples, stages, train), prices.local.cost)
+        next_step("the same command without --dry-run")
         return 0
     stages.budget.spent_seconds, stages.budget.spent_money = ladder.spent()
     best = ladder.climb(begin)
@@ -156,9 +157,11 @@ def tell_commands(args: argparse.Namespace, recipe: Path, verdict: str | None) -
     """What to do next: the test split is asked once, by the recipe."""
     report = f"01_eval/reports/{args.track}_slm_recipe.json"
     say(f"recipe: {display_path(recipe)}")
-    say(f"on the validation rows the verdict is {verdict or 'not known'}. Now measure the recipe on the test split, which nothing was chosen on:")
-    say(f"  python 01_eval/eval.py --track {args.track} --model-kind slm --recipe {display_path(recipe)} --out {report}")
-    say(f"  python 03_compare/compare.py --track {args.track} --azure 01_eval/reports/{args.track}_azure_test.json --slm {report} --delta {args.delta:g} --table")
+    say(f"on the validation rows the verdict is {verdict or 'not known'}; the next commands measure the recipe on the test split, which chose nothing")
+    next_step(
+        f"python 01_eval/eval.py --track {args.track} --model-kind slm --recipe {display_path(recipe)} --out {report}",
+        f"python 03_compare/compare.py --track {args.track} --azure 01_eval/reports/{args.track}_azure_test.json --slm {report} --delta {args.delta:g} --table",
+    )
 
 
 if __name__ == "__main__":

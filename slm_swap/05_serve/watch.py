@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
-from slm_swap.cli import Parser, check_out, positive, positive_number, run, run_metadata, tracing_options, warn
+from slm_swap.cli import Parser, check_out, next_step, positive, positive_number, run, run_metadata, tracing_options, warn
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import write_atomically, write_jsonl
 from slm_swap.common.settings import display_path, find_path, load_settings
@@ -30,6 +30,7 @@ from slm_swap.serving.state import AUDITS, STATE, STOP, flag, lower_flag, raise_
 from slm_swap.serving.watch_page import cautions, terminal, verdict_line, write_page
 from slm_swap.serving.watching import KINDS, TAKES_BACK, Watch, begin, find_cascade, read_allowed, restart
 from slm_swap.tracing.runs import Tracing, connect, trace_run
+from slm_swap.verdict.cascade import read_cascade
 
 ALARM = 12  # the exit code
 LOOK_SECONDS, LINE_SECONDS = 2, 30
@@ -60,11 +61,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def state_flag(folder: Path) -> str:
+    """The flag that names the state folder in a command, where it is not the default."""
+    return "" if folder == STATE else f" --state {display_path(folder)}"
+
+
 def resume(folder: Path) -> int:
     restart(folder)  # first: a watcher that still had the old evidence would raise the flag again
     kept = lower_flag(folder)
     print(f"the flag is lowered, and kept as {display_path(kept)}" if kept else "no flag was up")
     print("the detectors start anew from now on")
+    next_step(f"python 05_serve/watch.py{state_flag(folder)}")
     return 0
 
 
@@ -73,13 +80,15 @@ def export(args: argparse.Namespace) -> int:
     check_out(args.export, inputs=[audits], advice="choose another place with --export")
     if not audits.exists():
         raise UserError(f"no audits at {display_path(audits)}: nothing has been audited, or pass --state")
-    rows = list(rows_of_audits(audits, read_allowed(find_cascade(args.state, args.cascade)).hosted, dropped))
+    served = find_cascade(args.state, args.cascade)
+    rows = list(rows_of_audits(audits, read_allowed(served).hosted, dropped))
     agree = dropped.pop("agree", 0)
     print(f"{len(rows)} rows; {agree} agree" + "".join(f"; {n} left out: {reason}" for reason, n in dropped.items() if n))
     if not rows:
         raise UserError(f"no audit of {display_path(audits)} makes a row: nothing is written")
     write_jsonl(args.export, rows, "choose another place with --export")
     print(f"rows: {display_path(args.export)}\nagreement, not accuracy: their gold is the hosted model's reply; personal data is not masked")
+    next_step(f"python 02_dataset/prepare_data.py --source jsonl --track {read_cascade(served).track} --dataset-path {display_path(args.export)}")
     return 0
 
 
@@ -135,7 +144,12 @@ def main(argv: list[str] | None = None) -> int:
     print(verdict_line(look.watch))
     for line in cautions(look.watch):
         warn(line)
-    return ALARM if flag(args.state) else 0
+    if args.html:
+        print(f"page: {display_path(args.html)}")
+    if not flag(args.state):
+        return 0
+    next_step(f"python 05_serve/watch.py --export 02_dataset/audits.jsonl{state_flag(args.state)}", f"python 05_serve/watch.py --resume{state_flag(args.state)}")
+    return ALARM
 
 
 def follow(look: Look) -> NoReturn:
