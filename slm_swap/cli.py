@@ -15,7 +15,7 @@ from slm_swap.common.errors import UserError
 from slm_swap.common.os_errors import ELSEWHERE, mendable
 from slm_swap.common.reports import code_version, sha256_file
 from slm_swap.common.secrets import hide_in_tracebacks
-from slm_swap.common.settings import PACKAGE, Settings, display_path, find_path, load_launch, load_settings, real_path
+from slm_swap.common.settings import PACKAGE, Settings, display_path, find_path, load_launch, load_settings, real_path, shown_path
 from slm_swap.common.temporary import remove_leftovers
 from slm_swap.evaluating.journal import elsewhere
 from slm_swap.evaluating.recipe import FLAGS, read_recipe
@@ -185,7 +185,7 @@ def find_rows(args: argparse.Namespace, kinds: Sequence[str]) -> tuple[Dataset, 
     path = find_path(args.replies if own else args.dataset or split)
     if not os.path.lexists(path):
         advice = "check --replies" if own else "make them with 02_dataset/prepare_data.py or pass --dataset FILE"
-        raise UserError(f"no {'replies' if own else 'rows'} at {display_path(path)}: {advice}")
+        raise UserError(f"no {'replies' if own else 'rows'} at {shown_path(path)}: {advice}")
     if own:
         from slm_swap.clients.replay_client import rows_of_replies
 
@@ -255,9 +255,9 @@ def check_out(*outs: Path, inputs: Sequence[str | Path | None] = (), advice: str
     for out in outs:
         folder = next(parent for parent in out.absolute().parents if parent.exists())
         if (out.exists() and not out.is_file()) or not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise UserError(f"cannot write {display_path(out)}: {advice or elsewhere(outs[0])}")
+            raise UserError(f"cannot write {shown_path(out)}: {advice or elsewhere(outs[0])}")
         if real_path(out) in sources:
-            raise UserError(f"{display_path(out)} is read and would be overwritten: {advice or ELSEWHERE}")
+            raise UserError(f"{shown_path(out)} is read and would be overwritten: {advice or ELSEWHERE}")
         remove_leftovers(out)
 
 

@@ -42,7 +42,7 @@ from slm_swap.clients.replicas import fork_replica, take_one_gpu
 from slm_swap.common.errors import UserError
 from slm_swap.common.progress import Progress
 from slm_swap.common.reports import SCHEMA_VERSION, rows_path, write_atomically, write_json
-from slm_swap.common.settings import PACKAGE, display_path, load_settings
+from slm_swap.common.settings import PACKAGE, display_path, load_settings, shown_path
 from slm_swap.evaluating.console import show, warn_of_training
 from slm_swap.evaluating.evaluation import Stopwatch, check_rows, evaluate_rows
 from slm_swap.evaluating.experiments import find_experiment, link
@@ -139,8 +139,8 @@ def main(argv: list[str] | None = None) -> int:
                 journal.begin(asked, asked["rows"])
             elif not old.begin(journal, asked, args.again, args.max_new_tokens, client.kind != "slm", args.repeat):
                 if args.langfuse_experiment:
-                    raise UserError(f"{display_path(out)} is finished, and an experiment is recorded as rows are asked: pass --overwrite or another --out")
-                print(f"nothing to ask: the report of these rows is finished (--overwrite asks them anew)\nreport: {display_path(out)}")
+                    raise UserError(f"{shown_path(out)} is finished, and an experiment is recorded as rows are asked: pass --overwrite or another --out")
+                print(f"nothing to ask: the report of these rows is finished (--overwrite asks them anew)\nreport: {shown_path(out)}")
                 tell_next(args, name)
                 return 0
             if empty := getattr(client, "warning", None):
@@ -179,7 +179,7 @@ def tell_next(args: argparse.Namespace, name: str) -> None:
     report = PACKAGE / f"01_eval/reports/{args.track}_{other}_{name}.json"
     if report.is_file():
         sides = {"azure" if other == "slm" else "slm": args.out, other: report}
-        told = " ".join(f"--{side} {display_path(path)}" for side, path in sorted(sides.items()))
+        told = " ".join(f"--{side} {shown_path(path)}" for side, path in sorted(sides.items()))
         return next_step(f"python 03_compare/compare.py --track {args.track} {told} --table")
     rows = f" --dataset {args.dataset}" if args.dataset else f" --split {args.split}" if args.split else ""
     rows += f" --limit {args.limit}" if args.limit else ""
@@ -212,7 +212,7 @@ def measure(
     if damage := journal.told_of_damage():
         warn(damage)
     if cache and cache.damaged:
-        warn(f"{cache.damaged} replies of {display_path(cache.path)} were damaged: they were asked again")
+        warn(f"{cache.damaged} replies of {shown_path(cache.path)} were damaged: they were asked again")
     repeat, cost = repeat_rows(tally.track, client, dataset, journal, args.repeat, args.repeat_rows, args.seed, outage)
     measured = client.kind == "slm" and old and old.report.get("latency")
     latency = None if measured else latency_of(client, tally, dataset, journal, args.latency_rows, args.seed, args.concurrency)

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywher
 from slm_swap.cli import Parser, client_options, few_shot_of, next_step, positive, require_own_model, run
 from slm_swap.common.errors import UserError
 from slm_swap.common.os_errors import os_error
-from slm_swap.common.settings import display_path, find_path, load_settings
+from slm_swap.common.settings import find_path, load_settings, shown_path
 from slm_swap.evaluating.factory import make_client
 from slm_swap.rows.examples import Example, read_examples
 from slm_swap.rows.prompts import request_of
@@ -43,7 +43,7 @@ def read_row(args: argparse.Namespace) -> Example:
     if args.dataset:
         examples = read_examples(find_path(args.dataset), args.row)
         if len(examples) < args.row:
-            raise UserError(f"{display_path(args.dataset)} has {len(examples)} rows: --row {args.row} is not among them")
+            raise UserError(f"{shown_path(args.dataset)} has {len(examples)} rows: --row {args.row} is not among them")
         example, few_shot = replace(examples[-1], ask=args.ask), few_shot_of(args)
         return replace(example, shots=few_shot.turns(example)) if few_shot else example
     if args.few_shot:

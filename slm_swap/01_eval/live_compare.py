@@ -36,7 +36,7 @@ from slm_swap.clients.protocol import MODEL_KINDS
 from slm_swap.common.errors import UserError
 from slm_swap.common.os_errors import without_advice
 from slm_swap.common.reports import SCHEMA_VERSION, rows_path, write_json, write_jsonl
-from slm_swap.common.settings import PACKAGE, Settings, display_path, load_settings
+from slm_swap.common.settings import PACKAGE, Settings, display_path, load_settings, shown_path
 from slm_swap.evaluating.evaluation import Stopwatch, check_rows, references
 from slm_swap.evaluating.factory import make_client
 from slm_swap.evaluating.finished import finished_report
@@ -129,7 +129,7 @@ def save(
         report |= {"trace": traces[kind]}
         write_jsonl(rows_path(out), (row.to_json(TRACKS[args.track]) for row in side.rows), ELSEWHERE)
         write_json(out, report, ELSEWHERE)
-        print(f"report: {display_path(out)}")
+        print(f"report: {shown_path(out)}")
 
 
 def open_side(kind: str, args: argparse.Namespace, settings: Settings, examples: list[Example], recipe: Recipe | None) -> Side:
@@ -201,7 +201,7 @@ def main(argv: list[str] | None = None) -> int:
             if told := getattr(sides[-1].client, "warning", None):
                 warn(told)
         if args.save and is_finished(args, asked, name, sides):
-            places = ", ".join(display_path(report_path(args, kind, name)) for kind in args.models)
+            places = ", ".join(shown_path(report_path(args, kind, name)) for kind in args.models)
             print(f"nothing to ask: both reports are finished (--overwrite asks anew): {places}")
             tell_next(args, name, early)
             return 0
@@ -232,7 +232,7 @@ def tell_next(args: argparse.Namespace, name: str, early: EarlyStop | None) -> N
     if not args.save:
         return next_step("the same command with --save, which writes both reports for 03_compare/compare.py")
     sides = {("slm" if kind == "replay" and "slm" not in args.models else "azure" if kind == "replay" else kind): kind for kind in args.models}
-    told = " ".join(f"--{side} {display_path(report_path(args, kind, name))}" for side, kind in sides.items())
+    told = " ".join(f"--{side} {shown_path(report_path(args, kind, name))}" for side, kind in sides.items())
     return next_step(f"python 03_compare/compare.py --track {args.track} {told}{' --sequential' if early else ''} --delta {args.delta:g}")
 
 

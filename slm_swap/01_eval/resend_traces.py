@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywher
 
 from slm_swap.cli import Parser, next_step, positive_number, run, warn
 from slm_swap.common.errors import UserError
-from slm_swap.common.settings import PACKAGE, display_path, find_path, load_settings
+from slm_swap.common.settings import PACKAGE, find_path, load_settings, shown_path
 from slm_swap.tracing import wire
 from slm_swap.tracing.outbox import SUFFIX, Outbox
 from slm_swap.tracing.runs import Connection, connect
@@ -45,13 +45,13 @@ def outboxes(places: list[str]) -> list[Path]:
         elif place.is_file():
             found.append(place)
         elif places:
-            raise UserError(f"nothing at {display_path(place)}: name a *{SUFFIX} file or a folder with some")
+            raise UserError(f"nothing at {shown_path(place)}: name a *{SUFFIX} file or a folder with some")
     return found
 
 
 def send(outbox: Outbox, connection: Connection, seconds: float) -> bool:
     """Deliver one file, and say what became of it: whether nothing of it is missing."""
-    shown, server = display_path(outbox.path), connection.server
+    shown, server = shown_path(outbox.path), connection.server
     if outbox.header:
         if outbox.header["base_url"] != server.base_url:
             warn(f"{shown} was meant for {outbox.header['base_url']}, and goes to {server.base_url}")

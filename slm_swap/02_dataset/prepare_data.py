@@ -20,7 +20,7 @@ from slm_swap.cli import Parser, next_step, not_negative, run, warn
 from slm_swap.common.errors import UserError
 from slm_swap.common.progress import Progress
 from slm_swap.common.reports import SCHEMA_VERSION, code_version, now, sha256_file
-from slm_swap.common.settings import display_path, find_path
+from slm_swap.common.settings import display_path, find_path, shown_path
 from slm_swap.dataset.build import build
 from slm_swap.dataset.readers import importers
 from slm_swap.dataset.readers.chat import chat, forms_seen
@@ -101,9 +101,9 @@ def main(argv: list[str] | None = None) -> int:
     for line in remarks(report, out_dir):
         print(line)
     now_there = splits_at(out_dir, tracks)
-    if replaced := [display_path(path) for path, sha256 in earlier.items() if now_there.get(path) != sha256]:
+    if replaced := [shown_path(path) for path, sha256 in earlier.items() if now_there.get(path) != sha256]:
         warn(f"splits of an earlier run were replaced: {', '.join(replaced)}: reports and adapters of those rows are not of these")
-    print(f"report: {display_path(out_dir / 'prepare_report.json')}")
+    print(f"report: {shown_path(out_dir / 'prepare_report.json')}")
     tell_next(args, out_dir, [track for track in tracks if report["splits"][track]["test"]["rows"]])
     return 0
 
@@ -116,7 +116,7 @@ def splits_at(out_dir: Path, tracks: Iterable[str]) -> dict[Path, str]:
 
 def tell_next(args: argparse.Namespace, out_dir: Path, tracks: list[str]) -> None:
     for track in tracks:
-        rows = f" --dataset {display_path(out_dir / track / 'test.jsonl')}" if args.out_dir else ""
+        rows = f" --dataset {shown_path(out_dir / track / 'test.jsonl')}" if args.out_dir else ""
         next_step(f"python 01_eval/eval.py --track {track} --model-kind azure{rows}")
 
 

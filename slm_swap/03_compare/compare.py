@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywher
 from slm_swap.cli import Parser, check_out, next_step, positive, run, run_metadata, share, tracing_options, warn
 from slm_swap.clients.pricing import Prices, load_prices
 from slm_swap.common.reports import SCHEMA_VERSION, code_version, now, rows_path, write_atomically, write_json
-from slm_swap.common.settings import PACKAGE, display_path, find_path, load_settings
+from slm_swap.common.settings import PACKAGE, find_path, load_settings, shown_path
 from slm_swap.scoring.tracks import TRACKS
 from slm_swap.tracing.runs import RunTrace, connect, trace_run
 from slm_swap.verdict import cascade_words
@@ -148,13 +148,13 @@ def main(argv: list[str] | None = None) -> int:
     from slm_swap.verdict.text_report import brief, markdown, table
 
     (table if args.table else brief)(told)
-    next_step(f"python 03_compare/render_report.py --decision {display_path(out)}")
+    next_step(f"python 03_compare/render_report.py --decision {shown_path(out)}")
     if args.markdown:
         write_atomically(args.markdown, lambda stream: stream.write(markdown(told)), MARKDOWN)
-        print(f"markdown: {display_path(args.markdown)}")
+        print(f"markdown: {shown_path(args.markdown)}")
     print(f"FINE_TUNE={int(told['fine_tune'])}")
     print(f"VERDICT={told['verdict']}")
-    print(f"decision: {display_path(out)}")
+    print(f"decision: {shown_path(out)}")
     return EXIT_CODES[told["verdict"]]
 
 

@@ -17,7 +17,7 @@ from slm_swap.cli import Parser, few_shot_of, next_step, not_negative, positive,
 from slm_swap.clients.loading import model_path
 from slm_swap.clients.replicas import take_one_gpu
 from slm_swap.common.reports import sha256_file
-from slm_swap.common.settings import Launch, display_path, find_path, load_settings
+from slm_swap.common.settings import Launch, display_path, find_path, load_settings, shown_path
 from slm_swap.evaluating.recipe import ROW_FLAGS
 from slm_swap.rows.examples import Example, read_examples
 from slm_swap.rows.lines import read_jsonl
@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
             tell(trace, info, args.out)
             show(info, args.out, launch)
             asked = f" --ask {args.ask}" if args.ask else ""
-            next_step(f"python 01_eval/eval.py --track {args.track} --model-kind slm --adapter {display_path(args.out)}{asked} --out 01_eval/reports/{args.track}_slm_adapter.json")
+            next_step(f"python 01_eval/eval.py --track {args.track} --model-kind slm --adapter {shown_path(args.out)}{asked} --out 01_eval/reports/{args.track}_slm_adapter.json")
     return 0
 
 
@@ -153,7 +153,7 @@ def show(info: dict[str, Any], out: Path, launch: Launch) -> None:
             print(f"{metric_name(name)} on the validation rows: {'unknown' if before is None else f'{before:.4f}'} before, {after:.4f} after")
     if info["best_step"] not in (None, info["steps"]):
         print(f"kept is step {info['best_step']}, the best one by {metric_name(info['hyperparameters']['best_by'])}")
-    print(f"adapter: {display_path(out)}")
+    print(f"adapter: {shown_path(out)}")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from slm_swap.clients.pricing import load_prices
 from slm_swap.clients.protocol import Client
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import sha256_file
-from slm_swap.common.settings import Settings, display_path, find_path, load_settings
+from slm_swap.common.settings import Settings, find_path, load_settings, shown_path
 from slm_swap.evaluating.recipe import read_recipe
 from slm_swap.serving import state
 from slm_swap.serving.options import MODES, Options, read_keys
@@ -163,12 +163,12 @@ def main(argv: list[str] | None = None) -> int:
     listener = listen(args.host, args.port)
     host, port = listener.getsockname()[:2]
     print(f"http://{f'[{host}]' if ':' in host else host}:{port}/v1 ({made.mode})", flush=True)
-    state_flag = "" if args.state == state.STATE else f" --state {display_path(args.state)}"
+    state_flag = "" if args.state == state.STATE else f" --state {shown_path(args.state)}"
     if made.small:
         next_step(f"python 05_serve/watch.py{state_flag}")
     code = serve(made, listener, partial(make_small, settings, args) if made.small else None)
     if code == 0:
-        print(f"stopped; what was counted and audited is in {display_path(args.state)}")
+        print(f"stopped; what was counted and audited is in {shown_path(args.state)}")
         if made.small:
             next_step(f"python 05_serve/watch.py --once{state_flag}")
     return code

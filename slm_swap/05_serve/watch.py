@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywher
 from slm_swap.cli import Parser, check_out, next_step, positive, positive_number, run, run_metadata, tracing_options, warn
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import write_atomically, write_jsonl
-from slm_swap.common.settings import display_path, find_path, load_settings
+from slm_swap.common.settings import find_path, load_settings, shown_path
 from slm_swap.serving.audit_rows import rows_of_audits
 from slm_swap.serving.state import AUDITS, STATE, STOP, flag, lower_flag, raise_flag
 from slm_swap.serving.watch_page import cautions, terminal, verdict_line, write_page
@@ -63,13 +63,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def state_flag(folder: Path) -> str:
     """The flag that names the state folder in a command, where it is not the default."""
-    return "" if folder == STATE else f" --state {display_path(folder)}"
+    return "" if folder == STATE else f" --state {shown_path(folder)}"
 
 
 def resume(folder: Path) -> int:
     restart(folder)  # first: a watcher that still had the old evidence would raise the flag again
     kept = lower_flag(folder)
-    print(f"the flag is lowered, and kept as {display_path(kept)}" if kept else "no flag was up")
+    print(f"the flag is lowered, and kept as {shown_path(kept)}" if kept else "no flag was up")
     print("the detectors start anew from now on")
     next_step(f"python 05_serve/watch.py{state_flag(folder)}")
     return 0
@@ -79,16 +79,16 @@ def export(args: argparse.Namespace) -> int:
     audits, dropped = args.state / AUDITS, Counter()
     check_out(args.export, inputs=[audits], advice="choose another place with --export")
     if not audits.exists():
-        raise UserError(f"no audits at {display_path(audits)}: nothing has been audited, or pass --state")
+        raise UserError(f"no audits at {shown_path(audits)}: nothing has been audited, or pass --state")
     served = find_cascade(args.state, args.cascade)
     rows = list(rows_of_audits(audits, read_allowed(served).hosted, dropped))
     agree = dropped.pop("agree", 0)
     print(f"{len(rows)} rows; {agree} agree" + "".join(f"; {n} left out: {reason}" for reason, n in dropped.items() if n))
     if not rows:
-        raise UserError(f"no audit of {display_path(audits)} makes a row: nothing is written")
+        raise UserError(f"no audit of {shown_path(audits)} makes a row: nothing is written")
     write_jsonl(args.export, rows, "choose another place with --export")
-    print(f"rows: {display_path(args.export)}\nagreement, not accuracy: their gold is the hosted model's reply; personal data is not masked")
-    next_step(f"python 02_dataset/prepare_data.py --source jsonl --track {read_cascade(served).track} --dataset-path {display_path(args.export)}")
+    print(f"rows: {shown_path(args.export)}\nagreement, not accuracy: their gold is the hosted model's reply; personal data is not masked")
+    next_step(f"python 02_dataset/prepare_data.py --source jsonl --track {read_cascade(served).track} --dataset-path {shown_path(args.export)}")
     return 0
 
 
@@ -132,7 +132,7 @@ class Look:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     if not args.state.is_dir():
-        raise UserError(f"no state at {display_path(args.state)}: start 05_serve/serve.py, or pass --state")
+        raise UserError(f"no state at {shown_path(args.state)}: start 05_serve/serve.py, or pass --state")
     if args.resume or args.export:
         return resume(args.state) if args.resume else export(args)
     if args.html:
@@ -145,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     for line in cautions(look.watch):
         warn(line)
     if args.html:
-        print(f"page: {display_path(args.html)}")
+        print(f"page: {shown_path(args.html)}")
     if not flag(args.state):
         return 0
     next_step(f"python 05_serve/watch.py --export 02_dataset/audits.jsonl{state_flag(args.state)}", f"python 05_serve/watch.py --resume{state_flag(args.state)}")

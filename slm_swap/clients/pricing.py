@@ -219,7 +219,7 @@ class _Measured:
         if self.kind == "slm":
             return [f"seconds of {self.name}: its report has none; {evaluate}"]
         why = "its replies are recorded" if self.kind == "replay" else "its report does not say what it is (model.kind, model.deployment or path)"
-        return [f"tokens and seconds of the {side} model: {why}; {evaluate}"]
+        return [f"tokens and seconds of the {'hosted' if side == 'azure' else 'small'} model: {why}; {evaluate}"]
 
     def unpriced(self, side: str, prices: Prices) -> list[str]:
         """Which price of a row of it is missing, and where to set it."""

@@ -11,7 +11,7 @@ from slm_swap.clients.protocol import Reply
 from slm_swap.clients.recorded import is_empty, read_recorded
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import sha256_file
-from slm_swap.common.settings import display_path
+from slm_swap.common.settings import display_path, shown_path
 from slm_swap.rows.conversations import conversation_text, normalized
 from slm_swap.rows.examples import FIELDS, OPTIONAL_FIELDS, Example
 from slm_swap.rows.lines import decode_line, read_jsonl, read_lines, short_hash
@@ -64,7 +64,7 @@ class ReplayClient:
                 missing.append(example.id)
         if missing:
             raise UserError(
-                f"{display_path(path)} has no reply for {len(missing)} of {rows} rows (first: id {missing[0]!r}): "
+                f"{shown_path(path)} has no reply for {len(missing)} of {rows} rows (first: id {missing[0]!r}): "
                 "give the dataset that the replies were recorded on, or --limit"
             )
         silent = sum(start in empty for start in self._starts)

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywher
 
 from slm_swap.cli import Parser, next_step, not_negative, positive, run
 from slm_swap.common.errors import UserError
-from slm_swap.common.settings import display_path
+from slm_swap.common.settings import shown_path
 from slm_swap.demo.mistakes import draw
 from slm_swap.demo.simulator_parts import (
     BYTES_PER_TOKEN,
@@ -399,7 +399,7 @@ def main(argv: list[str] | None = None) -> int:
         print(server.url, flush=True)
         next_step(
             f"AZURE_ENDPOINT={server.url} AZURE_DEPLOYMENT={server.deployment} AZURE_API_KEY={server.key} AZURE_API_VERSION=2024-10-21 "
-            f"python 01_eval/eval.py --track TRACK --model-kind azure --dataset {display_path(args.references[0])}"
+            f"python 01_eval/eval.py --track TRACK --model-kind azure --dataset {shown_path(args.references[0])}"
         )
         stop.wait()
     return 0

@@ -9,7 +9,7 @@ from typing import Any
 from slm_swap.common.errors import UserError
 from slm_swap.common.os_errors import reading
 from slm_swap.common.reports import json_line, rows_path
-from slm_swap.common.settings import display_path
+from slm_swap.common.settings import shown_path
 from slm_swap.evaluating.journal import Journal, differences
 from slm_swap.evaluating.row import read_reply
 from slm_swap.scoring.measured import unmeasured
@@ -27,7 +27,7 @@ def finished_report(out: Path, asked: dict[str, Any], again: bool, overwrite: bo
         UserError: there is none to ask rows `again` of, or it is another run's.
     """
     if again and not out.exists():
-        raise UserError(f"no report at {display_path(out)}: evaluate without --again first, or name the report with --out")
+        raise UserError(f"no report at {shown_path(out)}: evaluate without --again first, or name the report with --out")
     if overwrite or not out.exists():
         return None
     finished = Finished(out)
@@ -52,7 +52,7 @@ class Finished:
     """
 
     def __init__(self, out: Path):
-        self.out, self._shown = out, display_path(out)
+        self.out, self._shown = out, shown_path(out)
         try:
             with reading(out, "choose another --out"):
                 self.report = json.loads(out.read_text(encoding="utf-8"))
@@ -121,7 +121,7 @@ class Finished:
         except (ValueError, RecursionError):
             rows = []
         if len(rows) != self.report["counts"]["rows"]:
-            raise UserError(f"{display_path(path)} is not the rows file of {self._shown}: put it back, or pass --overwrite to ask all rows anew")
+            raise UserError(f"{shown_path(path)} is not the rows file of {self._shown}: put it back, or pass --overwrite to ask all rows anew")
         return rows
 
     def keep_rows(self, journal: Journal, to_ask: Sequence[int]) -> None:

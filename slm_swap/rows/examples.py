@@ -19,7 +19,7 @@ from typing import IO, Any
 from slm_swap.common.errors import UserError
 from slm_swap.common.exact_json import ExactEncoder
 from slm_swap.common.os_errors import os_error, writing
-from slm_swap.common.settings import display_path
+from slm_swap.common.settings import shown_path
 from slm_swap.rows.conversations import conversation_text, normalized, reply_text
 from slm_swap.rows.lines import MAX_DEPTH, nested_too_deeply, read_jsonl, short_hash, text_hash
 from slm_swap.rows.toolschema import kept_tool
@@ -272,4 +272,4 @@ def parse_examples(lines: Iterable[tuple[str, Any]], path: str | Path, limit: in
         if number == limit:
             break
     if not number:
-        raise UserError(f"{display_path(path)} has no rows: write one JSON object a line")
+        raise UserError(f"{shown_path(path)} has no rows: write one JSON object a line")

@@ -32,7 +32,7 @@ from typing import Any
 
 from slm_swap.common.errors import UserError
 from slm_swap.common.os_errors import os_error
-from slm_swap.common.settings import ROOT, display_path
+from slm_swap.common.settings import ROOT, shown_path
 from slm_swap.rows.lines import CHECKSUM, is_whole, with_checksum
 from slm_swap.tracing.wire import Server, timestamp
 
@@ -289,7 +289,7 @@ def open_outbox(
     if not outbox.goes_on(header):
         if outbox.put_aside():
             earlier = outbox
-            print(f"warning: {display_path(path)} {_told_aside(earlier, server)}", file=sys.stderr)
+            print(f"warning: {shown_path(path)} {_told_aside(earlier, server)}", file=sys.stderr)
         outbox = Outbox(path, secrets)
     outbox.begin(header)
     if earlier and not earlier.header:
@@ -302,7 +302,7 @@ def open_outbox(
 
 
 def _told_aside(earlier: Outbox, server: Server | None) -> str:
-    aside = display_path(earlier.path)
+    aside = shown_path(earlier.path)
     if not earlier.header:
         return f"is damaged, and nothing in it can be sent: it is {aside} now"
     damage = f" ({earlier.damaged} damaged lines in it cannot be sent)" if earlier.damaged else ""
@@ -377,5 +377,5 @@ def _open_alone(path: Path) -> int:
                 return descriptor
         os.close(descriptor)
         if time.monotonic() > deadline:
-            raise UserError(f"{display_path(path)} is in use by another run: wait for its end") from None
+            raise UserError(f"{shown_path(path)} is in use by another run: wait for its end") from None
         time.sleep(0.05)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slm_swap.common.settings import Settings, display_path
+from slm_swap.common.settings import Settings, shown_path
 from slm_swap.rows.prompts import OWN_RUN
 from slm_swap.scoring.tracks import TRACKS
 from slm_swap.tracing.outbox import ENVIRONMENT, RESEND, SUFFIX, Outbox, open_outbox
@@ -240,14 +240,14 @@ class RunTrace:
 
     def _tell_missing(self, outbox: Outbox, missing: dict[str, int]) -> None:
         if outbox.unwritten:
-            print(f"warning: {display_path(outbox.path)} could not take all of the trace ({outbox.unwritten})", file=sys.stderr)
+            print(f"warning: {shown_path(outbox.path)} could not take all of the trace ({outbox.unwritten})", file=sys.stderr)
         if outbox.turned_down:
             print(f"warning: Langfuse at {self._host} turned {outbox.turned_down:,} scores down as not valid", file=sys.stderr)
         if told := " and ".join(f"{count:,} {kind}" for kind, count in missing.items() if count):
             why = f" ({outbox.reason})" if outbox.reason else ""
             print(
                 f"warning: {told} have not reached Langfuse at {self._host}{why}: they are kept in "
-                f"{display_path(outbox.path)}; send them by {RESEND}",
+                f"{shown_path(outbox.path)}; send them by {RESEND}",
                 file=sys.stderr,
             )
 

@@ -87,8 +87,8 @@ def measured_gain(remedy: dict[str, Any], shown: Callable[[float], str]) -> str:
     """What a remedy's `gain_measured` says to a person; `shown` writes a share as points."""
     if remedy["gain_measured"] is None:
         return "not measured"
-    if not remedy["gain_measured"]:
-        return "too few rows to tell" if remedy["rows"] < FEW_MISSES else "no row it would have helped"
+    if remedy["gain_measured"] == 0:
+        return "too few rows to tell" if remedy["rows"] < FEW_MISSES else "none of these rows"
     return shown(remedy["gain_measured"])
 
 

@@ -247,7 +247,7 @@ def _gap(gap: dict[str, Any]) -> list[Table]:
     found: list[Table] = [(f"Where the gap in “{metric_name(gap['metric'])}” comes from", ("what is wrong", "hosted rows", "small rows", "points"), errors)]
     if remedies:
         title = "What would close it, the cheapest first" + (f"; begin with {gap['first']}" if gap.get("first") else "")
-        found.append((title, ("remedy", "rows", "gain at most", "gain measured"), remedies))
+        found.append((title, ("remedy", "rows", "gain at most", "right but for that"), remedies))
     return found
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import read_json
-from slm_swap.common.settings import PACKAGE, display_path, find_path, real_path
+from slm_swap.common.settings import PACKAGE, find_path, real_path, shown_path
 from slm_swap.rows.examples import Example, read_examples
 from slm_swap.verdict.cascade import identity_of_report
 from slm_swap.verdict.evaluations import Evaluation, model_of
@@ -53,10 +53,10 @@ def require_unused(slm: Evaluation, track: str, chosen_on: Mapping[str, Any] | N
     prompts = {row["prompt_sha256"]: row["id"] for row in slm.rows if row.get("prompt_sha256")}
     for file in dict.fromkeys(map(real_path, files)):
         if file.is_file() and file != real_path(find_path(path)):
-            _share_nothing(prompts, prompt_hashes(file), display_path(file))
+            _share_nothing(prompts, prompt_hashes(file), shown_path(file))
     if validation:
-        _share_nothing({row["id"]: row["id"] for row in slm.rows}, {row["id"] for row in validation.rows}, display_path(validation.path))
-        _share_nothing(prompts, {row.get("prompt_sha256") for row in validation.rows}, display_path(validation.path))
+        _share_nothing({row["id"]: row["id"] for row in slm.rows}, {row["id"] for row in validation.rows}, shown_path(validation.path))
+        _share_nothing(prompts, {row.get("prompt_sha256") for row in validation.rows}, shown_path(validation.path))
     return warnings
 
 
@@ -76,7 +76,7 @@ def _trained_on(model: Mapping[str, Any], path: Path, digest: str | None) -> tup
         return [], []
     info = find_path(trained) / TRAINING_INFO
     if not info.is_file():
-        return [], [f"no {display_path(info)}: whether {trained} was trained on these rows is not known"]
+        return [], [f"no {shown_path(info)}: whether {trained} was trained on these rows is not known"]
     inputs = read_json(info, "train_unsloth.py").get("inputs")
     used = [part for part in inputs.values() if isinstance(part, dict)] if isinstance(inputs, dict) else []
     if digest is not None and digest in [part.get("sha256") for part in used]:

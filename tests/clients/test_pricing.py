@@ -479,8 +479,8 @@ def test_the_months_cost_without_the_hours_price():
 def test_recorded_replies_are_not_free():
     told = compare_costs(replay(), replay(), Prices("prices.toml"), None)
     assert told["unknown"] == [
-        "tokens and seconds of the azure model: its replies are recorded; evaluate it with 01_eval/eval.py --model-kind azure",
-        "tokens and seconds of the slm model: its replies are recorded; evaluate it with 01_eval/eval.py --model-kind slm",
+        "tokens and seconds of the hosted model: its replies are recorded; evaluate it with 01_eval/eval.py --model-kind azure",
+        "tokens and seconds of the small model: its replies are recorded; evaluate it with 01_eval/eval.py --model-kind slm",
         "price of the machine's hour: hour in [local] in prices.toml",
         "hours a month that the machine is kept running: hours_per_month in [local] in prices.toml; "
         "without it the small model's month is not known",

@@ -140,7 +140,7 @@ def test_no_key_of_json_is_shown(told, make, capsys, monkeypatch):
 
 def test_what_a_remedy_would_have_gained_is_said_in_words(make):
     rows = {row[0]: row[3] for title, _, rows in tables(make(slm=("right",) * 7 + ("wrong_value",))) if title.startswith("What would") for row in rows}
-    assert rows["fine-tuning"] == "no row it would have helped"
+    assert rows["fine-tuning"] == "none of these rows"
     own = {"rows": 4, "gain_measured": 0.0}
     assert measured_gain(own, points) == "too few rows to tell" and measured_gain(own | {"gain_measured": None}, points) == "not measured"
     assert measured_gain(own | {"gain_measured": 0.021}, points) == "2.1"

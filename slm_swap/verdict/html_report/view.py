@@ -301,7 +301,7 @@ class Page:
              measured_gain(remedy, signed)]
             for remedy in remedies
         ]  # fmt: skip
-        head = ["Remedy", "Against", "Rows", "Gain at most, points", "Gain measured, points"]
+        head = ["Remedy", "Against", "Rows", "Gain at most, points", "Right but for that, points"]
         return Table("Remedies, the cheapest first", head, rows)
 
     def groups_figure(self) -> Figure:
