@@ -86,35 +86,35 @@ class Parser(argparse.ArgumentParser):
     def add_ask(self) -> None:
         """How rows are asked: see prompts.request_of."""
         self.add_argument("--ask", choices=ASKS, help="how rows are asked (default: conversations native, others text)")
-        self.add_argument("--few-shot", metavar="FILE", help="show each row the rows of this file that are most like it, with their replies: a train split")
-        self.add_argument("--shots", type=positive, metavar="K", help=f"how many of them (default: {SHOTS})")
+        self.add_argument("--few-shot", metavar="FILE", help="put the most similar rows of this file, with their replies, in front of each row: give a train split")
+        self.add_argument("--shots", type=positive, metavar="K", help=f"how many rows --few-shot puts in front (default: {SHOTS})")
 
     def add_tracing(self) -> None:
         """How a run is traced: see tracing.runs.Tracing."""
         tracing = self.add_argument_group("Langfuse")
-        tracing.add_argument("--session", metavar="NAME", help="the session that groups this run with others (default: SLM_SWAP_SESSION)")
-        tracing.add_argument("--langfuse-optional", action="store_true", help="go on where Langfuse is not there; send the trace later")
-        tracing.add_argument("--no-trace-content", action="store_true", help="send metrics and hashes, but no prompts and replies")
+        tracing.add_argument("--session", metavar="NAME", help="the Langfuse session that groups this run with others (default: SLM_SWAP_SESSION)")
+        tracing.add_argument("--langfuse-optional", action="store_true", help="run even if Langfuse cannot be reached, and send the trace later")
+        tracing.add_argument("--no-trace-content", action="store_true", help="send metrics and hashes, but neither prompts nor replies")
 
     def add_client(self, replay: bool = True) -> None:
         """How a model is run: see factory.make_client."""
-        self.add_argument("--engine", choices=ENGINES, default="auto", help="auto: vllm where it can run, else transformers")
+        self.add_argument("--engine", choices=ENGINES, default="auto", help="auto: vllm if it can run, else transformers")
         self.add_argument(
-            "--engine-start", choices=STARTS, default="auto", help="vllm: up soon, or faster then; auto: what ends sooner"
+            "--engine-start", choices=STARTS, default="auto", help="vllm: eager starts faster, graphs runs faster; auto: the one that ends sooner"
         )
-        self.add_argument("--batch-size", type=batch_size, default=8, help="transformers: rows in one batch, or auto: what fits")
+        self.add_argument("--batch-size", type=batch_size, default=8, help="transformers: rows in one batch, or auto: as many as fit")
         precisions = dict.fromkeys(precision for known in PRECISIONS.values() for precision in known)
         defaults = ", ".join(f"{known[0]} for {engine}" for engine, known in PRECISIONS.items())
         self.add_argument("--precision", choices=precisions, help=f"weights of the local model (default: {defaults})")
         self.add_argument("--adapter", metavar="DIR", help="LoRA adapter for the local model")
-        self.add_argument("--thinking", choices=THINKING, help="ask the small model to think before it replies (default: off, where its chat template can)")
-        constrains = "always: replies under the grammar of what may be replied; retry: only where a free reply is not of that form"
+        self.add_argument("--thinking", choices=THINKING, help="ask the small model to think before it replies (default: off, if its chat template can switch it)")
+        constrains = "decode replies under the grammar of the reply form; retry: only if a free reply is not of that form"
         self.add_argument("--constrain", choices=CONSTRAINTS, default="off", help=constrains)
-        limits = f"longest reply, thinking included (default: {MAX_NEW_TOKENS}; with --thinking on {MAX_WITH_THINKING})"
+        limits = f"longest reply in tokens, thinking included (default: {MAX_NEW_TOKENS}; with --thinking on {MAX_WITH_THINKING})"
         self.add_argument("--max-new-tokens", type=positive, help=limits)
-        self.add_argument("--concurrency", type=positive, default=32, help="rows that the hosted model is asked at a time")
+        self.add_argument("--concurrency", type=positive, default=32, help="rows sent to the hosted model at the same time")
         if replay:
-            self.add_argument("--replies", metavar="FILE", help="recorded replies, for replay")
+            self.add_argument("--replies", metavar="FILE", help="recorded replies, for --model-kind replay")
         self.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
 
 
@@ -122,8 +122,15 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefa
     """The docstring as it stands; defaults only where there is one to show."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        bare = action.default is None or action.default is False or action.required
-        return action.help if bare else super()._get_help_string(action)
+        default = action.default
+        if default is None or default is False or default == [] or action.required:
+            return action.help
+        if isinstance(default, list | tuple | Path):
+            shown = default if isinstance(default, Path) else ",".join(map(str, default)) if action.nargs is None else " ".join(map(str, default))
+            inside = isinstance(default, Path) and default.is_relative_to(PACKAGE)
+            shown = str(default.relative_to(PACKAGE) if inside else shown).replace("%", "%%")
+            return f"{action.help} (default: {shown})" if shown else action.help
+        return super()._get_help_string(action) if default != "" else action.help
 
 
 def positive(text: str) -> int:
@@ -235,13 +242,13 @@ def client_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def require_own_model(parser: Parser, args: argparse.Namespace, kinds: Sequence[str], used: Sequence[str] = ()) -> None:
     """Refuse --constrain where no model of ours is asked: a hosted one or recorded replies cannot be decoded under a grammar. Other flags of
-    the local model that are given there have no effect, but for those `used`, and it says so."""
+    the local model that are given there have no effect, except for those `used`; a warning names them."""
     if "slm" in kinds:
         return
     if args.constrain != "off":
         parser.error(f"--constrain needs --model-kind slm: the replies of {', '.join(kinds)} are not decoded here")
     if idle := [f"--{name.replace('_', '-')}" for name in LOCAL if name not in used and getattr(args, name, None) != parser.get_default(name)]:
-        warn(f"no effect: {', '.join(idle)} (of the local model, and {', '.join(kinds)} is asked): leave it out, or give --model-kind slm")
+        warn(f"no effect: {', '.join(idle)} (for the local model, and {', '.join(kinds)} is asked): leave it out, or give --model-kind slm")
 
 
 def check_out(*outs: Path, inputs: Sequence[str | Path | None] = (), advice: str | None = None) -> None:
@@ -311,7 +318,7 @@ def warn(message: str) -> None:
 
 def run(main: Callable[[], int], launched: bool = False) -> NoReturn:
     """Run a script's `main` and leave: the user's mistake is one line and exit 2, and so is an error of the operating system that they
-    can mend; a bug keeps its traceback. Where nobody reads standard output any more (`| head`), it ends as other commands do.
+    can correct; a bug keeps its traceback. Where nobody reads standard output any more (`| head`), it ends as other commands do.
 
     `launched` scripts can be started as several processes; of those, the first one of a machine speaks for all.
     """
@@ -319,7 +326,7 @@ def run(main: Callable[[], int], launched: bool = False) -> NoReturn:
     hide_in_tracebacks(lambda: load_settings().secrets)
     try:
         if launch.world > 1 and not launched:
-            raise UserError("this script is one process: start it by python, not by accelerate launch or torchrun")
+            raise UserError("this script is one process: start it with python, not with accelerate launch or torchrun")
         code = main()
         sys.stdout.flush()
     except Exception as error:

@@ -218,7 +218,7 @@ class SLMClient:
             if self.precision == "int8":
                 from slm_swap.clients.int8 import give_own_products
 
-                give_own_products(loaded)  # LLM.int8()'s stop for the host at each product, and hang on what else is in the batch
+                give_own_products(loaded)  # LLM.int8()'s stop for the host at each product, and depend on what else is in the batch
             if self.adapter:
                 loaded = with_adapter(loaded, self.adapter, self.path)
             require_numbers(self.adapter or self.path, loaded.eval())

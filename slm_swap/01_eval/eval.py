@@ -7,8 +7,8 @@
     python 01_eval/eval.py --track toolcall --model-kind slm --recipe 04_ft/improve_toolcall/recipe.json
     python 01_eval/eval.py --track toolcall --model-kind azure --again failed,truncated --max-new-tokens 1024
 
-Interrupted in any way, the same command goes on where it stopped: until the report is written, every reply is in the journal
-beside it, <report>.rows.jsonl.part. A finished report is never replaced without --overwrite. slm_swap/README.md says what its keys mean.
+After an interruption the same command continues where it stopped: until the report is written, every reply is in the journal
+beside it, <report>.rows.jsonl.part. A finished report is never replaced without --overwrite. slm_swap/README.md explains its keys.
 """
 
 import argparse
@@ -79,14 +79,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_ask()
     parser.add_client()
     parser.add_recipe()
-    parser.add_argument("--cache", metavar="DIR", help="take replies that this folder has already, and keep the others there")
+    parser.add_argument("--cache", metavar="DIR", help="a folder of replies: take what it has, and keep new replies there")
     parser.add_argument("--out", type=Path, help="the report (default: 01_eval/reports/<track>_<model-kind>_<split>.json)")
-    parser.add_argument("--overwrite", action="store_true", help="ask all rows anew, whatever report is there")
-    parser.add_argument("--again", type=kinds, default=[], metavar="KINDS", help="ask only a finished report's unmeasured rows: failed,truncated")
-    parser.add_argument("--latency-rows", type=not_negative, default=20, help="rows asked one at a time, at most a tenth of all; 0: none")
-    parser.add_argument("--repeat", type=positive, default=1, metavar="RUNS", help="ask a sample of the rows so often, to see whether replies differ")
+    parser.add_argument("--overwrite", action="store_true", help="ask all rows again and replace an existing report")
+    parser.add_argument("--again", type=kinds, default=[], metavar="KINDS", help="of a finished report ask only unmeasured rows again: failed, truncated, or both with a comma")
+    parser.add_argument("--latency-rows", type=not_negative, default=20, help="rows asked one at a time to measure latency, at most a tenth of all; 0: none")
+    parser.add_argument("--repeat", type=positive, default=1, metavar="RUNS", help="ask a sample of the rows this many times, to measure how much replies differ")
     parser.add_argument("--repeat-rows", type=positive, default=100, metavar="N", help="rows in that sample")
-    parser.add_argument("--outage-minutes", type=minutes, default=5.0, help="minutes without an answer of the hosted model that end the run")
+    parser.add_argument("--outage-minutes", type=minutes, default=5.0, help="end the run after this many minutes without an answer of the hosted model")
     parser.add_seed()
     parser.add_tracing()
     parser.add_argument("--langfuse-experiment", metavar="NAME", help="record the run as an experiment on the rows' Langfuse dataset")
@@ -95,7 +95,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--model-kind replay and --replies FILE go together")
     for flag, given in (("--cache", args.cache), ("--again", args.again), ("--few-shot", args.few_shot), ("--repeat", args.repeat > 1)):
         if args.replies and given:
-            parser.error(f"{flag} is of no use with --replies, where no model is asked")
+            parser.error(f"{flag} has no effect with --replies, because no model is asked: leave it out")
     if args.recipe and args.model_kind != "slm":
         parser.error("--recipe says how the small model is asked: leave it out, or give --model-kind slm")
     require_own_model(parser, args, [args.model_kind])
@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
     clock, settings = Stopwatch(), load_settings()
     if settings.launch.world > 1:
         if args.model_kind != "slm" or settings.slm_base_url:
-            raise UserError("only the local model has use for several processes: start --model-kind azure, replay and a model of SLM_BASE_URL by python")
+            raise UserError("only the local model uses several processes: start --model-kind azure, replay and a model of SLM_BASE_URL with python")
         take_one_gpu(settings.launch)
         settings = replace(settings, launch=fork_replica(settings.launch))
     if settings.launch.serves:
@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
             elif not old.begin(journal, asked, args.again, args.max_new_tokens, client.kind != "slm", args.repeat):
                 if args.langfuse_experiment:
                     raise UserError(f"{shown_path(out)} is finished, and an experiment is recorded as rows are asked: pass --overwrite or another --out")
-                print(f"nothing to ask: the report of these rows is finished (--overwrite asks them anew)\nreport: {shown_path(out)}")
+                print(f"nothing to ask: the report of these rows is finished (--overwrite asks them again)\nreport: {shown_path(out)}")
                 tell_next(args, name)
                 return 0
             if empty := getattr(client, "warning", None):
@@ -163,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
                 link(experiment, settings, dataset, trace, warn)
         except BaseException:
             if journal.answered:
-                warn(f"{journal.answered} of {len(journal)} rows are answered and kept: the same command goes on from there")
+                warn(f"{journal.answered} of {len(journal)} rows are answered and kept: the same command continues from there")
             raise
         finally:
             client.close()
@@ -192,11 +192,11 @@ def measure(
 ) -> dict[str, Any]:  # fmt: skip
     """Get the rows that the journal has not, with a progress bar, and what is measured besides: the report."""
     rows, earlier, outage = len(journal), journal.seconds, Outage(args.outage_minutes)
-    to_ask = journal.kept.get("to ask")  # of a report that is finished but for these
+    to_ask = journal.kept.get("to ask")  # of a report that is finished except for these
     alone = alone_rows(rows, args.latency_rows, args.seed) if client.kind == "azure" and old is None else []
     concurrency = min(args.concurrency, rows if to_ask is None else len(to_ask)) if client.kind == "azure" else None
     if journal.answered:
-        print(f"{journal.answered} of {rows} rows are answered already: going on with the others", file=sys.stderr)
+        print(f"{journal.answered} of {rows} rows are answered already: continuing with the others", file=sys.stderr)
     cache = ReplyCache(args.cache, client.identity) if args.cache else None
     with Progress(f"{args.track} {args.model_kind}", rows, earlier=journal.answered) as bar, closing(cache) if cache else nullcontext():
 

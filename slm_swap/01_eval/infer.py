@@ -1,7 +1,7 @@
 """Send one prompt to one model and print its reply.
 
-python 01_eval/infer.py --track toolcall --model-kind slm --prompt-file prompt.txt
-python 01_eval/infer.py --track structured --model-kind azure --dataset 02_dataset/structured/test.jsonl --row 3
+    python 01_eval/infer.py --track toolcall --model-kind slm --prompt-file prompt.txt
+    python 01_eval/infer.py --track structured --model-kind azure --dataset 02_dataset/structured/test.jsonl --row 3
 """
 
 import argparse
@@ -26,9 +26,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_track()
     parser.add_argument("--model-kind", required=True, choices=("slm", "azure"), help="the model to ask")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--prompt", help="the prompt as it stands in a row")
-    what.add_argument("--prompt-file", metavar="FILE", help="the prompt from a file, - for standard input")
-    what.add_argument("--dataset", metavar="FILE", help="the prompt of a row of this file; its score is shown too")
+    what.add_argument("--prompt", help="the prompt, as a row has it")
+    what.add_argument("--prompt-file", metavar="FILE", help="a file with the prompt, or - for standard input")
+    what.add_argument("--dataset", metavar="FILE", help="a file of rows: the prompt of one row, and the score of the reply")
     parser.add_argument("--row", type=positive, default=1, help="which row of --dataset, from 1")
     parser.add_ask()
     parser.add_client(replay=False)

@@ -4,8 +4,8 @@
     python 01_eval/live_compare.py --track structured --models azure slm --adapter 04_ft/adapter_structured --save
     python 01_eval/live_compare.py --track toolcall --models azure slm --stop-early --delta 0.05 --save
 
-Ctrl-C ends it with what both have answered so far; with --save that is written as two reports. --stop-early asks in random order
-and ends once the verdict is certain at --delta and --alpha, however often one looks (stats/betting.py names the method).
+Ctrl-C ends it with what both models have answered so far. With --save that is written as two reports. --stop-early asks in random order
+and ends once the verdict is certain at --delta and --alpha, no matter how often you look (stats/betting.py names the method).
 """
 
 import argparse
@@ -186,7 +186,7 @@ def main(argv: list[str] | None = None) -> int:
     if early and early.rows_if_equal is None:
         warn(
             f"too few {'tools' if args.tools == 'others' else 'rows'} for a SWAP at --delta {args.delta:g}, unless the small model is the "
-            f"better one: {'a tool' if args.tools == 'others' else 'a row or group of rows'} is one bet, and there are {len(early.sizes)}, "
+            f"better one: {'a tool' if args.tools == 'others' else 'a row or group of rows'} counts as one observation, and there are {len(early.sizes)}, "
             f"the largest of {max(early.sizes)} rows"
         )
     recipe = read_recipe(args.recipe, args.track) if args.recipe else None
@@ -202,7 +202,7 @@ def main(argv: list[str] | None = None) -> int:
                 warn(told)
         if args.save and is_finished(args, asked, name, sides):
             places = ", ".join(shown_path(report_path(args, kind, name)) for kind in args.models)
-            print(f"nothing to ask: both reports are finished (--overwrite asks anew): {places}")
+            print(f"nothing to ask: both reports are finished (--overwrite asks again): {places}")
             tell_next(args, name, early)
             return 0
         finished = watch(args.track, sides, examples, gold, LIVE_BATCH if args.batch_size == "auto" else args.batch_size, early)
@@ -211,7 +211,7 @@ def main(argv: list[str] | None = None) -> int:
             side.client.close()
     done = len(sides[0].rows)
     if not finished:
-        warn(f"interrupted after {done} of {len(examples)} rows: the numbers are of those alone")
+        warn(f"interrupted after {done} of {len(examples)} rows: the numbers cover only these rows")
     if not done:
         raise UserError("no batch was answered by both models: nothing to show or save")
     if early and finished:

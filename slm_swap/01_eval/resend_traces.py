@@ -3,8 +3,8 @@
     python 01_eval/resend_traces.py
     python 01_eval/resend_traces.py runs/quickstart 01_eval/reports/toolcall_azure_test.traces.jsonl
 
-What has arrived is not sent again, and a file is deleted once all of it has. One with damaged lines stays: what can be read of it is sent.
-Ends with 1 where something is still missing.
+What has arrived is not sent again. A file is deleted once all of it has arrived. A file with damaged lines stays, and its other lines are sent.
+The exit code is 1 if something is still missing.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     parser.add_argument("places", nargs="*", metavar="PLACE", help="files, or folders to look through (default: every stage's own)")
     parser.add_argument(
-        "--seconds", type=positive_number, default=600.0, help="how long one file may take; the server has a tenth of it, and at least 5 s, for each answer"
+        "--seconds", type=positive_number, default=600.0, help="time limit for one file; the server has a tenth of it for each answer, and at least 5 s"
     )
     return parser.parse_args(argv)
 
@@ -54,7 +54,7 @@ def send(outbox: Outbox, connection: Connection, seconds: float) -> bool:
     shown, server = shown_path(outbox.path), connection.server
     if outbox.header:
         if outbox.header["base_url"] != server.base_url:
-            warn(f"{shown} was meant for {outbox.header['base_url']}, and goes to {server.base_url}")
+            warn(f"{shown} was recorded for {outbox.header['base_url']} and is sent to {server.base_url}")
         outbox.deliver(server)
     missing = outbox.close(seconds)
     if outbox.turned_down:
@@ -62,9 +62,9 @@ def send(outbox: Outbox, connection: Connection, seconds: float) -> bool:
     if any(missing.values()) and outbox.header:
         warn(f"{missing['spans']} spans and {missing['scores']} scores of {shown} are still missing ({outbox.reason})")
     if not outbox.header:
-        warn(f"{shown} has no header that can be read, so nothing in it can be sent: delete it once it is of no use")
+        warn(f"{shown} has no header that can be read, so nothing in it can be sent: delete it when you no longer need it")
     elif outbox.damaged:
-        warn(f"{outbox.damaged} damaged lines of {shown} cannot be sent: the file stays; delete it once it is of no use")
+        warn(f"{outbox.damaged} damaged lines of {shown} cannot be sent: the file stays, delete it when you no longer need it")
     elif not any(missing.values()):
         print(f"sent: {shown}\ntrace: {server.base_url}/project/{connection.project}/traces/{outbox.header['trace']}")
         return True

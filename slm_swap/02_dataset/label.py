@@ -1,11 +1,11 @@
-"""Label rows that have no reply: the hosted model is asked several times, and what it says alike becomes the row's gold.
+"""Label rows that have no reply: ask the hosted model several times, and take what its replies agree on as the row's gold.
 
     python 02_dataset/label.py --track toolcall --prompts asked.jsonl --samples 3
     python 02_dataset/label.py --track toolcall --prompts asked.jsonl --samples 3 --budget 5
 
-The first command tells what it would cost at most and asks nothing; --budget is the most that may be spent, and confirms it. A row
-whose samples all agree (--agree) and keep to its schema goes to --out, the others with their votes to <out>.review.jsonl. Interrupted,
-or out of budget, the same command goes on: no reply is paid twice. Such rows measure agreement with that model, not accuracy.
+The first command prints the highest possible cost and asks nothing. --budget is the most that may be spent, and confirms. A row
+whose samples all agree (--agree) and match its schema goes to --out, the others with their votes to <out>.review.jsonl. After an interruption,
+or when the budget is spent, the same command continues: no reply is paid twice. Such rows measure agreement with that model, not accuracy.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def read_prompts(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[E
     if not rows:
         raise UserError(f"{shown_path(args.prompts)} has no rows: write one JSON object a line")
     if len({example.id for example in examples}) != len(examples):
-        raise UserError(f"{shown_path(args.prompts)}: an id, or a whole row, stands there twice: keep one")
+        raise UserError(f"{shown_path(args.prompts)}: an id or a whole row occurs twice: keep one")
     return rows, examples
 
 
@@ -89,7 +89,7 @@ def confirm(args: argparse.Namespace, labelling: Labelling, client: Any, answere
     most, currency = labelling.most(client), client.prices.currency or ""
     requests = len(labelling.requests) * args.samples
     if most is None:
-        raise UserError(f"{requests} requests, and the deployment's prices are not in {client.prices.path}: write them there, no budget can be kept without")
+        raise UserError(f"{requests} requests, and the deployment's prices are not in {client.prices.path}: write them there, because a budget needs them")
     rounded = f"{Decimal(most).quantize(Decimal(10) ** (Decimal(most).adjusted() - 1), ROUND_CEILING):f}"
     told = f"{requests} requests of {len(labelling.requests)} rows cost at most about {rounded} {currency}".rstrip()
     told += f", {answered} are answered already" if answered else ""
@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
         if not complete:
             raise UserError(
                 f"the budget is spent: {labelling.spent:.4g} for {journal.answered} of {len(journal)} replies, which are kept; "
-                "the same command with a larger --budget goes on"
+                "the same command with a larger --budget continues"
             )
         if missing := len(journal) - journal.answered:
             raise UserError(f"{missing} of {len(journal)} requests failed ({labelling.failure}): the same command asks them again")

@@ -5,7 +5,7 @@
 
 --source chat reads a team's own logs by looking at them: OpenAI, Azure and Anthropic messages, batch output, TRL, ShareGPT, Hermes,
 tau-bench, Langfuse exports and others. --source jsonl reads this program's own rows. Splits share no conversation, no query, no
-near-duplicate (Jaccard of their words of 0.7 or more) and no source row. Rows left out are in prepare_dropped.jsonl, each with why.
+near-duplicate (Jaccard of their words of 0.7 or more) and no source row. prepare_dropped.jsonl lists each row left out with the reason.
 """
 
 import argparse
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     if seen.unknown:
         named = ", ".join(f"{writable(name)} ({count} rows)" for name, count in seen.unknown.most_common(12))
-        warn(f"fields that nothing reads: {named}: a slip in a name loses what stands there")
+        warn(f"fields that nothing reads: {named}: a misspelt name loses its content")
     sizes = Sizes(args.train_size, args.val_size, args.test_size, args.calibration_size)
     tracks = (args.track,) if args.track else tuple(TRACKS)
     out_dir, by_time = args.out_dir or Path(__file__).parent, args.split_by == "time"

@@ -4,8 +4,8 @@
     python 02_dataset/pull_langfuse.py --from 2026-01-01 --track toolcall --tags production --min-score helpful=0.5
 
 Each generation becomes a conversation row: with calls or without one where tools were on offer (toolcall), or with a JSON value
-(structured). The hosted model's own reply is the reference. Personal data is masked. The same command again goes on where a pull was
-cut off.
+(structured). The hosted model's own reply is the reference. Personal data is masked. If a pull is interrupted, the same command
+continues it.
 """
 
 import argparse

@@ -3,9 +3,9 @@
     python 03_compare/calibrate.py --track toolcall --delta 0.02
     python 03_compare/calibrate.py --track structured --azure A.json --slm S.json --signal sum_logprob --html cascade.html
 
-Takes both models' reports on rows that were used for nothing else (01_eval/eval.py --split calibration). You give the target, --delta: in at
-most so many of all requests the small model's answer is given and wrong where the hosted one's is right (with --agreement: is another one). The
-thresholds follow. Exits 0, or 11 where nothing can be certified; then no cascade is written.
+It takes both models' reports on rows that were used for nothing else (01_eval/eval.py --split calibration). You give the target, --delta: the largest
+share of all requests in which the small model answers, is wrong, and the hosted one would be right (with --agreement: in which both differ). The
+thresholds follow from it. The exit code is 0, or 11 if nothing can be certified. Then no cascade is written.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def read_pair(args: argparse.Namespace, azure: str | Path, slm: str | Path) -> t
     """
     sides = {name: read_evaluation(path, TRACKS[args.track], with_rows=True) for name, path in (("azure", azure), ("slm", slm))}
     if (kind := model_of(sides["slm"].report).get("kind")) != "slm":
-        raise UserError(f"the small model's report {shown_path(sides['slm'].path)} is of kind {kind}: a rule is of a local model (--model-kind slm)")
+        raise UserError(f"the small model's report {shown_path(sides['slm'].path)} is of kind {kind}: a cascade takes the report of a local model (--model-kind slm)")
     return sides, fit_together(sides, sequential=False, question="these")
 
 

@@ -4,7 +4,7 @@
     python 03_compare/compare.py --track structured --azure A.json --slm S.json --before OLD.json --delta 0.05 --markdown pr.md
 
 Prints FINE_TUNE=0|1 and VERDICT=..., writes the decision and exits 0 (SWAP), 10 (FINE_TUNE) or 11 (NEED_MORE_DATA).
-03_compare/render_report.py makes a page to read of the decision; slm_swap/README.md says what its keys mean.
+03_compare/render_report.py makes a readable page of the decision. slm_swap/README.md explains its keys.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--azure", required=True, metavar="REPORT", help="the hosted model's report")
     parser.add_argument("--slm", required=True, metavar="REPORT", help="the small model's report")
     parser.add_argument("--before", metavar="REPORT", help="the small model's report before fine-tuning: what was gained")
-    parser.add_argument("--delta", type=share, default=0.02, help="non-inferiority margin: how much worse is good enough, 0..1")
+    parser.add_argument("--delta", type=share, default=0.02, help="non-inferiority margin: how much worse is still good enough, 0..1")
     parser.add_argument("--alpha", type=share, default=0.05, help="how often a verdict may be wrong at the margin")
     parser.add_argument("--rule", choices=RULES, default="paired", help="paired: tests on the rows; point: the means alone")
     parser.add_argument("--sequential", action="store_true", help="a paired rule that also holds where the rows were looked at while they came")

@@ -3,7 +3,7 @@
     python 03_compare/render_report.py --track toolcall
     python 03_compare/render_report.py --decision decision.json --out decision.html
 
-The rows files that the decision names are read, too; prompts are shown where the dataset is still there as it was.
+It also reads the rows files that the decision names. It shows prompts if the dataset is unchanged and in its place.
 """
 
 import argparse

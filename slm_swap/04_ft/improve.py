@@ -5,8 +5,8 @@
     python 04_ft/improve.py --track structured --rungs ask,few-shot,constrain
 
 Each rung (how it is asked, thinking, more tokens, few-shot, constrained decoding, fine-tuning, combinations of them) is evaluated on the
-validation split, and stays where a paired test shows a gain. It ends early where the verdict on these rows would be SWAP: --azure is the
-hosted model's report of the same rows. The test split is not looked at. Interrupted in any way, the same command goes on.
+validation split, and stays if a paired test shows a gain. The ladder ends early if the verdict on these rows would be SWAP: --azure is the
+hosted model's report of the same rows. The test split is not used. After an interruption the same command continues.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def common_flags(args: argparse.Namespace, rows: Path) -> list[str]:
-    """What every evaluation is given that its replies hang on."""
+    """The flags of every evaluation that its replies depend on."""
     named = {"track": args.track, "dataset": rows, "limit": args.limit, "engine": args.engine, "batch-size": args.batch_size, "seed": args.seed}
     named |= {"precision": args.precision}
     flags = [word for name, value in named.items() if value is not None for word in (f"--{name}", str(value))]

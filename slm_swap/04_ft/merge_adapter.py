@@ -1,7 +1,7 @@
 """Merge an adapter into its base model: a full checkpoint that eval.py (SLM_MODEL_PATH) and vLLM load.
 
-python 04_ft/merge_adapter.py --adapter 04_ft/adapter_toolcall --out models/phi-4-mini-toolcall
-python 04_ft/merge_adapter.py --adapter 04_ft/adapter_toolcall --out models/phi-4-mini-toolcall --dtype fp32
+    python 04_ft/merge_adapter.py --adapter 04_ft/adapter_toolcall --out models/phi-4-mini-toolcall
+    python 04_ft/merge_adapter.py --adapter 04_ft/adapter_toolcall --out models/phi-4-mini-toolcall --dtype fp32
 """
 
 import argparse

@@ -5,9 +5,9 @@
     python 05_serve/watch.py --resume
     python 05_serve/watch.py --export 02_dataset/audits.jsonl
 
-Reads audits.jsonl and minutes.jsonl of the endpoint's state folder. An alarm writes stop.json there: from then on no worker answers
-locally, until a person has looked and --resume removes it; the detectors then start anew. --once looks once: exit 0 quiet,
-12 the flag is up, 2 bad input. --export writes the audited disagreements as rows, the hosted model's replies as their gold.
+It reads audits.jsonl and minutes.jsonl of the endpoint's state folder. An alarm writes stop.json there. From then on no worker answers
+locally, until a person has looked and --resume removes the file. Then the detectors restart. --once looks once: exit 0 quiet,
+12 the flag is up, 2 bad input. --export writes the audited disagreements as rows, with the hosted model's replies as gold.
 """
 
 import argparse
@@ -40,14 +40,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     parser.add_argument("--state", type=find_path, metavar="DIR", help="the endpoint's state folder (default: 05_serve/state)")
     parser.add_argument("--cascade", metavar="FILE", help="the cascade.json that is served (default: the one that the endpoint names)")
-    parser.add_argument("--alarms-in", type=positive, default=10_000, metavar="N", help="disagreement: one false alarm in N audited requests, at most")
-    parser.add_argument("--warnings-in", type=positive, default=43_200, metavar="N", help="each other one: one false alarm in N minutes with requests, at most")
+    parser.add_argument("--alarms-in", type=positive, default=10_000, metavar="N", help="disagreement: at most one false alarm in N audited requests")
+    parser.add_argument("--warnings-in", type=positive, default=43_200, metavar="N", help="every other test: at most one false alarm in N minutes with requests")
     parser.add_argument("--failures", type=positive_number, default=0.01, metavar="SHARE", help="the share of requests that may fail")
-    kinds = f"what raises the flag, of {', '.join(KINDS)}; the others warn (default: {' '.join(TAKES_BACK)})"
+    kinds = f"alarms that raise the flag, of {', '.join(KINDS)}; the others only warn (default: {' '.join(TAKES_BACK)})"
     parser.add_argument("--take-back-on", nargs="*", choices=KINDS, metavar="KIND", help=kinds)
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--once", action="store_true", help="look once: exit 0 quiet, 12 the flag is up")
-    action.add_argument("--resume", action="store_true", help="a person has looked: answer locally again, and start the detectors anew")
+    action.add_argument("--resume", action="store_true", help="a person has looked: answer locally again, and restart the detectors")
     action.add_argument("--export", type=Path, metavar="FILE", help="write audited disagreements as rows for the next training")
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write the state as one page")
     parser.add_tracing()
@@ -70,7 +70,7 @@ def resume(folder: Path) -> int:
     restart(folder)  # first: a watcher that still had the old evidence would raise the flag again
     kept = lower_flag(folder)
     print(f"the flag is lowered, and kept as {shown_path(kept)}" if kept else "no flag was up")
-    print("the detectors start anew from now on")
+    print("the detectors restart from here")
     next_step(f"python 05_serve/watch.py{state_flag(folder)}")
     return 0
 
@@ -103,7 +103,7 @@ class Look:
     def __call__(self) -> None:
         args, allowed = self.args, read_allowed(find_cascade(self.args.state, self.args.cascade))
         if begin(args.state, allowed):
-            print(f"another cascade is served, {allowed.path}: the detectors start anew", file=sys.stderr)
+            print(f"another cascade is served, {allowed.path}: the detectors restart", file=sys.stderr)
         if self.watch is None or self.watch.allowed != allowed:
             self.watch = Watch(args.state, allowed, args.alarms_in, args.warnings_in, args.failures, tuple(args.take_back_on))
         new = self.watch.read(final=self.args.once)
@@ -126,7 +126,7 @@ class Look:
                     trace.event("alarm" if alarm.takes_back else "warning", alarm.to_json() | {"rows": alarm.rows})
                 trace.update(output={"flag_raised": raised, "why": [alarm.why for alarm in self.watch.alarms]})
         except UserError as trouble:
-            warn(f"the alarm has not been told to Langfuse: {trouble}")
+            warn(f"the alarm could not be sent to Langfuse: {trouble}")
 
 
 def main(argv: list[str] | None = None) -> int:

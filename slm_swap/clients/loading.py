@@ -105,7 +105,7 @@ def require_undamaged(folder: Path, files_sha256: str) -> None:
     """
     if _training_info(folder, "files_sha256") not in (None, files_sha256):
         raise UserError(
-            f"the files of {shown_path(folder)} are not those that its training_info.json tells of: they were damaged or changed; "
+            f"the files of {shown_path(folder)} do not match its training_info.json: they were damaged or changed; "
             "train or merge it again, or take `files_sha256` out of that file where the change is yours"
         )
 

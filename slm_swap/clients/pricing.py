@@ -120,7 +120,7 @@ def load_prices(path: str | Path | None = None) -> Prices:
 
 def _check_table(value: Any, name: str, keys: tuple[str, ...] | None, shown: str) -> None:
     if not isinstance(value, dict):
-        raise UserError(f'{shown}: {name} is {value!r}, not a table: prices stand under [hosted."DEPLOYMENT"], [local] or [traffic]')
+        raise UserError(f'{shown}: {name} is {value!r}, not a table: prices go under [hosted."DEPLOYMENT"], [local] or [traffic]')
     for key in value:
         if keys is not None and key not in keys:
             hint = " (a deployment with a dot in its name takes quotes)" if isinstance(value[key], dict) else ""

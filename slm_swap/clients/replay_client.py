@@ -129,6 +129,6 @@ def rows_of_replies(path: str | Path) -> Iterator[tuple[str, dict]]:
             continue
         given = [line.get(name) for name in ("prompt", "reference")] if isinstance(line, dict) else [None]
         if not all(isinstance(text, str) and text.strip() for text in given):
-            raise UserError(f"{where}: no `prompt` or no `reference`, so the file is no dataset too: pass --dataset or --split")
+            raise UserError(f"{where}: recorded replies without `prompt` or `reference` need the rows that they answer: pass --dataset or --split")
         fields = {name: line[name] for name in ("prompt", *OPTIONAL_FIELDS) if name in line}
         yield where, fields | {"completion": line["reference"]}

@@ -16,7 +16,7 @@ REASONS = {  # why a reply makes no row, in the order in which it is looked at
     "truncated": "cut off at a token limit, or as long as the request's limit where the log does not say why it ended",
     "no_request": "no user message before it, or not in text alone",
     "several_replies": "more than one reply to one request",
-    "several_turns": "several turns whose calls hang on what the earlier ones gave (BFCL's multi_turn)",
+    "several_turns": "several turns whose calls depend on the results of earlier ones (BFCL's multi_turn)",
     "several_answers": "more than one call (with --calls one)",
     "no_call_due": "no call is due (with --calls one)",
     "no_call": "a completion without a call",

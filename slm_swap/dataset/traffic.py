@@ -118,7 +118,7 @@ def _is_own(record: dict[str, Any]) -> bool:
 
 
 def _is_own_text(record: dict[str, Any]) -> bool:
-    """Whether a conversation was asked in text form: what was on offer stands in a message, and no tools beside it."""
+    """Whether a conversation was asked in text form: a message says what was on offer, and there are no tools beside it."""
     texts = [message["content"] for message in record["messages"] if message["role"] == "system"]
     return any(text.startswith(tuple(CONVERSATION_PROMPTS.values())) for text in texts)
 

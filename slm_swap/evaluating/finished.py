@@ -71,7 +71,7 @@ class Finished:
         Raises:
             UserError: what differs is named.
         """
-        advice = "it is kept: choose another --out, or pass --overwrite to ask all rows anew"
+        advice = "it is kept: choose another --out, or pass --overwrite to ask all rows again"
         there = self.report.get("asked")
         if not isinstance(there, dict):
             raise UserError(f"{self._shown} is a finished report of an older version, which does not say what was asked: {advice}")
@@ -116,12 +116,12 @@ class Finished:
         path = rows_path(self.out)
         try:
             # not splitlines(): a reply may hold a line separator of Unicode's, which JSON leaves as it is
-            with reading(path, "put it back, or mend what is in its way"):
+            with reading(path, "put it back, or remove what is in its way"):
                 rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
         except (ValueError, RecursionError):
             rows = []
         if len(rows) != self.report["counts"]["rows"]:
-            raise UserError(f"{shown_path(path)} is not the rows file of {self._shown}: put it back, or pass --overwrite to ask all rows anew")
+            raise UserError(f"{shown_path(path)} is not the rows file of {self._shown}: put it back, or pass --overwrite to ask all rows again")
         return rows
 
     def keep_rows(self, journal: Journal, to_ask: Sequence[int]) -> None:

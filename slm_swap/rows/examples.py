@@ -261,7 +261,7 @@ def parse_examples(lines: Iterable[tuple[str, Any]], path: str | Path, limit: in
         if known in seen and row.get("id") not in (None, ""):
             first = seen[known]
             place = first if isinstance(first, str) else f"{where.rpartition(':')[0]}:{first}"
-            raise UserError(f"{where}: id {example.id!r} stands at {place} already: ids must be unique")
+            raise UserError(f"{where}: id {example.id!r} is used at {place} already: ids must be unique")
         if known in seen:  # two equal rows without ids: both stay, told apart by their place
             example = replace(example, id=f"{example.id}-{number}")
             known = short_hash(example.id)

@@ -1,4 +1,4 @@
-"""The names that people read for metrics, errors and matchers: on the console, in Markdown and on the page. JSON keeps the keys."""
+"""The names that people read for metrics, errors, matchers and signals of confidence: on the console, in Markdown and on the page. JSON keeps the keys."""
 
 METRICS = {  # a metric's name, and what it is the share of
     "json_valid_rate": ("Valid JSON", "replies that are one JSON value and nothing else"),
@@ -46,6 +46,14 @@ MATCHERS = {
     "schema": ("By schema", "types that the schema can convert and its defaults count as right"),
     "lenient": ("Lenient", "also other upper and lower case, white space and text around the reply"),
 }
+SIGNALS = {  # of a reply's confidence
+    "min_logprob": ("Least sure token", "the smallest log-probability of a token of the values and the tool's name"),
+    "sum_logprob": ("All tokens", "the sum of these log-probabilities"),
+    "tool_logprob": ("Tool's name", "the log-probability of the tool's name"),
+    "min_margin": ("Smallest margin", "between the most likely and the second token"),
+    "parses": ("Parses", "the reply is JSON, or calls a tool on offer"),
+    "keeps_schema": ("Keeps the schema", "it parses and keeps to the schema"),
+}
 POOLED = "_micro"  # how the names of means over all leaves end
 
 
@@ -57,6 +65,6 @@ def metric_name(metric: str) -> str:
 
 
 def error_name(error: str) -> str:
-    """An error's name for people, as it stands in the middle of a line."""
+    """An error's name for people, as it is written in the middle of a line."""
     name = ERROR_KINDS.get(error, error)
     return name if name[1:2].isupper() else name[0].lower() + name[1:]

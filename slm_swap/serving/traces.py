@@ -32,7 +32,7 @@ class Traces:
     def answered(
         self, request: str, model: str, body: dict[str, Any] | None, by: str, reason: str, local: Reply | None, hosted: Reply | None, agree: bool | None
     ) -> None:
-        """A request that `by`, "local" or "hosted", answered; the other model's reply stands in the metadata where there is one."""
+        """A request that `by`, "local" or "hosted", answered; the metadata has the other model's reply, if there is one."""
         reply, other = (local, hosted) if by == "local" else (hosted, local)
         metadata: dict[str, Any] = {"answered_by": by, "reason": reason, "confidence": local.confidence if local else None}
         if other is not None:

@@ -155,8 +155,8 @@ class RunTrace:
         own: bool = True,
         name: str = ROW,
     ) -> None:
-        """One row, whose span has the id `row_id(row)`; skipped where the trace has it already. All rows' spans have the same `name`; which
-        row it is stands in the metadata, as `row_id`. `asked` are its messages, or the whole body of a request with tools.
+        """One row, whose span has the id `row_id(row)`; skipped where the trace has it already. All rows' spans have the same `name`; the
+        metadata says which row it is, as `row_id`. `asked` are its messages, or the whole body of a request with tools.
 
         A failed request (`reply.error`) is level ERROR, a reply that misses (`error`) level WARNING. `cost` has
         `total` and, where they are known, the costs of `input`, `input_cached_tokens` and `output`; without it Langfuse may show a price of
@@ -311,6 +311,6 @@ def _answer(reply: "Reply") -> Any:
 
 
 def _digest(value: Any) -> dict[str, Any]:
-    """What stands for a text that is not sent: its length and sha256."""
+    """What is sent instead of a text: its length and sha256."""
     text = as_text(value)
     return {"sha256": hashlib.sha256(text.encode("utf-8", "replace")).hexdigest(), "characters": len(text)}

@@ -103,7 +103,7 @@ class Sender:
         Without an answer the next request is half as large, and what may have arrived is looked up before it is posted again: a slow
         server finishes its work after nobody waits for it, and the same work once more would make it slower.
 
-        Of a batch that was taken but for some, the server does not say which. The batch is not posted again in this process (OTLP forbids
+        If a batch was taken except for some, the server does not say which. The batch is not posted again in this process (OTLP forbids
         it), but in the next one all of it: the ids are the same, so Langfuse keeps one of each.
         """
         parts, alone = deque(_whole_records(items, self._size[kind])), []
@@ -186,7 +186,7 @@ def _whole_records(items: list[Item], size: int) -> list[list[Item]]:
 
 
 def _refused(part: list[Item], count: int) -> list[int]:
-    """Of a part's items so many, as they stand in a mark."""
+    """So many of a part's items, as a mark has them."""
     return [part[0].at, part[0].index, len(part), count]
 
 

@@ -41,7 +41,7 @@ class NoLangfuse(UserError):
 
 @dataclass(frozen=True)
 class Answer:
-    """What became of a batch. `taken`: it arrived, but for `turned_down` of its scores, which the server says are not valid, or for
+    """What became of a batch. `taken`: it arrived, except for `turned_down` of its scores, which the server says are not valid, or for
     `rejected` of its spans, of which it does not say which. `refused`: the server will not have it as it is, whenever it is sent. Neither:
     not now. `in_doubt`: there was no answer to a request that was sent, so that it may have arrived. `reason` says why."""
 
@@ -165,17 +165,17 @@ class Server:
         except (*failures(), TimeoutError) as error:
             trouble = type(error).__name__
         if trouble:
-            raise NoLangfuse(f"Langfuse at {self.host} is not there ({trouble}): start it, mend LANGFUSE_BASE_URL, or {UNTRACED}")
+            raise NoLangfuse(f"Langfuse at {self.host} is not there ({trouble}): start it, correct LANGFUSE_BASE_URL, or {UNTRACED}")
         if response.status_code in {401, 403}:
             raise NoLangfuse(
                 f"Langfuse at {self.host} rejects the keys (HTTP {response.status_code}): "
-                f"mend LANGFUSE_PUBLIC_KEY and LANGFUSE_SECRET_KEY, or {UNTRACED}"
+                f"correct LANGFUSE_PUBLIC_KEY and LANGFUSE_SECRET_KEY, or {UNTRACED}"
             )
         try:
             return str(response.raise_for_status().json()["data"][0]["id"])
         except (httpx.HTTPError, ValueError, LookupError, TypeError, RecursionError):
             raise NoLangfuse(
-                f"{self.host} does not answer like Langfuse (HTTP {response.status_code}): mend LANGFUSE_BASE_URL, or {UNTRACED}"
+                f"{self.host} does not answer like Langfuse (HTTP {response.status_code}): correct LANGFUSE_BASE_URL, or {UNTRACED}"
             ) from None
 
     def send_spans(self, spans: Sequence[dict[str, Any]]) -> Answer:

@@ -100,7 +100,7 @@ def _read_rows(path: Path, report: dict[str, Any], track: Track) -> list[dict[st
         rows.append({"group": None, "error": None} | row)
     told = f"{shown_path(rows_file)} does not match its report"
     if len({row["id"] for row in rows}) != len(rows):
-        raise UserError(f"{told}: an id stands there twice; make both again with {MADE_BY}")
+        raise UserError(f"{told}: an id occurs twice; make both again with {MADE_BY}")
     expected = report["inputs"].get("rows") if isinstance(report.get("inputs"), dict) else None
     if len(rows) != expected or not rows:
         raise UserError(f"{told}: {len(rows)} rows for {expected}; make both again with {MADE_BY}")
@@ -148,7 +148,8 @@ def require_same(azure: Evaluation, other: Evaluation) -> list[str]:
         raise UserError(f"a report does not say which data it is of (inputs.sha256): make it again with {MADE_BY}")
     if inputs[0][key] != inputs[1][key] or inputs[0].get("rows") != inputs[1].get("rows"):
         told = " and ".join(f"{given.get('path')!r} ({given.get('rows')!r} rows)" for given in inputs)
-        raise UserError(f"the reports are of different data, {told}: evaluate both models on the same rows")
+        changed = ", whose rows have changed in between" if inputs[0].get("path") == inputs[1].get("path") else ""
+        raise UserError(f"the reports are of different data, {told}{changed}: evaluate both models on the same rows")
     if not isinstance(inputs[0].get("rows"), int) or inputs[0]["rows"] < 2:
         raise UserError(
             f"the reports are of {inputs[0].get('rows')!r} rows: a comparison needs at least 2, and a verdict some hundreds"

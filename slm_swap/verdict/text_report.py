@@ -8,12 +8,11 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from slm_swap.scoring.words import ERROR_KINDS, MATCHERS, metric_name
+from slm_swap.scoring.words import ERROR_KINDS, MATCHERS, SIGNALS, metric_name
 from slm_swap.verdict import cascade_words
 from slm_swap.verdict.cost_words import headline, known, money, percent, sentences
 from slm_swap.verdict.decision import FINE_TUNE
 from slm_swap.verdict.gap import measured_gain
-from slm_swap.verdict.html_report.words import SIGNALS
 from slm_swap.verdict.sentence import points
 
 SIDES = {"azure": "hosted", "slm": "small"}
@@ -190,7 +189,7 @@ def _range(interval: Iterable[float] | None) -> str:
 
 
 def tables(told: dict[str, Any]) -> list[Table]:
-    """The decision's tables, in points (hundredths) but for p-values and counts; those that it has no evidence for are left out."""
+    """The decision's tables, in points (hundredths) except for p-values and counts; tables without evidence are left out."""
     found: list[Table] = [_metrics(told)]
     if told.get("matchers"):
         title = "Verdict by matcher" + (": it flips" if told["flips"] else "")

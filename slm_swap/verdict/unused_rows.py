@@ -26,7 +26,7 @@ def calibration_examples(slm: Evaluation) -> list[Example]:
     inputs = slm.report["inputs"]
     path = dataset({"path": inputs.get("path"), "sha256": inputs.get("sha256")})
     if path is None:
-        raise UserError(f"{inputs.get('path')!r} is missing, or is not the file that was evaluated: put it back, the rule is bound to the form of its rows and the tools that they offer")
+        raise UserError(f"{inputs.get('path')!r} is missing, or is not the file that was evaluated: put it back: the rule depends on the form of its rows and on their tools")
     ids = {row["id"] for row in slm.rows}
     return [example for example in read_examples(path) if example.id in ids]
 
@@ -62,7 +62,7 @@ def require_unused(slm: Evaluation, track: str, chosen_on: Mapping[str, Any] | N
 
 def _share_nothing(mine: Mapping[str, str], theirs: Iterable[str | None], shown: str) -> None:
     if common := sorted(mine[key] for key in mine.keys() & set(theirs)):
-        raise UserError(f"{len(common)} of the rows stand in {shown} too (first: id {common[0]!r}): {ADVICE}")
+        raise UserError(f"{len(common)} of the rows are in {shown} too (first: id {common[0]!r}): {ADVICE}")
 
 
 def _trained_on(model: Mapping[str, Any], path: Path, digest: str | None) -> tuple[list[dict[str, Any]], list[str]]:

@@ -291,7 +291,7 @@ def test_rank_0_says_what_another_one_lacks(tmp_path, rows):
 
 def test_mistakes_are_said_once(tmp_path, rows):
     for argv, said in (
-        (["--track", "structured", "--model-kind", "azure"], "only the local model has use for several processes"),
+        (["--track", "structured", "--model-kind", "azure"], "only the local model uses several processes"),
         (["--track", "none"], "invalid choice: 'none'"),
     ):
         assert finish(start(tmp_path, 2, argv)) == [2, 2]

@@ -166,7 +166,7 @@ BAD = {  # the rows file and the replies file of a run that must stop, and what 
         None,
         "rows.jsonl:2: the completion is not a structured reply (bad_json",
     ),
-    "ids twice": ([ROWS[0], ROWS[0]], None, "rows.jsonl:2: id 'r0' stands at"),
+    "ids twice": ([ROWS[0], ROWS[0]], None, "rows.jsonl:2: id 'r0' is used at"),
     "a missing reply": (None, REPLIES[:2], "no reply for 2 of 4 rows (first: id 'r2')"),
     "a bad reply line": (None, [*REPLIES, b"oops"], "replies.jsonl:5: not a line of JSON"),
     "no answer at all": (
@@ -212,7 +212,7 @@ def test_missing_files(evaluate, files, tmp_path):
         (["--track", "toolcall", "--model-kind", "gpt"], "invalid choice: 'gpt'"),
         (["--track", "toolcall", "--model-kind", "replay"], "--replies FILE go together"),
         (["--track", "toolcall", "--model-kind", "azure", "--replies", "x.jsonl"], "--replies FILE go together"),
-        (["--track", "toolcall", "--model-kind", "replay", "--replies", "x.jsonl", "--cache", "c"], "--cache is of no use"),
+        (["--track", "toolcall", "--model-kind", "replay", "--replies", "x.jsonl", "--cache", "c"], "--cache has no effect"),
         (["--track", "toolcall", "--model-kind", "slm", "--split", "val", "--dataset", "x"], "not allowed with"),
         (["--track", "toolcall", "--model-kind", "slm", "--limit", "0"], "--limit"),
         (["--track", "toolcall", "--model-kind", "slm", "--batch-size", "x"], "--batch-size"),
@@ -357,6 +357,6 @@ def test_every_recorded_completion_is_gold_and_right_against_itself(track):
 def test_flags_of_the_local_model_say_that_they_have_no_effect(evaluate, files):
     rows, replies = files
     code, _, error = evaluate("--dataset", rows, "--replies", replies, "--adapter", "adapter", "--precision", "bf16", "--batch-size", 4)
-    told = "warning: no effect: --batch-size, --precision, --adapter (of the local model, and replay is asked): leave it out, or give --model-kind slm"
+    told = "warning: no effect: --batch-size, --precision, --adapter (for the local model, and replay is asked): leave it out, or give --model-kind slm"
     assert code == 0 and error.splitlines()[0] == told
     assert "no effect" not in evaluate("--dataset", rows, "--replies", replies, out="other.json")[2]

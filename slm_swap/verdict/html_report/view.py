@@ -58,7 +58,7 @@ class Page:
         return f"{self.hosted} → {self.small}"
 
     def facts(self) -> list[tuple[str, str, str]]:
-        """The few numbers that stand beside the verdict: (what, number, explanation)."""
+        """The few numbers beside the verdict: (what, number, explanation)."""
         decision, facts = self.decision, []
         if main := decision["metrics"].get(self.exact):
             told = f"{percent(main['azure'])} → {percent(main['slm'])}"

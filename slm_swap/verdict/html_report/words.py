@@ -1,9 +1,9 @@
 """Numbers and names of a decision in plain words. Rates and differences are 0..1; people read per cent and points."""
 
-from slm_swap.scoring.words import ERROR_KINDS, MATCHERS, METRICS, metric_name
+from slm_swap.scoring.words import ERROR_KINDS, MATCHERS, METRICS, SIGNALS, metric_name
 from slm_swap.verdict.decision import FINE_TUNE, NEED_MORE_DATA, SWAP
 
-__all__ = ["ERROR_KINDS", "MATCHERS", "METRICS", "metric_name"]  # for the templates of the page, beside its own words
+__all__ = ["ERROR_KINDS", "MATCHERS", "METRICS", "SIGNALS", "metric_name"]  # for the templates of the page, beside its own words
 
 HEADLINES = {
     SWAP: "Swap: the small model can take this task over",
@@ -14,14 +14,6 @@ UNMEASURED = "Not decided yet: not all rows were measured"
 TOO_SLOW = "Not yet: good enough, but too slow"
 SCOPES = {"these": "for the tools of these rows, at their mix", "others": "for other tools like these"}
 VERDICTS = {SWAP: "Swap", FINE_TUNE: "Not yet", NEED_MORE_DATA: "More rows needed"}
-SIGNALS = {  # of a reply's confidence
-    "min_logprob": ("Least sure token", "the smallest log-probability of a token of the values and the tool's name"),
-    "sum_logprob": ("All tokens", "the sum of these log-probabilities"),
-    "tool_logprob": ("Tool's name", "the log-probability of the tool's name"),
-    "min_margin": ("Smallest margin", "between the most likely and the second token"),
-    "parses": ("Parses", "the reply is JSON, or calls a tool on offer"),
-    "keeps_schema": ("Keeps the schema", "it parses and keeps to the schema"),
-}
 COST_PARTS = {  # of the small model's month
     "machines": "machines",
     "tokens": "its own tokens",
@@ -57,14 +49,14 @@ def points(difference: float) -> str:
 
 
 def standing(difference: float) -> str:
-    """Where the small model stands for azure - slm: `3.2 points behind`."""
+    """How far the small model is behind or ahead, for hosted - small: `3.2 points behind`."""
     if signed(difference) == "0.0":
         return "level"
     return f"{points(difference)} {'behind' if difference > 0 else 'ahead'}"
 
 
 def stretch(low: float, high: float) -> str:
-    """An interval of azure - slm in the words of `standing`: `2.3 to 8.1 points ahead`, `2.1 points ahead to 3.0 points behind`."""
+    """An interval of hosted - small in the words of `standing`: `2.3 to 8.1 points ahead`, `2.1 points ahead to 3.0 points behind`."""
     ends = standing(low), standing(high)
     sides = [end.rpartition(" ")[2] for end in ends]
     if sides[0] == sides[1] == "ahead":  # the smaller one first
