@@ -368,7 +368,7 @@ def test_ctrl_c_keeps_what_is_answered(tmp_path, write_rows):
         wait_until(lambda: server.counts.total() > before + CONCURRENCY + 5)
         process.send_signal(signal.SIGINT)
         assert process.wait() == 130 and not out.exists()
-        assert "rows are answered and kept: the same command goes on" in runs.log.read_text()
+        assert "rows are answered and kept: the same command continues" in runs.log.read_text()
         assert "Traceback" not in runs.log.read_text()
         assert runs.finish(out) == expected
 

@@ -190,7 +190,7 @@ def test_interrupted_it_keeps_the_old_report_and_goes_on(hosted, monkeypatch):
     hosted.server.script = withdrawn
     flags = ("--again", "failed,truncated", "--max-new-tokens", 512, "--concurrency", 1)
     code, _, error = hosted.run(*flags)
-    assert code == 2 and "401" in error and "the same command goes on" in error and hosted.out.read_bytes() == before
+    assert code == 2 and "401" in error and "the same command continues" in error and hosted.out.read_bytes() == before
     hosted.server.key, hosted.server.script = "simulator-key", cut_below(512)
     hosted.requests()
     assert hosted.run(*flags)[0] == 0

@@ -376,8 +376,8 @@ def test_different_rows(refused, make):
     ("change", "what"),
     [
         (lambda rows: rows[1:], "19 rows for 20"),
-        (lambda rows: [*rows, rows[0]], "an id stands there twice"),
-        (lambda rows: [rows[0] | {"id": "row-1"}, *rows[1:]], "an id stands there twice"),
+        (lambda rows: [*rows, rows[0]], "an id occurs twice"),
+        (lambda rows: [rows[0] | {"id": "row-1"}, *rows[1:]], "an id occurs twice"),
         (lambda rows: [], "0 rows for 20"),
         (lambda rows: [rows[1] | {"id": "row-0"}, *rows[1:]], "another mean of valid_call_rate (strict)"),
         (lambda rows: ["not a row", *rows[1:]], "rows.jsonl:1: not a row as 01_eval/eval.py writes them"),
