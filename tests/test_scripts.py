@@ -55,7 +55,8 @@ def test_help_answers_from_anywhere_without_heavy_imports(script, tmp_path):
 def test_the_docstring_shows_two_commands_that_parse(script):
     lines = [line.strip() for line in ast.get_docstring(ast.parse((PACKAGE / script).read_text())).splitlines()]
     commands = [line for line in lines if line.startswith("python ")]
-    assert len(commands) >= 2 and all(command.split()[1] == script for command in commands)
+    documented = script.removeprefix("04_ft/") if script.endswith("train_unsloth.py") else script  # one path for it, in all documents
+    assert len(commands) >= 2 and all(command.split()[1] == documented for command in commands)
     for command in commands:
         done = run(script, *command.split()[2:], "--help")
         assert done.returncode == 0, (command, errors(done))

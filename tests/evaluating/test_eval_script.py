@@ -196,7 +196,7 @@ def test_missing_files(evaluate, files, tmp_path):
         (("--dataset", files[0], "--replies", tmp_path / "none.jsonl"), "cannot read"),
         (("--replies", tmp_path / "none.jsonl"), "no replies at"),
         (("--dataset", tmp_path, "--replies", files[1]), "(Is a directory)"),
-        (("--replies", files[1]), "no `prompt` or no `reference`"),
+        (("--replies", files[1]), "without `prompt` or `reference`"),
     ):
         code, _, error = evaluate(*flags)
         assert code == 2 and what in error and error.count("\n") == 1
