@@ -91,7 +91,7 @@ def test_a_damaged_or_changed_adapter_is_neither_evaluated_nor_merged(tmp_path):
     merge_adapter(base, out, tmp_path / "merged", "fp32")
     SLMClient(Settings(slm_model_path=str(tmp_path / "merged")), precision="fp32").close()
     shutil.copy(tmp_path / "merged/generation_config.json", tmp_path / "merged/another.json")
-    with pytest.raises(UserError, match="merged are not those"):
+    with pytest.raises(UserError, match="merged do not match"):
         SLMClient(Settings(slm_model_path=str(tmp_path / "merged")), precision="fp32")
 
 
