@@ -1,6 +1,7 @@
 """A hosted model: a deployment on Azure, in any of its forms, or a model of any OpenAI-compatible server."""
 
 from collections.abc import Callable
+from fractions import Fraction
 
 from slm_swap.clients.chat_client import ChatClient
 from slm_swap.clients.endpoint import AZURE, parse_endpoint
@@ -61,3 +62,8 @@ class AzureClient(ChatClient):
         """By the deployment's prices per million tokens."""
         prices = self.prices.deployment(self.endpoint.deployment)
         return to_float(prices.cost(input_tokens, cached_tokens, output_tokens))
+
+    def cost_parts(self, input_tokens: int, cached_tokens: int, output_tokens: int) -> dict[str, float] | None:
+        """The cost of one reply, by what it is for (see `HostedPrices.parts`), and its `total`."""
+        parts = self.prices.deployment(self.endpoint.deployment).parts(input_tokens, cached_tokens, output_tokens)
+        return None if parts is None else {name: float(cost) for name, cost in (parts | {"total": sum(parts.values(), Fraction())}).items()}

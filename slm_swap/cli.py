@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from slm_swap.clients.engines import CONSTRAINTS, ENGINES, PRECISIONS, STARTS
 from slm_swap.clients.thinking import THINKING
@@ -15,7 +15,7 @@ from slm_swap.common.errors import UserError
 from slm_swap.common.os_errors import ELSEWHERE, mendable
 from slm_swap.common.reports import code_version, sha256_file
 from slm_swap.common.secrets import hide_in_tracebacks
-from slm_swap.common.settings import PACKAGE, Settings, display_path, find_path, load_launch, load_settings, real_path
+from slm_swap.common.settings import PACKAGE, Settings, display_path, find_path, load_launch, load_settings, real_path, shown_path
 from slm_swap.common.temporary import remove_leftovers
 from slm_swap.evaluating.journal import elsewhere
 from slm_swap.evaluating.recipe import FLAGS, read_recipe
@@ -86,35 +86,35 @@ class Parser(argparse.ArgumentParser):
     def add_ask(self) -> None:
         """How rows are asked: see prompts.request_of."""
         self.add_argument("--ask", choices=ASKS, help="how rows are asked (default: conversations native, others text)")
-        self.add_argument("--few-shot", metavar="FILE", help="show each row the rows of this file that are most like it, with their replies: a train split")
-        self.add_argument("--shots", type=positive, metavar="K", help=f"how many of them (default: {SHOTS})")
+        self.add_argument("--few-shot", metavar="FILE", help="put the most similar rows of this file, with their replies, in front of each row: give a train split")
+        self.add_argument("--shots", type=positive, metavar="K", help=f"how many rows --few-shot puts in front (default: {SHOTS})")
 
     def add_tracing(self) -> None:
         """How a run is traced: see tracing.runs.Tracing."""
         tracing = self.add_argument_group("Langfuse")
-        tracing.add_argument("--session", metavar="NAME", help="the session that groups this run with others (default: SLM_SWAP_SESSION)")
-        tracing.add_argument("--langfuse-optional", action="store_true", help="go on where Langfuse is not there; send the trace later")
-        tracing.add_argument("--no-trace-content", action="store_true", help="send metrics and hashes, but no prompts and replies")
+        tracing.add_argument("--session", metavar="NAME", help="the Langfuse session that groups this run with others (default: SLM_SWAP_SESSION)")
+        tracing.add_argument("--langfuse-optional", action="store_true", help="run even if Langfuse cannot be reached, and send the trace later")
+        tracing.add_argument("--no-trace-content", action="store_true", help="send metrics and hashes, but neither prompts nor replies")
 
     def add_client(self, replay: bool = True) -> None:
         """How a model is run: see factory.make_client."""
-        self.add_argument("--engine", choices=ENGINES, default="auto", help="auto: vllm where it can run, else transformers")
+        self.add_argument("--engine", choices=ENGINES, default="auto", help="auto: vllm if it can run, else transformers")
         self.add_argument(
-            "--engine-start", choices=STARTS, default="auto", help="vllm: up soon, or faster then; auto: what ends sooner"
+            "--engine-start", choices=STARTS, default="auto", help="vllm: eager starts faster, graphs runs faster; auto: the one that ends sooner"
         )
-        self.add_argument("--batch-size", type=batch_size, default=8, help="transformers: rows in one batch, or auto: what fits")
+        self.add_argument("--batch-size", type=batch_size, default=8, help="transformers: rows in one batch, or auto: as many as fit")
         precisions = dict.fromkeys(precision for known in PRECISIONS.values() for precision in known)
         defaults = ", ".join(f"{known[0]} for {engine}" for engine, known in PRECISIONS.items())
         self.add_argument("--precision", choices=precisions, help=f"weights of the local model (default: {defaults})")
         self.add_argument("--adapter", metavar="DIR", help="LoRA adapter for the local model")
-        self.add_argument("--thinking", choices=THINKING, help="ask the small model to think before it replies (default: off, where its chat template can)")
-        constrains = "always: replies under the grammar of what may be replied; retry: only where a free reply is not of that form"
+        self.add_argument("--thinking", choices=THINKING, help="ask the small model to think before it replies (default: off, if its chat template can switch it)")
+        constrains = "decode replies under the grammar of the reply form; retry: only if a free reply is not of that form"
         self.add_argument("--constrain", choices=CONSTRAINTS, default="off", help=constrains)
-        limits = f"longest reply, thinking included (default: {MAX_NEW_TOKENS}; with --thinking on {MAX_WITH_THINKING})"
+        limits = f"longest reply in tokens, thinking included (default: {MAX_NEW_TOKENS}; with --thinking on {MAX_WITH_THINKING})"
         self.add_argument("--max-new-tokens", type=positive, help=limits)
-        self.add_argument("--concurrency", type=positive, default=32, help="rows that the hosted model is asked at a time")
+        self.add_argument("--concurrency", type=positive, default=32, help="rows sent to the hosted model at the same time")
         if replay:
-            self.add_argument("--replies", metavar="FILE", help="recorded replies, for replay")
+            self.add_argument("--replies", metavar="FILE", help="recorded replies, for --model-kind replay")
         self.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
 
 
@@ -122,8 +122,15 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefa
     """The docstring as it stands; defaults only where there is one to show."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        bare = action.default is None or action.default is False or action.required
-        return action.help if bare else super()._get_help_string(action)
+        default = action.default
+        if default is None or default is False or default == [] or action.required:
+            return action.help
+        if isinstance(default, list | tuple | Path):
+            shown = default if isinstance(default, Path) else ",".join(map(str, default)) if action.nargs is None else " ".join(map(str, default))
+            inside = isinstance(default, Path) and default.is_relative_to(PACKAGE)
+            shown = str(default.relative_to(PACKAGE) if inside else shown).replace("%", "%%")
+            return f"{action.help} (default: {shown})" if shown else action.help
+        return super()._get_help_string(action) if default != "" else action.help
 
 
 def positive(text: str) -> int:
@@ -185,7 +192,7 @@ def find_rows(args: argparse.Namespace, kinds: Sequence[str]) -> tuple[Dataset, 
     path = find_path(args.replies if own else args.dataset or split)
     if not os.path.lexists(path):
         advice = "check --replies" if own else "make them with 02_dataset/prepare_data.py or pass --dataset FILE"
-        raise UserError(f"no {'replies' if own else 'rows'} at {display_path(path)}: {advice}")
+        raise UserError(f"no {'replies' if own else 'rows'} at {shown_path(path)}: {advice}")
     if own:
         from slm_swap.clients.replay_client import rows_of_replies
 
@@ -235,13 +242,13 @@ def client_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def require_own_model(parser: Parser, args: argparse.Namespace, kinds: Sequence[str], used: Sequence[str] = ()) -> None:
     """Refuse --constrain where no model of ours is asked: a hosted one or recorded replies cannot be decoded under a grammar. Other flags of
-    the local model that are given there have no effect, but for those `used`, and it says so."""
+    the local model that are given there have no effect, except for those `used`; a warning names them."""
     if "slm" in kinds:
         return
     if args.constrain != "off":
         parser.error(f"--constrain needs --model-kind slm: the replies of {', '.join(kinds)} are not decoded here")
     if idle := [f"--{name.replace('_', '-')}" for name in LOCAL if name not in used and getattr(args, name, None) != parser.get_default(name)]:
-        warn(f"no effect: {', '.join(idle)} (of the local model, and {', '.join(kinds)} is asked): leave it out, or give --model-kind slm")
+        warn(f"no effect: {', '.join(idle)} (for the local model, and {', '.join(kinds)} is asked): leave it out, or give --model-kind slm")
 
 
 def check_out(*outs: Path, inputs: Sequence[str | Path | None] = (), advice: str | None = None) -> None:
@@ -255,9 +262,9 @@ def check_out(*outs: Path, inputs: Sequence[str | Path | None] = (), advice: str
     for out in outs:
         folder = next(parent for parent in out.absolute().parents if parent.exists())
         if (out.exists() and not out.is_file()) or not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise UserError(f"cannot write {display_path(out)}: {advice or elsewhere(outs[0])}")
+            raise UserError(f"cannot write {shown_path(out)}: {advice or elsewhere(outs[0])}")
         if real_path(out) in sources:
-            raise UserError(f"{display_path(out)} is read and would be overwritten: {advice or ELSEWHERE}")
+            raise UserError(f"{shown_path(out)} is read and would be overwritten: {advice or ELSEWHERE}")
         remove_leftovers(out)
 
 
@@ -267,9 +274,19 @@ def tracing_options(args: argparse.Namespace, settings: Settings) -> Tracing:
 
 
 def run_metadata(args: argparse.Namespace) -> dict[str, Any]:
-    """What a trace says of a run: its flags, and the code that it ran."""
-    flags = {name: str(value) for name, value in vars(args).items() if value is not None}
+    """What a trace says of a run: the flags that have an effect there, as JSON values, and the code that it ran."""
+    kinds = getattr(args, "models", None) or [getattr(args, "model_kind", "slm")]
+    idle = () if "slm" in kinds else LOCAL
+    flags = {name: _json_value(value) for name, value in vars(args).items() if value is not None and name not in idle}
     return flags | {"commit": code_version()["commit"] or ""}
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, Path):
+        return display_path(value)
+    if isinstance(value, list | tuple):
+        return [_json_value(one) for one in value]
+    return value if isinstance(value, bool | int | float | str) else str(value)
 
 
 def quieten(rank: int) -> None:
@@ -288,10 +305,10 @@ def warn_of_unknown_fields(dataset: Dataset) -> None:
         warn(f"fields that nothing reads: {told}")
 
 
-def next_step(*commands: str) -> None:
-    """What to do next, one command a line: the end of a script's output."""
+def next_step(*commands: str, stream: TextIO | None = None) -> None:
+    """What to do next, one command a line: the end of a script's output, or on `stream` where standard output is the result itself."""
     for command in commands:
-        print(f"next: {command}")
+        print(f"next: {command}", file=stream, flush=True)
 
 
 def warn(message: str) -> None:
@@ -301,7 +318,7 @@ def warn(message: str) -> None:
 
 def run(main: Callable[[], int], launched: bool = False) -> NoReturn:
     """Run a script's `main` and leave: the user's mistake is one line and exit 2, and so is an error of the operating system that they
-    can mend; a bug keeps its traceback. Where nobody reads standard output any more (`| head`), it ends as other commands do.
+    can correct; a bug keeps its traceback. Where nobody reads standard output any more (`| head`), it ends as other commands do.
 
     `launched` scripts can be started as several processes; of those, the first one of a machine speaks for all.
     """
@@ -309,7 +326,7 @@ def run(main: Callable[[], int], launched: bool = False) -> NoReturn:
     hide_in_tracebacks(lambda: load_settings().secrets)
     try:
         if launch.world > 1 and not launched:
-            raise UserError("this script is one process: start it by python, not by accelerate launch or torchrun")
+            raise UserError("this script is one process: start it with python, not with accelerate launch or torchrun")
         code = main()
         sys.stdout.flush()
     except Exception as error:

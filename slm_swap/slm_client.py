@@ -40,7 +40,7 @@ from slm_swap.clients.thinking import thinking as thinking_of
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import sha256_file
 from slm_swap.common.seeds import set_seed
-from slm_swap.common.settings import Settings, display_path
+from slm_swap.common.settings import Settings, display_path, shown_path
 from slm_swap.rows.prompts import Request
 from slm_swap.scoring.json_values import parse_json
 from slm_swap.scoring.replies import native_calls, parse_calls, parse_structured, parse_toolcall, tries_to_call
@@ -193,7 +193,7 @@ class SLMClient:
         self.trained_on = trained_base(self.adapter or self.path)
         self.warning = None
         if self.adapter and self.trained_on is None:
-            self.warning = f"{display_path(self.adapter)} has no training_info.json that names its base by hash: that it was trained on {display_path(self.path)} is not proven"
+            self.warning = f"{shown_path(self.adapter)} has no training_info.json that names its base by hash: that it was trained on {shown_path(self.path)} is not proven"
         self.load_seconds = time.perf_counter() - started
 
     def _load(
@@ -221,7 +221,7 @@ class SLMClient:
             if self.precision == "int8":
                 from slm_swap.clients.int8 import give_own_products
 
-                give_own_products(loaded)  # LLM.int8()'s stop for the host at each product, and hang on what else is in the batch
+                give_own_products(loaded)  # LLM.int8()'s stop for the host at each product, and depend on what else is in the batch
             if self.adapter:
                 loaded = with_adapter(loaded, self.adapter, self.path)
             require_numbers(self.adapter or self.path, loaded.eval())

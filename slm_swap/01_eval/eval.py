@@ -7,8 +7,8 @@
     python 01_eval/eval.py --track toolcall --model-kind slm --recipe 04_ft/improve_toolcall/recipe.json
     python 01_eval/eval.py --track toolcall --model-kind azure --again failed,truncated --max-new-tokens 1024
 
-Interrupted in any way, the same command goes on where it stopped: until the report is written, every reply is in the journal
-beside it, <report>.rows.jsonl.part. A finished report is never replaced without --overwrite. slm_swap/README.md says what its keys mean.
+After an interruption the same command continues where it stopped: until the report is written, every reply is in the journal
+beside it, <report>.rows.jsonl.part. A finished report is never replaced without --overwrite. slm_swap/README.md explains its keys.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from slm_swap.clients.replicas import fork_replica, take_one_gpu
 from slm_swap.common.errors import UserError
 from slm_swap.common.progress import Progress
 from slm_swap.common.reports import SCHEMA_VERSION, rows_path, write_atomically, write_json
-from slm_swap.common.settings import PACKAGE, display_path, load_settings
+from slm_swap.common.settings import PACKAGE, display_path, load_settings, shown_path
 from slm_swap.evaluating.console import show, warn_of_training
 from slm_swap.evaluating.evaluation import Stopwatch, check_rows, evaluate_rows
 from slm_swap.evaluating.experiments import find_experiment, link
@@ -59,6 +59,7 @@ from slm_swap.evaluating.row import Row
 from slm_swap.evaluating.row_traces import RowTracer, model_name
 from slm_swap.rows.examples import Dataset
 from slm_swap.slm_client import serve_rows
+from slm_swap.tracing.datasets import ENVIRONMENT
 from slm_swap.tracing.runs import connect, trace_run
 
 
@@ -78,14 +79,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_ask()
     parser.add_client()
     parser.add_recipe()
-    parser.add_argument("--cache", metavar="DIR", help="take replies that this folder has already, and keep the others there")
+    parser.add_argument("--cache", metavar="DIR", help="a folder of replies: take what it has, and keep new replies there")
     parser.add_argument("--out", type=Path, help="the report (default: 01_eval/reports/<track>_<model-kind>_<split>.json)")
-    parser.add_argument("--overwrite", action="store_true", help="ask all rows anew, whatever report is there")
-    parser.add_argument("--again", type=kinds, default=[], metavar="KINDS", help="ask only a finished report's unmeasured rows: failed,truncated")
-    parser.add_argument("--latency-rows", type=not_negative, default=20, help="rows asked one at a time, at most a tenth of all; 0: none")
-    parser.add_argument("--repeat", type=positive, default=1, metavar="RUNS", help="ask a sample of the rows so often, to see whether replies differ")
+    parser.add_argument("--overwrite", action="store_true", help="ask all rows again and replace an existing report")
+    parser.add_argument("--again", type=kinds, default=[], metavar="KINDS", help="of a finished report ask only unmeasured rows again: failed, truncated, or both with a comma")
+    parser.add_argument("--latency-rows", type=not_negative, default=20, help="rows asked one at a time to measure latency, at most a tenth of all; 0: none")
+    parser.add_argument("--repeat", type=positive, default=1, metavar="RUNS", help="ask a sample of the rows this many times, to measure how much replies differ")
     parser.add_argument("--repeat-rows", type=positive, default=100, metavar="N", help="rows in that sample")
-    parser.add_argument("--outage-minutes", type=minutes, default=5.0, help="minutes without an answer of the hosted model that end the run")
+    parser.add_argument("--outage-minutes", type=minutes, default=5.0, help="end the run after this many minutes without an answer of the hosted model")
     parser.add_seed()
     parser.add_tracing()
     parser.add_argument("--langfuse-experiment", metavar="NAME", help="record the run as an experiment on the rows' Langfuse dataset")
@@ -94,7 +95,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--model-kind replay and --replies FILE go together")
     for flag, given in (("--cache", args.cache), ("--again", args.again), ("--few-shot", args.few_shot), ("--repeat", args.repeat > 1)):
         if args.replies and given:
-            parser.error(f"{flag} is of no use with --replies, where no model is asked")
+            parser.error(f"{flag} has no effect with --replies, because no model is asked: leave it out")
     if args.recipe and args.model_kind != "slm":
         parser.error("--recipe says how the small model is asked: leave it out, or give --model-kind slm")
     require_own_model(parser, args, [args.model_kind])
@@ -108,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
     clock, settings = Stopwatch(), load_settings()
     if settings.launch.world > 1:
         if args.model_kind != "slm" or settings.slm_base_url:
-            raise UserError("only the local model has use for several processes: start --model-kind azure, replay and a model of SLM_BASE_URL by python")
+            raise UserError("only the local model uses several processes: start --model-kind azure, replay and a model of SLM_BASE_URL with python")
         take_one_gpu(settings.launch)
         settings = replace(settings, launch=fork_replica(settings.launch))
     if settings.launch.serves:
@@ -138,8 +139,9 @@ def main(argv: list[str] | None = None) -> int:
                 journal.begin(asked, asked["rows"])
             elif not old.begin(journal, asked, args.again, args.max_new_tokens, client.kind != "slm", args.repeat):
                 if args.langfuse_experiment:
-                    raise UserError(f"{display_path(out)} is finished, and an experiment is recorded as rows are asked: pass --overwrite or another --out")
-                print(f"nothing to ask: the report of these rows is finished (--overwrite asks them anew)\nreport: {display_path(out)}")
+                    raise UserError(f"{shown_path(out)} is finished, and an experiment is recorded as rows are asked: pass --overwrite or another --out")
+                print(f"nothing to ask: the report of these rows is finished (--overwrite asks them again)\nreport: {shown_path(out)}")
+                tell_next(args, name)
                 return 0
             if empty := getattr(client, "warning", None):
                 warn(empty)
@@ -147,8 +149,10 @@ def main(argv: list[str] | None = None) -> int:
             model = {"model": model_name(told), "engine": told.get("engine", args.model_kind)}
             metadata = run_metadata(args) | read | model | {"report": display_path(out)}
             title, tags = f"eval-{args.track}-{args.model_kind}", ["eval", args.track, args.model_kind]
-            with trace_run(connection, title, out, metadata, tags, seed=journal.header["run_id"], keep=lambda: journal.answered > 0) as trace:
-                report = measure(args, tally, client, dataset, journal, RowTracer(trace, args.track, client, experiment), clock, inputs, old)
+            environment = ENVIRONMENT if experiment else None
+            with trace_run(connection, title, out, metadata, tags, journal.header["run_id"], lambda: journal.answered > 0, environment) as trace:
+                tell = RowTracer(trace, args.track, client, experiment, lambda: journal.seconds, journal.answered)
+                report = measure(args, tally, client, dataset, journal, tell, clock, inputs, old)
                 trace.scores(report["metrics"])
                 trace.update(output={"metrics": report["metrics"], "counts": report["counts"]}, metadata={"model": report["model"]})
                 report |= {"trace": {"id": trace.id, "url": trace.url}, "asked": old.report["asked"] if old else asked}
@@ -159,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
                 link(experiment, settings, dataset, trace, warn)
         except BaseException:
             if journal.answered:
-                warn(f"{journal.answered} of {len(journal)} rows are answered and kept: the same command goes on from there")
+                warn(f"{journal.answered} of {len(journal)} rows are answered and kept: the same command continues from there")
             raise
         finally:
             client.close()
@@ -175,7 +179,7 @@ def tell_next(args: argparse.Namespace, name: str) -> None:
     report = PACKAGE / f"01_eval/reports/{args.track}_{other}_{name}.json"
     if report.is_file():
         sides = {"azure" if other == "slm" else "slm": args.out, other: report}
-        told = " ".join(f"--{side} {display_path(path)}" for side, path in sorted(sides.items()))
+        told = " ".join(f"--{side} {shown_path(path)}" for side, path in sorted(sides.items()))
         return next_step(f"python 03_compare/compare.py --track {args.track} {told} --table")
     rows = f" --dataset {args.dataset}" if args.dataset else f" --split {args.split}" if args.split else ""
     rows += f" --limit {args.limit}" if args.limit else ""
@@ -188,11 +192,11 @@ def measure(
 ) -> dict[str, Any]:  # fmt: skip
     """Get the rows that the journal has not, with a progress bar, and what is measured besides: the report."""
     rows, earlier, outage = len(journal), journal.seconds, Outage(args.outage_minutes)
-    to_ask = journal.kept.get("to ask")  # of a report that is finished but for these
+    to_ask = journal.kept.get("to ask")  # of a report that is finished except for these
     alone = alone_rows(rows, args.latency_rows, args.seed) if client.kind == "azure" and old is None else []
     concurrency = min(args.concurrency, rows if to_ask is None else len(to_ask)) if client.kind == "azure" else None
     if journal.answered:
-        print(f"{journal.answered} of {rows} rows are answered already: going on with the others", file=sys.stderr)
+        print(f"{journal.answered} of {rows} rows are answered already: continuing with the others", file=sys.stderr)
     cache = ReplyCache(args.cache, client.identity) if args.cache else None
     with Progress(f"{args.track} {args.model_kind}", rows, earlier=journal.answered) as bar, closing(cache) if cache else nullcontext():
 
@@ -200,12 +204,15 @@ def measure(
             bar.update()
             tell(index, row)
 
-        evaluate_rows(tally, client, dataset, journal, cache, on_row, alone, concurrency, outage)
+        try:
+            evaluate_rows(tally, client, dataset, journal, cache, on_row, alone, concurrency, outage)
+        finally:
+            tell.tell_held()
     tell.finish()
     if damage := journal.told_of_damage():
         warn(damage)
     if cache and cache.damaged:
-        warn(f"{cache.damaged} replies of {display_path(cache.path)} were damaged: they were asked again")
+        warn(f"{cache.damaged} replies of {shown_path(cache.path)} were damaged: they were asked again")
     repeat, cost = repeat_rows(tally.track, client, dataset, journal, args.repeat, args.repeat_rows, args.seed, outage)
     measured = client.kind == "slm" and old and old.report.get("latency")
     latency = None if measured else latency_of(client, tally, dataset, journal, args.latency_rows, args.seed, args.concurrency)

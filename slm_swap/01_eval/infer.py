@@ -1,7 +1,7 @@
 """Send one prompt to one model and print its reply.
 
-python 01_eval/infer.py --track toolcall --model-kind slm --prompt-file prompt.txt
-python 01_eval/infer.py --track structured --model-kind azure --dataset 02_dataset/structured/test.jsonl --row 3
+    python 01_eval/infer.py --track toolcall --model-kind slm --prompt-file prompt.txt
+    python 01_eval/infer.py --track structured --model-kind azure --dataset 02_dataset/structured/test.jsonl --row 3
 """
 
 import argparse
@@ -11,10 +11,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
-from slm_swap.cli import Parser, client_options, few_shot_of, positive, require_own_model, run
+from slm_swap.cli import Parser, client_options, few_shot_of, next_step, positive, require_own_model, run
 from slm_swap.common.errors import UserError
 from slm_swap.common.os_errors import os_error
-from slm_swap.common.settings import display_path, find_path, load_settings
+from slm_swap.common.settings import find_path, load_settings, shown_path
 from slm_swap.evaluating.factory import make_client
 from slm_swap.rows.examples import Example, read_examples
 from slm_swap.rows.prompts import request_of
@@ -26,9 +26,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_track()
     parser.add_argument("--model-kind", required=True, choices=("slm", "azure"), help="the model to ask")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--prompt", help="the prompt as it stands in a row")
-    what.add_argument("--prompt-file", metavar="FILE", help="the prompt from a file, - for standard input")
-    what.add_argument("--dataset", metavar="FILE", help="the prompt of a row of this file; its score is shown too")
+    what.add_argument("--prompt", help="the prompt, as a row has it")
+    what.add_argument("--prompt-file", metavar="FILE", help="a file with the prompt, or - for standard input")
+    what.add_argument("--dataset", metavar="FILE", help="a file of rows: the prompt of one row, and the score of the reply")
     parser.add_argument("--row", type=positive, default=1, help="which row of --dataset, from 1")
     parser.add_ask()
     parser.add_client(replay=False)
@@ -43,7 +43,7 @@ def read_row(args: argparse.Namespace) -> Example:
     if args.dataset:
         examples = read_examples(find_path(args.dataset), args.row)
         if len(examples) < args.row:
-            raise UserError(f"{display_path(args.dataset)} has {len(examples)} rows: --row {args.row} is not among them")
+            raise UserError(f"{shown_path(args.dataset)} has {len(examples)} rows: --row {args.row} is not among them")
         example, few_shot = replace(examples[-1], ask=args.ask), few_shot_of(args)
         return replace(example, shots=few_shot.turns(example)) if few_shot else example
     if args.few_shot:
@@ -84,6 +84,7 @@ def main(argv: list[str] | None = None) -> int:
         scored = track.score(gold, reply.text, reply.finish_reason, reply.calls)
         told += f", {'right' if scored.strict.exact else scored.error}; reference: {example.completion}"
     print(told + (f"; {reply.error}" if reply.error else ""), file=sys.stderr)
+    next_step(f"python 01_eval/eval.py --track {args.track} --model-kind {args.model_kind}", stream=sys.stderr)
     return 0
 
 

@@ -4,13 +4,14 @@
     python 01_eval/live_compare.py --track structured --models azure slm --adapter 04_ft/adapter_structured --save
     python 01_eval/live_compare.py --track toolcall --models azure slm --stop-early --delta 0.05 --save
 
-Ctrl-C ends it with what both have answered so far; with --save that is written as two reports. --stop-early asks in random order
-and ends once the verdict is certain at --delta and --alpha, however often one looks (stats/betting.py names the method).
+Ctrl-C ends it with what both models have answered so far. With --save that is written as two reports. --stop-early asks in random order
+and ends once the verdict is certain at --delta and --alpha, no matter how often you look (stats/betting.py names the method).
 """
 
 import argparse
 import sys
 import tempfile
+import uuid
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -35,7 +36,7 @@ from slm_swap.clients.protocol import MODEL_KINDS
 from slm_swap.common.errors import UserError
 from slm_swap.common.os_errors import without_advice
 from slm_swap.common.reports import SCHEMA_VERSION, rows_path, write_json, write_jsonl
-from slm_swap.common.settings import PACKAGE, Settings, display_path, load_settings
+from slm_swap.common.settings import PACKAGE, Settings, display_path, load_settings, shown_path
 from slm_swap.evaluating.evaluation import Stopwatch, check_rows, references
 from slm_swap.evaluating.factory import make_client
 from slm_swap.evaluating.finished import finished_report
@@ -45,7 +46,7 @@ from slm_swap.evaluating.report import make_report, no_latency, summary
 from slm_swap.evaluating.row_traces import trace_rows
 from slm_swap.rows.examples import Example
 from slm_swap.scoring.tracks import TRACKS
-from slm_swap.tracing.runs import Connection, connect, trace_run
+from slm_swap.tracing.runs import Connection, connect, trace_of, trace_run
 from slm_swap.verdict.evaluations import QUESTIONS
 
 LIVE_BATCH = 32  # rows between two looks with --batch-size auto
@@ -110,9 +111,10 @@ def is_finished(args: argparse.Namespace, asked: dict[str, Any], name: str, side
 
 
 def save(
-    args: argparse.Namespace, folder: Path, sides: list[Side], inputs: dict, name: str, clock: Stopwatch, early: EarlyStop | None, asked: dict[str, Any]
-) -> None:
-    """Both reports, in a folder.
+    args: argparse.Namespace, folder: Path, sides: list[Side], inputs: dict, name: str, clock: Stopwatch, early: EarlyStop | None, asked: dict[str, Any],
+    traces: dict[str, dict],
+) -> None:  # fmt: skip
+    """Both reports, in a folder; `traces` are where each kind's rows will be told.
 
     Raises:
         UserError: it cannot be written.
@@ -124,9 +126,10 @@ def save(
         report = make_report(args.track, side.client, side.rows, side.seconds, clock.total, inputs | shown, flags)
         report |= {"latency": no_latency("both models were asked at once: eval.py measures it")}
         report |= {"asked": asked | {"model": side.client.identity}, "stopped_early": early and early.to_json(len(side.rows))}
+        report |= {"trace": traces[kind]}
         write_jsonl(rows_path(out), (row.to_json(TRACKS[args.track]) for row in side.rows), ELSEWHERE)
         write_json(out, report, ELSEWHERE)
-        print(f"report: {display_path(out)}")
+        print(f"report: {shown_path(out)}")
 
 
 def open_side(kind: str, args: argparse.Namespace, settings: Settings, examples: list[Example], recipe: Recipe | None) -> Side:
@@ -161,12 +164,14 @@ def save_somewhere(args: argparse.Namespace, *told: Any) -> None:
         raise UserError(f"{without_advice(error)}: both reports are in {folder} instead, move them from there: nothing needs to be asked again") from None
 
 
-def trace_side(connection: Connection | None, args: argparse.Namespace, side: Side, kind: str, out: Path) -> None:
-    """One model's part as a trace of its own, so that a live run stands beside those of eval.py."""
+def trace_side(connection: Connection | None, args: argparse.Namespace, side: Side, kind: str, out: Path, seed: str) -> None:
+    """One model's part as a trace of its own, so that a live run is beside those of eval.py."""
     tags = ["eval", "live", args.track, kind]
-    with trace_run(connection, f"live-{args.track}-{kind}", out, run_metadata(args), tags) as trace:
-        trace_rows(trace, args.track, side.client, side.rows)
-        trace.scores(summary(TRACKS[args.track], side.rows)["metrics"])
+    with trace_run(connection, f"live-{args.track}-{kind}", out, run_metadata(args) | {"model_kind": kind}, tags, seed) as trace:
+        trace_rows(trace, args.track, side.client, side.rows, seconds=side.seconds / len(side.rows))
+        report = summary(TRACKS[args.track], side.rows)
+        trace.scores(report["metrics"])
+        trace.update(output={"metrics": report["metrics"], "counts": report["counts"]})
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -181,7 +186,7 @@ def main(argv: list[str] | None = None) -> int:
     if early and early.rows_if_equal is None:
         warn(
             f"too few {'tools' if args.tools == 'others' else 'rows'} for a SWAP at --delta {args.delta:g}, unless the small model is the "
-            f"better one: {'a tool' if args.tools == 'others' else 'a row or group of rows'} is one bet, and there are {len(early.sizes)}, "
+            f"better one: {'a tool' if args.tools == 'others' else 'a row or group of rows'} counts as one observation, and there are {len(early.sizes)}, "
             f"the largest of {max(early.sizes)} rows"
         )
     recipe = read_recipe(args.recipe, args.track) if args.recipe else None
@@ -196,8 +201,9 @@ def main(argv: list[str] | None = None) -> int:
             if told := getattr(sides[-1].client, "warning", None):
                 warn(told)
         if args.save and is_finished(args, asked, name, sides):
-            places = ", ".join(display_path(report_path(args, kind, name)) for kind in args.models)
-            print(f"nothing to ask: both reports are finished (--overwrite asks anew): {places}")
+            places = ", ".join(shown_path(report_path(args, kind, name)) for kind in args.models)
+            print(f"nothing to ask: both reports are finished (--overwrite asks again): {places}")
+            tell_next(args, name, early)
             return 0
         finished = watch(args.track, sides, examples, gold, LIVE_BATCH if args.batch_size == "auto" else args.batch_size, early)
     finally:
@@ -205,21 +211,29 @@ def main(argv: list[str] | None = None) -> int:
             side.client.close()
     done = len(sides[0].rows)
     if not finished:
-        warn(f"interrupted after {done} of {len(examples)} rows: the numbers are of those alone")
+        warn(f"interrupted after {done} of {len(examples)} rows: the numbers cover only these rows")
     if not done:
         raise UserError("no batch was answered by both models: nothing to show or save")
     if early and finished:
         print(early.saved(sides[args.models.index("azure")]))
+    seeds = {kind: str(uuid.uuid4()) for kind in args.models}
     if args.save:
-        save_somewhere(args, sides, inputs, name, clock, early, asked | {"rows": asked["rows"] if finished else done})
+        traces = {kind: trace_of(connection, seed) for kind, seed in seeds.items()}
+        save_somewhere(args, sides, inputs, name, clock, early, asked | {"rows": asked["rows"] if finished else done}, traces)
     for side, kind in zip(sides, args.models, strict=True):
-        trace_side(connection, args, side, kind, report_path(args, kind, name))
-    told = " ".join(f"--{kind} {display_path(report_path(args, kind, name))}" for kind in args.models)
-    if args.save and finished and "replay" not in args.models:
-        next_step(f"python 03_compare/compare.py --track {args.track} {told}{' --sequential' if early else ''} --delta {args.delta:g}")
-    elif not args.save:
-        next_step("the same command with --save writes both reports, for 03_compare/compare.py")
+        trace_side(connection, args, side, kind, report_path(args, kind, name), seeds[kind])
+    if finished or not args.save:
+        tell_next(args, name, early)
     return 0 if finished else 130
+
+
+def tell_next(args: argparse.Namespace, name: str, early: EarlyStop | None) -> None:
+    """The comparison of both reports, where they are saved; a replay takes the small model's place."""
+    if not args.save:
+        return next_step("the same command with --save, which writes both reports for 03_compare/compare.py")
+    sides = {("slm" if kind == "replay" and "slm" not in args.models else "azure" if kind == "replay" else kind): kind for kind in args.models}
+    told = " ".join(f"--{side} {shown_path(report_path(args, kind, name))}" for side, kind in sides.items())
+    return next_step(f"python 03_compare/compare.py --track {args.track} {told}{' --sequential' if early else ''} --delta {args.delta:g}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Label rows that have no reply: the hosted model is asked several times, and what it says alike becomes the row's gold.
+"""Label rows that have no reply: ask the hosted model several times, and take what its replies agree on as the row's gold.
 
     python 02_dataset/label.py --track toolcall --prompts asked.jsonl --samples 3
     python 02_dataset/label.py --track toolcall --prompts asked.jsonl --samples 3 --budget 5
 
-The first command tells what it would cost at most and asks nothing; --budget is the most that may be spent, and confirms it. A row
-whose samples all agree (--agree) and keep to its schema goes to --out, the others with their votes to <out>.review.jsonl. Interrupted,
-or out of budget, the same command goes on: no reply is paid twice. Such rows measure agreement with that model, not accuracy.
+The first command prints the highest possible cost and asks nothing. --budget is the most that may be spent, and confirms. A row
+whose samples all agree (--agree) and match its schema goes to --out, the others with their votes to <out>.review.jsonl. After an interruption,
+or when the budget is spent, the same command continues: no reply is paid twice. Such rows measure agreement with that model, not accuracy.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from slm_swap.cli import Parser, check_out, next_step, positive, run, warn
 from slm_swap.common.errors import UserError
 from slm_swap.common.progress import Progress
 from slm_swap.common.reports import SCHEMA_VERSION, code_version, now, sha256_file, write_json, write_jsonl
-from slm_swap.common.settings import PACKAGE, Settings, display_path, find_path, load_settings
+from slm_swap.common.settings import PACKAGE, Settings, display_path, find_path, load_settings, shown_path
 from slm_swap.dataset.labels import counts_of, labelled, unlabelled, votes_of
 from slm_swap.evaluating.factory import make_client
 from slm_swap.evaluating.journal import Journal, elsewhere, journal_path
@@ -68,9 +68,9 @@ def read_prompts(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[E
         rows.append(row)
         examples.append(example)
     if not rows:
-        raise UserError(f"{display_path(args.prompts)} has no rows: write one JSON object a line")
+        raise UserError(f"{shown_path(args.prompts)} has no rows: write one JSON object a line")
     if len({example.id for example in examples}) != len(examples):
-        raise UserError(f"{display_path(args.prompts)}: an id, or a whole row, stands there twice: keep one")
+        raise UserError(f"{shown_path(args.prompts)}: an id or a whole row occurs twice: keep one")
     return rows, examples
 
 
@@ -89,7 +89,7 @@ def confirm(args: argparse.Namespace, labelling: Labelling, client: Any, answere
     most, currency = labelling.most(client), client.prices.currency or ""
     requests = len(labelling.requests) * args.samples
     if most is None:
-        raise UserError(f"{requests} requests, and the deployment's prices are not in {client.prices.path}: write them there, no budget can be kept without")
+        raise UserError(f"{requests} requests, and the deployment's prices are not in {client.prices.path}: write them there, because a budget needs them")
     rounded = f"{Decimal(most).quantize(Decimal(10) ** (Decimal(most).adjusted() - 1), ROUND_CEILING):f}"
     told = f"{requests} requests of {len(labelling.requests)} rows cost at most about {rounded} {currency}".rstrip()
     told += f", {answered} are answered already" if answered else ""
@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     review, report = out.with_suffix(".review.jsonl"), out.with_suffix(".report.json")
     check_out(out, review, report, journal_path(out), inputs=[args.prompts])
     if out.exists() and not args.overwrite and not journal_path(out).exists():  # with a journal, a run was killed while it wrote its results
-        raise UserError(f"{display_path(out)} is there already: pass --overwrite, or choose another --out")
+        raise UserError(f"{shown_path(out)} is there already: pass --overwrite, or choose another --out")
     rows, examples = read_prompts(args)
     settings, make = load_settings(), partial(sampler, args, load_settings())
     labelling = Labelling(args.track, examples, args.samples, args.max_new_tokens, args.budget)
@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
         if not complete:
             raise UserError(
                 f"the budget is spent: {labelling.spent:.4g} for {journal.answered} of {len(journal)} replies, which are kept; "
-                "the same command with a larger --budget goes on"
+                "the same command with a larger --budget continues"
             )
         if missing := len(journal) - journal.answered:
             raise UserError(f"{missing} of {len(journal)} requests failed ({labelling.failure}): the same command asks them again")
@@ -141,9 +141,9 @@ def main(argv: list[str] | None = None) -> int:
             write_jsonl(out, kept, elsewhere(out))
         journal.remove()
     print(f"{len(kept)} of {len(rows)} rows: {needed} of {args.samples} samples agree; they cost {labelling.spent:.4g} {client.prices.currency or ''}".rstrip())
-    print(f"{'labelled: ' + display_path(out) if kept else 'nothing is labelled'}\nto review: {display_path(review)} ({len(left)} rows with their votes)")
+    print(f"{'labelled: ' + display_path(out) if kept else 'nothing is labelled'}\nto review: {shown_path(review)} ({len(left)} rows with their votes)")
     if kept:
-        next_step(f"python 02_dataset/prepare_data.py --source jsonl --track {args.track} --dataset-path {display_path(out)}")
+        next_step(f"python 02_dataset/prepare_data.py --source jsonl --track {args.track} --dataset-path {shown_path(out)}")
     return 0
 
 

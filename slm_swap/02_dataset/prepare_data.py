@@ -5,7 +5,7 @@
 
 --source chat reads a team's own logs by looking at them: OpenAI, Azure and Anthropic messages, batch output, TRL, ShareGPT, Hermes,
 tau-bench, Langfuse exports and others. --source jsonl reads this program's own rows. Splits share no conversation, no query, no
-near-duplicate (Jaccard of their words of 0.7 or more) and no source row. Rows left out are in prepare_dropped.jsonl, each with why.
+near-duplicate (Jaccard of their words of 0.7 or more) and no source row. prepare_dropped.jsonl lists each row left out with the reason.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from slm_swap.cli import Parser, next_step, not_negative, run, warn
 from slm_swap.common.errors import UserError
 from slm_swap.common.progress import Progress
 from slm_swap.common.reports import SCHEMA_VERSION, code_version, now, sha256_file
-from slm_swap.common.settings import display_path, find_path
+from slm_swap.common.settings import display_path, find_path, shown_path
 from slm_swap.dataset.build import build
 from slm_swap.dataset.readers import importers
 from slm_swap.dataset.readers.chat import chat, forms_seen
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     if seen.unknown:
         named = ", ".join(f"{writable(name)} ({count} rows)" for name, count in seen.unknown.most_common(12))
-        warn(f"fields that nothing reads: {named}: a slip in a name loses what stands there")
+        warn(f"fields that nothing reads: {named}: a misspelt name loses its content")
     sizes = Sizes(args.train_size, args.val_size, args.test_size, args.calibration_size)
     tracks = (args.track,) if args.track else tuple(TRACKS)
     out_dir, by_time = args.out_dir or Path(__file__).parent, args.split_by == "time"
@@ -101,9 +101,9 @@ def main(argv: list[str] | None = None) -> int:
     for line in remarks(report, out_dir):
         print(line)
     now_there = splits_at(out_dir, tracks)
-    if replaced := [display_path(path) for path, sha256 in earlier.items() if now_there.get(path) != sha256]:
+    if replaced := [shown_path(path) for path, sha256 in earlier.items() if now_there.get(path) != sha256]:
         warn(f"splits of an earlier run were replaced: {', '.join(replaced)}: reports and adapters of those rows are not of these")
-    print(f"report: {display_path(out_dir / 'prepare_report.json')}")
+    print(f"report: {shown_path(out_dir / 'prepare_report.json')}")
     tell_next(args, out_dir, [track for track in tracks if report["splits"][track]["test"]["rows"]])
     return 0
 
@@ -116,7 +116,7 @@ def splits_at(out_dir: Path, tracks: Iterable[str]) -> dict[Path, str]:
 
 def tell_next(args: argparse.Namespace, out_dir: Path, tracks: list[str]) -> None:
     for track in tracks:
-        rows = f" --dataset {display_path(out_dir / track / 'test.jsonl')}" if args.out_dir else ""
+        rows = f" --dataset {shown_path(out_dir / track / 'test.jsonl')}" if args.out_dir else ""
         next_step(f"python 01_eval/eval.py --track {track} --model-kind azure{rows}")
 
 

@@ -4,8 +4,8 @@
     python 02_dataset/pull_langfuse.py --from 2026-01-01 --track toolcall --tags production --min-score helpful=0.5
 
 Each generation becomes a conversation row: with calls or without one where tools were on offer (toolcall), or with a JSON value
-(structured). The hosted model's own reply is the reference. Personal data is masked. The same command again goes on where a pull was
-cut off.
+(structured). The hosted model's own reply is the reference. Personal data is masked. If a pull is interrupted, the same command
+continues it.
 """
 
 import argparse
@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
         journal.unlink(missing_ok=True)
         why = ", ".join(f"{reason} {count}" for reason, count in dropped.items()) or "none was found"
         raise UserError(f"none of {pulled.read} generations makes a row ({why}): check --from, --to and the filters")
-    own = sum(entry.own for entry in entries)
+    own, unknown = sum(entry.own for entry in entries), sum(not entry.ended for entry in entries)
     report = {
         "schema_version": SCHEMA_VERSION,
         "stage": "pull_langfuse",
@@ -128,6 +128,7 @@ def main(argv: list[str] | None = None) -> int:
         "reference": "the hosted model's reply",
         "models": dict(Counter(entry.model for entry in entries)),
         "own_runs": own,
+        "end_unknown": unknown,
         "counts": {"read": pulled.read, "kept": len(entries), "dropped": dropped},
         "masked": None if args.no_mask else dict(sum((Counter(entry.masked) for entry in entries), Counter())),
         "outputs": {
@@ -138,6 +139,11 @@ def main(argv: list[str] | None = None) -> int:
     write_json(report_path, report)
     journal.unlink(missing_ok=True)
     show(report)
+    if unknown:
+        warn(
+            f"{unknown} of {len(entries)} replies have no finish_reason in Langfuse (langfuse.openai records none): one that was cut off is "
+            "known there only by its length or its broken JSON"
+        )
     if own:
         warn(f"{own} of {len(entries)} rows are this program's own runs, test rows among them perhaps: give --name or --tags")
     return 0

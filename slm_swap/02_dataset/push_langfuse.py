@@ -3,8 +3,8 @@
     python 02_dataset/push_langfuse.py --track toolcall --split test
     python 02_dataset/push_langfuse.py --track toolcall --dataset our_rows.jsonl --name our_rows
 
-Pushing again doubles nothing: rows that have changed are updated in place, rows that are gone are archived. The rows themselves
-go to Langfuse, prompts and completions in full.
+Pushing again doubles nothing: it updates rows that have changed and archives rows that are gone. The rows go to Langfuse in full,
+prompts and completions included.
 """
 
 import argparse

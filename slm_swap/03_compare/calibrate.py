@@ -3,9 +3,9 @@
     python 03_compare/calibrate.py --track toolcall --delta 0.02
     python 03_compare/calibrate.py --track structured --azure A.json --slm S.json --signal sum_logprob --html cascade.html
 
-Takes both models' reports on rows that were used for nothing else (01_eval/eval.py --split calibration). You give the target, --delta: in at
-most so many of all requests the small model's answer is given and wrong where the hosted one's is right (with --agreement: is another one). The
-thresholds follow. Exits 0, or 11 where nothing can be certified; then no cascade is written.
+It takes both models' reports on rows that were used for nothing else (01_eval/eval.py --split calibration). You give the target, --delta: the largest
+share of all requests in which the small model answers, is wrong, and the hosted one would be right (with --agreement: in which both differ). The
+thresholds follow from it. The exit code is 0, or 11 if nothing can be certified. Then no cascade is written.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from slm_swap.clients.confidence import SIGNALS
 from slm_swap.clients.pricing import load_prices
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import read_json, rows_path, sha256_file, write_atomically
-from slm_swap.common.settings import PACKAGE, display_path, find_path, load_settings
+from slm_swap.common.settings import PACKAGE, display_path, find_path, load_settings, shown_path
 from slm_swap.evaluating.recipe import read_recipe
 from slm_swap.scoring.tracks import TRACKS
 from slm_swap.verdict import cascade_words
@@ -67,7 +67,7 @@ def read_pair(args: argparse.Namespace, azure: str | Path, slm: str | Path) -> t
     """
     sides = {name: read_evaluation(path, TRACKS[args.track], with_rows=True) for name, path in (("azure", azure), ("slm", slm))}
     if (kind := model_of(sides["slm"].report).get("kind")) != "slm":
-        raise UserError(f"the small model's report {display_path(sides['slm'].path)} is of kind {kind}: a rule is of a local model (--model-kind slm)")
+        raise UserError(f"the small model's report {shown_path(sides['slm'].path)} is of kind {kind}: a cascade takes the report of a local model (--model-kind slm)")
     return sides, fit_together(sides, sequential=False, question="these")
 
 
@@ -84,7 +84,7 @@ def read_validation(args: argparse.Namespace, slm: Evaluation) -> tuple[dict[str
     sides, warnings = read_pair(args, *paths)
     if same_model(slm, sides["slm"]):
         return sides, warnings
-    told = f"{display_path(sides['slm'].path)} is of another small model, or of one that was asked or run otherwise"
+    told = f"{shown_path(sides['slm'].path)} is of another small model, or of one that was asked or run otherwise"
     if given:
         raise UserError(f"{told}: evaluate the same on the validation rows, or leave --val-azure and --val-slm out")
     return None, [f"{told}: it chooses no signal, which is {args.signal or 'sum_logprob'}"]
@@ -143,13 +143,13 @@ def main(argv: list[str] | None = None) -> int:
         from slm_swap.verdict.html_report.cascade_page import write_cascade_page
 
         write_atomically(args.html, lambda stream: stream.writelines(write_cascade_page(told)), PAGE)
-        print(f"report: {display_path(args.html)}")
+        print(f"report: {shown_path(args.html)}")
     if not told["share_local"]:
-        print(f"no cascade is written{f'; {display_path(out)} is an earlier one' if out.exists() else ''}")
+        print(f"no cascade is written{f'; {shown_path(out)} is an earlier one' if out.exists() else ''}")
         return NOTHING
     write_cascade(out, {name: value for name, value in told.items() if name != "curves"})
-    print(f"cascade: {display_path(out)}")
-    next_step(f"python 05_serve/serve.py --track {args.track} --mode cascade --cascade {display_path(out)}")
+    print(f"cascade: {shown_path(out)}")
+    next_step(f"python 05_serve/serve.py --track {args.track} --mode cascade --cascade {shown_path(out)}")
     return 0
 
 

@@ -4,7 +4,7 @@
     python 03_compare/compare.py --track structured --azure A.json --slm S.json --before OLD.json --delta 0.05 --markdown pr.md
 
 Prints FINE_TUNE=0|1 and VERDICT=..., writes the decision and exits 0 (SWAP), 10 (FINE_TUNE) or 11 (NEED_MORE_DATA).
-03_compare/render_report.py makes a page to read of the decision; slm_swap/README.md says what its keys mean.
+03_compare/render_report.py makes a readable page of the decision. slm_swap/README.md explains its keys.
 """
 
 import argparse
@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywher
 from slm_swap.cli import Parser, check_out, next_step, positive, run, run_metadata, share, tracing_options, warn
 from slm_swap.clients.pricing import Prices, load_prices
 from slm_swap.common.reports import SCHEMA_VERSION, code_version, now, rows_path, write_atomically, write_json
-from slm_swap.common.settings import PACKAGE, display_path, find_path, load_settings
+from slm_swap.common.settings import PACKAGE, find_path, load_settings, shown_path
 from slm_swap.scoring.tracks import TRACKS
 from slm_swap.tracing.runs import RunTrace, connect, trace_run
 from slm_swap.verdict import cascade_words
@@ -37,7 +37,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--azure", required=True, metavar="REPORT", help="the hosted model's report")
     parser.add_argument("--slm", required=True, metavar="REPORT", help="the small model's report")
     parser.add_argument("--before", metavar="REPORT", help="the small model's report before fine-tuning: what was gained")
-    parser.add_argument("--delta", type=share, default=0.02, help="non-inferiority margin: how much worse is good enough, 0..1")
+    parser.add_argument("--delta", type=share, default=0.02, help="non-inferiority margin: how much worse is still good enough, 0..1")
     parser.add_argument("--alpha", type=share, default=0.05, help="how often a verdict may be wrong at the margin")
     parser.add_argument("--rule", choices=RULES, default="paired", help="paired: tests on the rows; point: the means alone")
     parser.add_argument("--sequential", action="store_true", help="a paired rule that also holds where the rows were looked at while they came")
@@ -103,7 +103,7 @@ def log(trace: RunTrace, told: dict[str, Any]) -> None:
     """The decision as an event, its verdict and differences as scores."""
     brief = {name: value for name, value in told.items() if name not in ("groups", "gold_audit", "confidence")}
     trace.event("decision", brief)
-    trace.scores({"verdict": told["verdict"]} | {f"{name}_difference": values["difference"] for name, values in told["metrics"].items()})
+    trace.scores({"verdict": told["verdict"]} | {f"{name}_azure_minus_slm": values["difference"] for name, values in told["metrics"].items()})
     trace.update(output={"verdict": told["verdict"], "metrics": told["metrics"]})
 
 
@@ -148,13 +148,13 @@ def main(argv: list[str] | None = None) -> int:
     from slm_swap.verdict.text_report import brief, markdown, table
 
     (table if args.table else brief)(told)
-    next_step(f"python 03_compare/render_report.py --decision {display_path(out)}")
+    next_step(f"python 03_compare/render_report.py --decision {shown_path(out)}")
     if args.markdown:
         write_atomically(args.markdown, lambda stream: stream.write(markdown(told)), MARKDOWN)
-        print(f"markdown: {display_path(args.markdown)}")
+        print(f"markdown: {shown_path(args.markdown)}")
     print(f"FINE_TUNE={int(told['fine_tune'])}")
     print(f"VERDICT={told['verdict']}")
-    print(f"decision: {display_path(out)}")
+    print(f"decision: {shown_path(out)}")
     return EXIT_CODES[told["verdict"]]
 
 

@@ -3,7 +3,7 @@
     python 03_compare/render_report.py --track toolcall
     python 03_compare/render_report.py --decision decision.json --out decision.html
 
-The rows files that the decision names are read, too; prompts are shown where the dataset is still there as it was.
+It also reads the rows files that the decision names. It shows prompts if the dataset is unchanged and in its place.
 """
 
 import argparse
@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywher
 
 from slm_swap.cli import Parser, check_out, next_step, run
 from slm_swap.common.reports import write_atomically
-from slm_swap.common.settings import PACKAGE, display_path, find_path
+from slm_swap.common.settings import PACKAGE, find_path, shown_path
 from slm_swap.scoring.tracks import TRACKS
 from slm_swap.verdict.html_report.decision_file import read_decision
 from slm_swap.verdict.html_report.page import write_page
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     reports = [report for report in decision["reports"].values() if isinstance(report, dict)]
     check_out(out, inputs=[path, *(report[key] for report in reports for key in ("path", "rows_path"))])
     write_atomically(out, lambda stream: stream.writelines(write_page(decision)))
-    print(f"report: {display_path(out)}")
+    print(f"report: {shown_path(out)}")
     next_step(f"open {out.absolute().as_uri()} in a browser")
     return 0
 

@@ -5,8 +5,8 @@
     python 04_ft/improve.py --track structured --rungs ask,few-shot,constrain
 
 Each rung (how it is asked, thinking, more tokens, few-shot, constrained decoding, fine-tuning, combinations of them) is evaluated on the
-validation split, and stays where a paired test shows a gain. It ends early where the verdict on these rows would be SWAP: --azure is the
-hosted model's report of the same rows. The test split is not looked at. Interrupted in any way, the same command goes on.
+validation split, and stays if a paired test shows a gain. The ladder ends early if the verdict on these rows would be SWAP: --azure is the
+hosted model's report of the same rows. The test split is not used. After an interruption the same command continues.
 """
 
 import argparse
@@ -17,11 +17,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
-from slm_swap.cli import Parser, check_out, load_rows, positive, positive_number, run, share
+from slm_swap.cli import Parser, check_out, load_rows, next_step, positive, positive_number, run, share
 from slm_swap.clients.pricing import load_prices
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import write_json
-from slm_swap.common.settings import PACKAGE, display_path, find_path, load_settings
+from slm_swap.common.settings import PACKAGE, display_path, find_path, load_settings, shown_path
 from slm_swap.evaluating.evaluation import check_rows
 from slm_swap.evaluating.recipe import make_recipe
 from slm_swap.rows.prompts import ASKS
@@ -73,7 +73,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def common_flags(args: argparse.Namespace, rows: Path) -> list[str]:
-    """What every evaluation is given that its replies hang on."""
+    """The flags of every evaluation that its replies depend on."""
     named = {"track": args.track, "dataset": rows, "limit": args.limit, "engine": args.engine, "batch-size": args.batch_size, "seed": args.seed}
     named |= {"precision": args.precision}
     flags = [word for name, value in named.items() if value is not None for word in (f"--{name}", str(value))]
@@ -100,7 +100,7 @@ def find_hosted(args: argparse.Namespace, name: str, rows_sha256: str) -> Evalua
     how = f"python 01_eval/eval.py --track {args.track} --model-kind azure {f'--dataset {args.dataset}' if args.dataset else f'--split {args.split}'}"
     how += f" --limit {args.limit}" if args.limit else ""
     if args.azure:
-        raise UserError(f"{display_path(found.path)} is of other rows than these: evaluate the hosted model on them by {how}")
+        raise UserError(f"{shown_path(found.path)} is of other rows than these: evaluate the hosted model on them by {how}")
     say(f"no report of the hosted model on these rows, so no verdict and no early end: make it with {how}, and pass it as --azure")
     return None
 
@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
     check_out(path)
     train = find_path(args.train) if args.train else rows.with_name("train.jsonl")
     if args.train and not train.is_file():
-        raise UserError(f"no train rows at {display_path(train)}: check --train")
+        raise UserError(f"no train rows at {shown_path(train)}: check --train")
     train = train if train.is_file() else None
     if train is None:
         say("no train rows: few-shot and fine-tuning are left out; name them with --train")
@@ -143,6 +143,7 @@ def main(argv: list[str] | None = None) -> int:
     ladder = Ladder(folder, args.track, inputs | {"rows": len(examples)}, plan, common, measure, hosted, args.delta, args.alpha, prices, say)
     if args.dry_run:
         show_outlook(outlook(ladder, begin, examples, stages, train), prices.local.cost)
+        next_step("the same command without --dry-run")
         return 0
     stages.budget.spent_seconds, stages.budget.spent_money = ladder.spent()
     best = ladder.climb(begin)
@@ -155,10 +156,12 @@ def main(argv: list[str] | None = None) -> int:
 def tell_commands(args: argparse.Namespace, recipe: Path, verdict: str | None) -> None:
     """What to do next: the test split is asked once, by the recipe."""
     report = f"01_eval/reports/{args.track}_slm_recipe.json"
-    say(f"recipe: {display_path(recipe)}")
-    say(f"on the validation rows the verdict is {verdict or 'not known'}. Now measure the recipe on the test split, which nothing was chosen on:")
-    say(f"  python 01_eval/eval.py --track {args.track} --model-kind slm --recipe {display_path(recipe)} --out {report}")
-    say(f"  python 03_compare/compare.py --track {args.track} --azure 01_eval/reports/{args.track}_azure_test.json --slm {report} --delta {args.delta:g} --table")
+    say(f"recipe: {shown_path(recipe)}")
+    say(f"on the validation rows the verdict is {verdict or 'not known'}; the next commands measure the recipe on the test split, which chose nothing")
+    next_step(
+        f"python 01_eval/eval.py --track {args.track} --model-kind slm --recipe {shown_path(recipe)} --out {report}",
+        f"python 03_compare/compare.py --track {args.track} --azure 01_eval/reports/{args.track}_azure_test.json --slm {report} --delta {args.delta:g} --table",
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Merge an adapter into its base model: a full checkpoint that eval.py (SLM_MODEL_PATH) and vLLM load.
 
-python 04_ft/merge_adapter.py --adapter 04_ft/adapter_toolcall --out models/phi-4-mini-toolcall
-python 04_ft/merge_adapter.py --adapter 04_ft/adapter_toolcall --out models/phi-4-mini-toolcall --dtype fp32
+    python 04_ft/merge_adapter.py --adapter 04_ft/adapter_toolcall --out models/phi-4-mini-toolcall
+    python 04_ft/merge_adapter.py --adapter 04_ft/adapter_toolcall --out models/phi-4-mini-toolcall --dtype fp32
 """
 
 import argparse
@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywher
 from slm_swap.cli import Parser, next_step, run, warn
 from slm_swap.clients.loading import adapter_path, model_path, trained_base
 from slm_swap.common.reports import read_json
-from slm_swap.common.settings import display_path, load_settings
+from slm_swap.common.settings import load_settings, shown_path
 from slm_swap.tuning.merging import DTYPES, merge_adapter
 
 
@@ -33,13 +33,13 @@ def main(argv: list[str] | None = None) -> int:
     base = model_path(load_settings(), args.model or named)
     info = merge_adapter(base, adapter, args.out, args.dtype)
     if trained_base(adapter) is None:
-        warn(f"{display_path(adapter)} does not say by hash what it was trained on: that it was {display_path(base)} is not proven")
+        warn(f"{shown_path(adapter)} does not say by hash what it was trained on: that it was {shown_path(base)} is not proven")
     if left_out := info["merged"]["generation_config_left_out"]:
         told = ", ".join(f"{name} {value}" for name, value in left_out.items())
         print(f"generation_config.json is without {told}: they are invalid there, and the base model is run without them")
-    print(f"{info['merged']['adapter']['path']} merged into {display_path(base)}, {args.dtype}: {display_path(args.out)}")
+    print(f"{info['merged']['adapter']['path']} merged into {shown_path(base)}, {args.dtype}: {shown_path(args.out)}")
     track = info.get("track") or "TRACK"
-    next_step(f"SLM_MODEL_PATH={display_path(args.out)} python 01_eval/eval.py --track {track} --model-kind slm --out 01_eval/reports/{track}_slm_merged.json")
+    next_step(f"SLM_MODEL_PATH={shown_path(args.out)} python 01_eval/eval.py --track {track} --model-kind slm --out 01_eval/reports/{track}_slm_merged.json")
     return 0
 
 

@@ -1,11 +1,12 @@
 """Fine-tune the small model on one track with QLoRA, by TRL + PEFT or, on a GPU, by Unsloth.
 
-python 04_ft/train_unsloth.py --track toolcall --train 02_dataset/toolcall/train.jsonl --val 02_dataset/toolcall/val.jsonl --out 04_ft/adapter_toolcall
-python 04_ft/train_unsloth.py --track structured --train 02_dataset/structured/train.jsonl --val 02_dataset/structured/val.jsonl --out 04_ft/adapter_structured --backend trl --precision fp32
+    python train_unsloth.py --track toolcall --train 02_dataset/toolcall/train.jsonl --val 02_dataset/toolcall/val.jsonl --out 04_ft/adapter_toolcall
+    python train_unsloth.py --track structured --train 02_dataset/structured/train.jsonl --val 02_dataset/structured/val.jsonl --out 04_ft/adapter_structured --backend trl --precision fp32
 """
 
 import argparse
 import sys
+import time
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ from slm_swap.cli import Parser, few_shot_of, next_step, not_negative, positive,
 from slm_swap.clients.loading import model_path
 from slm_swap.clients.replicas import take_one_gpu
 from slm_swap.common.reports import sha256_file
-from slm_swap.common.settings import Launch, display_path, find_path, load_settings
+from slm_swap.common.settings import Launch, display_path, find_path, load_settings, shown_path
 from slm_swap.evaluating.recipe import ROW_FLAGS
 from slm_swap.rows.examples import Example, read_examples
 from slm_swap.rows.lines import read_jsonl
 from slm_swap.scoring.tracks import TRACKS
+from slm_swap.scoring.words import metric_name
 from slm_swap.tracing.runs import connect, trace_run
 from slm_swap.tuning.backends import choose_backend, choose_deepspeed, has_gpu
 from slm_swap.tuning.checkpoints import Checkpoints
@@ -28,6 +30,31 @@ from slm_swap.tuning.checks import check_test_split
 from slm_swap.tuning.hyperparameters import BACKENDS, PRECISIONS, PRESETS, SWITCH, Hyperparameters
 from slm_swap.tuning.presets import choose_preset
 from slm_swap.tuning.training import train
+
+EXPLAINED = {  # each hyperparameter
+    "precision": "weights of the frozen base",
+    "lora_r": "rank of LoRA's matrices",
+    "lora_alpha": "scale of LoRA's product, over its rank",
+    "lora_dropout": "share of LoRA's inputs that is dropped",
+    "learning_rate": "of AdamW, at its highest",
+    "epochs": "passes over the train rows",
+    "max_length": "longest row in tokens; longer rows are left out",
+    "batch_size": "rows (or packs) in one pass of each GPU",
+    "gradient_accumulation": "passes in one step",
+    "warmup_share": "share of the steps in which the learning rate rises",
+    "scheduler": "how the learning rate falls, by transformers' names",
+    "weight_decay": "of AdamW",
+    "gradient_checkpointing": "compute activations twice to save memory",
+    "packing": "several whole rows in one sequence",
+    "pack_length": "tokens in a pack",
+    "step_packs": "without --packing: compute a step's rows as packs, with the same gradients; auto: if it is faster",
+    "compile": "compile the layers; auto: if it is faster",
+    "eval_steps": "steps between evaluations on the validation rows; the best step is kept; 0: none",
+    "eval_generate": "validation rows that the model replies to in each evaluation; needs --eval-steps",
+    "best_by": "what the best step has: the lowest loss, or the highest value of one of the track's metrics; needs --eval-generate",
+    "early_stopping": "end after this many evaluations in a row without a new best; 0: never",
+    "seed": "seed of everything random",
+}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -39,17 +66,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the adapter's folder")
     parser.add_argument("--model", metavar="DIR", help="the base model (default: SLM_MODEL_PATH)")
     parser.add_argument(
-        "--backend", choices=BACKENDS, default="auto", help="auto: unsloth where there is a CUDA GPU and rows are not packed, trl elsewhere"
+        "--backend", choices=BACKENDS, default="auto", help="auto: unsloth on a CUDA GPU if rows are not packed, else trl"
     )
     parser.add_argument(
         "--preset", choices=("auto", *PRESETS), default="documented",
-        help="what the hyperparameters are where no flag says otherwise; auto: the fastest that fits the GPU's memory",
+        help="the hyperparameters that no flag sets; auto: the fastest preset that fits the GPU's memory",
     )
     parser.add_ask()
     parser.add_recipe(ROW_FLAGS)
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N rows of --train")
     parser.add_argument("--save-steps", type=not_negative, default=100, metavar="N", help="steps between checkpoints; 0: none")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint, if there is one")
+    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint, if there is one")
     parser.add_argument(
         "--deepspeed-config", metavar="FILE", help="train by DeepSpeed, as accelerate_config/deepspeed_zero2.json says (default: plain DDP, which is faster)"
     )
@@ -58,7 +85,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         kind = {"action": argparse.BooleanOptionalAction} if isinstance(field.default, bool) else {"type": type(field.default)}
         parser.add_argument(
             f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS, choices=choices.get(field.name),
-            help=f"hyperparameter (documented: {field.default})", **kind,
+            help=f"{EXPLAINED[field.name]} (documented: {field.default})", **kind,
         )  # fmt: skip
     parser.add_tracing()
     return parser.parse_args(argv)
@@ -109,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     shared = {example.prompt for example in rows["train"]} & {example.prompt for example in rows["val"]}
     if shared and launch.rank == 0:
-        warn(f"{len(shared)} prompts stand in both files: the validation loss will look better than it is")
+        warn(f"{len(shared)} prompts are in both files: the validation loss will look better than it is")
     metadata, tags = run_metadata(args) | {"backend": backend}, ["train", args.track]
     run_id = Checkpoints(args.out).run_id(args.resume) if launch.rank == 0 else None
     with trace_run(connection, f"train-{args.track}", args.out, metadata, tags, seed=run_id) as trace:
@@ -121,14 +148,17 @@ def main(argv: list[str] | None = None) -> int:
             tell(trace, info, args.out)
             show(info, args.out, launch)
             asked = f" --ask {args.ask}" if args.ask else ""
-            next_step(f"python 01_eval/eval.py --track {args.track} --model-kind slm --adapter {display_path(args.out)}{asked} --out 01_eval/reports/{args.track}_slm_adapter.json")
+            next_step(f"python 01_eval/eval.py --track {args.track} --model-kind slm --adapter {shown_path(args.out)}{asked} --out 01_eval/reports/{args.track}_slm_adapter.json")
     return 0
 
 
 def tell(trace: Any, info: dict[str, Any], out: Path) -> None:
-    """The run's trace: the loss curve, hyperparameters and losses."""
+    """The run's trace: the loss curve, hyperparameters and losses. The log has steps and no times: they are taken as equally long, so that
+    Langfuse, whose charts are over time, shows the curve."""
+    ended, took = time.time_ns(), info["seconds"]["train"] * 1e9
     for _, point in read_jsonl(out / "training_log.jsonl"):
-        trace.event("loss", point)
+        losses = {f"step_{name}": point[name] for name in ("loss", "eval_loss") if name in point}
+        trace.event("loss", point, ended - round(took * (1 - point["step"] / info["steps"])), losses)
     adapter = {"adapter": display_path(out), "adapter_sha256": sha256_file(out / "adapter_model.safetensors")}
     trace.update(output=info, metadata={"hyperparameters": info["hyperparameters"]} | adapter)
     losses = {"train_loss": info["train_loss"], **{f"eval_loss_{when}": loss for when, loss in info["eval_loss"].items()}}
@@ -145,10 +175,10 @@ def show(info: dict[str, Any], out: Path, launch: Launch) -> None:
     for name, value in {"loss": info["eval_loss"], **info["metrics"]["after"]}.items():
         before, after = (value["before"], value["after"]) if name == "loss" else (info["metrics"]["before"][name], value)
         if after is not None:
-            print(f"{name} on the validation rows: {'unknown' if before is None else f'{before:.4f}'} before, {after:.4f} after")
+            print(f"{metric_name(name)} on the validation rows: {'unknown' if before is None else f'{before:.4f}'} before, {after:.4f} after")
     if info["best_step"] not in (None, info["steps"]):
-        print(f"kept is step {info['best_step']}, the best one by {info['hyperparameters']['best_by']}")
-    print(f"adapter: {display_path(out)}")
+        print(f"kept is step {info['best_step']}, the best one by {metric_name(info['hyperparameters']['best_by'])}")
+    print(f"adapter: {shown_path(out)}")
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@
     python 05_serve/serve.py --track toolcall --mode shadow --cascade 03_compare/cascade_toolcall.json
     python 05_serve/serve.py --track toolcall --mode cascade --cascade 03_compare/cascade_toolcall.json --workers 2 --audit-share 0.02
 
-An application changes its base URL to http://127.0.0.1:8080/v1 (OpenAI) or http://127.0.0.1:8080 (Azure), and nothing else. `hosted`: the hosted
-model answers everything. `shadow`: so it does, and the small model answers beside it. `cascade`: the small model answers where cascade.json
-allows, the hosted model everything else. `local`: the small model answers all that it can take. Whatever the small model was not measured
-on goes to the hosted model as it came. The header x-slm-swap says who answered and why.
+An application changes only its base URL, to http://127.0.0.1:8080/v1 (OpenAI) or http://127.0.0.1:8080 (Azure). `hosted`: the hosted model
+answers everything. `shadow`: the same, and the small model answers beside it for comparison. `cascade`: the small model answers what cascade.json
+allows, the hosted model everything else. `local`: the small model answers everything that it can. Requests that the small model was not measured
+on go to the hosted model unchanged. The header x-slm-swap says who answered and why.
 """
 
 import argparse
@@ -18,13 +18,24 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
-from slm_swap.cli import SHOTS, Parser, client_options, not_negative, positive, positive_number, run, share, tracing_options
+from slm_swap.cli import (
+    SHOTS,
+    Parser,
+    client_options,
+    next_step,
+    not_negative,
+    positive,
+    positive_number,
+    run,
+    share,
+    tracing_options,
+)
 from slm_swap.clients.endpoint import is_loopback
 from slm_swap.clients.pricing import load_prices
 from slm_swap.clients.protocol import Client
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import sha256_file
-from slm_swap.common.settings import Settings, find_path, load_settings
+from slm_swap.common.settings import Settings, find_path, load_settings, shown_path
 from slm_swap.evaluating.recipe import read_recipe
 from slm_swap.serving import state
 from slm_swap.serving.options import MODES, Options, read_keys
@@ -41,17 +52,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_track()
     add("--mode", choices=MODES, default="shadow", help="who answers")
     add("--cascade", metavar="FILE", help="the calibrated rule of 03_compare/calibrate.py; --mode cascade needs it")
-    add("--host", default="127.0.0.1", help="address to listen on; another than this machine's own needs keys")
+    add("--host", default="127.0.0.1", help="address to listen on; any other than loopback needs keys")
     add("--port", type=not_negative, default=8080, help="0 is any free port")
     add("--workers", type=positive, default=1, metavar="N", help="processes that speak HTTP; all share one small model")
-    add("--state", type=Path, default=state.STATE, metavar="DIR", help="where the flag, the audits and the minutes are kept")
+    add("--state", type=Path, default=state.STATE, metavar="DIR", help="folder of the flag, the audits and the minutes")
     add("--keys", type=Path, metavar="FILE", help="the clients' keys, one a line, besides those of SLM_SWAP_KEYS")
-    add("--deadline", type=positive_number, default=10.0, metavar="SECONDS", help="longest wait for the small model, then the hosted model is asked")
-    add("--queue", type=positive, default=64, metavar="N", help="requests that the small model has at a time; further ones go to the hosted model")
+    add("--deadline", type=positive_number, default=10.0, metavar="SECONDS", help="longest wait for the small model before the hosted model is asked")
+    add("--queue", type=positive, default=64, metavar="N", help="most requests that wait for the small model; further ones go to the hosted model")
     add("--timeout", type=positive_number, default=600.0, metavar="SECONDS", help="longest silence of the hosted model")
     add("--max-body", type=positive, default=16 * 2**20, metavar="BYTES", help="largest body of a request")
     add("--max-prompt-tokens", type=positive, default=4096, metavar="N", help="vllm: longest prompt of the small model")
-    add("--audit-share", type=share, default=0.02, metavar="P", help="share of local answers that the hosted model is asked for too, 0..1")
+    add("--audit-share", type=share, default=0.02, metavar="P", help="share of local answers for which the hosted model is asked too, 0..1")
     add("--audit-budget", type=positive_number, metavar="MONEY", help="most money a day for audits, by prices.toml")
     add("--no-audit-content", action="store_true", help="keep no request and no reply in audits.jsonl")
     add("--log-content", action="store_true", help="print requests and replies to standard error")
@@ -152,7 +163,15 @@ def main(argv: list[str] | None = None) -> int:
     listener = listen(args.host, args.port)
     host, port = listener.getsockname()[:2]
     print(f"http://{f'[{host}]' if ':' in host else host}:{port}/v1 ({made.mode})", flush=True)
-    return serve(made, listener, partial(make_small, settings, args) if made.small else None)
+    state_flag = "" if args.state == state.STATE else f" --state {shown_path(args.state)}"
+    if made.small:
+        next_step(f"python 05_serve/watch.py{state_flag}")
+    code = serve(made, listener, partial(make_small, settings, args) if made.small else None)
+    if code == 0:
+        print(f"stopped; what was counted and audited is in {shown_path(args.state)}")
+        if made.small:
+            next_step(f"python 05_serve/watch.py --once{state_flag}")
+    return code
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@
     python 05_serve/watch.py --resume
     python 05_serve/watch.py --export 02_dataset/audits.jsonl
 
-Reads audits.jsonl and minutes.jsonl of the endpoint's state folder. An alarm writes stop.json there: from then on no worker answers
-locally, until a person has looked and --resume removes it; the detectors then start anew. --once looks once: exit 0 quiet,
-12 the flag is up, 2 bad input. --export writes the audited disagreements as rows, the hosted model's replies as their gold.
+It reads audits.jsonl and minutes.jsonl of the endpoint's state folder. An alarm writes stop.json there. From then on no worker answers
+locally, until a person has looked and --resume removes the file. Then the detectors restart. --once looks once: exit 0 quiet,
+12 the flag is up, 2 bad input. --export writes the audited disagreements as rows, with the hosted model's replies as gold.
 """
 
 import argparse
@@ -21,15 +21,16 @@ from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
-from slm_swap.cli import Parser, check_out, positive, positive_number, run, run_metadata, tracing_options, warn
+from slm_swap.cli import Parser, check_out, next_step, positive, positive_number, run, run_metadata, tracing_options, warn
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import write_atomically, write_jsonl
-from slm_swap.common.settings import display_path, find_path, load_settings
+from slm_swap.common.settings import find_path, load_settings, shown_path
 from slm_swap.serving.audit_rows import rows_of_audits
 from slm_swap.serving.state import AUDITS, STATE, STOP, flag, lower_flag, raise_flag
 from slm_swap.serving.watch_page import cautions, terminal, verdict_line, write_page
 from slm_swap.serving.watching import KINDS, TAKES_BACK, Watch, begin, find_cascade, read_allowed, restart
 from slm_swap.tracing.runs import Tracing, connect, trace_run
+from slm_swap.verdict.cascade import read_cascade
 
 ALARM = 12  # the exit code
 LOOK_SECONDS, LINE_SECONDS = 2, 30
@@ -39,14 +40,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     parser.add_argument("--state", type=find_path, metavar="DIR", help="the endpoint's state folder (default: 05_serve/state)")
     parser.add_argument("--cascade", metavar="FILE", help="the cascade.json that is served (default: the one that the endpoint names)")
-    parser.add_argument("--alarms-in", type=positive, default=10_000, metavar="N", help="disagreement: one false alarm in N audited requests, at most")
-    parser.add_argument("--warnings-in", type=positive, default=43_200, metavar="N", help="each other one: one false alarm in N minutes with requests, at most")
+    parser.add_argument("--alarms-in", type=positive, default=10_000, metavar="N", help="disagreement: at most one false alarm in N audited requests")
+    parser.add_argument("--warnings-in", type=positive, default=43_200, metavar="N", help="every other test: at most one false alarm in N minutes with requests")
     parser.add_argument("--failures", type=positive_number, default=0.01, metavar="SHARE", help="the share of requests that may fail")
-    kinds = f"what raises the flag, of {', '.join(KINDS)}; the others warn (default: {' '.join(TAKES_BACK)})"
+    kinds = f"alarms that raise the flag, of {', '.join(KINDS)}; the others only warn (default: {' '.join(TAKES_BACK)})"
     parser.add_argument("--take-back-on", nargs="*", choices=KINDS, metavar="KIND", help=kinds)
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--once", action="store_true", help="look once: exit 0 quiet, 12 the flag is up")
-    action.add_argument("--resume", action="store_true", help="a person has looked: answer locally again, and start the detectors anew")
+    action.add_argument("--resume", action="store_true", help="a person has looked: answer locally again, and restart the detectors")
     action.add_argument("--export", type=Path, metavar="FILE", help="write audited disagreements as rows for the next training")
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write the state as one page")
     parser.add_tracing()
@@ -60,11 +61,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def state_flag(folder: Path) -> str:
+    """The flag that names the state folder in a command, where it is not the default."""
+    return "" if folder == STATE else f" --state {shown_path(folder)}"
+
+
 def resume(folder: Path) -> int:
     restart(folder)  # first: a watcher that still had the old evidence would raise the flag again
     kept = lower_flag(folder)
-    print(f"the flag is lowered, and kept as {display_path(kept)}" if kept else "no flag was up")
-    print("the detectors start anew from now on")
+    print(f"the flag is lowered, and kept as {shown_path(kept)}" if kept else "no flag was up")
+    print("the detectors restart from here")
+    next_step(f"python 05_serve/watch.py{state_flag(folder)}")
     return 0
 
 
@@ -72,14 +79,16 @@ def export(args: argparse.Namespace) -> int:
     audits, dropped = args.state / AUDITS, Counter()
     check_out(args.export, inputs=[audits], advice="choose another place with --export")
     if not audits.exists():
-        raise UserError(f"no audits at {display_path(audits)}: nothing has been audited, or pass --state")
-    rows = list(rows_of_audits(audits, read_allowed(find_cascade(args.state, args.cascade)).hosted, dropped))
+        raise UserError(f"no audits at {shown_path(audits)}: nothing has been audited, or pass --state")
+    served = find_cascade(args.state, args.cascade)
+    rows = list(rows_of_audits(audits, read_allowed(served).hosted, dropped))
     agree = dropped.pop("agree", 0)
     print(f"{len(rows)} rows; {agree} agree" + "".join(f"; {n} left out: {reason}" for reason, n in dropped.items() if n))
     if not rows:
-        raise UserError(f"no audit of {display_path(audits)} makes a row: nothing is written")
+        raise UserError(f"no audit of {shown_path(audits)} makes a row: nothing is written")
     write_jsonl(args.export, rows, "choose another place with --export")
-    print(f"rows: {display_path(args.export)}\nagreement, not accuracy: their gold is the hosted model's reply; personal data is not masked")
+    print(f"rows: {shown_path(args.export)}\nagreement, not accuracy: their gold is the hosted model's reply; personal data is not masked")
+    next_step(f"python 02_dataset/prepare_data.py --source jsonl --track {read_cascade(served).track} --dataset-path {shown_path(args.export)}")
     return 0
 
 
@@ -94,7 +103,7 @@ class Look:
     def __call__(self) -> None:
         args, allowed = self.args, read_allowed(find_cascade(self.args.state, self.args.cascade))
         if begin(args.state, allowed):
-            print(f"another cascade is served, {allowed.path}: the detectors start anew", file=sys.stderr)
+            print(f"another cascade is served, {allowed.path}: the detectors restart", file=sys.stderr)
         if self.watch is None or self.watch.allowed != allowed:
             self.watch = Watch(args.state, allowed, args.alarms_in, args.warnings_in, args.failures, tuple(args.take_back_on))
         new = self.watch.read(final=self.args.once)
@@ -117,13 +126,13 @@ class Look:
                     trace.event("alarm" if alarm.takes_back else "warning", alarm.to_json() | {"rows": alarm.rows})
                 trace.update(output={"flag_raised": raised, "why": [alarm.why for alarm in self.watch.alarms]})
         except UserError as trouble:
-            warn(f"the alarm has not been told to Langfuse: {trouble}")
+            warn(f"the alarm could not be sent to Langfuse: {trouble}")
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     if not args.state.is_dir():
-        raise UserError(f"no state at {display_path(args.state)}: start 05_serve/serve.py, or pass --state")
+        raise UserError(f"no state at {shown_path(args.state)}: start 05_serve/serve.py, or pass --state")
     if args.resume or args.export:
         return resume(args.state) if args.resume else export(args)
     if args.html:
@@ -135,7 +144,12 @@ def main(argv: list[str] | None = None) -> int:
     print(verdict_line(look.watch))
     for line in cautions(look.watch):
         warn(line)
-    return ALARM if flag(args.state) else 0
+    if args.html:
+        print(f"page: {shown_path(args.html)}")
+    if not flag(args.state):
+        return 0
+    next_step(f"python 05_serve/watch.py --export 02_dataset/audits.jsonl{state_flag(args.state)}", f"python 05_serve/watch.py --resume{state_flag(args.state)}")
+    return ALARM
 
 
 def follow(look: Look) -> NoReturn:

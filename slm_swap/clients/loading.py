@@ -19,7 +19,7 @@ from slm_swap.clients.architecture import text_config
 from slm_swap.clients.templates import require_text
 from slm_swap.clients.thinking import use_thinking
 from slm_swap.common.errors import UserError
-from slm_swap.common.settings import Settings, display_path, find_path
+from slm_swap.common.settings import Settings, find_path, shown_path
 from slm_swap.rows.lines import text_hash
 from slm_swap.rows.prompts import Request
 
@@ -42,10 +42,10 @@ def model_path(settings: Settings, given: str | Path | None = None) -> Path:
     path = find_path(wanted)
     if not (path / "config.json").is_file():
         if (path / "adapter_config.json").is_file():
-            raise UserError(f"{display_path(path)} is an adapter, no model: pass it with --adapter, and its base as SLM_MODEL_PATH")
+            raise UserError(f"{shown_path(path)} is an adapter, no model: pass it with --adapter, and its base as SLM_MODEL_PATH")
         if path.suffix == ".gguf" or any(path.glob("*.gguf")):
-            raise UserError(f"{display_path(path)} is in GGUF: serve it (llama.cpp, Ollama) and set SLM_BASE_URL, or get the model's safetensors checkpoint")
-        raise UserError(f"no checkpoint at {display_path(path)} (no config.json): get it with `{DOWNLOAD}` or set SLM_MODEL_PATH")
+            raise UserError(f"{shown_path(path)} is in GGUF: serve it (llama.cpp, Ollama) and set SLM_BASE_URL, or get the model's safetensors checkpoint")
+        raise UserError(f"no checkpoint at {shown_path(path)} (no config.json): get it with `{DOWNLOAD}` or set SLM_MODEL_PATH")
     return path
 
 
@@ -60,7 +60,7 @@ def adapter_path(given: str | Path | None) -> Path | None:
     path = find_path(given)
     if not (path / "adapter_config.json").is_file():
         raise UserError(
-            f"no adapter at {display_path(path)} (no adapter_config.json): make it with train_unsloth.py or drop --adapter"
+            f"no adapter at {shown_path(path)} (no adapter_config.json): make it with train_unsloth.py or drop --adapter"
         )
     return path
 
@@ -94,7 +94,7 @@ def require_base(adapter: Path, base: Path, files_sha256: str, advice: str) -> N
         UserError: so, with the advice.
     """
     if trained_base(adapter) not in (None, files_sha256):
-        raise UserError(f"{display_path(adapter)} was trained on other weights than {display_path(base)}: {advice}")
+        raise UserError(f"{shown_path(adapter)} was trained on other weights than {shown_path(base)}: {advice}")
 
 
 def require_undamaged(folder: Path, files_sha256: str) -> None:
@@ -105,7 +105,7 @@ def require_undamaged(folder: Path, files_sha256: str) -> None:
     """
     if _training_info(folder, "files_sha256") not in (None, files_sha256):
         raise UserError(
-            f"the files of {display_path(folder)} are not those that its training_info.json tells of: they were damaged or changed; "
+            f"the files of {shown_path(folder)} do not match its training_info.json: they were damaged or changed; "
             "train or merge it again, or take `files_sha256` out of that file where the change is yours"
         )
 
@@ -192,10 +192,10 @@ def load_model(path: Path, precision: str, device_map: Any = "auto", trust_remot
             )
     except torch.OutOfMemoryError:
         raise UserError(
-            f"{display_path(path)} does not fit in memory in {precision}: use --precision nf4 or a larger GPU"
+            f"{shown_path(path)} does not fit in memory in {precision}: use --precision nf4 or a larger GPU"
         ) from None
     except Exception as error:  # of whatever package the checkpoint needs
-        raise _cannot_load(display_path(path), error, config) from None
+        raise _cannot_load(shown_path(path), error, config) from None
     require_whole(path, told)
     if not quantized_by(config):  # of those, packages write biases that are all 0
         require_plain_weights(path)
@@ -214,7 +214,7 @@ def load_config(path: Path, trust_remote_code: bool = False) -> Any:
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # the configuration may bring its own code
-        raise _cannot_load(display_path(path), error) from None
+        raise _cannot_load(shown_path(path), error) from None
 
 
 def quantized_by(config: Any) -> dict[str, Any]:
@@ -238,9 +238,9 @@ def require_precision(path: Path, config: Any, precision: str) -> None:
     bits = {"load_in_8bit": "int8", "load_in_4bit": "nf4"}
     own = next((name for key, name in bits.items() if given.get(key)), None)
     if (own and precision != own) or (not own and precision in ("int8", "nf4", "fp8") and precision != method):
-        raise UserError(f"{display_path(path)} is quantized already ({method}): use --precision {own or 'bf16'}, which loads its weights as they are")
+        raise UserError(f"{shown_path(path)} is quantized already ({method}): use --precision {own or 'bf16'}, which loads its weights as they are")
     if not own and method not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # transformers would take them for plain ones
-        raise UserError(f"{display_path(path)} is quantized in a way that transformers does not know ({method}): pip install -U transformers, or use --engine vllm")
+        raise UserError(f"{shown_path(path)} is quantized in a way that transformers does not know ({method}): pip install -U transformers, or use --engine vllm")
 
 
 _LAYER = re.compile(r"\blayers\.(\d+)\b")
@@ -258,9 +258,9 @@ def require_generation_config(path: Path) -> None:
     try:
         told = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {display_path(file)} ({first_line(error)}): download it again") from None
+        raise UserError(f"cannot read {shown_path(file)} ({first_line(error)}): download it again") from None
     if not isinstance(told, dict):
-        raise UserError(f"{display_path(file)} is no JSON object: download it again")
+        raise UserError(f"{shown_path(file)} is no JSON object: download it again")
 
 
 def require_whole(path: Path, told: dict[str, Any]) -> None:
@@ -277,7 +277,7 @@ def require_whole(path: Path, told: dict[str, Any]) -> None:
         if names:
             shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
             raise UserError(
-                f"{display_path(path)} {said} {len(names)} weights ({shown}), which would be random: "
+                f"{shown_path(path)} {said} {len(names)} weights ({shown}), which would be random: "
                 "download it again, or use a checkpoint that has them"
             )
 
@@ -303,7 +303,7 @@ def require_used(path: Path, model: Any, told: dict[str, Any]) -> None:
     spare = sorted(name for name in told["unexpected_keys"] if name.endswith((".weight", ".bias")) and has_layer(name.rpartition(".")[0]))
     if spare:
         shown = ", ".join(spare[:3]) + (", ..." if len(spare) > 3 else "")
-        raise UserError(f"{display_path(path)} has {len(spare)} weights that its config.json leaves out ({shown}): download it again, or use another checkpoint")
+        raise UserError(f"{shown_path(path)} has {len(spare)} weights that its config.json leaves out ({shown}): download it again, or use another checkpoint")
 
 
 def require_plain_weights(path: Path) -> None:
@@ -319,7 +319,7 @@ def require_plain_weights(path: Path) -> None:
             for name in tensors.keys():  # noqa: SIM118  it is no mapping
                 if name.endswith(".weight") and (dtype := tensors.get_slice(name).get_dtype()).startswith(("I", "U", "F8")):
                     raise UserError(
-                        f"{display_path(file)} has weights in {dtype} ({name}), and config.json does not say how they were quantized: download it again"
+                        f"{shown_path(file)} has weights in {dtype} ({name}), and config.json does not say how they were quantized: download it again"
                     )
 
 
@@ -335,7 +335,7 @@ def require_numbers(path: Path, model: Any) -> None:
         logits = model(input_ids=torch.tensor([[1, 2, 3]], device=model.device)).logits
     if not logits.isfinite().all():
         raise UserError(
-            f"{display_path(path)} gives no numbers (NaN or infinity): its weights are damaged, or too large for this --precision: use another, or download it again"
+            f"{shown_path(path)} gives no numbers (NaN or infinity): its weights are damaged, or too large for this --precision: use another, or download it again"
         )
 
 
@@ -369,9 +369,9 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False, thinking: str | 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, padding_side="left")
     except Exception as error:  # of the tokenizers package: a bare Exception
-        raise _cannot_load(f"the tokenizer of {display_path(path)}", error) from None
+        raise _cannot_load(f"the tokenizer of {shown_path(path)}", error) from None
     if not tokenizer.chat_template:
-        raise UserError(f"the tokenizer of {display_path(path)} has no chat template: use an instruct checkpoint")
+        raise UserError(f"the tokenizer of {shown_path(path)} has no chat template: use an instruct checkpoint")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     require_text(tokenizer)
@@ -393,7 +393,7 @@ def require_vocabulary(tokenizer: Any, path: Path, trust_remote_code: bool) -> N
     said = tokenizer("probe", add_special_tokens=False)["input_ids"]
     if "probe" not in tokenizer.decode(said):
         raise UserError(
-            f"the tokenizer of {display_path(path)} knows no words: its vocabulary (tokenizer.json, tokenizer.model or vocab.json) is missing or empty: "
+            f"the tokenizer of {shown_path(path)} knows no words: its vocabulary (tokenizer.json, tokenizer.model or vocab.json) is missing or empty: "
             "download the checkpoint again"
         )
     tokenizer.slm_swap_embeddings = getattr(text_config(load_config(path, trust_remote_code)), "vocab_size", None)
@@ -401,7 +401,7 @@ def require_vocabulary(tokenizer: Any, path: Path, trust_remote_code: bool) -> N
         encode_prompts(tokenizer, [Request([{"role": "user", "content": "probe"}])])
     except CannotShow as error:
         reason = str(error).partition(": ")[0]
-        raise UserError(f"the tokenizer of {display_path(path)} is another model's ({reason}): download the checkpoint again, or use another") from None
+        raise UserError(f"the tokenizer of {shown_path(path)} is another model's ({reason}): download the checkpoint again, or use another") from None
 
 
 def require_embedded(tokenizer: Any, tokens: list[int]) -> None:
@@ -506,7 +506,7 @@ def placement(path: Path, precision: str, processes: int = 1) -> Any:
         return {"": 0}
     if processes > 1:
         raise UserError(
-            f"{display_path(path)} needs {1.2 * weights / 2**30:.1f} GiB in {precision} and a GPU has {free / 2**30:.1f} GiB free: "
+            f"{shown_path(path)} needs {1.2 * weights / 2**30:.1f} GiB in {precision} and a GPU has {free / 2**30:.1f} GiB free: "
             "start one process by python, which spreads it over all GPUs, or use --precision nf4"
         )
     return "auto"
@@ -532,7 +532,7 @@ def weight_bytes(path: Path, precision: str) -> float:
                     fits = len(shape) == 2 and not FULL_WEIGHTS.search(name)
                     total += math.prod(shape) * (int(re.sub(r"^\D+|_.*", "", dtype)) / 8 if packed else linear if fits else full)
         except SafetensorError as error:
-            raise UserError(f"cannot load {display_path(file)} ({first_line(error)}): download it again") from None
+            raise UserError(f"cannot load {shown_path(file)} ({first_line(error)}): download it again") from None
     # pickled ones do not say what is in them without being loaded: most of them are matrices of linear layers in 16 bits
     return total or linear / 2 * sum(file.stat().st_size for file in path.glob("pytorch_model*.bin"))
 
@@ -557,12 +557,12 @@ def with_adapter(model: Any, adapter: Path, base: Path) -> Any:
         put_rows_in_place(tuned)
         return tuned
     except torch.OutOfMemoryError:
-        raise UserError(f"the adapter {display_path(adapter)} does not fit in memory: use --precision nf4 or a larger GPU") from None
+        raise UserError(f"the adapter {shown_path(adapter)} does not fit in memory: use --precision nf4 or a larger GPU") from None
     except ImportError as error:
-        raise UserError(f"the adapter {display_path(adapter)} needs a package ({first_line(error)}): install it with pip") from None
+        raise UserError(f"the adapter {shown_path(adapter)} needs a package ({first_line(error)}): install it with pip") from None
     except Exception as error:  # of PEFT or what the adapter needs
         raise UserError(
-            f"the adapter {display_path(adapter)} does not fit the model {display_path(base)} ({first_line(error)}): "
+            f"the adapter {shown_path(adapter)} does not fit the model {shown_path(base)} ({first_line(error)}): "
             "train it again on this model"
         ) from None
 

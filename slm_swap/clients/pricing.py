@@ -32,11 +32,20 @@ class HostedPrices:
     def cost(self, input_tokens: Any, cached_tokens: Any, output_tokens: Any) -> Fraction | None:
         """What the tokens cost; `input_tokens` includes the cached ones. None where a price or a count is not known, or where
         more tokens are cached than there are."""
+        parts = self.parts(input_tokens, cached_tokens, output_tokens)
+        return None if parts is None else sum(parts.values(), Fraction())
+
+    def parts(self, input_tokens: Any, cached_tokens: Any, output_tokens: Any) -> dict[str, Fraction] | None:
+        """`cost` by what it is for: `input` (not cached), `input_cached_tokens` and `output`, as Langfuse names them."""
         if None in (self.input, self.output, input_tokens, cached_tokens, output_tokens) or cached_tokens > input_tokens:
             return None
         cached = self.input if self.cached is None else self.cached
-        fresh = (_exact(input_tokens) - _exact(cached_tokens)) * _exact(self.input)
-        return (fresh + _exact(cached_tokens) * _exact(cached) + _exact(output_tokens) * _exact(self.output)) / 10**6
+        priced = {
+            "input": (_exact(input_tokens) - _exact(cached_tokens), self.input),
+            "input_cached_tokens": (_exact(cached_tokens), cached),
+            "output": (_exact(output_tokens), self.output),
+        }
+        return {name: count * _exact(price) / 10**6 for name, (count, price) in priced.items()}
 
 
 @dataclass(frozen=True)
@@ -111,7 +120,7 @@ def load_prices(path: str | Path | None = None) -> Prices:
 
 def _check_table(value: Any, name: str, keys: tuple[str, ...] | None, shown: str) -> None:
     if not isinstance(value, dict):
-        raise UserError(f'{shown}: {name} is {value!r}, not a table: prices stand under [hosted."DEPLOYMENT"], [local] or [traffic]')
+        raise UserError(f'{shown}: {name} is {value!r}, not a table: prices go under [hosted."DEPLOYMENT"], [local] or [traffic]')
     for key in value:
         if keys is not None and key not in keys:
             hint = " (a deployment with a dot in its name takes quotes)" if isinstance(value[key], dict) else ""
@@ -210,7 +219,7 @@ class _Measured:
         if self.kind == "slm":
             return [f"seconds of {self.name}: its report has none; {evaluate}"]
         why = "its replies are recorded" if self.kind == "replay" else "its report does not say what it is (model.kind, model.deployment or path)"
-        return [f"tokens and seconds of the {side} model: {why}; {evaluate}"]
+        return [f"tokens and seconds of the {'hosted' if side == 'azure' else 'small'} model: {why}; {evaluate}"]
 
     def unpriced(self, side: str, prices: Prices) -> list[str]:
         """Which price of a row of it is missing, and where to set it."""

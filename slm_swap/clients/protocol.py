@@ -18,7 +18,7 @@ class Reply:
     context, so that nothing was generated), "content_filter", "refusal" or "error" (an exhausted retry; `error` says which, and
     `transient` whether the same request may be answered later: no connection, a time-out, 408, 409, 429, 5xx).
 
-    `calls` is None where the model was asked in text form: its calls, if any, stand in `text`. A native reply has a list, empty where
+    `calls` is None where the model was asked in text form: its calls, if any, are in `text`. A native reply has a list, empty where
     it made none, of `{"name", "arguments"}` with the arguments as the model wrote them, a text that should be JSON; `text` is then what
     it said besides.
 

@@ -11,7 +11,7 @@ from slm_swap.clients.protocol import Reply
 from slm_swap.clients.recorded import is_empty, read_recorded
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import sha256_file
-from slm_swap.common.settings import display_path
+from slm_swap.common.settings import display_path, shown_path
 from slm_swap.rows.conversations import conversation_text, normalized
 from slm_swap.rows.examples import FIELDS, OPTIONAL_FIELDS, Example
 from slm_swap.rows.lines import decode_line, read_jsonl, read_lines, short_hash
@@ -64,7 +64,7 @@ class ReplayClient:
                 missing.append(example.id)
         if missing:
             raise UserError(
-                f"{display_path(path)} has no reply for {len(missing)} of {rows} rows (first: id {missing[0]!r}): "
+                f"{shown_path(path)} has no reply for {len(missing)} of {rows} rows (first: id {missing[0]!r}): "
                 "give the dataset that the replies were recorded on, or --limit"
             )
         silent = sum(start in empty for start in self._starts)
@@ -129,6 +129,6 @@ def rows_of_replies(path: str | Path) -> Iterator[tuple[str, dict]]:
             continue
         given = [line.get(name) for name in ("prompt", "reference")] if isinstance(line, dict) else [None]
         if not all(isinstance(text, str) and text.strip() for text in given):
-            raise UserError(f"{where}: no `prompt` or no `reference`, so the file is no dataset too: pass --dataset or --split")
+            raise UserError(f"{where}: recorded replies without `prompt` or `reference` need the rows that they answer: pass --dataset or --split")
         fields = {name: line[name] for name in ("prompt", *OPTIONAL_FIELDS) if name in line}
         yield where, fields | {"completion": line["reference"]}

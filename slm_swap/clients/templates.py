@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 from slm_swap.common.errors import UserError
-from slm_swap.common.settings import display_path
+from slm_swap.common.settings import shown_path
 
 DATE = datetime(2026, 1, 1)
 SWITCHES = ("enable_thinking", "thinking")  # the variables by which templates ask for thinking or not: see thinking.py
@@ -90,7 +90,7 @@ def require_text(tokenizer: Any) -> None:
     except TemplateError as error:
         reason = str(error).strip().split("\n")[0][:120]
     raise UserError(
-        f"the chat template of {display_path(tokenizer.name_or_path)} cannot show a user's message that is a text ({reason}): use an instruct checkpoint of a text model"
+        f"the chat template of {shown_path(tokenizer.name_or_path)} cannot show a user's message that is a text ({reason}): use an instruct checkpoint of a text model"
     )
 
 

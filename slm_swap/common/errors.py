@@ -1,4 +1,4 @@
-"""The one exception that means "the user can mend this": a single line, exit code 2."""
+"""The one exception that means "the user can correct this": a single line, exit code 2."""
 
 
 class UserError(Exception):

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from slm_swap.common.errors import UserError
-from slm_swap.common.settings import display_path
+from slm_swap.common.settings import shown_path
 
 ELSEWHERE = "choose another place with --out"
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -23,7 +23,7 @@ ADVICE = {
     **dict.fromkeys((errno.EMFILE, errno.ENFILE), "too many files are open: raise ulimit -n, or run less at a time"),
     **dict.fromkeys((errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN), "its file system is away: mount it again, and run the same command again"),
 }
-WRITING = {errno.ENOENT: "its folder was moved or removed: put it back and run the same command again, or name its new place with --out"}
+WRITING = {errno.ENOENT: "its folder was moved or removed: put it back and run the same command again, or name its new place with {flag}"}
 READING = dict.fromkeys((errno.EACCES, errno.EPERM), "you may not read it: change its permissions, or run as its owner")
 # How PyTorch's C++ says that the disk took no more; it does not say why.
 CUT_SHORT = re.compile(r"unexpected pos \d+ vs \d+|PytorchStreamWriter failed writing|basic_ios::clear: iostream error")
@@ -37,9 +37,11 @@ def os_error(error: OSError, doing: str, path: str | Path | None = None, advice:
     `advice` is what to do where the error itself does not say.
     """
     name = path if path is not None else error.filename
-    known = ADVICE | {"write": WRITING, "read": READING}.get(doing.split()[0], {})
+    flag = re.search(r"--[a-z-]+", advice or "")
+    writing = {code: text.format(flag=flag[0] if flag else "--out") for code, text in WRITING.items()}
+    known = ADVICE | {"write": writing, "read": READING}.get(doing.split()[0], {})
     why = error.strerror or " ".join(str(error).split()) or type(error).__name__
-    what = why if name is None else f"cannot {doing} {display_path(os.fsdecode(name))} ({why})"
+    what = why if name is None else f"cannot {doing} {shown_path(os.fsdecode(name))} ({why})"
     return UserError(f"{what}: {known.get(error.errno) or advice or 'check that place'}")
 
 
@@ -74,7 +76,7 @@ def reading(path: str | Path, advice: str = "check the path", doing: str = "read
     try:
         mode = os.stat(path).st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-            raise UserError(f"cannot {doing} {display_path(path)}: it is no file but a pipe or a device: write what it gives to a file, and name that")
+            raise UserError(f"cannot {doing} {shown_path(path)}: it is no file but a pipe or a device: write what it gives to a file, and name that")
         yield
     except OSError as error:
         raise os_error(error, doing, path, advice) from None

@@ -15,7 +15,7 @@ from typing import IO, Any
 from slm_swap.common.errors import UserError
 from slm_swap.common.exact_json import ExactEncoder
 from slm_swap.common.os_errors import ELSEWHERE, reading, writing
-from slm_swap.common.settings import PACKAGE, ROOT, display_path, real_path
+from slm_swap.common.settings import PACKAGE, ROOT, real_path, shown_path
 from slm_swap.common.temporary import beside, remove_leftovers
 
 SCHEMA_VERSION = 1
@@ -95,7 +95,7 @@ def read_json(path: str | Path, made_by: str) -> dict:
     Raises:
         UserError: the file is missing, unreadable or not a JSON object.
     """
-    shown = display_path(path)
+    shown = shown_path(path)
     try:
         with reading(path, f"make it with {made_by}"):
             value = json.loads(Path(path).read_text(encoding="utf-8"))

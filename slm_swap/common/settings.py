@@ -121,9 +121,19 @@ def find_path(path: str | Path) -> Path:
 
 
 def display_path(path: str | Path) -> str:
-    """The path relative to the checkout's root where it lies inside it: what reports and messages show. It never fails."""
+    """The path relative to the checkout's root where it lies inside it: what reports keep, wherever they are made. It never fails."""
     resolved = real_path(path)
     return str(resolved.relative_to(ROOT)) if resolved.is_relative_to(ROOT) else str(resolved)
+
+
+def shown_path(path: str | Path) -> str:
+    """The path as whoever reads a message can use it: relative to the working directory where it lies below it, as it was typed, else
+    absolute. It never fails."""
+    resolved = real_path(path)
+    try:
+        return str(resolved.relative_to(real_path(os.getcwd())))
+    except (ValueError, OSError):
+        return str(resolved)
 
 
 def real_path(path: str | Path) -> Path:

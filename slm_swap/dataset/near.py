@@ -128,7 +128,7 @@ def _joined(labels: Any, one: Any, two: Any) -> Any:
 
 
 def components(rows: list[Row]) -> list[list[Row]]:
-    """Rows that must not be torn apart: connected by a near-duplicate, the same query (but for case and white space), the same
+    """Rows that must not be torn apart: connected by a near-duplicate, the same query (apart from case and white space), the same
     source row, the same group (conversation) or the same opening of a conversation. In the order of their first rows.
 
     Of a team's conversations, near-duplicates hang together only where their replies are equal: what one narrow task is asked differs

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from slm_swap.common.settings import display_path
+from slm_swap.common.settings import shown_path
 from slm_swap.dataset.build import DROPPED
 
 NO_FAULTS = ("unused", "shares_test_tool", "too_few", "not_trained", "duplicate")  # reasons that need no example on the console
@@ -34,7 +34,7 @@ def remarks(report: dict, out_dir: Path) -> Iterator[str]:
     for reason, drop in faults[:3]:
         yield f"dropped: {drop['where']}: {reason}" + (f": {drop['why']}" if drop["why"] else "")
     if report["counts"]["dropped"]:
-        yield f"every dropped row, with why: {display_path(out_dir / DROPPED)}"
+        yield f"every dropped row, with why: {shown_path(out_dir / DROPPED)}"
     if report["renamed_ids"]:
         yield f"{report['renamed_ids']} ids stood twice: their rows are told apart by -2, -3, ..."
     for track, splits in report["splits"].items():

@@ -25,12 +25,14 @@ __all__ = ["REASONS", "Taken", "Unusable", "convert"]
 
 @dataclass(frozen=True)
 class Taken:
-    """A generation's row, as it is written; `masked` counts the different values that were masked in it."""
+    """A generation's row, as it is written; `masked` counts the different values that were masked in it. `ended`: the tracer has noted why
+    the reply ended, so that it is known not to be cut off."""
 
     track: str
     row: dict[str, Any]
     masked: dict[str, int]
     own: bool
+    ended: bool = True
 
 
 def convert(generation: dict[str, Any], tracks: Collection[str], regions: Collection[str] | None) -> Taken:
@@ -41,6 +43,7 @@ def convert(generation: dict[str, Any], tracks: Collection[str], regions: Collec
     """
     try:
         conversation = generation_conversation(generation, str(generation["id"]))
+        ended = bool(conversation.turns[-1].finish)
         [item] = rows_of(conversation)
         if isinstance(item, Dropped):
             raise Unusable(item.reason, item.why)
@@ -55,7 +58,7 @@ def convert(generation: dict[str, Any], tracks: Collection[str], regions: Collec
         parse_example(row, row["id"])
     except (RecursionError, UserError):
         raise Unusable("unusable") from None
-    return Taken(item.track, row, masked, own)
+    return Taken(item.track, row, masked, own, ended)
 
 
 # -- Masking ---------------------------------------------------------------------------------------------------------------------
@@ -115,7 +118,7 @@ def _is_own(record: dict[str, Any]) -> bool:
 
 
 def _is_own_text(record: dict[str, Any]) -> bool:
-    """Whether a conversation was asked in text form: what was on offer stands in a message, and no tools beside it."""
+    """Whether a conversation was asked in text form: a message says what was on offer, and there are no tools beside it."""
     texts = [message["content"] for message in record["messages"] if message["role"] == "system"]
     return any(text.startswith(tuple(CONVERSATION_PROMPTS.values())) for text in texts)
 

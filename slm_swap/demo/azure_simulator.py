@@ -29,8 +29,9 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
-from slm_swap.cli import Parser, not_negative, positive, run
+from slm_swap.cli import Parser, next_step, not_negative, positive, run
 from slm_swap.common.errors import UserError
+from slm_swap.common.settings import shown_path
 from slm_swap.demo.mistakes import draw
 from slm_swap.demo.simulator_parts import (
     BYTES_PER_TOKEN,
@@ -396,6 +397,10 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(number, lambda *_: stop.set())
     with AzureSimulator(examples, faults=faults, **{name: getattr(args, name) for name in names}) as server:
         print(server.url, flush=True)
+        next_step(
+            f"AZURE_ENDPOINT={server.url} AZURE_DEPLOYMENT={server.deployment} AZURE_API_KEY={server.key} AZURE_API_VERSION=2024-10-21 "
+            f"python 01_eval/eval.py --track TRACK --model-kind azure --dataset {shown_path(args.references[0])}"
+        )
         stop.wait()
     return 0
 

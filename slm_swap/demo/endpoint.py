@@ -21,7 +21,7 @@ from slm_swap.clients.completions import read_completion
 from slm_swap.clients.endpoint import open_client
 from slm_swap.clients.pricing import HostedPrices, to_float
 from slm_swap.common.errors import UserError
-from slm_swap.common.settings import PACKAGE, display_path
+from slm_swap.common.settings import PACKAGE, shown_path
 from slm_swap.demo.mistakes import parse_call
 from slm_swap.evaluating.row import score_row
 from slm_swap.rows.examples import Example
@@ -66,7 +66,7 @@ def running(flags: Sequence[object], environment: Mapping[str, str], log: Path) 
         process.send_signal(signal.SIGTERM)
         code = process.wait(END_SECONDS)
     except subprocess.TimeoutExpired:
-        raise UserError(f"the endpoint did not end within {END_SECONDS} s of SIGTERM: its log is {display_path(log)}") from None
+        raise UserError(f"the endpoint did not end within {END_SECONDS} s of SIGTERM: its log is {shown_path(log)}") from None
     finally:
         if process.poll() is None:
             process.terminate()
@@ -76,7 +76,7 @@ def running(flags: Sequence[object], environment: Mapping[str, str], log: Path) 
                 process.kill()
                 process.wait()
     if code:
-        raise UserError(f"the endpoint ended with exit code {code}: its log is {display_path(log)}")
+        raise UserError(f"the endpoint ended with exit code {code}: its log is {shown_path(log)}")
 
 
 def _url(process: "subprocess.Popen[bytes]", log: Path) -> str:
@@ -85,12 +85,12 @@ def _url(process: "subprocess.Popen[bytes]", log: Path) -> str:
         if found := re.search(r"^(http://\S+)/v1 ", log.read_text(), re.MULTILINE):
             health = _health(found[1])
             if health.get("mismatches"):
-                raise UserError(f"the endpoint's small model is not the calibrated one: {health['mismatches'][0]}; its log is {display_path(log)}")
+                raise UserError(f"the endpoint's small model is not the calibrated one: {health['mismatches'][0]}; its log is {shown_path(log)}")
             if health.get("small_model") == "up":
                 return found[1]
         time.sleep(0.1)
     print("".join(log.read_text().splitlines(keepends=True)[-15:]), file=sys.stderr)
-    raise UserError(f"the endpoint did not start: its whole log is {display_path(log)}")
+    raise UserError(f"the endpoint did not start: its whole log is {shown_path(log)}")
 
 
 def _health(url: str) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
-from slm_swap.cli import Parser, positive, run
+from slm_swap.cli import Parser, next_step, positive, run
 from slm_swap.common.reports import write_jsonl
-from slm_swap.common.settings import PACKAGE, display_path
+from slm_swap.common.settings import PACKAGE, shown_path
 from slm_swap.demo.language import Parameter, Speaker, Tool, draw_call
 
 SEVERAL_ANSWERS = 0.10  # share of rows that need two calls
@@ -125,7 +125,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     rng = Speaker(str(args.seed))
     write_jsonl(args.out, (draw_row(rng, number) for number in range(args.rows)))
-    print(f"{args.rows} rows over {len(TOOLS)} tools: {display_path(args.out)}")
+    print(f"{args.rows} rows over {len(TOOLS)} tools: {shown_path(args.out)}")
+    next_step(f"python 02_dataset/prepare_data.py --source xlam --dataset-path {shown_path(args.out)}")
     return 0
 
 

@@ -25,7 +25,7 @@ class _Reference(NamedTuple):
 
 
 def conversation_key(messages: Iterable[dict[str, Any]]) -> str:
-    """What stands for a conversation: its messages but for the system's, by what they say and call."""
+    """What stands for a conversation: its messages without the system's, by what they say and call."""
     told = [
         [message.get("role"), message.get("content"), [call.get("function") for call in message.get("tool_calls") or ()]]
         for message in messages

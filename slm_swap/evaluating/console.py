@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from slm_swap.clients.loading import trained_as
-from slm_swap.common.settings import display_path, find_path
+from slm_swap.common.settings import find_path, shown_path
 from slm_swap.evaluating.finished import again_command
+from slm_swap.scoring.words import error_name, metric_name
 
 WORTH_A_WARNING = 0.01  # share of rows that are not measured
 NEARLY_ALL = 0.9  # share of replies that ran to the limit
@@ -19,9 +20,9 @@ def show(report: dict[str, Any], out: Path, argv: Sequence[str], warn: Callable[
         rows, told = sum(teachers.values()), ", ".join(teachers)
         print(f"agreement, not accuracy: {rows} of {report['counts']['rows']} references are replies of {told}")
     for name, value in report["metrics"].items():
-        print(f"{name:28} {value:7.4f}")
+        print(f"{metric_name(name):28} {value:7.4f}")
     counts = report["counts"]
-    missed = ", ".join(f"{error} {count}" for error, count in counts["errors"].items() if count)
+    missed = ", ".join(f"{error_name(error)} {count}" for error, count in counts["errors"].items() if count)
     print(f"{counts['rows']} rows in {report['seconds']['generate']} s; missed: {missed or 'none'}")
     for line in (_batches(report), _latency(report["latency"]), _repeat(report), _cost(report)):
         if line:
@@ -49,7 +50,7 @@ def show(report: dict[str, Any], out: Path, argv: Sequence[str], warn: Callable[
             f"{len(fingerprints)} versions of the hosted model answered (system_fingerprint {', '.join(fingerprints)}): it changed during "
             "the run; --repeat 2 measures how much its replies differ"
         )
-    print(f"report: {display_path(out)}")
+    print(f"report: {shown_path(out)}")
 
 
 def warn_of_training(model: str | Path | None, ask: str, thinking: str | None, shots: int, warn: Callable[[str], None]) -> None:
@@ -57,12 +58,12 @@ def warn_of_training(model: str | Path | None, ask: str, thinking: str | None, s
     another number of `shots`."""
     trained, thought, shown = trained_as(find_path(model)) if model else (None, None, None)
     if trained not in (None, "mixed", ask):
-        warn(f"{display_path(find_path(model))} was trained on rows asked in {trained} form, and these are asked in {ask} form: --ask {trained}")
+        warn(f"{shown_path(find_path(model))} was trained on rows asked in {trained} form, and these are asked in {ask} form: --ask {trained}")
     if thought == "off" and thinking == "on":
-        warn(f"{display_path(find_path(model))} was trained to reply without thinking: leave --thinking out")
+        warn(f"{shown_path(find_path(model))} was trained to reply without thinking: leave --thinking out")
     if shown not in (None, shots):
         remedy = f"--few-shot FILE --shots {shown}" if shown else "leave --few-shot out"
-        warn(f"{display_path(find_path(model))} was trained on rows that are shown {shown} others, and these are shown {shots}: {remedy}")
+        warn(f"{shown_path(find_path(model))} was trained on rows that are shown {shown} others, and these are shown {shots}: {remedy}")
 
 
 def _warn_of_unmeasured(report: dict[str, Any], argv: Sequence[str], warn: Callable[[str], None]) -> None:

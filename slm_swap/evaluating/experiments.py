@@ -24,7 +24,12 @@ def link(experiment: Experiment, settings: Settings, dataset: Dataset, trace: An
     """Tell an older server which rows are whose items; newer ones go by the spans. The report is written: what fails is said."""
     try:
         with LangfuseApi(settings) as api:
-            experiment.link(api, ((example, trace.id, trace.row_id(example.id)) for example in dataset))
+            linked = experiment.link(api, ((example, trace.id, trace.row_id(example.id)) for example in dataset))
         print(f"experiment: {experiment.url}")
+        if linked:
+            warn(
+                f"this server adds up the cost of a row's whole trace, and all {linked} rows share one: the experiment's cost is shown "
+                f"{linked} times too high there; the report and the trace have the right one"
+            )
     except UserError as error:
         warn(f"the experiment {experiment.name} may lack rows: {error}")

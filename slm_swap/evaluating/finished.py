@@ -9,7 +9,7 @@ from typing import Any
 from slm_swap.common.errors import UserError
 from slm_swap.common.os_errors import reading
 from slm_swap.common.reports import json_line, rows_path
-from slm_swap.common.settings import display_path
+from slm_swap.common.settings import shown_path
 from slm_swap.evaluating.journal import Journal, differences
 from slm_swap.evaluating.row import read_reply
 from slm_swap.scoring.measured import unmeasured
@@ -27,7 +27,7 @@ def finished_report(out: Path, asked: dict[str, Any], again: bool, overwrite: bo
         UserError: there is none to ask rows `again` of, or it is another run's.
     """
     if again and not out.exists():
-        raise UserError(f"no report at {display_path(out)}: evaluate without --again first, or name the report with --out")
+        raise UserError(f"no report at {shown_path(out)}: evaluate without --again first, or name the report with --out")
     if overwrite or not out.exists():
         return None
     finished = Finished(out)
@@ -52,7 +52,7 @@ class Finished:
     """
 
     def __init__(self, out: Path):
-        self.out, self._shown = out, display_path(out)
+        self.out, self._shown = out, shown_path(out)
         try:
             with reading(out, "choose another --out"):
                 self.report = json.loads(out.read_text(encoding="utf-8"))
@@ -71,7 +71,7 @@ class Finished:
         Raises:
             UserError: what differs is named.
         """
-        advice = "it is kept: choose another --out, or pass --overwrite to ask all rows anew"
+        advice = "it is kept: choose another --out, or pass --overwrite to ask all rows again"
         there = self.report.get("asked")
         if not isinstance(there, dict):
             raise UserError(f"{self._shown} is a finished report of an older version, which does not say what was asked: {advice}")
@@ -116,12 +116,12 @@ class Finished:
         path = rows_path(self.out)
         try:
             # not splitlines(): a reply may hold a line separator of Unicode's, which JSON leaves as it is
-            with reading(path, "put it back, or mend what is in its way"):
+            with reading(path, "put it back, or remove what is in its way"):
                 rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
         except (ValueError, RecursionError):
             rows = []
         if len(rows) != self.report["counts"]["rows"]:
-            raise UserError(f"{display_path(path)} is not the rows file of {self._shown}: put it back, or pass --overwrite to ask all rows anew")
+            raise UserError(f"{shown_path(path)} is not the rows file of {self._shown}: put it back, or pass --overwrite to ask all rows again")
         return rows
 
     def keep_rows(self, journal: Journal, to_ask: Sequence[int]) -> None:

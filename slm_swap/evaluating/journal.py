@@ -26,7 +26,7 @@ from slm_swap.clients.protocol import Reply
 from slm_swap.common.errors import UserError
 from slm_swap.common.os_errors import ELSEWHERE, os_error, reading, writing
 from slm_swap.common.reports import json_line, now, rows_path
-from slm_swap.common.settings import display_path
+from slm_swap.common.settings import shown_path
 from slm_swap.rows.lines import CHECKSUM, decode_line, dump_json, is_whole, with_checksum
 
 ROW = b'"row": '  # how a reply's line goes on after its checksum
@@ -87,7 +87,7 @@ class Journal:
 
     @property
     def _shown(self) -> str:
-        return display_path(self.path)
+        return shown_path(self.path)
 
     def _open(self) -> IO[bytes]:
         self.path.parent.mkdir(parents=True, exist_ok=True)

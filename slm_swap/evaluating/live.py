@@ -15,6 +15,7 @@ from slm_swap.rows.examples import Example
 from slm_swap.rows.few_shot import FewShot
 from slm_swap.scoring.metrics import Reference
 from slm_swap.scoring.tracks import TRACKS, Track
+from slm_swap.scoring.words import metric_name
 from slm_swap.verdict.decision import FINE_TUNE, NEED_MORE_DATA
 from slm_swap.verdict.evaluations import require_tools, units
 
@@ -120,7 +121,7 @@ class EarlyStop:
         end = 0 if self.verdict == FINE_TUNE else 1
         name, worst = max(self.found.metrics.items(), key=lambda item: item[1].interval[end])
         low, high = worst.interval
-        return f"{self.verdict}: {name} azure - slm is between {low:+.3f} and {high:+.3f}, margin {self.delta:g}"
+        return f"{self.verdict}: “{metric_name(name)}”, hosted - small, is between {low:+.3f} and {high:+.3f}, margin {self.delta:g}"
 
     def saved(self, azure: Side) -> str:
         """How many of the hosted calls were saved, and the money."""
@@ -162,7 +163,7 @@ def table(track: Track, sides: list[Side], total: int, early: EarlyStop | None) 
     if done:
         left, right = (summary(track, side.rows)["metrics"] for side in sides)
         for name in left:
-            shown.add_row(name, f"{left[name]:.3f}", f"{right[name]:.3f}", f"{left[name] - right[name]:+.3f}")
+            shown.add_row(metric_name(name), f"{left[name]:.3f}", f"{right[name]:.3f}", f"{left[name] - right[name]:+.3f}")
         shown.add_row("seconds", *(f"{side.seconds:.1f}" for side in sides), "")
     return Group(shown, early.line()) if early else shown
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import SCHEMA_VERSION, code_version, now, read_json, sha256_file
-from slm_swap.common.settings import display_path, find_path
+from slm_swap.common.settings import find_path, shown_path
 from slm_swap.rows.examples import Example
 from slm_swap.rows.few_shot import FewShot
 from slm_swap.scoring.tracks import TRACKS
@@ -83,11 +83,11 @@ class Recipe:
             UserError: so.
         """
         if self.served and identity["path"] != self.served:
-            raise UserError(f"{display_path(self.path)} is of the served model {self.served}, and {identity['path']} answers: set SLM_MODEL_NAME")
+            raise UserError(f"{shown_path(self.path)} is of the served model {self.served}, and {identity['path']} answers: set SLM_MODEL_NAME")
         for at, what in enumerate(("model", "adapter")) if self.files_sha256 else ():
             wanted, found = (hashes[at] if at < len(hashes) else None for hashes in (self.files_sha256, identity.get("files_sha256") or []))
             if wanted != found:
-                raise UserError(f"the {what} is not the one of {display_path(self.path)}: its files have another hash; make the recipe again with {MADE_BY}")
+                raise UserError(f"the {what} is not the one of {shown_path(self.path)}: its files have another hash; make the recipe again with {MADE_BY}")
 
 
 def read_recipe(path: str | Path, track: str) -> Recipe:
@@ -97,7 +97,7 @@ def read_recipe(path: str | Path, track: str) -> Recipe:
         UserError: no such file, or no recipe, of another track; a part is missing or was changed.
     """
     found = find_path(path)
-    told, shown = read_json(found, MADE_BY), display_path(found)
+    told, shown = read_json(found, MADE_BY), shown_path(found)
     try:
         if told["stage"] != STAGE or told["schema_version"] != SCHEMA_VERSION or told["track"] not in TRACKS:
             raise ValueError
@@ -118,7 +118,7 @@ def read_recipe(path: str | Path, track: str) -> Recipe:
         rows = find_path(flags["few_shot"])
         if not rows.is_file() or sha256_file(rows) != indexed:
             what = "was changed" if rows.is_file() else "is missing"
-            raise UserError(f"{display_path(rows)}, which {shown} shows to each row, {what}: put it back, or make the recipe again with {MADE_BY}")
+            raise UserError(f"{shown_path(rows)}, which {shown} shows to each row, {what}: put it back, or make the recipe again with {MADE_BY}")
     if adapter and not find_path(flags["adapter"]).is_dir():
         raise UserError(f"the adapter of {shown} is missing, {flags['adapter']}: put it back, or make the recipe again with {MADE_BY}")
     served = name if flags["engine"] == "served" else None

@@ -16,7 +16,7 @@ from slm_swap.clients.protocol import Reply
 from slm_swap.common.errors import UserError
 from slm_swap.common.exact_json import ExactEncoder
 from slm_swap.common.os_errors import writing
-from slm_swap.common.settings import display_path
+from slm_swap.common.settings import shown_path
 from slm_swap.rows.lines import dump_json
 from slm_swap.rows.prompts import Request
 
@@ -84,7 +84,7 @@ class ReplyCache:
 
     def _unusable(self, error: sqlite3.Error) -> UserError:
         code = (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
-        return UserError(f"{display_path(self.path)} cannot be used ({error}): {ADVICE.get(code, f'move it away, or {ANOTHER}')}")
+        return UserError(f"{shown_path(self.path)} cannot be used ({error}): {ADVICE.get(code, f'move it away, or {ANOTHER}')}")
 
     def close(self) -> None:
         self._database.close()

@@ -19,7 +19,7 @@ from typing import IO, Any
 from slm_swap.common.errors import UserError
 from slm_swap.common.exact_json import ExactEncoder
 from slm_swap.common.os_errors import os_error, writing
-from slm_swap.common.settings import display_path
+from slm_swap.common.settings import shown_path
 from slm_swap.rows.conversations import conversation_text, normalized, reply_text
 from slm_swap.rows.lines import MAX_DEPTH, nested_too_deeply, read_jsonl, short_hash, text_hash
 from slm_swap.rows.toolschema import kept_tool
@@ -261,7 +261,7 @@ def parse_examples(lines: Iterable[tuple[str, Any]], path: str | Path, limit: in
         if known in seen and row.get("id") not in (None, ""):
             first = seen[known]
             place = first if isinstance(first, str) else f"{where.rpartition(':')[0]}:{first}"
-            raise UserError(f"{where}: id {example.id!r} stands at {place} already: ids must be unique")
+            raise UserError(f"{where}: id {example.id!r} is used at {place} already: ids must be unique")
         if known in seen:  # two equal rows without ids: both stay, told apart by their place
             example = replace(example, id=f"{example.id}-{number}")
             known = short_hash(example.id)
@@ -272,4 +272,4 @@ def parse_examples(lines: Iterable[tuple[str, Any]], path: str | Path, limit: in
         if number == limit:
             break
     if not number:
-        raise UserError(f"{display_path(path)} has no rows: write one JSON object a line")
+        raise UserError(f"{shown_path(path)} has no rows: write one JSON object a line")

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from slm_swap.common.errors import UserError
 from slm_swap.common.exact_json import ExactEncoder
 from slm_swap.common.reports import sha256_file
-from slm_swap.common.settings import display_path
+from slm_swap.common.settings import display_path, shown_path
 from slm_swap.rows.conversations import call_of
 from slm_swap.rows.examples import Example, read_examples
 from slm_swap.rows.prompts import asked_natively, request_text, shot_turns
@@ -53,13 +53,13 @@ class FewShot:
 
     def __init__(self, path: Path, track: str, count: int):
         if not path.is_file():
-            raise UserError(f"no train rows at {display_path(path)}: name them with --few-shot, or make them with 02_dataset/prepare_data.py")
+            raise UserError(f"no train rows at {shown_path(path)}: name them with --few-shot, or make them with 02_dataset/prepare_data.py")
         bm25s = import_bm25s()
         self.path, self.track, self.count, self.sha256 = path, track, count, sha256_file(path)
         self.shown: Counter[int] = Counter()  # how many rows were given how many
         self._rows = [row for row in read_examples(path) if row.calls != [] or row.content]  # the others have no reply to show
         if not self._rows:
-            raise UserError(f"{display_path(path)} has no row with a reply that could be shown: name other rows with --few-shot")
+            raise UserError(f"{shown_path(path)} has no row with a reply that could be shown: name other rows with --few-shot")
         texts = [request_text(row) for row in self._rows]
         self._queries = [" ".join(text.casefold().split()) for text in texts]
         self._words = [words(text) for text in texts]

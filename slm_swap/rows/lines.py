@@ -31,7 +31,7 @@ def short_hash(text: str) -> int:
 
 
 def dump_json(value: Any) -> str:
-    """Compact JSON as it stands in completions: no spaces, no NaN, non-ASCII text as itself, a Decimal by its own digits."""
+    """Compact JSON as in completions: no spaces, no NaN, non-ASCII text as itself, a Decimal by its own digits."""
     return _COMPACT.encode(value)
 
 

@@ -82,7 +82,7 @@ class Request(NamedTuple):
 
 def request_of(track: str, example: Example) -> Request:
     """What a model is asked for one row: as the row's `ask` says, one of ASKS; None asks conversations natively and others as text.
-    The turns of the row's `shots` stand behind the system text.
+    The turns of the row's `shots` follow the system text.
 
     Raises:
         UserError: a row that is only a text cannot be asked natively.
@@ -194,7 +194,7 @@ def _native(track: str, example: Example) -> Request:
 
 
 def _as_text(track: str, example: Example) -> Messages:
-    """A conversation in text form: what is on offer stands in front of the first user message, calls and results are texts.
+    """A conversation in text form: what is on offer is in front of the first user message, calls and results are texts.
 
     Messages of one role that follow each other are joined, as many chat templates want roles that alternate.
     """

@@ -252,7 +252,7 @@ def _head(tool: Any) -> tuple[str, str, dict]:
 
 def openai_tool(tool: Any) -> dict:
     """A tool as hosted APIs take it: OpenAI's chat form (`function` inside), its Responses and old `functions` forms (flat), or
-    with `input_schema` (Anthropic). Its parameters are JSON Schema already, but for names of types (see `json_schema_of`).
+    with `input_schema` (Anthropic). Its parameters are JSON Schema already, except for names of types (see `json_schema_of`).
     `strict: true` is kept.
 
     Raises:

@@ -41,7 +41,7 @@ class Calls:
 
 
 def score_calls(gold: Calls, text: str, finish_reason: str = "stop", calls: list[dict[str, str]] | None = None) -> Scored:
-    """Score one reply; `calls` are a native reply's, else they stand in `text`.
+    """Score one reply; `calls` are a native reply's, else they are in `text`.
 
     Where no call is due, a text that holds one in a form that is not read is as wrong as a call: it is no answer in words.
     A filtered, refused or failed reply scores 0, and so does one without a call that the limit cut before a word of the answer. A

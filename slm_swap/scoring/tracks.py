@@ -115,7 +115,7 @@ class Track:
         except InvalidReply as invalid:
             where = example.where or example.id
             raise UserError(
-                f"{where}: the completion is not a {self.title} reply ({invalid.error}: {invalid}): mend that line"
+                f"{where}: the completion is not a {self.title} reply ({invalid.error}: {invalid}): correct that line"
             ) from None
         schema = example.schema if parsed.name is None else _parameters(example, parsed.name)
         return Reference(parsed, schema, example.accept, example.completion)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from slm_swap.common.errors import UserError
-from slm_swap.common.settings import Settings, display_path
+from slm_swap.common.settings import Settings, shown_path
 from slm_swap.evaluating.recipe import Recipe
 from slm_swap.tracing.runs import Tracing
 from slm_swap.verdict.cascade import Cascade
@@ -80,9 +80,9 @@ def read_keys(settings: Settings, path: Path | None) -> frozenset[bytes]:
         try:
             found += [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read the keys of {display_path(path)} ({type(error).__name__}): check --keys") from None
+            raise UserError(f"cannot read the keys of {shown_path(path)} ({type(error).__name__}): check --keys") from None
         if not any(found):
-            raise UserError(f"{display_path(path)} has no key: write one a line")
+            raise UserError(f"{shown_path(path)} has no key: write one a line")
     found = [key for key in found if key]
     if any(len(key) < SHORTEST_KEY for key in found):
         raise UserError(f"a client's key has fewer than {SHORTEST_KEY} characters: make longer ones, such as by `openssl rand -hex 32`")

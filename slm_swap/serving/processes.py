@@ -21,7 +21,7 @@ from slm_swap.common.errors import UserError
 from slm_swap.common.os_errors import mendable
 from slm_swap.common.processes import end_with
 from slm_swap.common.secrets import hide_in_tracebacks
-from slm_swap.common.settings import display_path
+from slm_swap.common.settings import shown_path
 from slm_swap.serving.engine import run_engine
 from slm_swap.serving.options import Options
 
@@ -142,7 +142,7 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"another endpoint runs on {display_path(folder)}: stop it, or give this one its own --state") from None
+            raise UserError(f"another endpoint runs on {shown_path(folder)}: stop it, or give this one its own --state") from None
         os.set_inheritable(file.fileno(), False)
         yield
 

@@ -30,9 +30,9 @@ class Traces:
         self._trace = RunTrace(self._connection, f"serve-{self._facts['track']}", place, self._facts, ["serve", self._facts["track"]], str(place))
 
     def answered(
-        self, name: str, model: str, body: dict[str, Any] | None, by: str, reason: str, local: Reply | None, hosted: Reply | None, agree: bool | None
+        self, request: str, model: str, body: dict[str, Any] | None, by: str, reason: str, local: Reply | None, hosted: Reply | None, agree: bool | None
     ) -> None:
-        """A request that `by`, "local" or "hosted", answered; the other model's reply stands in the metadata where there is one."""
+        """A request that `by`, "local" or "hosted", answered; the metadata has the other model's reply, if there is one."""
         reply, other = (local, hosted) if by == "local" else (hosted, local)
         metadata: dict[str, Any] = {"answered_by": by, "reason": reason, "confidence": local.confidence if local else None}
         if other is not None:
@@ -41,7 +41,7 @@ class Traces:
         asked = {key: value for key, value in (body or {}).items() if key not in ("stream", "stream_options")}
         asked = json.loads(json.dumps(asked, default=lambda value: float(value) if isinstance(value, Decimal) else str(value)))
         scores = {} if agree is None else {"agreement": float(agree)}
-        self._trace.generation(name, model, asked, reply, scores, metadata=metadata, own=by == "local")
+        self._trace.generation(request, model, asked, reply, scores, metadata=metadata, own=by == "local", name="request")
 
     def old(self) -> RunTrace | None:
         """The trace that has been open for an hour, to be closed; another one has taken its place. None where there is none."""

@@ -23,7 +23,7 @@ from typing import Any
 
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import SCHEMA_VERSION, now, read_json, sha256_file, write_json
-from slm_swap.common.settings import display_path, find_path
+from slm_swap.common.settings import display_path, find_path, shown_path
 from slm_swap.serving.state import ADVICE, AUDITS, ENDPOINT, MINUTES, Replaced, Tail
 from slm_swap.verdict.cascade import MADE_BY, read_cascade
 from slm_swap.verdict.stats.e_detector import EDetector, Mixture
@@ -72,7 +72,7 @@ def read_allowed(path: Path) -> Allowed:
         if not good or not all(0 <= k <= of for k, of in tools.values()):
             raise ValueError
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise UserError(f"{display_path(path)} is no cascade of this version: make it with {MADE_BY}") from None
+        raise UserError(f"{shown_path(path)} is no cascade of this version: make it with {MADE_BY}") from None
     handed_on = round((1 - share_local) * n)
     own = {name: max(bound or 0.0, upper_bound(k, of, ALPHA / len(tools))) for name, (k, of) in tools.items()}
     limits = 1 - upper_bound(n - handed_on, n, ALPHA / 2), upper_bound(handed_on, n, ALPHA / 2)
@@ -89,10 +89,10 @@ def find_cascade(folder: Path, given: str | None) -> Path:
     told = read_json(folder / ENDPOINT, "05_serve/serve.py") if os.path.lexists(folder / ENDPOINT) else {}
     named = told.get("cascade") if isinstance(told.get("cascade"), dict) else {}
     if not (path := given or named.get("path")):
-        raise UserError(f"{display_path(folder / ENDPOINT)} names no cascade: pass --cascade FILE, the one that is served")
+        raise UserError(f"{shown_path(folder / ENDPOINT)} names no cascade: pass --cascade FILE, the one that is served")
     path = find_path(path)
     if named.get("sha256") and sha256_file(path) != named["sha256"]:
-        raise UserError(f"{display_path(path)} is not the cascade that is served (its sha256 differs): pass the one that is, or start 05_serve/serve.py again")
+        raise UserError(f"{shown_path(path)} is not the cascade that is served (its sha256 differs): pass the one that is, or start 05_serve/serve.py again")
     return path
 
 
@@ -358,7 +358,7 @@ def read_restart(folder: Path) -> Restart:
         return Restart()
     told = read_json(folder / RESTART, "05_serve/watch.py --resume")
     if not (_number(told.get("time")) and _count(told.get("audits")) and _count(told.get("minutes"))):
-        raise UserError(f"{display_path(folder / RESTART)} does not say from where on: write it again with 05_serve/watch.py --resume")
+        raise UserError(f"{shown_path(folder / RESTART)} does not say from where on: write it again with 05_serve/watch.py --resume")
     cascade = told.get("cascade")
     return Restart(float(told["time"]), told["audits"], told["minutes"], cascade if isinstance(cascade, str) else None)
 

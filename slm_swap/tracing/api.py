@@ -100,7 +100,7 @@ class LangfuseApi:
         """
         query = {"type": "GENERATION", "fromStartTime": _stamp(start), "toStartTime": _stamp(end), "name": name, "limit": PAGE}
         if cursors:
-            query["fields"] = "core,basic,io,metadata,model" + ",trace_context" * tags
+            query["fields"] = "core,basic,io,metadata,model,usage" + ",trace_context" * tags
             query["expandMetadata"] = "response_format,text_format,tools"
             page = self._get("v2/observations", query | {"cursor": cursor})
             return self._rows("v2/observations", page), page.get("meta", {}).get("cursor")
@@ -174,12 +174,12 @@ class LangfuseApi:
             if not trouble:
                 break
             if attempt == TRIES or pause > LONGEST_PAUSE:
-                raise UserError(f"Langfuse at {self.host} does not answer ({trouble}): start it, mend LANGFUSE_BASE_URL or try later")
+                raise UserError(f"Langfuse at {self.host} does not answer ({trouble}): start it, correct LANGFUSE_BASE_URL or try later")
             time.sleep(pause)
         if response.status_code in {401, 403}:
             raise UserError(
                 f"Langfuse at {self.host} rejects the keys (HTTP {response.status_code}): "
-                "mend LANGFUSE_PUBLIC_KEY and LANGFUSE_SECRET_KEY"
+                "correct LANGFUSE_PUBLIC_KEY and LANGFUSE_SECRET_KEY"
             )
         try:
             answer = response.json(**EXACT)
@@ -190,7 +190,7 @@ class LangfuseApi:
         if not response.is_success:
             raise UserError(
                 f"Langfuse at {self.host} refuses {method} {path} (HTTP {response.status_code}): {self._reason(answer)}: "
-                "mend what it names, or the server's version (v3 and v4 fit)"
+                "correct what it names, or use a server of version 3 or 4"
             )
         return answer
 
@@ -199,7 +199,7 @@ class LangfuseApi:
         return scrub(text, self._secrets)[:200]
 
     def _strange(self, path: str, status: int = 200) -> UserError:
-        return UserError(f"{self.host} does not answer {path} like Langfuse (HTTP {status}): mend LANGFUSE_BASE_URL")
+        return UserError(f"{self.host} does not answer {path} like Langfuse (HTTP {status}): correct LANGFUSE_BASE_URL")
 
 
 def _stamp(moment: datetime) -> str:

@@ -4,9 +4,9 @@ Which server takes which form of an experiment:
 
 - v4 and Langfuse Cloud go by the attributes of the spans (`Experiment.attributes`), as `run_experiment` of SDK 5 sets them. A
   row's own span is its item: `root_observation_id` is that span's id. The same five attributes (`id`, `name`, `dataset.id`,
-  `item.id`, `item.root_observation_id`) belong on every span below it; `item.expected_output` and the environment only on the
-  row's span; a run's own root span, which holds many rows, carries none. Rows may share one trace. The scores that are compared
-  are those of the row's span. On v3 servers the attributes are shown as metadata and do nothing else.
+  `item.id`, `item.root_observation_id`) belong on every span below it; `item.expected_output` only on the row's span; a run's own
+  root span and those of its batches, which hold many rows, carry none. The environment is that of the whole trace. Rows may share one
+  trace. The scores that are compared are those of the row's span. On v3 servers the attributes are shown as metadata and do nothing else.
 - v3 goes by run items (`Experiment.link`), posted when the spans are made: what SDK 4.18 does beside the attributes. v4 servers
   that write in the new form only have no such endpoint, which is no error.
 

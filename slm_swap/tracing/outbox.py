@@ -1,6 +1,6 @@
 """What a run has to tell Langfuse: a file beside its report, delivered by a process of its own while the run works.
 
-The file is JSON lines: a header with what all spans of the trace share, then the run's records, `{"span": {...}}` and
+The file is JSON lines: a header with what all spans of the trace share and when it began, then the run's records, `{"span": {...}}` and
 `{"scores": {...}}`, and between them the sender's marks (`sender`): up to where either kind has arrived, what the server would
 not have, and why the last request failed. So a killed run leaves a file that says what is missing, and `01_eval/resend_traces.py`
 delivers that. Where an answer was lost a record is sent again under the same ids, so that Langfuse keeps one. The run itself only
@@ -32,7 +32,7 @@ from typing import Any
 
 from slm_swap.common.errors import UserError
 from slm_swap.common.os_errors import os_error
-from slm_swap.common.settings import ROOT, display_path
+from slm_swap.common.settings import ROOT, shown_path
 from slm_swap.rows.lines import CHECKSUM, is_whole, with_checksum
 from slm_swap.tracing.wire import Server, timestamp
 
@@ -42,6 +42,7 @@ QUEUED = 10_000  # makers of records that may wait in memory
 WRITE_EVERY = 0.05  # seconds: many lines at once cost the run a fifth of what single ones do
 LOCK_SECONDS = 15  # a killed run's sender ends its last requests by then, on a busy machine too
 CHUNK = 1 << 20  # bytes read at once
+ENVIRONMENT = "langfuse.environment"  # the attribute, of a trace that lies elsewhere than in `default`
 KINDS = ("spans", "scores")
 BEGINS = {"spans": b'"span":', "scores": b'"scores":'}  # how a record's line goes on after its checksum
 MARK = b'"delivered":'
@@ -288,7 +289,7 @@ def open_outbox(
     if not outbox.goes_on(header):
         if outbox.put_aside():
             earlier = outbox
-            print(f"warning: {display_path(path)} {_told_aside(earlier, server)}", file=sys.stderr)
+            print(f"warning: {shown_path(path)} {_told_aside(earlier, server)}", file=sys.stderr)
         outbox = Outbox(path, secrets)
     outbox.begin(header)
     if earlier and not earlier.header:
@@ -301,7 +302,7 @@ def open_outbox(
 
 
 def _told_aside(earlier: Outbox, server: Server | None) -> str:
-    aside = display_path(earlier.path)
+    aside = shown_path(earlier.path)
     if not earlier.header:
         return f"is damaged, and nothing in it can be sent: it is {aside} now"
     damage = f" ({earlier.damaged} damaged lines in it cannot be sent)" if earlier.damaged else ""
@@ -325,12 +326,13 @@ def _expand(kind: str, record: dict[str, Any], header: dict[str, Any]) -> list[d
     trace = header["trace"]
     if kind == "spans":
         return [record["span"] | {"trace": trace, "shared": header["attributes"]}]
-    of, at = record["of"], timestamp(record["at"])
+    of, at, environment = record["of"], timestamp(record["at"]), header["attributes"].get(ENVIRONMENT)
     return [
         {
             "id": f"{of or trace}-{name}",  # the same when it is sent again, so that it is one score
             "traceId": trace,
             **({"observationId": of} if of else {}),
+            **({"environment": environment} if environment else {}),
             "name": name,
             "value": value,
             "dataType": "CATEGORICAL" if isinstance(value, str) else "NUMERIC",
@@ -375,5 +377,5 @@ def _open_alone(path: Path) -> int:
                 return descriptor
         os.close(descriptor)
         if time.monotonic() > deadline:
-            raise UserError(f"{display_path(path)} is in use by another run: wait for its end") from None
+            raise UserError(f"{shown_path(path)} is in use by another run: wait for its end") from None
         time.sleep(0.05)

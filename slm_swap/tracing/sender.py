@@ -12,12 +12,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import groupby
 
 from slm_swap.common.settings import Settings
 from slm_swap.tracing.outbox import KINDS, Item, TraceFile, parse
 from slm_swap.tracing.wire import Answer, Server
 
-BATCH = {"spans": 256, "scores": 1024}  # in one request: a quarter of a megabyte or so
+BATCH = {"spans": 256, "scores": 128}  # in one request; of each score a server makes an object and a job before it answers
+GROW_AFTER = 8  # answers in time in a row: a request that was too large once is likely to be so again
 LAST_TRIES = 3  # of what fails while the run ends
 REFUSALS = 3  # so many refused alone, one after the other, and nothing taken: it is the server, not they
 SEND_EVERY = 0.5  # seconds: less would make more, smaller requests
@@ -36,6 +38,10 @@ class Sender:
         self._closing = False
         self._deadline = float("inf")
         self._took = dict.fromkeys(KINDS, 0.0)  # seconds of the last request
+        self._size, self._in_time_since = dict(BATCH), dict.fromkeys(KINDS, 0)
+        self._arrived = server.arrived
+        left = file.count("scores", self._delivered("scores"))
+        self._doubt = {"spans": False, "scores": left > 0}  # whether the next ones may have arrived: an earlier process was cut off
         posts = {"spans": server.send_spans, "scores": server.send_scores}
         self._threads = [threading.Thread(target=self._send, args=post, daemon=True) for post in posts.items()]
         for thread in self._threads:
@@ -57,12 +63,12 @@ class Sender:
         at = self._delivered(kind)
         while self._in_time(kind):
             closing = self._closing
-            items, end = self._file.items(kind, at, BATCH[kind], self._header)
+            items, end, full = self._next(kind, at)
             if not items and closing:
                 return
             if not items or self._deliver(kind, post, items):
                 at, failures, last = end, 0, 0
-                if len(items) < BATCH[kind] and not closing:
+                if not full and not closing:
                     self._wait(SEND_EVERY, closing)
                 continue
             at = max(at, self._delivered(kind))
@@ -70,6 +76,14 @@ class Sender:
             if last > LAST_TRIES:
                 return
             self._wait(self._pauses[min(last or failures, len(self._pauses)) - 1], closing)
+
+    def _next(self, kind: str, at: int) -> tuple[list[Item], int, bool]:
+        """(the next batch, of whole records; where it ends; whether there was enough for a full one)."""
+        items, end = self._file.items(kind, at, BATCH[kind], self._header)
+        full = len(items) >= BATCH[kind]
+        if len(items) > BATCH[kind] and (last := items[-1].at) != items[0].at:
+            items, end = [item for item in items if item.at != last], last
+        return items, end, full
 
     def _wait(self, seconds: float, closing: bool) -> None:
         """Wait, until the run ends at most, or where it has ended (`closing`) until the deadline."""
@@ -86,16 +100,22 @@ class Sender:
     def _deliver(self, kind: str, post: Callable[[list[dict]], Answer], items: list[Item]) -> bool:
         """Post items, in halves where the server refuses them as they are; False where they cannot be delivered now.
 
-        Of a batch that was taken but for some, the server does not say which. The batch is not posted again in this process (OTLP forbids
+        Without an answer the next request is half as large, and what may have arrived is looked up before it is posted again: a slow
+        server finishes its work after nobody waits for it, and the same work once more would make it slower.
+
+        If a batch was taken except for some, the server does not say which. The batch is not posted again in this process (OTLP forbids
         it), but in the next one all of it: the ids are the same, so Langfuse keeps one of each.
         """
-        parts, alone = deque([items]), []
+        parts, alone = deque(_whole_records(items, self._size[kind])), []
         while parts and self._in_time(kind):
             part = parts.popleft()
             begun = time.monotonic()
-            answer = post([item.value for item in part])
+            left = self._not_there(kind, [item.value for item in part])
+            answer = post(left) if left else Answer(True)
             self._took[kind] = time.monotonic() - begun
+            self._doubt[kind] |= answer.in_doubt
             if answer.taken:
+                self._grow(kind)
                 some = [_refused(part, answer.rejected)] if answer.rejected else []
                 self._note(kind, parts[0][0].at if parts else items[-1].end, alone + some, answer.reason, answer.turned_down)
                 alone = []
@@ -103,6 +123,8 @@ class Sender:
                 middle = len(part) // 2
                 parts.extendleft((part[middle:], part[:middle]))
             else:
+                if answer.in_doubt:
+                    self._size[kind], self._in_time_since[kind] = max(1, len(part) // 2), 0
                 self._note(kind, self._delivered(kind), reason=answer.reason)
                 alone.append(_refused(part, 1))
                 if not answer.refused or len(alone) >= REFUSALS:
@@ -110,6 +132,20 @@ class Sender:
         if alone and not parts:
             self._note(kind, items[-1].end, alone)
         return not parts
+
+    def _grow(self, kind: str) -> None:
+        """After some answers in time the next request may be larger again, up to BATCH."""
+        self._in_time_since[kind] += 1
+        if self._size[kind] < BATCH[kind] and self._in_time_since[kind] >= GROW_AFTER:
+            self._size[kind], self._in_time_since[kind] = min(BATCH[kind], 2 * self._size[kind]), 0
+
+    def _not_there(self, kind: str, values: list[dict]) -> list[dict]:
+        """Those of the values that Langfuse does not have, where it may have some; where it has none, the next ones are in no doubt."""
+        if not self._doubt[kind] or kind != "scores":
+            return values
+        there = self._arrived(values)
+        self._doubt[kind] = bool(there)
+        return [value for value in values if value["id"] not in there]
 
     def _retry_refused(self, kind: str, post: Callable[[list[dict]], Answer]) -> None:
         """What the server refused in an earlier process may be to its taste now."""
@@ -137,8 +173,20 @@ class Sender:
                     self._noted = mark
 
 
+def _whole_records(items: list[Item], size: int) -> list[list[Item]]:
+    """The items in parts of at most `size`; a record's own stay together, as the mark names records."""
+    parts: list[list[Item]] = []
+    for _, record in groupby(items, key=lambda item: item.at):
+        own = list(record)
+        if parts and len(parts[-1]) + len(own) <= size:
+            parts[-1] += own
+        else:
+            parts.append(own)
+    return parts
+
+
 def _refused(part: list[Item], count: int) -> list[int]:
-    """Of a part's items so many, as they stand in a mark."""
+    """So many of a part's items, as a mark has them."""
     return [part[0].at, part[0].index, len(part), count]
 
 

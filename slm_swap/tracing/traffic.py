@@ -17,7 +17,7 @@ from slm_swap.common.errors import UserError
 from slm_swap.common.exact_json import EXACT, ExactEncoder
 from slm_swap.common.os_errors import reading, writing
 from slm_swap.common.reports import write_jsonl
-from slm_swap.common.settings import display_path
+from slm_swap.common.settings import shown_path
 from slm_swap.dataset.keys import record_keys
 from slm_swap.dataset.traffic import REASONS, Unusable, convert
 from slm_swap.tracing.api import LangfuseApi
@@ -48,6 +48,7 @@ class Entry:
     track: str
     row: dict[str, Any]
     masked: dict[str, int]
+    ended: bool = True
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def read(api: LangfuseApi, query: Query, journal: Path, end: datetime, on_page: 
     """
     lines = _read_journal(journal)
     if lines and lines[0]["query"] != asdict(query):
-        raise UserError(f"{display_path(journal)} is of a pull with other flags that was cut off: finish that one, or remove the file")
+        raise UserError(f"{shown_path(journal)} is of a pull with other flags that was cut off: finish that one, or remove the file")
     start = datetime.fromisoformat(query.start)
     if not lines:
         head = {"query": asdict(query), "end": end.isoformat(), "cursors": api.has_cursors(start)}
@@ -131,7 +132,7 @@ def _read_journal(path: Path) -> list[dict]:
     try:
         return [json.loads(line, **EXACT) for line in whole.splitlines()]
     except ValueError:
-        raise UserError(f"{display_path(path)} is not what a pull leaves: remove it") from None
+        raise UserError(f"{shown_path(path)} is not what a pull leaves: remove it") from None
 
 
 def _append(path: Path, line: dict) -> None:

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 CHECK_SECONDS = 5  # what the start of a run waits for an answer
 REQUEST_SECONDS = 5  # what one request may take
+LOOKED_UP = 64  # scores asked for by their ids at once, in a URL of some 3 KB
+GATEWAY = (408, 502, 504)  # a proxy's answers where the server behind it may still be at work
+SCOPE = "langfuse-sdk.slm_swap"  # servers repeat every attribute in the metadata of spans whose scope has another beginning
 NOT_VALID = (400, 413, 422)  # statuses that will be the same whenever the same is sent
 PROTOBUF = ("application/x-protobuf", "application/protobuf")
 TOKEN = re.compile(r"[=@;]|(?:^|/)(?:sk|pk)-|(?:^|/)(?=[^/]*\d)(?=[^/]*[A-Za-z])[^/]{16,}")  # in a path: what looks like one
@@ -38,15 +41,16 @@ class NoLangfuse(UserError):
 
 @dataclass(frozen=True)
 class Answer:
-    """What became of a batch. `taken`: it arrived, but for `turned_down` of its scores, which the server says are not valid, or for
+    """What became of a batch. `taken`: it arrived, except for `turned_down` of its scores, which the server says are not valid, or for
     `rejected` of its spans, of which it does not say which. `refused`: the server will not have it as it is, whenever it is sent. Neither:
-    not now. `reason` says why."""
+    not now. `in_doubt`: there was no answer to a request that was sent, so that it may have arrived. `reason` says why."""
 
     taken: bool
     refused: bool = False
     reason: str = ""
     turned_down: int = 0
     rejected: int = 0
+    in_doubt: bool = False
 
 
 def address(settings: Settings, what: str, advice: str) -> tuple[str, str]:
@@ -115,6 +119,13 @@ def failures() -> tuple[type[Exception], ...]:
     return httpx.HTTPError, httpx.InvalidURL, UnicodeError, OverflowError
 
 
+def never_sent() -> tuple[type[Exception], ...]:
+    """Those of `failures` where nothing has reached the server."""
+    import httpx
+
+    return httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.InvalidURL, httpx.UnsupportedProtocol, UnicodeError, OverflowError
+
+
 class Server:
     """One Langfuse project: its address and keys; the keys are in the header alone.
 
@@ -154,23 +165,23 @@ class Server:
         except (*failures(), TimeoutError) as error:
             trouble = type(error).__name__
         if trouble:
-            raise NoLangfuse(f"Langfuse at {self.host} is not there ({trouble}): start it, mend LANGFUSE_BASE_URL, or {UNTRACED}")
+            raise NoLangfuse(f"Langfuse at {self.host} is not there ({trouble}): start it, correct LANGFUSE_BASE_URL, or {UNTRACED}")
         if response.status_code in {401, 403}:
             raise NoLangfuse(
                 f"Langfuse at {self.host} rejects the keys (HTTP {response.status_code}): "
-                f"mend LANGFUSE_PUBLIC_KEY and LANGFUSE_SECRET_KEY, or {UNTRACED}"
+                f"correct LANGFUSE_PUBLIC_KEY and LANGFUSE_SECRET_KEY, or {UNTRACED}"
             )
         try:
             return str(response.raise_for_status().json()["data"][0]["id"])
         except (httpx.HTTPError, ValueError, LookupError, TypeError, RecursionError):
             raise NoLangfuse(
-                f"{self.host} does not answer like Langfuse (HTTP {response.status_code}): mend LANGFUSE_BASE_URL, or {UNTRACED}"
+                f"{self.host} does not answer like Langfuse (HTTP {response.status_code}): correct LANGFUSE_BASE_URL, or {UNTRACED}"
             ) from None
 
     def send_spans(self, spans: Sequence[dict[str, Any]]) -> Answer:
         """Post spans as `RunTrace` records them."""
         headers = {"content-type": "application/x-protobuf", "content-encoding": "gzip"}
-        answer, _, said = self._post("/api/public/otel/v1/traces", gzip.compress(encode(spans), 1), headers)
+        answer, _, said = self._post("/api/public/otel/v1/traces", gzip.compress(encode(spans, self.account["langfuse_public_key"]), 1), headers)
         if not answer.taken:
             return answer
         rejected, why = _rejected_spans(said)
@@ -190,6 +201,24 @@ class Server:
         self._scores_as_events = self._scores_as_events or older.taken
         return older
 
+    def arrived(self, scores: Sequence[dict[str, Any]]) -> set[str]:
+        """The ids of those scores that Langfuse has already. A server takes some seconds to show what it has taken; where it does not say,
+        there are none."""
+        ids, found = [score["id"] for score in scores], set[str]()
+        for start in range(0, len(ids), LOOKED_UP):
+            some = ",".join(ids[start : start + LOOKED_UP])
+            there = self._ids("v3/scores", {"id": some})
+            found.update(there if there is not None else self._ids("v2/scores", {"scoreIds": some}) or ())
+        return found & set(ids)
+
+    def _ids(self, path: str, query: dict[str, str]) -> list[str] | None:
+        """The ids that an endpoint of scores finds; None where there is none, as on servers of the other generation."""
+        try:
+            response = self.client.get(f"{self.base_url}/api/public/{path}", params=query | {"limit": "100"})
+            return [str(score["id"]) for score in response.raise_for_status().json()["data"]]
+        except (*failures(), ValueError, LookupError, TypeError, RecursionError):
+            return None
+
     def _post_scores(self, path: str, value: Any, count: int) -> tuple[Answer, int | None]:
         answer, status, said = self._post(path, json.dumps(value).encode(), {"content-type": "application/json"})
         if not answer.taken:
@@ -204,10 +233,11 @@ class Server:
         try:
             response = self.client.post(self.base_url + path, content=body, headers=headers)
         except failures() as error:
-            return Answer(False, reason=f"no answer ({type(error).__name__})"), None, None
+            sent = not isinstance(error, never_sent())
+            return Answer(False, reason=f"no answer ({type(error).__name__})", in_doubt=sent), None, None
         status = response.status_code
         if not 200 <= status < 300:
-            return Answer(False, status in NOT_VALID, f"HTTP {status}"), status, None
+            return Answer(False, status in NOT_VALID, f"HTTP {status}", in_doubt=status in GATEWAY), status, None
         try:
             return Answer(True), status, _read(response)
         except (ValueError, RecursionError):
@@ -282,8 +312,8 @@ def _number(value: Any) -> int:
     return max(0, int(value)) if re.fullmatch(r"-?\d{1,18}", str(value)) else 0
 
 
-def encode(spans: Sequence[dict[str, Any]]) -> bytes:
-    """Spans of one trace as an ExportTraceServiceRequest."""
+def encode(spans: Sequence[dict[str, Any]], public_key: str) -> bytes:
+    """Spans of one trace as an ExportTraceServiceRequest; the key is the one that it is sent with, which servers compare."""
     from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
     from opentelemetry.proto.common.v1.common_pb2 import AnyValue, ArrayValue, InstrumentationScope, KeyValue
     from opentelemetry.proto.resource.v1.resource_pb2 import Resource
@@ -294,6 +324,8 @@ def encode(spans: Sequence[dict[str, Any]]) -> bytes:
             if key == "langfuse.trace.tags":
                 array = ArrayValue(values=[AnyValue(string_value=item) for item in value])
                 span.attributes.add(key=key, value=AnyValue(array_value=array))
+            elif isinstance(value, bool):  # as text, Langfuse would show and filter the word
+                span.attributes.add(key=key).value.bool_value = value
             else:
                 span.attributes.add(key=key).value.string_value = as_text(value)
 
@@ -307,16 +339,18 @@ def encode(spans: Sequence[dict[str, Any]]) -> bytes:
         span.name, span.start_time_unix_nano, span.end_time_unix_nano = record["name"], record["start"], record["end"]
         add(span, _attributes(record["facts"]) | record.get("attributes", {}))
         encoded.append(span)
-    scope = ScopeSpans(scope=InstrumentationScope(name="slm_swap"), spans=encoded)
+    key = KeyValue(key="public_key", value=AnyValue(string_value=public_key))
+    scope = ScopeSpans(scope=InstrumentationScope(name=SCOPE, attributes=[key]), spans=encoded)
     resource = Resource(attributes=[KeyValue(key="service.name", value=AnyValue(string_value="slm_swap"))])
     return ExportTraceServiceRequest(resource_spans=[ResourceSpans(resource=resource, scope_spans=[scope])]).SerializeToString()
 
 
-def _attributes(facts: dict[str, Any]) -> dict[str, str]:
+def _attributes(facts: dict[str, Any]) -> dict[str, str | bool]:
     """What is told of an observation under Langfuse's names, every metadata key an attribute of its own."""
     told = {f"langfuse.observation.{key}": as_text(value) for key, value in facts.items() if key != "metadata" and value is not None}
     metadata = facts.get("metadata") or {}
-    return told | {f"langfuse.observation.metadata.{key}": json.dumps(value, ensure_ascii=False) for key, value in metadata.items()}
+    shown = {key: value if isinstance(value, bool) else json.dumps(value, ensure_ascii=False) for key, value in metadata.items()}
+    return told | {f"langfuse.observation.metadata.{key}": value for key, value in shown.items()}
 
 
 def as_text(value: Any) -> str:

@@ -8,6 +8,7 @@ from slm_swap.common.reports import read_json
 from slm_swap.rows.examples import Example
 from slm_swap.rows.few_shot import FewShot
 from slm_swap.rows.prompts import request_of
+from slm_swap.scoring.words import metric_name
 from slm_swap.tuning.ladder import MORE_TOKENS, NOT_TRIED, THINKING_TOKENS, Ladder, Setting
 from slm_swap.tuning.stages import Stages
 
@@ -63,7 +64,7 @@ def show(ladder: Ladder) -> None:
     """Each rung: what it gained, at what price, and why it stayed or went."""
     metric = ladder.told[0]["metric"]
     title = f"{ladder.track}: {ladder.inputs['rows']} validation rows; a gain stays where p < {ladder.alpha:g}, its interval holds for all rungs at once"
-    table = _table(title, ("rung", metric, "gain", "interval", "tokens in + out", "s alone", ""), (1, 2, 3, 4, 5))
+    table = _table(title, ("rung", metric_name(metric), "gain", "interval", "tokens in + out", "s alone", ""), (1, 2, 3, 4, 5))
     for one in ladder.told:
         if one["outcome"] == NOT_TRIED:
             table.add_row(one["rung"], "", "", "", "", "", f"not tried: {one['why']}")

@@ -14,7 +14,7 @@ from slm_swap.clients.confidence import SIGNALS
 from slm_swap.common.errors import UserError
 from slm_swap.common.exact_json import ExactEncoder
 from slm_swap.common.reports import SCHEMA_VERSION, code_version, now, read_json, sha256_file, write_json
-from slm_swap.common.settings import display_path
+from slm_swap.common.settings import display_path, shown_path
 from slm_swap.scoring.replies import InvalidReply, parse_calls
 from slm_swap.scoring.tracks import TRACKS
 
@@ -142,7 +142,7 @@ def read_cascade(path: Path) -> Cascade:
     Raises:
         UserError: no such file, or no cascade of this version.
     """
-    told, shown = read_json(path, MADE_BY), display_path(path)
+    told, shown = read_json(path, MADE_BY), shown_path(path)
     try:
         if told["stage"] != STAGE or told["schema_version"] != SCHEMA_VERSION or told["track"] not in TRACKS or told["guarantee"] not in GUARANTEES:
             raise ValueError
@@ -176,7 +176,7 @@ def beside_verdict(path: Path, track: str, hosted: str, slm: Mapping[str, Any], 
     if differences and not required:
         return None
     if differences:
-        raise UserError(f"{display_path(path)} is of other models than these reports: {differences[0]}: calibrate again with {MADE_BY}, or leave --cascade out")
+        raise UserError(f"{shown_path(path)} is of other models than these reports: {differences[0]}: calibrate again with {MADE_BY}, or leave --cascade out")
     kept = ("guarantee", "share_local", "delta", "alpha", "regret")
     return {"path": display_path(path), "sha256": found.sha256} | {name: found.told[name] for name in kept}
 

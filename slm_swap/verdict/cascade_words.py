@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from slm_swap.scoring.words import SIGNALS
 from slm_swap.verdict import cost_words
 
 CLASS_NAMES = {"call": "replies that call a tool", "no_call": "replies that call none", "value": "replies"}
@@ -60,7 +61,7 @@ def of_class(kind: str, told: Mapping[str, Any]) -> str:
     only = rule["local_only"]
     return (
         f"{name}: {rule['rows_local']} of {rule['rows']} rows ({percent(rule['rows_local'] / rule['rows'])}) are answered locally, where "
-        f"{rule['signal']} is at least {rule['threshold']:.6g}. {rule['losses']} of {rule['units']} {units(told)} were lost ({percent(rule['seen'])}, bound "
+        f"“{SIGNALS[rule['signal']][0]}” is at least {rule['threshold']:.6g}. {rule['losses']} of {rule['units']} {units(told)} were lost ({percent(rule['seen'])}, bound "
         f"{percent(rule['bound'])}); among those answered locally {percent(only['seen'])} (bound {percent(only['bound'])})."
     )
 

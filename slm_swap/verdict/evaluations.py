@@ -7,7 +7,7 @@ from typing import Any
 
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import read_json, rows_path, sha256_file
-from slm_swap.common.settings import display_path, find_path
+from slm_swap.common.settings import display_path, find_path, shown_path
 from slm_swap.rows.lines import read_jsonl
 from slm_swap.scoring.metrics import ERRORS, MATCHERS, InvalidReply
 from slm_swap.scoring.several import TOOLS_BETWEEN
@@ -69,7 +69,7 @@ def read_evaluation(path: str | Path, track: Track, with_rows: bool) -> Evaluati
     """
     found = find_path(path)
     report = read_json(found, MADE_BY)
-    shown = display_path(found)
+    shown = shown_path(found)
     if report.get("stage") not in (None, "eval") or not isinstance(report.get("metrics"), dict):
         raise UserError(f"{shown} is not a report of {MADE_BY}: make one with it")
     if report.get("track") != track.title:
@@ -91,16 +91,16 @@ def _read_rows(path: Path, report: dict[str, Any], track: Track) -> list[dict[st
     rows_file = rows_path(path)
     if not rows_file.is_file():
         raise UserError(
-            f"no {display_path(rows_file)} beside its report: put it there, or decide on the means alone by --rule point"
+            f"no {shown_path(rows_file)} beside its report: put it there, or decide on the means alone by --rule point"
         )
     rows, metrics_of_rows, yes_no = [], tuple(track.row_names.values()), track.yes_no
     for where, row in read_jsonl(rows_file):
         if not _is_row(row, metrics_of_rows, yes_no, track.exact):
             raise UserError(f"{where}: not a row as {MADE_BY} writes them: make report and rows again with it")
         rows.append({"group": None, "error": None} | row)
-    told = f"{display_path(rows_file)} does not match its report"
+    told = f"{shown_path(rows_file)} does not match its report"
     if len({row["id"] for row in rows}) != len(rows):
-        raise UserError(f"{told}: an id stands there twice; make both again with {MADE_BY}")
+        raise UserError(f"{told}: an id occurs twice; make both again with {MADE_BY}")
     expected = report["inputs"].get("rows") if isinstance(report.get("inputs"), dict) else None
     if len(rows) != expected or not rows:
         raise UserError(f"{told}: {len(rows)} rows for {expected}; make both again with {MADE_BY}")
@@ -148,7 +148,8 @@ def require_same(azure: Evaluation, other: Evaluation) -> list[str]:
         raise UserError(f"a report does not say which data it is of (inputs.sha256): make it again with {MADE_BY}")
     if inputs[0][key] != inputs[1][key] or inputs[0].get("rows") != inputs[1].get("rows"):
         told = " and ".join(f"{given.get('path')!r} ({given.get('rows')!r} rows)" for given in inputs)
-        raise UserError(f"the reports are of different data, {told}: evaluate both models on the same rows")
+        changed = ", whose rows have changed in between" if inputs[0].get("path") == inputs[1].get("path") else ""
+        raise UserError(f"the reports are of different data, {told}{changed}: evaluate both models on the same rows")
     if not isinstance(inputs[0].get("rows"), int) or inputs[0]["rows"] < 2:
         raise UserError(
             f"the reports are of {inputs[0].get('rows')!r} rows: a comparison needs at least 2, and a verdict some hundreds"
@@ -159,7 +160,7 @@ def require_same(azure: Evaluation, other: Evaluation) -> list[str]:
             twin = theirs.get(row["id"])
             if twin is None or any(row.get(name) != twin.get(name) for name in ("reference", "prompt_sha256", "group")):
                 raise UserError(
-                    f"{display_path(rows_path(azure.path))} and {display_path(rows_path(other.path))} hold different rows "
+                    f"{shown_path(rows_path(azure.path))} and {shown_path(rows_path(other.path))} hold different rows "
                     f"(first: id {row['id']!r}): evaluate both models on the same rows"
                 )
     prompts = [side.report.get("prompt_sha256") for side in (azure, other)]
@@ -208,7 +209,7 @@ def fit_together(sides: dict[str, Evaluation], sequential: bool, question: str) 
         told = ", ".join(f"{name} {limit}" for name, limit in limits.items())
         warnings.append(f"the reports were made with different --max-new-tokens ({told}): a part of the gap may come from that")
     for side in sides.values():
-        stopped, shown = side.report.get("stopped_early"), display_path(side.path)
+        stopped, shown = side.report.get("stopped_early"), shown_path(side.path)
         if stopped and not sequential:
             raise UserError(
                 f"{shown} was stopped as soon as its verdict was certain (live_compare.py --stop-early): only --sequential holds for such rows"

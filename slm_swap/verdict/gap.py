@@ -39,6 +39,7 @@ REMEDIES = (
     ("the content filter's settings, or those rows to the other model", ("filtered", "refused"), None),
     (FINE_TUNING, (*FORM, *COUNT, *CALL, "wrong_value", "truncated"), "schema"),
 )
+FEW_MISSES = 10  # of so many rows or fewer none may be near to right by chance
 ANSWERS = {*COUNT, *CALL, "wrong_value"}  # whole replies that miss the reference
 
 
@@ -80,6 +81,15 @@ def gap(azure: Sequence[dict], slm: Sequence[dict], track: Track) -> dict[str, A
         "remedies": remedies,
         "first": first and first["remedy"],
     }  # fmt: skip
+
+
+def measured_gain(remedy: dict[str, Any], shown: Callable[[float], str]) -> str:
+    """What a remedy's `gain_measured` says to a person; `shown` writes a share as points."""
+    if remedy["gain_measured"] is None:
+        return "not measured"
+    if remedy["gain_measured"] == 0:
+        return "too few rows to tell" if remedy["rows"] < FEW_MISSES else "none of these rows"
+    return shown(remedy["gain_measured"])
 
 
 def _error(row: dict) -> str | None:

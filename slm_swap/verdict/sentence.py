@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+from slm_swap.scoring.words import metric_name
 from slm_swap.verdict.decision import FINE_TUNE, MIN_CLUSTERS, SWAP, Decision
 from slm_swap.verdict.gap import FINE_TUNING
-from slm_swap.verdict.html_report.words import metric_name, stretch
+from slm_swap.verdict.html_report.words import stretch
 
 FEW = 300  # rows from which `need.rows` was right in about as many cases as announced (benchmarks/results/tools_error_rates.json)
 

@@ -8,11 +8,15 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from slm_swap.scoring.words import ERROR_KINDS, MATCHERS, SIGNALS, metric_name
 from slm_swap.verdict import cascade_words
 from slm_swap.verdict.cost_words import headline, known, money, percent, sentences
 from slm_swap.verdict.decision import FINE_TUNE
+from slm_swap.verdict.gap import measured_gain
 from slm_swap.verdict.sentence import points
 
+SIDES = {"azure": "hosted", "slm": "small"}
+DIFFERENCE = "hosted - small"
 MOST = 10  # groups, rows or ids that are listed; the decision file has all
 ACTING = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}  # Unicode's categories of what is no visible character
 Table = tuple[str, Sequence[str], list[Sequence[str]]]  # title, headings, rows
@@ -26,9 +30,9 @@ def plain(text: Any, length: int = 80) -> str:
 
 def brief(told: dict[str, Any]) -> None:
     """All differences, on standard output."""
-    print(f"{'metric':24} {'azure':>8} {'slm':>8} {'azure - slm':>12}" + ("" if told["alpha"] is None else f"  {_level(told)} interval"))
+    print(f"{'metric':24} {'hosted':>8} {'small':>8} {DIFFERENCE:>14}" + ("" if told["alpha"] is None else f"  {_level(told)} interval"))
     for name, values in told["metrics"].items():
-        shown = f"{name:24} {values['azure']:8.4f} {values['slm']:8.4f} {values['difference']:+12.4f}"
+        shown = f"{metric_name(name):24} {values['azure']:8.4f} {values['slm']:8.4f} {values['difference']:+14.4f}"
         if told["alpha"] is not None:
             shown += "  {:+.4f} to {:+.4f}".format(*values["interval"])
         print(shown + (f"  worse by more than {told['delta']:g}" if name in told["failing"] else ""))
@@ -44,14 +48,14 @@ def brief(told: dict[str, Any]) -> None:
 
 
 def gained(told: dict[str, Any]) -> str | None:
-    """`Before fine-tuning args_exact_rate was 0.4000: 0.3000 gained (0.2100 to 0.3900), 60 rows better and 12 worse.`"""
+    """`Before fine-tuning “Fully right call” was 0.4000: +0.3000 gained (+0.2100 to +0.3900), 60 rows better and 12 worse.`"""
     before = told.get("before")
     if not before:
         return None
     name, own = before["metric"], before["metrics"][before["metric"]]
     low, high = own["interval"]
     return (
-        f"Before fine-tuning {name} was {own['before']:.4f}: {own['gain']:+.4f} gained ({low:+.4f} to {high:+.4f}), "
+        f"Before fine-tuning “{metric_name(name)}” was {own['before']:.4f}: {own['gain']:+.4f} gained ({low:+.4f} to {high:+.4f}), "
         f"{len(before['better'])} rows better and {len(before['worse'])} worse."
     )
 
@@ -68,7 +72,7 @@ def table(told: dict[str, Any]) -> None:
         console.print(Text(title, style="bold"))
         shown = Rich(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for index, heading in enumerate(headings):
-            shown.add_column(Text(heading), justify="left" if _is_text(index, heading) else "right", overflow="fold")
+            shown.add_column(Text(heading), justify="left" if _is_text(index, heading) else "right", overflow="fold", no_wrap=heading == "metric")
         for row in rows:
             shown.add_row(*(Text(cell) for cell in row))
         console.print(shown)
@@ -113,7 +117,7 @@ def notes(told: dict[str, Any]) -> list[str]:
         found.append(f"A content filter took {taken['azure']} hosted and {taken['slm']} small replies, which count as misses.{without}")
     if told["need"] and told["need"]["azure_cost"] is not None:
         rows, cost = told["need"]["rows"], told["need"]["azure_cost"]
-        found.append(f"The azure model's replies to {rows:,} further rows would cost about {cost:.2f}{_currency(told)}.")
+        found.append(f"The hosted model's replies to {rows:,} further rows would cost about {cost:.2f}{_currency(told)}.")
     if told["sequential"]:
         found.append(_sequential(told))
     if told["gold_audit"] and told["gold_audit"]["count"]:
@@ -133,7 +137,7 @@ def _cascade(told: dict[str, Any]) -> str | None:
 
 
 def _latency(latency: dict[str, Any] | None) -> str | None:
-    """`Latency p50/p95: azure 412/980 ms alone, 520/1,400 ms with 32 at a time; slm not measured.`; None where neither was."""
+    """`Latency p50/p95: hosted 412/980 ms alone, 520/1,400 ms with 32 at a time; small not measured.`; None where neither was."""
     if not latency or not any((latency[side] or {}).get(way) for side in ("azure", "slm") for way in ("alone", "loaded")):
         return None
     parts = []
@@ -144,7 +148,7 @@ def _latency(latency: dict[str, Any] | None) -> str | None:
             for way, load in ((told.get("alone"), "alone"), (told.get("loaded"), f"with {(told.get('loaded') or {}).get('concurrency')} at a time"))
             if way
         ]
-        parts.append(f"{side} {', '.join(ways) or 'not measured'}")
+        parts.append(f"{SIDES[side]} {', '.join(ways) or 'not measured'}")
     return f"Latency p50/p95: {'; '.join(parts)}."
 
 
@@ -185,16 +189,16 @@ def _range(interval: Iterable[float] | None) -> str:
 
 
 def tables(told: dict[str, Any]) -> list[Table]:
-    """The decision's tables, in points (hundredths) but for p-values and counts; those that it has no evidence for are left out."""
+    """The decision's tables, in points (hundredths) except for p-values and counts; tables without evidence are left out."""
     found: list[Table] = [_metrics(told)]
     if told.get("matchers"):
         title = "Verdict by matcher" + (": it flips" if told["flips"] else "")
         exact = told["gap"]["metric"]
         rows = [
-            (name, own["verdict"], points(own["metrics"][exact]["difference"]), _range(own["metrics"][exact]["interval"]))
+            (MATCHERS[name][0], own["verdict"], points(own["metrics"][exact]["difference"]), _range(own["metrics"][exact]["interval"]))
             for name, own in told["matchers"].items()
         ]
-        found.append((title, ("matcher", "verdict", f"{exact}, azure - slm", "interval"), rows))
+        found.append((title, ("matcher", "verdict", f"{metric_name(exact)}, {DIFFERENCE}", "interval"), rows))
     if told.get("gap"):
         found += _gap(told["gap"])
     if told.get("groups"):
@@ -207,10 +211,10 @@ def tables(told: dict[str, Any]) -> list[Table]:
         found.append(_confidence(told["confidence"]))
     if told.get("before"):
         rows = [
-            (name, points(own["before"]), points(own["slm"]), points(own["gain"]), _range(own["interval"]))
+            (metric_name(name), points(own["before"]), points(own["slm"]), points(own["gain"]), _range(own["interval"]))
             for name, own in told["before"]["metrics"].items()
         ]
-        found.append((f"Before: {plain(told['labels']['before'])}, in points", ("metric", "before", "slm", "gain", "interval"), rows))
+        found.append((f"Before: {plain(told['labels']['before'])}, in points", ("metric", "before", "now", "gain", "interval"), rows))
     if told.get("cost") and known(told["cost"]):
         found.append(_bills(told["cost"]))
     return found
@@ -218,40 +222,41 @@ def tables(told: dict[str, Any]) -> list[Table]:
 
 def _metrics(told: dict[str, Any]) -> Table:
     paired = told["alpha"] is not None
-    headings = ["metric", "azure", "slm", "azure - slm", *([f"{_level(told)} interval", "p non-inf.", "p worse"] if paired else [])]
+    headings = ["metric", "hosted", "small", DIFFERENCE, *([f"{_level(told)} interval", "p non-inf.", "p worse"] if paired else [])]
     rows = []
     for name, values in told["metrics"].items():
-        row = [name, points(values["azure"]), points(values["slm"]), points(values["difference"])]
+        row = [metric_name(name), points(values["azure"]), points(values["slm"]), points(values["difference"])]
         if paired:
             row += [_range(values["interval"]), f"{values['p_value']:.4f}", f"{values['p_worse_holm']:.4f}"]
         rows.append(row)
-    labels = ", ".join(f"{name}: {plain(told['labels'][name], 40)}" for name in ("azure", "slm"))
+    labels = ", ".join(f"{side}: {plain(told['labels'][name], 40)}" for name, side in SIDES.items())
     return f"{told['rows']} rows, margin {points(told['delta'])}, in points; {labels}", headings, rows
 
 
 def _gap(gap: dict[str, Any]) -> list[Table]:
     errors = [
-        (own["kind"], str(own["azure_rows"]), str(own["slm_rows"]), points(own["difference"]))
+        (ERROR_KINDS.get(own["kind"], own["kind"]), str(own["azure_rows"]), str(own["slm_rows"]), points(own["difference"]))
         for own in gap["errors"] if own["azure_rows"] or own["slm_rows"]
     ]  # fmt: skip
     errors.append(("all", "", "", points(gap["difference"])))
     remedies = [
-        (own["remedy"], str(own["rows"]), points(own["gain_at_most"]), "" if own["gain_measured"] is None else points(own["gain_measured"]))
+        (own["remedy"], str(own["rows"]), points(own["gain_at_most"]), measured_gain(own, points))
         for own in gap["remedies"]
     ]
-    found: list[Table] = [(f"Where the gap in {gap['metric']} comes from", ("what is wrong", "azure rows", "slm rows", "points"), errors)]
+    found: list[Table] = [(f"Where the gap in “{metric_name(gap['metric'])}” comes from", ("what is wrong", "hosted rows", "small rows", "points"), errors)]
     if remedies:
-        found.append(("What would close it, the cheapest first" + (f"; begin with {gap['first']}" if gap.get("first") else ""), ("remedy", "slm rows", "gain at most", "right but for that"), remedies))
+        title = "What would close it, the cheapest first" + (f"; begin with {gap['first']}" if gap.get("first") else "")
+        found.append((title, ("remedy", "rows", "gain at most", "right but for that"), remedies))
     return found
 
 
 def _confidence(confidence: dict[str, Any]) -> Table:
     rows = [
-        (name, "" if own["auroc"] is None else f"{own['auroc']:.3f}", "" if own["interval"] is None else "{:.3f} to {:.3f}".format(*own["interval"]),
+        (SIGNALS[name][0], "" if own["auroc"] is None else f"{own['auroc']:.3f}", "" if own["interval"] is None else "{:.3f} to {:.3f}".format(*own["interval"]),
          str(own["rows"]), str(own["missing"]))
         for name, own in confidence.items()
     ]  # fmt: skip
-    title = "How well confidence tells right slm replies from wrong ones (AUROC: 0.5 not at all, 1 always)"
+    title = "How well confidence tells right small replies from wrong ones (AUROC: 0.5 not at all, 1 always)"
     return title, ("signal", "AUROC", "95% interval", "rows", "rows without"), rows
 
 
@@ -262,7 +267,7 @@ def _bills(cost: dict[str, Any]) -> Table:
         run = ("–", "–") if bill["machines"] is None else (f"{bill['machines']:,}", percent(bill["utilisation"]))
         rows.append((f"{bill['tasks']:,}", money(bill["azure"]), money(bill["slm"]), *run, money(bill["slm_per_1000"])))
     unit = f", in {plain(cost['currency'], 12)}" if cost["currency"] else ""
-    return f"What a month costs{unit}", ("tasks a month", "azure", "slm", "machines", "utilised", "slm per 1,000"), rows
+    return f"What a month costs{unit}", ("tasks a month", "hosted", "small", "machines", "utilised", "small per 1,000"), rows
 
 
 def _groups(groups: dict[str, Any]) -> Table:
@@ -270,7 +275,7 @@ def _groups(groups: dict[str, Any]) -> Table:
         (plain(own["group"], 40), str(own["rows"]), points(own["azure"]), points(own["slm"]), points(own["shrunk"]), _range(own["interval"]))
         for own in groups["all"][:MOST]
     ]
-    title = f"By {groups['by']}, the worst {len(rows)} of {len(groups['all'])}: {groups['metric']}, azure - slm shrunk towards {points(groups['mean'])}"
+    title = f"By {groups['by']}, the worst {len(rows)} of {len(groups['all'])}: “{metric_name(groups['metric'])}”, {DIFFERENCE} shrunk towards {points(groups['mean'])}"
     if (1.0 if groups["between_sd"] == 0 else groups.get("p_value") or 0.0) > 0.05:
         title += "; no difference between them is shown"
-    return title, (groups["by"], "rows", "azure", "slm", "shrunk", "interval"), rows
+    return title, (groups["by"], "rows", "hosted", "small", "shrunk", "interval"), rows

@@ -54,7 +54,7 @@ def again(evaluation: Evaluation, side: str, counts: dict[str, int]) -> str:
     args = report.get("args") if isinstance(report.get("args"), dict) else {}
     kind = model_of(report).get("kind")
     if kind == "replay":
-        return f"record the {side} replies of those rows anew: replies from a file cannot be asked again"
+        return f"record the {side} replies of those rows again: replies from a file cannot be asked again"
     words = ["python", "01_eval/eval.py", "--track", str(report.get("track")), "--model-kind", str(kind or side)]
     for name in REPEATED:
         value = args.get(name)

@@ -6,7 +6,7 @@ from typing import Any
 
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import read_json
-from slm_swap.common.settings import PACKAGE, display_path, find_path, real_path
+from slm_swap.common.settings import PACKAGE, find_path, real_path, shown_path
 from slm_swap.rows.examples import Example, read_examples
 from slm_swap.verdict.cascade import identity_of_report
 from slm_swap.verdict.evaluations import Evaluation, model_of
@@ -26,7 +26,7 @@ def calibration_examples(slm: Evaluation) -> list[Example]:
     inputs = slm.report["inputs"]
     path = dataset({"path": inputs.get("path"), "sha256": inputs.get("sha256")})
     if path is None:
-        raise UserError(f"{inputs.get('path')!r} is missing, or is not the file that was evaluated: put it back, the rule is bound to the form of its rows and the tools that they offer")
+        raise UserError(f"{inputs.get('path')!r} is missing, or is not the file that was evaluated: put it back: the rule depends on the form of its rows and on their tools")
     ids = {row["id"] for row in slm.rows}
     return [example for example in read_examples(path) if example.id in ids]
 
@@ -53,16 +53,16 @@ def require_unused(slm: Evaluation, track: str, chosen_on: Mapping[str, Any] | N
     prompts = {row["prompt_sha256"]: row["id"] for row in slm.rows if row.get("prompt_sha256")}
     for file in dict.fromkeys(map(real_path, files)):
         if file.is_file() and file != real_path(find_path(path)):
-            _share_nothing(prompts, prompt_hashes(file), display_path(file))
+            _share_nothing(prompts, prompt_hashes(file), shown_path(file))
     if validation:
-        _share_nothing({row["id"]: row["id"] for row in slm.rows}, {row["id"] for row in validation.rows}, display_path(validation.path))
-        _share_nothing(prompts, {row.get("prompt_sha256") for row in validation.rows}, display_path(validation.path))
+        _share_nothing({row["id"]: row["id"] for row in slm.rows}, {row["id"] for row in validation.rows}, shown_path(validation.path))
+        _share_nothing(prompts, {row.get("prompt_sha256") for row in validation.rows}, shown_path(validation.path))
     return warnings
 
 
 def _share_nothing(mine: Mapping[str, str], theirs: Iterable[str | None], shown: str) -> None:
     if common := sorted(mine[key] for key in mine.keys() & set(theirs)):
-        raise UserError(f"{len(common)} of the rows stand in {shown} too (first: id {common[0]!r}): {ADVICE}")
+        raise UserError(f"{len(common)} of the rows are in {shown} too (first: id {common[0]!r}): {ADVICE}")
 
 
 def _trained_on(model: Mapping[str, Any], path: Path, digest: str | None) -> tuple[list[dict[str, Any]], list[str]]:
@@ -76,7 +76,7 @@ def _trained_on(model: Mapping[str, Any], path: Path, digest: str | None) -> tup
         return [], []
     info = find_path(trained) / TRAINING_INFO
     if not info.is_file():
-        return [], [f"no {display_path(info)}: whether {trained} was trained on these rows is not known"]
+        return [], [f"no {shown_path(info)}: whether {trained} was trained on these rows is not known"]
     inputs = read_json(info, "train_unsloth.py").get("inputs")
     used = [part for part in inputs.values() if isinstance(part, dict)] if isinstance(inputs, dict) else []
     if digest is not None and digest in [part.get("sha256") for part in used]:

@@ -120,7 +120,7 @@ def test_a_price_may_be_nothing(table):
         ("currency = ' '", "currency is ' ', not a name"),
         ("hosted = 3", r"\[hosted\] is 3, not a table"),
         ("local = [1]", r"\[local\] is \[1\], not a table"),
-        ("[hosted]\ninput = 1", r"\[hosted.\"input\"\] is 1, not a table: prices stand under"),
+        ("[hosted]\ninput = 1", r"\[hosted.\"input\"\] is 1, not a table: prices go under"),
         ("[hosted.a]\nprompt = 1", r"\[hosted.\"a\"\] has an unknown key 'prompt': it takes input, cached, output"),
         ("[hosted.gpt-4.1]\ninput = 1", r"\[hosted.\"gpt-4\"\] has an unknown key '1' \(a deployment with a dot .* quotes\)"),
         ("[local]\nhours = 1", r"\[local\] has an unknown key 'hours': it takes hour, hours_per_month, training_hour, pay_off_m"),
@@ -134,7 +134,7 @@ def test_a_price_may_be_nothing(table):
         ("[local]\nhour = 1" + "0" * 400, r"hour in \[local\] is 10"),
         ("[local]\nhours_per_month = 0", r"hours_per_month in \[local\] is 0: set it to a number above 0 up to 744"),
         ("[local]\nhours_per_month = 8760", r"hours_per_month in \[local\] is 8760: .* up to 744"),
-        ("traffic = 10000", r"\[traffic\] is 10000, not a table: prices stand under .*\[traffic\]"),
+        ("traffic = 10000", r"\[traffic\] is 10000, not a table: prices go under .*\[traffic\]"),
         ("[traffic]\ntasks = 1", r"\[traffic\] has an unknown key 'tasks': it takes tasks_per_month, peak_factor, cost_of_error"),
         ("[traffic]\ntasks_per_month = 0", r"tasks_per_month in \[traffic\] is 0: set it to a whole number from 1 up to 1,000,000,000,000"),
         ("[traffic]\ntasks_per_month = 10.5", r"tasks_per_month in \[traffic\] is 10.5: set it to a whole number"),
@@ -209,6 +209,11 @@ def test_cached_tokens_are_part_of_the_input():
     assert HostedPrices(input=2.0, output=8.0).cost(1_000_000, 400_000, 50_000) == Fraction("2.4")
     assert HostedPrices(input=2.0, cached=0, output=8.0).cost(1_000_000, 1_000_000, 0) == 0
     assert HostedPrices(input=2.0, cached=1.0).cost(1, 0, 0) is HostedPrices(output=2.0, cached=1.0).cost(0, 0, 1) is None
+
+
+def test_a_cost_by_what_it_is_for():
+    assert HOSTED.parts(1_000_000, 400_000, 50_000) == {"input": Fraction("1.2"), "input_cached_tokens": Fraction("0.4"), "output": Fraction("0.4")}
+    assert HOSTED.parts(10, None, 5) is None
 
 
 @pytest.mark.parametrize("counts", [(None, 0, 5), (10, None, 5), (10, 0, None), (10, 11, 5)])
@@ -474,8 +479,8 @@ def test_the_months_cost_without_the_hours_price():
 def test_recorded_replies_are_not_free():
     told = compare_costs(replay(), replay(), Prices("prices.toml"), None)
     assert told["unknown"] == [
-        "tokens and seconds of the azure model: its replies are recorded; evaluate it with 01_eval/eval.py --model-kind azure",
-        "tokens and seconds of the slm model: its replies are recorded; evaluate it with 01_eval/eval.py --model-kind slm",
+        "tokens and seconds of the hosted model: its replies are recorded; evaluate it with 01_eval/eval.py --model-kind azure",
+        "tokens and seconds of the small model: its replies are recorded; evaluate it with 01_eval/eval.py --model-kind slm",
         "price of the machine's hour: hour in [local] in prices.toml",
         "hours a month that the machine is kept running: hours_per_month in [local] in prices.toml; "
         "without it the small model's month is not known",

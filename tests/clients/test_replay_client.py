@@ -197,7 +197,7 @@ def test_the_prediction_is_no_part_of_the_row(write_rows):
 )
 def test_a_file_that_is_not_its_own_dataset(write_rows, line):
     path = write_rows("r.jsonl", [{"prompt": "p", "reference": "{}"}, line])
-    assert "r.jsonl:2: no `prompt` or no `reference`" in failure(lambda: dataset_of_replies(path))
+    assert "r.jsonl:2: recorded replies without `prompt` or `reference`" in failure(lambda: dataset_of_replies(path))
 
 
 def test_an_empty_file_and_ids_twice(write_rows):

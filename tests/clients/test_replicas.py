@@ -94,7 +94,7 @@ def test_a_process_that_dies_ends_the_run_and_costs_none_of_its_rows(tmp_path, r
     assert finish(processes) == [2, -signal.SIGKILL]
     said = (tmp_path / "log0").read_text()
     assert "error: rank 1 has ended (what it said stands above): run the same command again to go on" in said
-    assert "rows are answered and kept: the same command goes on from there" in said
+    assert "rows are answered and kept: the same command continues from there" in said
     assert finish(start(tmp_path, 1, flags(rows, out))) == [0] and outcome(out) == whole
 
 
@@ -107,7 +107,7 @@ def test_rank_0_ends_in_order_in_the_middle_of_a_batch(tmp_path, rows, rank, sen
     processes[rank].send_signal(sent)
     codes, heard = finish(processes), (tmp_path / "log0").read_text()
     assert codes[0] == code and said in heard and "terminate called" not in heard, heard
-    assert "rows are answered and kept: the same command goes on from there" in heard
+    assert "rows are answered and kept: the same command continues from there" in heard
     assert rank == 1 or codes[1] == 0
 
 
@@ -291,7 +291,7 @@ def test_rank_0_says_what_another_one_lacks(tmp_path, rows):
 
 def test_mistakes_are_said_once(tmp_path, rows):
     for argv, said in (
-        (["--track", "structured", "--model-kind", "azure"], "only the local model has use for several processes"),
+        (["--track", "structured", "--model-kind", "azure"], "only the local model uses several processes"),
         (["--track", "none"], "invalid choice: 'none'"),
     ):
         assert finish(start(tmp_path, 2, argv)) == [2, 2]

@@ -7,7 +7,7 @@ import pytest
 
 from slm_swap.common import settings as module
 from slm_swap.common.errors import UserError
-from slm_swap.common.settings import PACKAGE, Launch, Settings, display_path, find_path, load_settings
+from slm_swap.common.settings import PACKAGE, Launch, Settings, display_path, find_path, load_settings, shown_path
 
 VARIABLES = {
     "SLM_MODEL_PATH": "slm_model_path",
@@ -124,6 +124,17 @@ def test_paths_are_shown_from_the_root(checkout, tmp_path_factory):
     assert display_path(checkout / "a/../b.json") == "b.json"
     outside = tmp_path_factory.mktemp("outside") / "x"
     assert display_path(outside) == str(outside)
+
+
+def test_a_message_shows_a_path_as_it_can_be_used_where_one_stands(checkout, tmp_path_factory, monkeypatch):
+    """Seen: "cannot read slm_swap/nowhere.jsonl" for `nowhere.jsonl`, typed in slm_swap/: no `cat` finds that."""
+    (checkout / "slm_swap").mkdir()
+    monkeypatch.chdir(checkout / "slm_swap")
+    assert shown_path("nowhere.jsonl") == shown_path("../slm_swap/nowhere.jsonl") == "nowhere.jsonl"
+    assert shown_path("../runs/x") == str(checkout / "runs/x")
+    monkeypatch.chdir(gone := tmp_path_factory.mktemp("gone"))
+    gone.rmdir()
+    assert shown_path("/a/b") == "/a/b"
 
 
 def test_the_package_is_where_the_code_is():

@@ -54,7 +54,7 @@ def test_a_replay_from_files_to_files(evaluate, files, tmp_path):
     code, printed, error = evaluate("--dataset", rows, "--replies", replies)
     assert code == 0 and error.startswith("warning: 1 of 4 rows are not measured, and the metrics count them as they stand (1 truncated, cut by")
     assert "record those replies again" in error and error.count("\n") == 1
-    assert "exact_match_rate              0.2500" in printed and "missed: filtered 1, truncated 1, extra_text 1" in printed
+    assert "Fully right reply             0.2500" in printed and "missed: filtered or refused 1, cut off 1, other text around it 1" in printed
     shown = f"report: {tmp_path / 'out.json'}\nnext: python 01_eval/eval.py --track structured --model-kind azure --dataset {rows}\n"
     assert printed.endswith(shown)
     report, lines = read(tmp_path / "out.json"), read_lines(tmp_path / "out.rows.jsonl")
@@ -140,7 +140,7 @@ def test_a_failed_request_is_warned_of(evaluate, files, write_rows, tmp_path):
         *({"id": f"r{number}", "prediction": "", "finish_reason": "error", "reply_error": "HTTP 500"} for number in (1, 2, 3)),
     ]
     code, printed, error = evaluate("--dataset", files[0], "--replies", write_rows("failed.jsonl", lines))
-    assert code == 0 and error.startswith("warning: 3 of 4 rows are not measured, and the metrics count them as they stand (3 failed") and "no_json 3" in printed
+    assert code == 0 and error.startswith("warning: 3 of 4 rows are not measured, and the metrics count them as they stand (3 failed") and "no JSON 3" in printed
     assert read(tmp_path / "out.json")["counts"]["failed_requests"] == 3
     assert [line["reply_error"] for line in read_lines(tmp_path / "out.rows.jsonl")] == [None, "HTTP 500", "HTTP 500", "HTTP 500"]
 
@@ -166,7 +166,7 @@ BAD = {  # the rows file and the replies file of a run that must stop, and what 
         None,
         "rows.jsonl:2: the completion is not a structured reply (bad_json",
     ),
-    "ids twice": ([ROWS[0], ROWS[0]], None, "rows.jsonl:2: id 'r0' stands at"),
+    "ids twice": ([ROWS[0], ROWS[0]], None, "rows.jsonl:2: id 'r0' is used at"),
     "a missing reply": (None, REPLIES[:2], "no reply for 2 of 4 rows (first: id 'r2')"),
     "a bad reply line": (None, [*REPLIES, b"oops"], "replies.jsonl:5: not a line of JSON"),
     "no answer at all": (
@@ -196,7 +196,7 @@ def test_missing_files(evaluate, files, tmp_path):
         (("--dataset", files[0], "--replies", tmp_path / "none.jsonl"), "cannot read"),
         (("--replies", tmp_path / "none.jsonl"), "no replies at"),
         (("--dataset", tmp_path, "--replies", files[1]), "(Is a directory)"),
-        (("--replies", files[1]), "no `prompt` or no `reference`"),
+        (("--replies", files[1]), "without `prompt` or `reference`"),
     ):
         code, _, error = evaluate(*flags)
         assert code == 2 and what in error and error.count("\n") == 1
@@ -212,7 +212,7 @@ def test_missing_files(evaluate, files, tmp_path):
         (["--track", "toolcall", "--model-kind", "gpt"], "invalid choice: 'gpt'"),
         (["--track", "toolcall", "--model-kind", "replay"], "--replies FILE go together"),
         (["--track", "toolcall", "--model-kind", "azure", "--replies", "x.jsonl"], "--replies FILE go together"),
-        (["--track", "toolcall", "--model-kind", "replay", "--replies", "x.jsonl", "--cache", "c"], "--cache is of no use"),
+        (["--track", "toolcall", "--model-kind", "replay", "--replies", "x.jsonl", "--cache", "c"], "--cache has no effect"),
         (["--track", "toolcall", "--model-kind", "slm", "--split", "val", "--dataset", "x"], "not allowed with"),
         (["--track", "toolcall", "--model-kind", "slm", "--limit", "0"], "--limit"),
         (["--track", "toolcall", "--model-kind", "slm", "--batch-size", "x"], "--batch-size"),
@@ -357,6 +357,6 @@ def test_every_recorded_completion_is_gold_and_right_against_itself(track):
 def test_flags_of_the_local_model_say_that_they_have_no_effect(evaluate, files):
     rows, replies = files
     code, _, error = evaluate("--dataset", rows, "--replies", replies, "--adapter", "adapter", "--precision", "bf16", "--batch-size", 4)
-    told = "warning: no effect: --batch-size, --precision, --adapter (of the local model, and replay is asked): leave it out, or give --model-kind slm"
+    told = "warning: no effect: --batch-size, --precision, --adapter (for the local model, and replay is asked): leave it out, or give --model-kind slm"
     assert code == 0 and error.splitlines()[0] == told
     assert "no effect" not in evaluate("--dataset", rows, "--replies", replies, out="other.json")[2]

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -13,7 +14,7 @@ from slm_swap.common.reports import json_line
 from slm_swap.evaluating.evaluation import Stopwatch, evaluate, references, score_replies
 from slm_swap.evaluating.report import Digests, Tally, make_report, percentile, summary
 from slm_swap.evaluating.row import Row, read_reply, score_row
-from slm_swap.evaluating.row_traces import model_name, trace_rows
+from slm_swap.evaluating.row_traces import RowTracer, model_name, trace_rows
 from slm_swap.rows.examples import Example
 from slm_swap.rows.lines import text_hash
 from slm_swap.rows.prompts import SYSTEM_PROMPTS
@@ -41,6 +42,9 @@ class Canned:
 
     def cost(self, input_tokens, cached_tokens, output_tokens, seconds):
         return input_tokens + 10 * cached_tokens + 100 * output_tokens
+
+    def cost_parts(self, *counts):
+        return {"total": self.cost(*counts, 0.0)}
 
     def close(self):
         pass
@@ -258,16 +262,54 @@ def test_each_row_is_a_generation_of_the_trace():
     client, rows = run()
     trace = Trace()
     trace_rows(trace, "structured", client, rows)
-    assert [call["name"] for call in trace.calls] == ["r0", "r1", "r2", "r3", "r4"]
+    assert [call["row"] for call in trace.calls] == ["r0", "r1", "r2", "r3", "r4"]
     first = trace.calls[1]
     assert (
         first["model"] == "canned"
         and first["error"] == "wrong_value"
         and first["scores"] == STRUCTURED.row_metrics(rows[1].scored.strict) | {"error": "wrong_value"}
     )
-    assert first["asked"][1]["content"] == "p1" and first["reply"] is rows[1].reply and first["cost"] == 320
+    assert first["asked"][1]["content"] == "p1" and first["reply"] is rows[1].reply and first["cost"] == {"total": 320}
     client.kind = "slm"
     trace_rows(trace, "structured", client, rows[:1])
+    assert trace.calls[-1]["cost"] is None, "how much of the machine's time was its own is not known"
+    trace_rows(trace, "structured", client, rows[:1], seconds=3.0)
+    assert trace.calls[-1]["cost"] == {"total": client.cost(0, 0, 0, 3.0)}
+
+
+class Spans(Trace):
+    id = "t"
+
+    def span(self, name, start, end, metadata):
+        self.calls.append((name, metadata))
+        return f"{name} {metadata['batch']}"
+
+
+@pytest.mark.parametrize("batches", [True, False])
+def test_local_rows_share_the_machines_time_of_their_batch_and_sum_up_to_all_of_it(batches, monkeypatch):
+    """Replies of a batch come at once: the first one has all of the time since the reply before it."""
+    client, rows = run()
+    client.kind = "slm"
+    monkeypatch.setattr(client, "cost", lambda *counts: counts[-1])
+    trace, spent = Spans(), [10.0]
+    tell = RowTracer(trace, "structured", client, spent=lambda: spent[0], earlier=1)
+    tell(0, rows[0])
+    assert trace.calls[-1]["cost"] == {"total": 10.0}, "answered in a session before: its share of that one's time"
+    for row, batch, took in zip((rows[1], rows[2], rows[4], rows[0]), ("7", "7", "7", "8"), (6.0, 0.0, 0.0, 5.0), strict=True):
+        spent[0] += took
+        tell(1, replace(row, reply=replace(row.reply, batch=batch if batches else None)))
+    tell.finish()
+    told = [call for call in trace.calls[1:] if isinstance(call, dict)]
+    assert [call["cost"]["total"] for call in told] == ([2.0, 2.0, 2.0, 5.0] if batches else [2.75] * 4)
+    assert [call["parent"] for call in told] == (["batch 7"] * 3 + ["batch 8"] if batches else [None] * 4)
+
+
+def test_rows_of_an_earlier_report_whose_time_is_not_known_look_not_free(monkeypatch):
+    client, rows = run()
+    client.kind = "slm"
+    trace = Spans()
+    tell = RowTracer(trace, "structured", client, spent=lambda: 0.0, earlier=5)
+    tell(0, rows[0])
     assert trace.calls[-1]["cost"] is None
 
 

@@ -368,7 +368,7 @@ def test_ctrl_c_keeps_what_is_answered(tmp_path, write_rows):
         wait_until(lambda: server.counts.total() > before + CONCURRENCY + 5)
         process.send_signal(signal.SIGINT)
         assert process.wait() == 130 and not out.exists()
-        assert "rows are answered and kept: the same command goes on" in runs.log.read_text()
+        assert "rows are answered and kept: the same command continues" in runs.log.read_text()
         assert "Traceback" not in runs.log.read_text()
         assert runs.finish(out) == expected
 
@@ -408,7 +408,7 @@ def interrupted(tmp_path, write_rows, run_script, eval_script, monkeypatch):
 
 def test_the_same_command_goes_on(interrupted, tmp_path):
     code, printed, error = interrupted()
-    assert code == 0 and error.startswith("4 of 4 rows are answered already") and "exact_match_rate              1.0000" in printed
+    assert code == 0 and error.startswith("4 of 4 rows are answered already") and "Fully right reply             1.0000" in printed
     assert not journal_path(tmp_path / "out.json").exists()
 
 

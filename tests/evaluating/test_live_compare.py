@@ -71,7 +71,7 @@ def test_both_models_and_their_difference_are_shown_and_saved(files):
     with AzureSimulator(read_examples(files / "rows.jsonl")) as server:
         out, error = (process := start(files, server, "--save")).communicate()
     assert process.returncode == 0, error
-    assert "\nreport: " in out and "12 of 12 rows" in out and "exact_match_rate" in out and "+0.167" in out
+    assert "\nreport: " in out and "12 of 12 rows" in out and "Fully right reply" in out and "+0.167" in out
     azure, replay = reports(files)
     assert azure["metrics"]["exact_match_rate"] == 1 and replay["metrics"]["exact_match_rate"] == 10 / 12
     assert azure["inputs"]["rows_sha256"] == replay["inputs"]["rows_sha256"]
@@ -147,7 +147,7 @@ def test_equal_models_are_a_swap_before_all_rows_are_asked_for(files):
     prices.write_text("[hosted.simulator]\ninput = 1000\noutput = 4000\n")
     out, calls = stop_early(files, "--delta", "0.05", rows=MANY, replies=RIGHT, PRICES_FILE=str(prices))
     assert rows_needed(0.05) <= calls <= rows_needed(0.05) + 1 < 100  # a batch has two rows
-    assert "SWAP: json_valid_rate azure - slm is between" in out and "margin 0.05" in out
+    assert "SWAP: “Valid JSON”, hosted - small, is between" in out and "margin 0.05" in out
     azure, replay = reports(files)
     told = {"rows_available": 240, "rows": calls, "largest_cluster": 1, "delta": 0.05, "alpha": 0.05, "tools": "these", "verdict": "SWAP"}
     assert azure["stopped_early"] == replay["stopped_early"] == told and azure["counts"]["rows"] == calls

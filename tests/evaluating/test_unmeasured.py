@@ -51,7 +51,7 @@ def test_replies_that_reasoning_has_eaten_are_not_measured_and_the_command_says_
     assert command[:2] == ["python", "01_eval/eval.py"] and command[-4:] == ["--again", "truncated", "--max-new-tokens", "1024"]
     hosted.requests()
     code, printed, error = hosted._run(hosted._script, *command[2:])
-    assert code == 0 and "exact_match_rate              1.0000" in printed and "warning" not in error
+    assert code == 0 and "Fully right reply             1.0000" in printed and "warning" not in error
     assert hosted.requests() == 8, "what was measured is not asked again"
     report, after = hosted.report(), hosted.lines()
     assert report["again"] == [{"kinds": ["truncated"], "rows": 8, "max_new_tokens": 1024}] and report["sessions"] == 2
@@ -75,7 +75,7 @@ def test_a_prompt_that_is_too_long_is_an_error_of_its_own(hosted):
     hosted.server.script = third(lambda asked, answer: TOO_LONG)
     code, printed, error = hosted.run()
     counts = hosted.report()["counts"]
-    assert code == 0 and "missed: prompt_too_long 8" in printed
+    assert code == 0 and "missed: prompt too long 8" in printed
     assert (counts["prompt_too_long"], counts["errors"]["prompt_too_long"], counts["errors"]["truncated"]) == (8, 8, 0)
     assert counts["unmeasured"] == {"failed": 0, "truncated": 0}
     assert error.count("\n") == 1 and "8 of 24 prompts do not fit" in error and "a larger --max-new-tokens does not help" in error
@@ -190,7 +190,7 @@ def test_interrupted_it_keeps_the_old_report_and_goes_on(hosted, monkeypatch):
     hosted.server.script = withdrawn
     flags = ("--again", "failed,truncated", "--max-new-tokens", 512, "--concurrency", 1)
     code, _, error = hosted.run(*flags)
-    assert code == 2 and "401" in error and "the same command goes on" in error and hosted.out.read_bytes() == before
+    assert code == 2 and "401" in error and "the same command continues" in error and hosted.out.read_bytes() == before
     hosted.server.key, hosted.server.script = "simulator-key", cut_below(512)
     hosted.requests()
     assert hosted.run(*flags)[0] == 0

@@ -129,7 +129,7 @@ def test_a_file_that_may_not_be_read(write_rows):
 def test_ids_are_unique(write_rows):
     rows = [ROW | {"id": "a"}, ROW | {"id": "b"}, ROW | {"id": "a"}]
     message = failure(write_rows("rows.jsonl", rows))
-    assert "rows.jsonl:3: id 'a' stands at" in message and "rows.jsonl:1 already" in message
+    assert "rows.jsonl:3: id 'a' is used at" in message and "rows.jsonl:1 already" in message
     assert "id '0'" in failure(write_rows("rows.jsonl", [ROW | {"id": 0}, ROW | {"id": "0"}]))
     assert len(read_examples(write_rows("rows.jsonl", rows), limit=2)) == 2
 

@@ -15,6 +15,7 @@ GROUPS = {
     "io": ("input", "output"),
     "metadata": ("metadata",),
     "model": ("model", "modelParameters"),
+    "usage": ("usageDetails",),
     "trace_context": ("tags", "release", "traceName"),
 }
 

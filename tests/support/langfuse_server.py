@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from random import Random
+from urllib.parse import parse_qs, urlsplit
 
 from slm_swap.common.exact_json import ExactEncoder
 from tests.support.langfuse_rest import Rest
@@ -29,10 +30,17 @@ class Span:
     end: int
     attributes: dict
     event_count: int
+    scope: tuple[str, dict]
 
     def json(self, attribute: str):
-        """A langfuse.observation attribute that is JSON text."""
-        return json.loads(self.attributes[f"langfuse.observation.{attribute}"])
+        """A langfuse.observation attribute that is JSON text, or a boolean of OpenTelemetry's own."""
+        value = self.attributes[f"langfuse.observation.{attribute}"]
+        return value if isinstance(value, bool) else json.loads(value)
+
+    @property
+    def row(self) -> str:
+        """The row's id where the span is a row's, else the span's name."""
+        return self.json("metadata.row_id") if self.name == "row" else self.name
 
     @property
     def kind(self) -> str:
@@ -44,7 +52,8 @@ class LangfuseServer:
     and never answer), `delay` (seconds before a post is answered), `flaky` (share of posts that are answered by 503), `largest` (bytes
     of a body; more is 413), `rejected_score` (the name of a score that is turned down), `rejected_spans` (how many of each batch, its
     last ones, are not taken, as OTLP's partial success says it), `raw` (answer this to every post, and keep nothing of it: status, content
-    type or None, body), `busy` (answers that come first: status and headers), `refuse()` and `accept()` (close and reopen the port). `rest` holds datasets and traffic."""
+    type or None, body), `answers_lost` (so many posts of scores are taken, and the connection is closed without an answer), `most_scores` (a post
+    of more is never answered, and not taken), `busy` (answers that come first: status and headers), `refuse()` and `accept()` (close and reopen the port). `rest` holds datasets and traffic."""
 
     def __init__(self, public_key: str, secret_key: str = "sk-lf-right"):
         self.keys = f"{public_key}:{secret_key}"
@@ -55,6 +64,8 @@ class LangfuseServer:
         self.rejected_score: str | None = None
         self.rejected_spans = 0
         self.raw: tuple[int, str | None, bytes] | None = None
+        self.answers_lost = 0
+        self.most_scores: int | None = None
         self.flaky = 0.0
         self._random = Random(7)
         self.generation = 5  # of the server: 4 knows no list of scores
@@ -63,6 +74,7 @@ class LangfuseServer:
         self.bodies: list[tuple[str, bytes]] = []  # (path, decompressed body) of everything posted with the right keys
         self.accepted: list[tuple[str, bytes]] = []
         self.headers: list[dict] = []
+        self.looked_up: list[list[str]] = []  # ids of scores that were asked for
         self._port = 0
         self._server: ThreadingHTTPServer | None = None
         self._released = threading.Event()
@@ -121,6 +133,8 @@ class LangfuseServer:
             status, own = self.busy.pop(0)
             return status, {"message": "switched to fail"}, own
         self.headers.append(headers)
+        if method == "GET" and (looked_up := self._look_up(path)) is not None:
+            return looked_up
         if self.status is None and (answered := self.rest.answer(method, path, body)):
             return answered
         if self.largest is not None and len(body) > self.largest:
@@ -145,6 +159,19 @@ class LangfuseServer:
         self.accepted.append((path, body))
         return 200, {}
 
+    def _look_up(self, path: str) -> tuple[int, dict] | None:
+        """Scores by their ids, as the endpoint of the server's generation gives them."""
+        parts = urlsplit(path)
+        query = {name: values[0] for name, values in parse_qs(parts.query).items()}
+        ids = query.get("id") or query.get("scoreIds")
+        if not ids:
+            return None
+        self.looked_up.append(ids.split(","))
+        if parts.path != ("/api/public/v3/scores" if self.generation >= 5 else "/api/public/v2/scores"):
+            return 404, {"message": "Not Found"}
+        found = {score["id"]: score for score in self.scores if score["id"] in self.looked_up[-1]}
+        return 200, {"data": list(found.values())[: int(query["limit"])], "meta": {}}
+
     def _take_some(self, body: bytes) -> tuple[int, bytes, dict]:
         from opentelemetry.proto.collector.trace.v1 import trace_service_pb2
 
@@ -159,8 +186,14 @@ class LangfuseServer:
 
     def _answer_scores(self, path: str, body: bytes) -> tuple[int, dict]:
         scores = _scores(path, body)
+        if self.most_scores is not None and len(scores) > self.most_scores:
+            self._released.wait(2 * PATIENCE)
+            return 503, {}
         good = [score for score in scores if score["name"] != self.rejected_score]
         self.accepted.append(("good scores", json.dumps(good).encode()))
+        if self.answers_lost:
+            self.answers_lost -= 1
+            raise ConnectionAbortedError
         if path == "/api/public/ingestion":
             errors = [{"id": s["id"], "status": 400, "message": "Invalid request data"} for s in scores if s not in good]
             return 207, {"successes": [{"id": s["id"], "status": 201} for s in good], "errors": errors}
@@ -254,6 +287,7 @@ def _decode(body: bytes) -> list[Span]:
             end=span.end_time_unix_nano,
             attributes={pair.key: _value(pair.value) for pair in span.attributes},
             event_count=len(span.events),
+            scope=(scope.scope.name, {pair.key: _value(pair.value) for pair in scope.scope.attributes}),
         )
         for resource in request.resource_spans
         for scope in resource.scope_spans

@@ -16,7 +16,8 @@ def kept(folder, report="report.json"):
     if not path.exists():
         return None
     records = [json.loads(line) for line in path.read_text().splitlines()]
-    return [r["span"]["name"] for r in records if "span" in r], [name for r in records for name in r.get("scores", ())]
+    spans = [r["span"] for r in records if "span" in r]
+    return [span["facts"]["metadata"].get("row_id", span["name"]) for span in spans], [name for r in records for name in r.get("scores", ())]
 
 
 def settings_for(server, **changes):

@@ -46,13 +46,18 @@ def traced(tmp_path):
 
 @pytest.fixture
 def resend(run_script, monkeypatch):
-    """Run resend_traces.py for a server's keys: (exit code, stdout, stderr)."""
+    """Run resend_traces.py for a server's keys: (exit code, stdout without the traces' addresses and the next command, stderr)."""
 
     def run_it(server, *places):
         public_key, secret_key = server.keys.split(":")
         values = {"PUBLIC_KEY": public_key, "SECRET_KEY": secret_key, "BASE_URL": server.url, "DISABLED": "0"}
         for name, value in values.items():
             monkeypatch.setenv(f"LANGFUSE_{name}", value)
-        return run_script(load_script("01_eval/resend_traces.py"), *places)
+        code, printed, error = run_script(load_script("01_eval/resend_traces.py"), *places)
+        lines = printed.splitlines(keepends=True)
+        traces = [line for line in lines if line.startswith(f"trace: {server.url}/project/project-1/traces/")]
+        following = [line for line in lines if line.startswith("next: ")]
+        assert len(traces) == printed.count("sent: ") and len(following) == (code == 1)
+        return code, "".join(line for line in lines if line not in traces + following), error
 
     return run_it

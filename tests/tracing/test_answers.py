@@ -126,17 +126,17 @@ def test_spans_of_a_partial_success_are_told_kept_and_sent_again_with_their_batc
     assert (code, printed) == (1, "") and f"{lost} spans and 0 scores" in error
     server.rejected_spans = 0
     assert resend(server, tmp_path)[:2] == (0, f"sent: {outbox_path(tmp_path / 'report.json')}\n")
-    assert {span.name for span in server.spans} == {"run", *(f"row-{number}" for number in range(300))} and kept(tmp_path) is None
+    assert {span.row for span in server.spans} == {"run", *(f"row-{number}" for number in range(300))} and kept(tmp_path) is None
 
 
 def test_what_was_refused_alone_goes_when_the_server_takes_it(server, traced, resend, tmp_path):
     server.largest = 3_000
     with traced(settings_for(server)) as trace:
         trace.generation("giant", "phi-4-mini", [{"role": "user", "content": "".join(uuid.uuid4().hex for _ in range(300))}], REPLY)
-    assert "giant" in kept(tmp_path)[0] and [span.name for span in server.spans] == ["run"]
+    assert "giant" in kept(tmp_path)[0] and [span.row for span in server.spans] == ["run"]
     server.largest = None
     assert resend(server, tmp_path)[0] == 0 and kept(tmp_path) is None
-    assert sorted(span.name for span in server.spans) == ["giant", "run"]
+    assert sorted(span.row for span in server.spans) == ["giant", "run"]
 
 
 # --- addresses, keys, proxies

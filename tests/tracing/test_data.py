@@ -8,6 +8,7 @@ import time
 import uuid
 from decimal import Decimal
 from importlib import metadata
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,6 +18,7 @@ from slm_swap.common.exact_json import EXACT
 from slm_swap.common.settings import PACKAGE, load_settings
 from slm_swap.dataset.readers.chat import chat
 from slm_swap.dataset.readers.sources import Seen
+from slm_swap.evaluating.experiments import link
 from slm_swap.rows.examples import Example, parse_example
 from slm_swap.rows.prompts import SYSTEM_PROMPTS, toolcall_completion
 from slm_swap.scoring.tracks import TRACKS
@@ -282,6 +284,13 @@ def test_run_items_go_to_a_v3_server_and_are_left_out_on_v4(server, push):
     assert sorted(server.rest.run_items, key=lambda item: item["observationId"]) == expected[:linked]
 
 
+def test_an_experiment_of_one_trace_is_told_to_look_dearer_where_costs_of_traces_are_added_up(server, push):
+    push(ROWS[:3])
+    said: list[str] = []
+    link(opened(), load_settings(), ROWS[:3], SimpleNamespace(id="a" * 32, row_id=lambda row: "b" * 16), said.append)
+    assert ["3 times too high" in line for line in said] == ([True] if server.rest.generation == "v3" else [])
+
+
 # -- Pull ------------------------------------------------------------------------------------------------------------------------
 
 TOOL = {
@@ -370,6 +379,22 @@ def test_traffic_of_every_kind_is_kept_or_counted(server, pull, tmp_path):
         "traffic_toolcall.jsonl",
     ]
     assert {headers["authorization"].split()[0] for headers in server.headers} == {"Basic"}
+
+
+def test_replies_whose_end_was_not_recorded_are_told_and_those_as_long_as_their_limit_dropped(server, pull, tmp_path):
+    """As langfuse.openai records chat completions: usage and parameters, and no finish_reason."""
+    bare = {"metadata": {}, "modelParameters": {"max_tokens": "64", "temperature": 0}}
+    server.rest.observations = [
+        generation(1, "Hello", "Hi! How may I help you?", **bare, usageDetails={"input": 90, "output": 8, "total": 98}),
+        generation(2, "And the menu?", "We have soup, fish,", **bare, usageDetails={"input": 90, "output": 64, "total": 154}),
+        generation(3, "And the wine?", "Red, white and", **bare | {"modelParameters": {}}, usageDetails={"output": 64}),
+        generation(4, "Good day", "Good day!", usageDetails={"output": 64}, modelParameters={"max_completion_tokens": 64}),
+    ]
+    code, _, err = pull("--track", "toolcall")
+    report = json.loads((tmp_path / "traffic.report.json").read_text())
+    assert code == 0 and report["counts"] == {"read": 4, "kept": 3, "dropped": {"truncated": 1}} and report["end_unknown"] == 2
+    assert [row["id"] for row in rows_of(tmp_path / "traffic.jsonl")] == ["o00001", "o00003", "o00004"]
+    assert "warning: 2 of 3 replies have no finish_reason in Langfuse" in err
 
 
 @pytest.mark.parametrize("as_text", [True, False], ids=["text", "read"])

@@ -24,9 +24,10 @@ from slm_swap.evaluating.row_traces import _as_told, trace_rows
 from slm_swap.rows.examples import parse_example
 from slm_swap.rows.prompts import OWN_RUN, request_of
 from slm_swap.scoring.tracks import TRACKS
-from slm_swap.tracing import outbox, runs
+from slm_swap.tracing import outbox, runs, wire
+from slm_swap.tracing.datasets import ENVIRONMENT, Experiment
 from slm_swap.tracing.outbox import parse
-from slm_swap.tracing.runs import _answer, connect, outbox_path
+from slm_swap.tracing.runs import _answer, connect, outbox_path, trace_run
 from tests.support.langfuse_server import scores_of, spans_of
 from tests.support.processes import PATIENCE, wait_until
 from tests.support.traces import MESSAGES, REPLY, found_failing, kept, outage, send_rows, settings_for
@@ -42,15 +43,15 @@ def plain(value):
 
 def by_name(server):
     spans = server.spans
-    assert len({span.name for span in spans}) == len(spans)
-    return {span.name: span for span in spans}
+    assert len({span.row for span in spans}) == len(spans)
+    return {span.row: span for span in spans}
 
 
 # --- what arrives
 
 
 def test_a_run_is_one_trace_with_its_rows_scores_and_event(server, traced):
-    metadata = {"dataset": "test.jsonl", "limit": 5, "args": {"seed": 42}, "note": "n" * 300}
+    metadata = {"dataset": "test.jsonl", "limit": 5, "optional": False, "args": {"seed": 42}, "note": "n" * 300}
     with traced(settings_for(server), "eval-toolcall-slm", metadata, ["toolcall", "slm"], session="pipeline-7") as trace:
         trace.generation(
             "right",
@@ -58,7 +59,7 @@ def test_a_run_is_one_trace_with_its_rows_scores_and_event(server, traced):
             MESSAGES,
             REPLY,
             {"args_exact": 1.0, "args_f1": 0.5},
-            cost=0.003,
+            cost={"total": 0.003},
             metadata={"matcher": "strict"},
         )
         trace.generation("miss", "phi-4-mini", MESSAGES, REPLY, {"args_exact": 0}, error="wrong_value")
@@ -87,7 +88,10 @@ def test_a_run_is_one_trace_with_its_rows_scores_and_event(server, traced):
     assert plain(root.attributes["langfuse.observation.metadata.note"]) == "n" * 300
     assert plain(root.attributes["langfuse.observation.metadata.args"]) == {"seed": 42}
     assert plain(root.attributes["langfuse.observation.metadata.report"]) == "01_eval/reports/x.json"
-    assert root.json("output") == {"args_exact_rate": 0.5}
+    assert root.json("output") == {"args_exact_rate": 0.5} and root.json("input") == metadata
+    assert root.attributes["langfuse.observation.metadata.optional"] is False is root.attributes["langfuse.trace.metadata.optional"]
+    assert {span.name for span in server.spans if span.kind == "generation"} == {"row"}
+    assert root.scope == ("langfuse-sdk.slm_swap", {"public_key": server.keys.split(":")[0]})
     assert plain(spans["decision"].attributes["langfuse.observation.metadata.verdict"]) == "SWAP"
     assert trace.url == f"{server.url}/project/project-1/traces/{trace.id}"
 
@@ -111,7 +115,7 @@ def test_a_native_row_carries_its_tools_and_calls_and_is_known_as_this_programs_
 
 def test_a_row_carries_messages_reply_usage_cost_level_and_duration(server, traced):
     with traced(settings_for(server)) as trace:
-        trace.generation("right", "phi-4-mini", MESSAGES, REPLY, cost=0.003, metadata={"matcher": "strict"})
+        trace.generation("right", "phi-4-mini", MESSAGES, REPLY, cost={"input": 0.001, "output": 0.002, "total": 0.003}, metadata={"matcher": "strict"})
         trace.generation("miss", "phi-4-mini", MESSAGES, REPLY, error="wrong_value")
         trace.generation("failed", "phi-4-mini", MESSAGES, Reply("", "error", error="HTTP 429 five times"))
     spans = by_name(server)
@@ -124,11 +128,11 @@ def test_a_row_carries_messages_reply_usage_cost_level_and_duration(server, trac
     assert usage == {"input": 45, "input_cached_tokens": 15, "output": 20}
     assert all(type(count) is int for count in usage.values())
     assert "langfuse.observation.usage_details" not in failed.attributes, "what was not counted is not 0"
-    assert right.json("cost_details") == {"total": 0.003}
+    assert right.json("cost_details") == {"input": 0.001, "output": 0.002, "total": 0.003}
     assert "langfuse.observation.cost_details" not in miss.attributes
     assert plain(right.attributes["langfuse.observation.metadata.matcher"]) == "strict"
     assert plain(right.attributes["langfuse.observation.metadata.finish_reason"]) == "stop"
-    levels = {span.name: span.attributes["langfuse.observation.level"] for span in (right, miss, failed)}
+    levels = {span.row: span.attributes["langfuse.observation.level"] for span in (right, miss, failed)}
     assert levels == {"right": "DEFAULT", "miss": "WARNING", "failed": "ERROR"}
     assert miss.attributes["langfuse.observation.status_message"] == "wrong_value"
     assert failed.attributes["langfuse.observation.status_message"] == "HTTP 429 five times"
@@ -153,7 +157,7 @@ def test_five_thousand_rows_arrive_each_once_though_the_server_is_slow(server, c
     server.delay = 0.1  # slower than the rows come, so that they must wait: the SDK's queue would drop the oldest
     with traced(settings_for(server)) as trace:
         send_rows(trace, 5000)
-    rows = {span.id: span.name for span in server.spans if span.kind == "generation"}
+    rows = {span.id: span.row for span in server.spans if span.kind == "generation"}
     assert len(server.spans) == 5001
     assert sorted(rows.values()) == sorted(f"row-{number}" for number in range(5000))
     assert sorted(score["observationId"] for score in server.scores) == sorted(rows)
@@ -212,7 +216,7 @@ def test_batches_too_large_for_the_server_are_halved(server, capfd, tmp_path, tr
             trace.generation(f"row-{number}", "phi-4-mini", [message], REPLY)
         giant = "".join(uuid.uuid4().hex for _ in range(600))
         trace.generation("giant", "phi-4-mini", [{"role": "user", "content": giant}], REPLY)
-    assert {span.name for span in server.spans} == {"run", *(f"row-{number}" for number in range(100))}
+    assert {span.row for span in server.spans} == {"run", *(f"row-{number}" for number in range(100))}
     assert len(server.spans) == 101
     assert "1 spans have not reached" in capfd.readouterr().err and "giant" in kept(tmp_path)[0]
 
@@ -238,7 +242,7 @@ def test_secrets_are_in_no_body(server, traced):
     deep = {says: [says, (says, {"path": Path(says)}), ValueError(says)]}
     with pytest.raises(RuntimeError), traced(settings, says, {"note": says, **deep}, [says], session=says) as trace:
         trace.generation(
-            says, says, [{"role": says, "content": says}], Reply(says, says, error=says), {says: 1.0}, says, 1.0, deep
+            says, says, [{"role": says, "content": says}], Reply(says, says, error=says), {says: 1.0}, says, {"total": 1.0}, deep
         )
         trace.event(says, deep)
         trace.scores({says: 1.0, "text": says})
@@ -391,7 +395,7 @@ def test_what_an_outage_held_up_arrives_after_it(server, traced, impatient, capf
         server.status = None
         monkeypatch.setattr(runs, "CLOSE_SECONDS", PATIENCE)  # it is well again
         send_rows(trace, 6, first=3)
-    assert sorted(span.name for span in server.spans) == ["row-" + str(number) for number in range(9)] + ["run"]
+    assert sorted(span.row for span in server.spans) == ["row-" + str(number) for number in range(9)] + ["run"]
     assert len(server.scores) == 9 and capfd.readouterr().err == "" and kept(tmp_path) is None
 
 
@@ -474,7 +478,7 @@ def test_a_killed_run_leaves_no_sender_and_its_file_to_the_next(server, tmp_path
     server.hanging = False
     with traced(settings_for(server), seed="s") as trace:
         send_rows(trace, 1501)
-    assert {span.name for span in server.spans} == {"run", *(f"row-{number}" for number in range(1501))}
+    assert {span.row for span in server.spans} == {"run", *(f"row-{number}" for number in range(1501))}
     if not hanging:  # where no answer came, Langfuse makes one of what comes twice
         assert len(server.spans) == 1502 and len(server.scores) == 1501
 
@@ -552,9 +556,9 @@ def test_what_an_outage_kept_is_sent_later_nothing_doubled_nothing_lost(server, 
         server.accept()
     code, printed, _ = resend(server, tmp_path)
     assert code == 0 and printed.startswith("sent: ") and kept(tmp_path) is None
-    assert sorted(span.name for span in server.spans) == sorted(["run", *(f"row-{number}" for number in range(705))])
+    assert sorted(span.row for span in server.spans) == sorted(["run", *(f"row-{number}" for number in range(705))])
     assert len(server.scores) == len({score["id"] for score in server.scores}) == 706
-    assert resend(server, tmp_path)[:2] == (0, "nothing to send\n")
+    assert resend(server, tmp_path)[:2] == (0, "nothing to send: every trace has arrived\n")
 
 
 def test_a_server_that_fails_half_of_the_time_gets_everything_once_or_keeps_it(server, traced, resend, tmp_path):
@@ -563,7 +567,7 @@ def test_a_server_that_fails_half_of_the_time_gets_everything_once_or_keeps_it(s
         send_rows(trace, 1500)
     server.flaky = 0.0
     resend(server, tmp_path)
-    assert kept(tmp_path) is None and {span.name for span in server.spans} >= {f"row-{number}" for number in range(1500)}
+    assert kept(tmp_path) is None and {span.row for span in server.spans} >= {f"row-{number}" for number in range(1500)}
     assert len({span.id for span in server.spans}) == len(server.spans) == 1501
     assert len({score["id"] for score in server.scores}) == len(server.scores) == 1500
 
@@ -580,9 +584,75 @@ def test_a_run_that_goes_on_after_a_kill_sends_every_row_once(server, traced, tm
         stream.write(b'{"span":{"id":"torn')
     with traced(settings_for(server), seed="s") as trace:
         send_rows(trace, 60)  # the first 40 again, as a resumed run tells them
-    rows = [span.name for span in server.spans if span.kind == "generation"]
+    rows = [span.row for span in server.spans if span.kind == "generation"]
     assert sorted(rows) == sorted(f"row-{number}" for number in range(60)) and kept(tmp_path) is None
     assert len({span.trace for span in server.spans}) == 1 and len({score["id"] for score in server.scores}) == 60
+    root = by_name(server)["run"]
+    assert root.start < min(span.start for span in server.spans if span is not root and span.id != root.id), "it began with the first process"
+
+
+def test_scores_whose_answer_was_lost_are_looked_up_and_not_sent_again(server, traced, capfd, tmp_path):
+    """A slow server does the work for which nobody waits any more: the same once more would make it slower still."""
+    server.answers_lost = 2
+    with traced(settings_for(server)) as trace:
+        send_rows(trace, 400, scores={"args_exact": 1.0, "args_f1": 0.5})
+    assert capfd.readouterr().err == "" and kept(tmp_path) is None
+    ids = [score["id"] for score in server.scores]
+    assert len(ids) == len(set(ids)) == 800 and server.answers_lost == 0
+    assert server.looked_up and max(len(scores_of([post])) for post in server.bodies if scores_of([post])) <= 128
+
+
+@pytest.mark.parametrize("generation", [4, 5])
+def test_what_an_interrupted_run_may_have_sent_is_looked_up_by_the_next_one(server, traced, impatient, resend, tmp_path, generation):
+    server.generation = generation
+    with traced(settings_for(server)) as trace:
+        send_rows(trace, 200)
+        wait_until(lambda: len(server.scores) == 200)
+        server.answers_lost = 10**6
+        send_rows(trace, 100, first=200)
+        wait_until(lambda: len(server.scores) >= 300 and found_failing(tmp_path))
+        server.status = 503  # nor can it be asked what it has
+    server.status, server.answers_lost = None, 0
+    before = len(server.scores)
+    assert resend(server, tmp_path)[0] == 0 and kept(tmp_path) is None
+    assert len(server.scores) == before and len({score["id"] for score in server.scores}) == 300, "all of them were there"
+
+
+def test_requests_become_smaller_until_they_are_answered_in_time(server, traced, monkeypatch, capfd, tmp_path):
+    monkeypatch.setattr(wire, "REQUEST_SECONDS", 1)
+    server.most_scores = 40
+    with traced(settings_for(server)) as trace:
+        send_rows(trace, 60, scores={name: 1.0 for name in ("a", "b", "c", "d", "e", "f", "g")})
+    assert capfd.readouterr().err == "" and kept(tmp_path) is None
+    sizes = [len(scores) for post in server.bodies if (scores := scores_of([post]))]
+    assert len({score["id"] for score in server.scores}) == 420 and max(sizes) <= 128 and all(size % 7 == 0 for size in sizes), "whole rows"
+
+
+def test_seconds_of_resend_traces_are_for_each_answer_too(server, traced, impatient, resend, tmp_path, monkeypatch):
+    monkeypatch.setattr(wire, "REQUEST_SECONDS", 0.2)
+    monkeypatch.setattr(wire, "CHECK_SECONDS", PATIENCE)
+    with traced(settings_for(server)) as trace:
+        server.status = 503
+        send_rows(trace, 3)
+    server.status, server.delay = None, 1.0
+    assert resend(server, tmp_path, "--seconds", 5)[0] == 1 and kept(tmp_path), "0.5 s for an answer that takes 1 s"
+    assert resend(server, tmp_path, "--seconds", 10 * PATIENCE)[0] == 0 and kept(tmp_path) is None
+
+
+def test_the_parts_of_an_experiments_row_are_of_the_experiment_and_all_of_the_trace_is_in_its_environment(server, tmp_path):
+    experiment = Experiment("tiny-1", "e1", "slm_swap/structured/test", "d1", "url")
+    row = parse_example({"id": "r", "prompt": "Say 1", "completion": '{"a": 1}'}, "rows.jsonl:1")
+    reply = Reply('{"a": 1}', "stop", 10, 2, 4, 2.0, retries=[[0.0, 0.5, 429]])
+    client = SimpleNamespace(kind="azure", describe=lambda: {"deployment": "gpt"}, cost_parts=lambda *counts: {"total": 1.0})
+    with trace_run(connect(settings_for(server)), "run", tmp_path / "report.json", environment=ENVIRONMENT) as trace:
+        batch = trace.span("batch", 10**18, 10**18 + 5, {"batch": "0"})
+        trace_rows(trace, "structured", client, [score_row(TRACKS["structured"], row, reply)], batch, experiment)
+    spans = by_name(server)
+    assert {span.attributes["langfuse.environment"] for span in server.spans} == {"sdk-experiment"} == {score["environment"] for score in server.scores}
+    assert spans["r"].attributes.items() >= experiment.root_attributes(row, spans["r"].id).items()
+    assert spans["retry"].attributes.items() >= experiment.attributes(row, spans["r"].id).items()
+    assert "langfuse.experiment.item.expected_output" not in spans["retry"].attributes
+    assert not [key for name in ("run", "batch") for key in spans[name].attributes if "experiment." in key]
 
 
 def test_a_line_of_which_the_disk_took_a_part_spoils_no_other(tmp_path, monkeypatch):
@@ -635,12 +705,12 @@ def test_without_content_no_text_of_a_row_leaves(server, traced):
 
 def test_batches_and_retries_are_spans_with_the_rows_under_them(server, traced):
     with traced(settings_for(server)) as trace:
-        batch = trace.span("batch 1", 10**18, 10**18 + 5, {"rows": 2})
+        batch = trace.span("batch", 10**18, 10**18 + 5, {"batch": "1"})
         trace.generation("row", "m", MESSAGES, REPLY, parent=batch)
         trace.span("retry", 10**18 + 1, 10**18 + 2, {"status": 429}, parent=trace.row_id("row"), level="WARNING")
     spans = by_name(server)
-    assert spans["row"].parent == spans["batch 1"].id and spans["retry"].parent == spans["row"].id
-    assert (spans["batch 1"].kind, spans["batch 1"].start, spans["batch 1"].end) == ("span", 10**18, 10**18 + 5)
+    assert spans["row"].parent == spans["batch"].id and spans["retry"].parent == spans["row"].id
+    assert (spans["batch"].kind, spans["batch"].start, spans["batch"].end) == ("span", 10**18, 10**18 + 5)
     assert spans["retry"].attributes["langfuse.observation.level"] == "WARNING" and spans["retry"].json("metadata.status") == 429
 
 

@@ -245,7 +245,7 @@ def test_a_run_goes_on_beside_a_damaged_file_and_tells_its_rows_again(server, tr
     with traced(settings_for(server), seed="s") as trace:
         send_rows(trace, ROWS)
     said = capsys.readouterr().err
-    assert trace.id == trace_id and {span.name for span in server.spans} == {"run", *(f"row-{number}" for number in range(ROWS))}
+    assert trace.id == trace_id and {span.row for span in server.spans} == {"run", *(f"row-{number}" for number in range(ROWS))}
     if damage == "torn":  # as a killed run leaves it
         assert said == "" and files(tmp_path) == {}
     elif damage == "row":
@@ -311,7 +311,7 @@ def test_no_room_for_records_and_marks_ends_no_run_and_shows_no_traceback(server
         assert resend(server, tmp_path)[0] == 0
     with traced(settings_for(server), seed="s") as trace:
         send_rows(trace, 400)
-    assert {span.name for span in server.spans} == {"run", *(f"row-{number}" for number in range(400))}
+    assert {span.row for span in server.spans} == {"run", *(f"row-{number}" for number in range(400))}
 
 
 def test_a_folder_that_may_not_be_written_is_one_line(server, traced, impatient, tmp_path, monkeypatch):

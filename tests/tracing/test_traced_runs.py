@@ -82,15 +82,17 @@ def test_an_evaluation_is_one_trace_with_a_generation_a_row(server, files):
     report = evaluate(server, files)
     generations = [span for span in server.spans if span.kind == "generation"]
     assert {span.trace for span in server.spans} == {report["trace"]["id"]}
-    assert sorted(span.name for span in generations) == [row.id for row in ROWS]
+    assert sorted(span.row for span in generations) == [row.id for row in ROWS]
     (missed,) = [span for span in generations if span.attributes["langfuse.observation.level"] == "WARNING"]
-    assert missed.name == "row-3" and missed.attributes["langfuse.observation.status_message"] == "missing_argument"
+    assert missed.row == "row-3" and missed.attributes["langfuse.observation.status_message"] == "missing_argument"
     of_rows = [score for score in server.scores if score.get("observationId")]
     assert len(of_rows) == len(ROWS) * 6  # five metrics, and the error as a category
     errors = {score["observationId"]: score["value"] for score in of_rows if score["name"] == "error"}
-    assert {span.name: errors[span.id] for span in generations} == {row.id: "none" for row in ROWS} | {"row-3": "missing_argument"}
+    assert {span.row: errors[span.id] for span in generations} == {row.id: "none" for row in ROWS} | {"row-3": "missing_argument"}
     of_run = {score["name"]: score["value"] for score in server.scores if not score.get("observationId")}
-    assert of_run == pytest.approx(report["metrics"])
+    means = ("field_precision", "field_recall", "field_f1")  # which rows have under these names
+    assert of_run == pytest.approx({f"{name}_mean" if name in means else name: value for name, value in report["metrics"].items()})
+    assert not {score["name"] for score in of_rows} & of_run.keys()
 
 
 def test_a_trace_tells_what_was_run_on_what(server, files):
@@ -106,19 +108,45 @@ def test_a_trace_tells_what_was_run_on_what(server, files):
 
 def test_local_rows_are_under_their_batch_and_the_trace_names_model_and_engine(server, files, monkeypatch):
     monkeypatch.setenv("SLM_MODEL_PATH", "models/phi-tiny")
+    (files / "prices.toml").write_text('currency = "USD"\n[local]\nhour = 2.2\n')
+    monkeypatch.setenv("PRICES_FILE", str(files / "prices.toml"))
     flags = ("--track", "structured", "--model-kind", "slm", "--dataset", files / "rows.jsonl", "--out", files / "report.json")
     done = run(server, "01_eval/eval.py", *flags, "--batch-size", 4, "--precision", "fp32", "--max-new-tokens", 4)
     assert done.returncode == 0, done.stderr
     batches = {span.id: span for span in server.spans if span.kind == "span"}
     rows = [span for span in server.spans if span.kind == "generation"]
-    assert sorted(batch.name for batch in batches.values()) == ["batch 0", "batch 1"]
-    assert Counter(batches[row.parent].name for row in rows) == {"batch 0": 4, "batch 1": 2}
+    assert {batch.name for batch in batches.values()} == {"batch"} and len(batches) == 2
+    assert Counter(batches[row.parent].json("metadata.batch") for row in rows) == {"0": 4, "1": 2}
+    report = json.loads((files / "report.json").read_text())
+    costs = [row.json("cost_details")["total"] for row in rows]
+    assert sum(costs) == pytest.approx(report["cost"]["total"], rel=1e-3) and report["cost"]["total"] > 0
+    assert len(set(costs)) == 2, "rows of a batch share its time"
     assert {row.attributes["langfuse.trace.metadata.model"] for row in rows} == {"phi-tiny"}
     assert {row.attributes["langfuse.trace.metadata.engine"] for row in rows} == {"transformers"}
     lines = {line["id"]: line for line in map(json.loads, (files / "report.rows.jsonl").read_text().splitlines())}
     for row in rows:
-        told = {name: json.loads(row.attributes[f"langfuse.observation.metadata.{name}"]) for name in ("confidence", "parses")}
-        assert told == {name: lines[row.name][name] for name in told} and told["confidence"]["tokens"] > 0
+        told = {name: row.json(f"metadata.{name}") for name in ("confidence", "parses")}
+        assert told == {name: lines[row.row][name] for name in told} and told["confidence"]["tokens"] > 0
+
+
+def test_reports_of_a_live_comparison_name_their_traces(server, files):
+    with AzureSimulator(ROWS) as azure:
+        names = {"AZURE_ENDPOINT": azure.url, "AZURE_DEPLOYMENT": azure.deployment, "AZURE_API_VERSION": "2024-10-21", "AZURE_API_KEY": azure.key}
+        flags = ("--track", "structured", "--models", "azure", "replay", "--dataset", files / "rows.jsonl", "--replies", files / "replies.jsonl")
+        done = run_python(PACKAGE / "01_eval/live_compare.py", *flags, "--save", "--out-dir", files, **keys(server), **names)
+    assert done.returncode == 0, done.stderr
+    for kind in ("azure", "replay"):
+        report = json.loads((files / f"structured_{kind}_rows_live.json").read_text())
+        spans = [span for span in server.spans if span.trace == report["trace"]["id"]]
+        assert report["trace"]["url"].endswith(report["trace"]["id"]) and {span.row for span in spans} == {f"live-structured-{kind}", *(row.id for row in ROWS)}
+        assert spans[0].attributes["langfuse.trace.metadata.model_kind"] == kind
+
+
+def test_flags_of_the_local_model_are_not_told_of_a_hosted_one(server, files):
+    evaluate(server, files, "--no-trace-content")
+    told = {name.rpartition(".")[2]: value for span in server.spans for name, value in span.attributes.items() if ".metadata." in name}
+    assert told["no_trace_content"] is True and told["overwrite"] is False
+    assert not {"batch_size", "engine_start", "precision", "trust_remote_code"} & told.keys()
 
 
 def test_without_content_nothing_of_a_row_leaves_an_evaluation(server, files):
@@ -169,10 +197,12 @@ def test_a_killed_and_resumed_evaluation_is_one_trace_with_a_generation_a_row(se
     assert report["counts"]["rows"] == 60 and report["sessions"] == 3
     assert {span.trace for span in server.spans} == {report["trace"]["id"]}
     # a killed run's sender may have no time to note what has arrived: it comes again, as the same span
-    assert len({span.id for span in generations}) == len({span.name for span in generations}) == len({(span.id, span.name) for span in generations}) == 60
+    assert len({span.id for span in generations}) == len({span.row for span in generations}) == len({(span.id, span.row) for span in generations}) == 60
     of_rows = [score["id"] for score in server.scores if score.get("observationId")]
     assert len(of_rows) == len(set(of_rows)) == 60 * 6
     assert not list(files.glob("*.traces.jsonl")) and not list(files.glob("*.part"))
+    [root] = [span for span in server.spans if span.kind == "chain"]
+    assert root.start < min(span.start for span in server.spans if span.id != root.id)
     retries = [span for span in server.spans if span.name == "retry"]
     assert retries and {span.parent for span in retries} <= {span.id for span in generations}
     assert {span.json("metadata.status") for span in retries} == {429}
@@ -226,7 +256,7 @@ def test_a_comparison_is_a_trace_with_its_decision(server, files):
     told = event.json("metadata.metrics")
     assert {name: told[name]["difference"] for name in told} == dict.fromkeys(decision["metrics"], 0)
     scores = {score["name"]: score["value"] for score in server.scores if score.get("traceId") == decision["trace"]["id"]}
-    assert scores == {"verdict": "NEED_MORE_DATA"} | {f"{name}_difference": 0 for name in decision["metrics"]}
+    assert scores == {"verdict": "NEED_MORE_DATA"} | {f"{name}_azure_minus_slm": 0 for name in decision["metrics"]}
 
 
 def training(files) -> tuple:
@@ -248,6 +278,9 @@ def test_a_training_run_is_a_trace_with_its_losses(server, files):
     points = [span for span in server.spans if span.name == "loss"]
     assert sorted(point.json("metadata.loss") for point in points) == sorted(entry["loss"] for entry in curve) and curve
     root = next(span for span in server.spans if span.kind == "chain")
+    curve_of = {score["observationId"]: score for score in server.scores if score["name"] == "step_loss"}
+    drawn = sorted((curve_of[point.id]["timestamp"], point.json("metadata.step"), curve_of[point.id]["value"]) for point in points)
+    assert [(step, loss) for _, step, loss in drawn] == [(entry["step"], entry["loss"]) for entry in curve], "in time, as charts are"
     assert root.json("metadata.adapter_sha256") == sha256_file(files / "adapter/adapter_model.safetensors")
 
 

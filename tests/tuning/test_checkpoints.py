@@ -85,13 +85,13 @@ def test_a_damaged_or_changed_adapter_is_neither_evaluated_nor_merged(tmp_path):
         lambda: SLMClient(Settings(slm_model_path=str(base)), precision="fp32", adapter=out),
         lambda: merge_adapter(base, out, tmp_path / "merged", "fp32"),
     ):
-        with pytest.raises(UserError, match=r"the files of .*adapter are not those that its training_info.json tells of"):
+        with pytest.raises(UserError, match=r"the files of .*adapter do not match its training_info.json"):
             use()
     weights.write_bytes(whole)
     merge_adapter(base, out, tmp_path / "merged", "fp32")
     SLMClient(Settings(slm_model_path=str(tmp_path / "merged")), precision="fp32").close()
     shutil.copy(tmp_path / "merged/generation_config.json", tmp_path / "merged/another.json")
-    with pytest.raises(UserError, match="merged are not those"):
+    with pytest.raises(UserError, match="merged do not match"):
         SLMClient(Settings(slm_model_path=str(tmp_path / "merged")), precision="fp32")
 
 

@@ -189,7 +189,7 @@ def test_the_script_runs_from_its_short_form(tmp_path, monkeypatch, capsys):
             "--model", BASE, "--preset", "fast", "--precision", "fp32", "--pack-length", 2048, "--learning-rate", "1e-3", "--limit", 4,
         )  # fmt: skip
     captured = capsys.readouterr()
-    assert left.value.code == 0 and "4 rows, 1 steps" in captured.out and "1 prompts stand in both files" in captured.err
+    assert left.value.code == 0 and "4 rows, 1 steps" in captured.out and "1 prompts are in both files" in captured.err
     assert "step 1 of 1: loss " in captured.out and "{'" not in captured.out, "words, not transformers' dictionaries"
     assert captured.out.endswith(f"next: python 01_eval/eval.py --track structured --model-kind slm --adapter {tmp_path / 'adapter'} --out 01_eval/reports/structured_slm_adapter.json\n")
     info = json.loads((tmp_path / "adapter/training_info.json").read_text())

@@ -144,7 +144,7 @@ def test_rows_that_stand_in_another_split_are_refused(refused, calibrate, tmp_pa
     other = tmp_path / "train.jsonl"
     other.write_text("".join(json.dumps(example.to_json() | {"id": f"t{at}"}) + "\n" for at, example in enumerate(calls(230)[199:])))
     line = refused(*flags)
-    assert "1 of the rows stand in" in line and "train.jsonl too (first: id 'row-199')" in line and "--calibration-size N" in line
+    assert "1 of the rows are in" in line and "train.jsonl too (first: id 'row-199')" in line and "--calibration-size N" in line
     other.write_text("".join(json.dumps(example.to_json()) + "\n" for example in calls(230)[200:]))
     assert calibrate(*flags)[0] == 0
 
@@ -152,7 +152,7 @@ def test_rows_that_stand_in_another_split_are_refused(refused, calibrate, tmp_pa
 def test_rows_of_the_validation_reports_are_refused(refused, tmp_path):
     flags = write_pair(tmp_path, rows=200)
     validation = write_pair(tmp_path, "other", rows=20, first=190)
-    assert "10 of the rows stand in" in refused(*flags, "--val-azure", validation[1], "--val-slm", validation[3])
+    assert "10 of the rows are in" in refused(*flags, "--val-azure", validation[1], "--val-slm", validation[3])
     another = write_pair(tmp_path, "another", rows=20, first=300, model=SMALL | {"precision": "fp8"})
     assert "is of another small model" in refused(*flags, "--val-azure", another[1], "--val-slm", another[3])
     assert "go together" in refused(*flags, "--val-azure", validation[1])

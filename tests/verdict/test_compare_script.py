@@ -10,6 +10,7 @@ from slm_swap.common.reports import rows_path, sha256_file
 from slm_swap.common.settings import ROOT
 from slm_swap.evaluating.report import Digests
 from slm_swap.scoring.tracks import TRACKS
+from slm_swap.scoring.words import metric_name
 from tests.support.calibrated import write_pair
 from tests.support.evaluated import AZURE, SLM, TUNED, calls, replies, write_report
 from tests.support.scripts import load_script
@@ -99,7 +100,7 @@ def test_verdicts_and_exit_codes(compare, make, decision, tmp_path, slm, verdict
     left, printed, error = compare(make("azure", rows=rows), make("slm", slm, rows=rows), *flags)
     assert (left, error) == (code, "")
     assert printed.splitlines()[-3:] == [f"FINE_TUNE={int(code == 10)}", f"VERDICT={verdict}", f"decision: {tmp_path / 'decision.json'}"]
-    assert all(name in printed for name in GATE)
+    assert all(metric_name(name) in printed for name in GATE)
     told = decision()
     assert (told["verdict"], told["fine_tune"], told["delta"], told["alpha"]) == (verdict, code == 10, 0.02, 0.05)
     assert told["rule"] == ("sequential" if flags == ["--sequential"] else "paired") and told["track"] == "toolcall"
@@ -184,7 +185,7 @@ def test_before(compare, make, decision, refused):
     told = decision()["before"]
     assert (told["metrics"]["args_exact_rate"]["gain"], len(told["better"]), told["worse"]) == (0.5, 100, [])
     printed = compare(azure, slm, "--before", before)[1]
-    assert "Before fine-tuning args_exact_rate was 0.0000: +0.5000 gained (" in printed and "100 rows better and 0 worse." in printed
+    assert "Before fine-tuning “Fully right call” was 0.0000: +0.5000 gained (" in printed and "100 rows better and 0 worse." in printed
     assert "different data" in refused(azure, slm, "--before", make("fewer", model=SLM, rows=100))
     assert "no before.rows.jsonl" in refused(azure, slm, "--before", bare(before)).replace(str(before.parent) + "/", "")
 
@@ -375,8 +376,8 @@ def test_different_rows(refused, make):
     ("change", "what"),
     [
         (lambda rows: rows[1:], "19 rows for 20"),
-        (lambda rows: [*rows, rows[0]], "an id stands there twice"),
-        (lambda rows: [rows[0] | {"id": "row-1"}, *rows[1:]], "an id stands there twice"),
+        (lambda rows: [*rows, rows[0]], "an id occurs twice"),
+        (lambda rows: [rows[0] | {"id": "row-1"}, *rows[1:]], "an id occurs twice"),
         (lambda rows: [], "0 rows for 20"),
         (lambda rows: [rows[1] | {"id": "row-0"}, *rows[1:]], "another mean of valid_call_rate (strict)"),
         (lambda rows: ["not a row", *rows[1:]], "rows.jsonl:1: not a row as 01_eval/eval.py writes them"),

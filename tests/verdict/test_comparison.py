@@ -468,7 +468,7 @@ def test_rows_files_without_groups_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        (lambda n, line: line | {"id": "row-0"}, "an id stands there twice"),
+        (lambda n, line: line | {"id": "row-0"}, "an id occurs twice"),
         (lambda n, line: line | {"id": 7}, "not a row"),
         (lambda n, line: line | {"error": "unheard_of"}, "not a row"),
         (lambda n, line: line | {"error": ["no_json"]}, "not a row"),

@@ -10,8 +10,10 @@ from markdown_it import MarkdownIt
 
 from slm_swap.clients.pricing import HostedPrices, LocalPrices, Prices, Traffic
 from slm_swap.scoring.tracks import TRACKS
+from slm_swap.scoring.words import ERROR_KINDS, metric_name
 from slm_swap.verdict.comparison import examine, examine_means
 from slm_swap.verdict.evaluations import read_evaluation
+from slm_swap.verdict.gap import measured_gain
 from slm_swap.verdict.judge import Gate
 from slm_swap.verdict.sentence import points
 from slm_swap.verdict.text_report import _confidence, _escape, brief, markdown, notes, plain, table, tables
@@ -58,7 +60,7 @@ def test_the_table_of_confidence():
     own = {"auroc": 0.8125, "interval": [0.7, 0.9], "rows": 40, "missing": 2}
     title, headings, rows = _confidence({"min_logprob": own, "parses": own | {"auroc": None, "interval": None}})
     assert "AUROC" in title and len(headings) == 5
-    assert rows == [("min_logprob", "0.812", "0.700 to 0.900", "40", "2"), ("parses", "", "", "40", "2")]
+    assert rows == [("Least sure token", "0.812", "0.700 to 0.900", "40", "2"), ("Parses", "", "", "40", "2")]
 
 
 def printed(told, capsys, monkeypatch, width=80):
@@ -70,10 +72,10 @@ def printed(told, capsys, monkeypatch, width=80):
 def test_the_brief_has_every_metric_and_the_sentence(told, capsys):
     brief(told)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[1 : 1 + len(TRACK.gate)]] == list(TRACK.gate) and lines[-1] == told["sentence"]
-    exact = next(line for line in lines if line.startswith("args_exact_rate"))
+    assert [line[:24].strip() for line in lines[1 : 1 + len(TRACK.gate)]] == list(map(metric_name, TRACK.gate)) and lines[-1] == told["sentence"]
+    exact = next(line for line in lines if line.startswith("Fully right call"))
     own = told["metrics"]["args_exact_rate"]
-    assert exact.split()[1:4] == [f"{own['azure']:.4f}", f"{own['slm']:.4f}", f"{own['difference']:+.4f}"]
+    assert exact[24:].split()[:3] == [f"{own['azure']:.4f}", f"{own['slm']:.4f}", f"{own['difference']:+.4f}"]
     assert "{:+.4f} to {:+.4f}".format(*own["interval"]) in exact and exact.endswith("worse by more than 0.02")
     assert "90% interval" in lines[0]
 
@@ -98,18 +100,18 @@ def test_the_brief_by_the_point_rule(make, capsys):
 def test_every_table_holds_its_numbers(told):
     found = {title.split(",")[0].split(":")[0].split(" (")[0]: rows for title, _, rows in tables(told)}
     assert list(found) == [
-        "240 rows", "Verdict by matcher", "Where the gap in args_exact_rate comes from", "What would close it", "By tool", "Doubtful references",
-        "How well confidence tells right slm replies from wrong ones", "Before", "What a month costs",
+        "240 rows", "Verdict by matcher", "Where the gap in “Fully right call” comes from", "What would close it", "By tool", "Doubtful references",
+        "How well confidence tells right small replies from wrong ones", "Before", "What a month costs",
     ]  # fmt: skip
     own = told["metrics"]["args_f1"]
     assert found["240 rows"][-1] == [
-        "args_f1", points(own["azure"]), points(own["slm"]), points(own["difference"]),
+        "Argument F1", points(own["azure"]), points(own["slm"]), points(own["difference"]),
         f"{points(own['interval'][0])} to {points(own['interval'][1])}", f"{own['p_value']:.4f}", f"{own['p_worse_holm']:.4f}",
     ]  # fmt: skip
-    assert [row[:2] for row in found["Verdict by matcher"]] == [(name, told["verdict"]) for name in ("strict", "schema", "lenient")]
-    gap = found["Where the gap in args_exact_rate comes from"]
+    assert [row[:2] for row in found["Verdict by matcher"]] == [(name, told["verdict"]) for name in ("Strict", "By schema", "Lenient")]
+    gap = found["Where the gap in “Fully right call” comes from"]
     assert gap[-1] == ("all", "", "", points(told["gap"]["difference"])) and {row[0] for row in gap[:-1]} == {
-        own["kind"] for own in told["gap"]["errors"] if own["azure_rows"] or own["slm_rows"]
+        ERROR_KINDS[own["kind"]] for own in told["gap"]["errors"] if own["azure_rows"] or own["slm_rows"]
     }
     assert sum(int(row[2]) for row in gap[:-1]) == round(240 * (1 - told["gap"]["slm"]))
     assert {row[0] for row in found["By tool"]} == {"book", "hire"}
@@ -119,7 +121,7 @@ def test_every_table_holds_its_numbers(told):
         ("1,000,000", "120.00", "262.83", "1", "9.5%", "0.263"),
     ]  # fmt: skip
     gain = told["before"]["metrics"]["args_exact_rate"]
-    assert found["Before"][2][:4] == ("args_exact_rate", points(gain["before"]), points(gain["slm"]), points(gain["gain"]))
+    assert found["Before"][2][:4] == ("Fully right call", points(gain["before"]), points(gain["slm"]), points(gain["gain"]))
 
 
 def test_the_worst_ten_groups(make):
@@ -127,6 +129,21 @@ def test_the_worst_ten_groups(make):
     assert "the worst 10 of 30" in title and len(rows) == 10 and headings[4] == "shrunk"
     shrunk = [float(row[4]) for row in rows]
     assert shrunk == sorted(shrunk, reverse=True)
+
+
+def test_no_key_of_json_is_shown(told, make, capsys, monkeypatch):
+    """One vocabulary: the page, the console and Markdown say the same names."""
+    brief(told)
+    shown = capsys.readouterr().out + printed(told, capsys, monkeypatch) + markdown(told)
+    assert not set(TRACK.gate) & set(re.findall(r"\w+", shown.replace("\\", ""))) and "azure - slm" not in shown
+
+
+def test_what_a_remedy_would_have_gained_is_said_in_words(make):
+    rows = {row[0]: row[3] for title, _, rows in tables(make(slm=("right",) * 7 + ("wrong_value",))) if title.startswith("What would") for row in rows}
+    assert rows["fine-tuning"] == "none of these rows"
+    own = {"rows": 4, "gain_measured": 0.0}
+    assert measured_gain(own, points) == "too few rows to tell" and measured_gain(own | {"gain_measured": None}, points) == "not measured"
+    assert measured_gain(own | {"gain_measured": 0.021}, points) == "2.1"
 
 
 def test_a_flip_stands_in_the_title_and_among_the_notes(make):
@@ -170,7 +187,7 @@ def test_the_tables_fit_a_terminal_of_80_columns(make, rule, capsys, monkeypatch
     told = make(tools=[f"a group of a rather long name, number {n}" for n in range(30)], rule=rule, names=["n" * 90] * 2)
     shown = printed(told, capsys, monkeypatch)
     assert max(map(len, shown.splitlines())) <= 80
-    assert all(name in shown for name in TRACK.gate)  # no name is folded
+    assert all(metric_name(name) in shown for name in TRACK.gate)  # no name is folded
     text = " ".join(shown.split())
     assert told["sentence"] in text
 
@@ -245,4 +262,4 @@ def test_markdown_by_the_point_rule(make):
     text = markdown(make(rule="point"))
     assert text.startswith("## toolcall: FINE_TUNE\n\nBy the means of 240 rows alone")
     check_inert(text, titles=1)
-    assert "| metric | azure | slm | azure - slm |\n| --- | --: | --: | --: |\n| valid\\_call\\_rate |" in text
+    assert "| metric | hosted | small | hosted - small |\n| --- | --: | --: | --: |\n| Well-formed call |" in text

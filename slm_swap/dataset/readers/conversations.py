@@ -227,7 +227,7 @@ def _written_calls(text: str, offered: set[str]) -> list[dict[str, Any]]:
     listed = given if isinstance(given, list) else [given]
     named = [one for one in listed if isinstance(one, dict) and one.get("name") in offered and {"arguments", "parameters"} & one.keys()]
     if not named or len(named) < len(listed):
-        raise Unusable("other_form", f"a call that stands in the reply's text in a form that is not read: {text[:80]}")
+        raise Unusable("other_form", f"a call in the reply's text, in a form that is not read: {text[:80]}")
     return calls_of(read_turns([{"role": "assistant", "tool_calls": named}])[0])
 
 

@@ -1,11 +1,15 @@
 """Langfuse's observations and dataset items, from its API or an export of its page (CSV, JSON, JSONL), as conversations."""
 
+from decimal import Decimal
 from typing import Any
 
 from slm_swap.dataset.readers.conversations import Conversation, short
 from slm_swap.dataset.readers.messages import decoded
 from slm_swap.dataset.readers.wrappers import read_reply, request_turns
 from slm_swap.dataset.row import Unusable
+
+MADE = ("output", "completion_tokens", "output_tokens", "completionTokens")  # how tracers name the tokens of a reply
+LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 
 
 def _get(row: dict, camel: str, *others: str) -> Any:
@@ -37,9 +41,10 @@ def generation_conversation(generation: dict, where: str) -> Conversation:
     metadata = {key: decoded(value) for key, value in metadata.items()} if isinstance(metadata, dict) else {}
     failed = generation.get("level") == "ERROR"
     reply = read_reply(generation.get("output"))
-    reply.finish = "error" if failed else reply.finish or str(metadata.get("finish_reason") or "").lower()
+    parameters = decoded(_get(generation, "modelParameters"))
+    reply.finish = "error" if failed else reply.finish or str(metadata.get("finish_reason") or "").lower() or _suspect(generation, parameters)
     session, trace = _get(generation, "sessionId"), _get(generation, "traceId")
-    made = _asked(generation.get("input"), metadata, decoded(_get(generation, "modelParameters")), where, ends_with=reply)
+    made = _asked(generation.get("input"), metadata, parameters, where, ends_with=reply)
     made.turns.append(reply)
     made.metadata = metadata
     made.id = str(generation.get("id") or "")
@@ -47,6 +52,17 @@ def generation_conversation(generation: dict, where: str) -> Conversation:
     made.source = f"langfuse:{trace}" if trace else ""
     made.time = str(_get(generation, "startTime") or "") or None
     return made
+
+
+def _suspect(generation: dict, parameters: Any) -> str:
+    """"length" for a reply that is as long as its request allowed, where no tracer has noted why it ended; else "": it is not known."""
+    usage = {}
+    for name in ("usageDetails", "usage"):
+        usage |= found if isinstance(found := decoded(_get(generation, name)), dict) else {}
+    made = next((usage[name] for name in MADE if isinstance(usage.get(name), int | Decimal)), None)
+    given = parameters if isinstance(parameters, dict) else {}
+    limits = [int(given[name]) for name in LIMITS if str(given.get(name)).isdecimal()]
+    return "length" if made is not None and limits and made >= min(limits) else ""
 
 
 def item_conversation(item: dict, where: str) -> Conversation:

@@ -24,7 +24,7 @@ _TIMES = ("time", "created_at", "startTime", "timestamp")
 
 
 def jsonl(paths: Iterable[Path], track: str | None, seen: Seen | None = None) -> Iterator[Row | Dropped]:
-    """A team's own rows, kept as they are but for the form of their tools.
+    """A team's own rows, kept as they are except for the form of their tools.
 
     Raises:
         UserError: as `read_source`; or no track is named for rows that do not say theirs.

@@ -9,7 +9,7 @@ from typing import Any
 
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import read_json, sha256_file
-from slm_swap.common.settings import display_path, find_path
+from slm_swap.common.settings import find_path, shown_path
 from slm_swap.rows.conversations import conversation_text, normalized
 from slm_swap.rows.examples import Example, parse_example
 from slm_swap.rows.lines import read_jsonl, text_hash
@@ -259,7 +259,7 @@ def read_decision(path: Path) -> dict[str, Any]:
     from jsonschema import Draft202012Validator
     from jsonschema.exceptions import best_match
 
-    value, shown = read_json(path, MADE_BY), display_path(path)
+    value, shown = read_json(path, MADE_BY), shown_path(path)
     if value.get("stage") != "compare":
         raise UserError(f"{shown} is not a decision: give one that {MADE_BY} has written")
     try:
@@ -334,10 +334,10 @@ class Rows:
                 waiting[slm["id"]] = slm
             yield azure, waiting.pop(azure["id"])
         if waiting or next(lines, None):
-            raise self._mismatch(f"{display_path(self.azure)}, behind its end")
+            raise self._mismatch(f"{shown_path(self.azure)}, behind its end")
 
     def _mismatch(self, where: str) -> UserError:
-        return UserError(f"{where}: not the same row as in {display_path(self.slm)}: evaluate and compare again")
+        return UserError(f"{where}: not the same row as in {shown_path(self.slm)}: evaluate and compare again")
 
     def group(self, row: dict[str, Any]) -> str:
         """The row's group; the tool that its reference calls where tools are what is compared, or no group is given."""
@@ -388,9 +388,9 @@ def rows_file(report: dict[str, str | None]) -> Path | None:
         return None
     path = find_path(report["rows_path"])
     if not path.is_file():
-        raise UserError(f"no rows at {display_path(path)}: put the file back, or evaluate and compare again")
+        raise UserError(f"no rows at {shown_path(path)}: put the file back, or evaluate and compare again")
     if sha256_file(path) != report["rows_sha256"]:
-        raise UserError(f"{display_path(path)} is not the file that was compared (its sha256 differs): compare again")
+        raise UserError(f"{shown_path(path)} is not the file that was compared (its sha256 differs): compare again")
     return path
 
 

@@ -6,7 +6,7 @@ from slm_swap.scoring.tracks import TRACKS
 from slm_swap.verdict.cost_words import money
 from slm_swap.verdict.decision import FINE_TUNE, SWAP
 from slm_swap.verdict.evaluations import is_simulated
-from slm_swap.verdict.gap import FINE_TUNING
+from slm_swap.verdict.gap import FINE_TUNING, measured_gain
 from slm_swap.verdict.html_report import plots, words
 from slm_swap.verdict.html_report.cost import CostView
 from slm_swap.verdict.html_report.parts import Figure, Table
@@ -58,7 +58,7 @@ class Page:
         return f"{self.hosted} → {self.small}"
 
     def facts(self) -> list[tuple[str, str, str]]:
-        """The few numbers that stand beside the verdict: (what, number, explanation)."""
+        """The few numbers beside the verdict: (what, number, explanation)."""
         decision, facts = self.decision, []
         if main := decision["metrics"].get(self.exact):
             told = f"{percent(main['azure'])} → {percent(main['slm'])}"
@@ -298,10 +298,10 @@ class Page:
         rows = [
             [remedy["remedy"] + (" (begin here)" if remedy["remedy"] == first else ""), ", ".join(self.kind(kind).lower() for kind in remedy["kinds"]), count(remedy["rows"]),
              signed(remedy["gain_at_most"]),
-             "not measured" if remedy["gain_measured"] is None else signed(remedy["gain_measured"])]
+             measured_gain(remedy, signed)]
             for remedy in remedies
         ]  # fmt: skip
-        head = ["Remedy", "Against", "Rows", "Gain at most, points", "Gain measured, points"]
+        head = ["Remedy", "Against", "Rows", "Gain at most, points", "Right but for that, points"]
         return Table("Remedies, the cheapest first", head, rows)
 
     def groups_figure(self) -> Figure:

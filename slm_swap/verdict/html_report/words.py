@@ -1,6 +1,9 @@
 """Numbers and names of a decision in plain words. Rates and differences are 0..1; people read per cent and points."""
 
+from slm_swap.scoring.words import ERROR_KINDS, MATCHERS, METRICS, SIGNALS, metric_name
 from slm_swap.verdict.decision import FINE_TUNE, NEED_MORE_DATA, SWAP
+
+__all__ = ["ERROR_KINDS", "MATCHERS", "METRICS", "SIGNALS", "metric_name"]  # for the templates of the page, beside its own words
 
 HEADLINES = {
     SWAP: "Swap: the small model can take this task over",
@@ -11,60 +14,6 @@ UNMEASURED = "Not decided yet: not all rows were measured"
 TOO_SLOW = "Not yet: good enough, but too slow"
 SCOPES = {"these": "for the tools of these rows, at their mix", "others": "for other tools like these"}
 VERDICTS = {SWAP: "Swap", FINE_TUNE: "Not yet", NEED_MORE_DATA: "More rows needed"}
-METRICS = {  # a metric's name, and what it is the share of
-    "json_valid_rate": ("Valid JSON", "replies that are one JSON value and nothing else"),
-    "exact_match_rate": ("Fully right reply", "replies that equal the reference in every field"),
-    "field_precision": ("Field precision", "the given fields that are right, averaged over rows"),
-    "field_recall": ("Field recall", "the wanted fields that are given and right, averaged over rows"),
-    "field_f1": ("Field F1", "precision and recall in one number (harmonic mean)"),
-    "valid_call_rate": ("Well-formed call", "replies in the form that was asked for, whose calls can be read"),
-    "decision_match_rate": ("Call or no call", "replies that call a tool exactly where a call is due"),
-    "name_match_rate": ("Right tool", "replies that call the right tool"),
-    "args_exact_rate": ("Fully right call", "replies with the right tool and every argument right"),
-    "args_precision": ("Argument precision", "the given arguments that are right, averaged over rows"),
-    "args_recall": ("Argument recall", "the wanted arguments that are given and right, averaged over rows"),
-    "args_f1": ("Argument F1", "precision and recall in one number (harmonic mean)"),
-}
-ERROR_KINDS = {  # the kinds of the decision's gap, then the errors of single rows
-    "format": "Wrong form",
-    "calls": "Call or no call",
-    "unwanted_call": "Unwanted call",
-    "no_call": "No call",
-    "missing_call": "Too few calls",
-    "extra_call": "Too many calls",
-    "wrong_tool": "Wrong tool",
-    "missing": "Something missing",
-    "extra": "Something too much",
-    "type": "Wrong type",
-    "value": "Wrong value",
-    "truncated": "Cut off",
-    "filtered": "Filtered or refused",
-    "too_long": "Prompt too long",
-    "prompt_too_long": "Prompt too long",
-    "failed": "Request failed",
-    "refused": "Refused",
-    "no_json": "No JSON",
-    "bad_json": "Broken JSON",
-    "extra_text": "Other text around it",
-    "wrong_shape": "Wrong shape",
-    "missing_argument": "Missing argument",
-    "extra_argument": "Extra argument",
-    "wrong_type": "Wrong type of value",
-    "wrong_value": "Wrong value in it",
-}
-MATCHERS = {
-    "strict": ("Strict", "equal as JSON, in the exact form asked for: what the verdict goes by"),
-    "schema": ("By schema", "types that the schema can convert and its defaults count as right"),
-    "lenient": ("Lenient", "also other upper and lower case, white space and text around the reply"),
-}
-SIGNALS = {  # of a reply's confidence
-    "min_logprob": ("Least sure token", "the smallest log-probability of a token of the values and the tool's name"),
-    "sum_logprob": ("All tokens", "the sum of these log-probabilities"),
-    "tool_logprob": ("Tool's name", "the log-probability of the tool's name"),
-    "min_margin": ("Smallest margin", "between the most likely and the second token"),
-    "parses": ("Parses", "the reply is JSON, or calls a tool on offer"),
-    "keeps_schema": ("Keeps the schema", "it parses and keeps to the schema"),
-}
 COST_PARTS = {  # of the small model's month
     "machines": "machines",
     "tokens": "its own tokens",
@@ -72,11 +21,6 @@ COST_PARTS = {  # of the small model's month
     "fallback": "hosted replies to what falls back",
 }
 MINUS = "\u2212"
-
-
-def metric_name(metric: str) -> str:
-    """A metric's name for people; one that is not known here keeps its own."""
-    return METRICS.get(metric, (metric, ""))[0]
 
 
 def percent(rate: float) -> str:
@@ -105,14 +49,14 @@ def points(difference: float) -> str:
 
 
 def standing(difference: float) -> str:
-    """Where the small model stands for azure - slm: `3.2 points behind`."""
+    """How far the small model is behind or ahead, for hosted - small: `3.2 points behind`."""
     if signed(difference) == "0.0":
         return "level"
     return f"{points(difference)} {'behind' if difference > 0 else 'ahead'}"
 
 
 def stretch(low: float, high: float) -> str:
-    """An interval of azure - slm in the words of `standing`: `2.3 to 8.1 points ahead`, `2.1 points ahead to 3.0 points behind`."""
+    """An interval of hosted - small in the words of `standing`: `2.3 to 8.1 points ahead`, `2.1 points ahead to 3.0 points behind`."""
     ends = standing(low), standing(high)
     sides = [end.rpartition(" ")[2] for end in ends]
     if sides[0] == sides[1] == "ahead":  # the smaller one first

@@ -73,7 +73,7 @@ def confidence_sequence(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(low, high) for the mean difference after each cluster, or after `looks` clusters: two arrays that never widen.
 
-    Each end is right at all times at once but for a probability of alpha, both for 2 alpha. An end is the value nearest to the
+    Each end is right at all times at once except with a probability of alpha, both for 2 alpha. An end is the value nearest to the
     middle (of those 0.0001 apart) that has ever been rejected; -1 and 1 where none has. Where low > high no value is left: the
     clusters did not come in random order, or this is one of those 2 alpha.
     """
