@@ -24,6 +24,7 @@ from slm_swap.common.seeds import set_seed
 from slm_swap.common.settings import PACKAGE, display_path
 from slm_swap.demo.pretraining_rows import make_row
 
+SOURCES = [Path(__file__).with_name(name) for name in ("make_tiny_model.py", "pretraining_rows.py", "language.py")]
 VOCABULARY = 4096
 SPECIAL = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 CHAT_TEMPLATE = (  # Phi-4-mini's: tools are JSON text in the system message
@@ -68,14 +69,14 @@ def make_tokenizer(seed: int, rows: int):
 
 def _texts(seed: int, number: int) -> list[str]:
     row = make_row(seed, number)
-    return [message["content"] for message in row.messages] + [row.completion]
+    return [message["content"] for message in (*row.messages, *row.further)] + [row.completion]
 
 
 class Steps:
     """The pretraining data as a map-style dataset of whole steps; step `number` is always the same.
 
     A step is a list of micro-batches (input ids, labels), int64 tensors of (rows, longest), rows of like length together and
-    padded on the right. Only the completion has labels; the prompt and the padding are -100.
+    padded on the right. Only what is to be learned has labels; the prompts and the padding are -100.
     """
 
     def __init__(self, tokenizer, args: argparse.Namespace):
@@ -86,28 +87,38 @@ class Steps:
 
     def __getitem__(self, number: int) -> list[tuple]:
         first = (self.args.first_step + number) * self.args.rows_per_step
-        rows = [make_row(self.args.seed, first + index) for index in range(self.args.rows_per_step)]
-        chats = [self.tokenizer.apply_chat_template(row.messages, tokenize=False, add_generation_prompt=True) for row in rows]
-        asked = self.tokenizer(chats, add_special_tokens=False)["input_ids"]
-        answers = self.tokenizer([row.completion + "<|end|>" for row in rows], add_special_tokens=False)["input_ids"]
-        pairs = sorted(zip(asked, answers, strict=True), key=lambda pair: len(pair[0]) + len(pair[1]))
+        rows = [list(make_row(self.args.seed, first + index).learned) for index in range(self.args.rows_per_step)]
+        texts = [text for row in rows for asked, reply in row for text in (self._asked(asked), reply + "<|end|>")]
+        parts = iter(self.tokenizer(texts, add_special_tokens=False)["input_ids"])
+        tokens = sorted(([next(parts) for _ in range(2 * len(row))] for row in rows), key=length)
         batches: list[list] = []
-        for pair in pairs:  # the longest one comes last and says how wide its micro-batch is
-            if not batches or (len(batches[-1]) + 1) * sum(map(len, pair)) > self.args.micro_tokens:
+        for row in tokens:  # the longest one comes last and says how wide its micro-batch is
+            if not batches or (len(batches[-1]) + 1) * length(row) > self.args.micro_tokens:
                 batches.append([])
-            batches[-1].append(pair)
+            batches[-1].append(row)
         return [pad_right(batch) for batch in batches]
 
+    def _asked(self, messages: list[dict]) -> str:
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
-def pad_right(pairs: list[tuple[list[int], list[int]]]) -> tuple:
-    """(prompt ids, completion ids) pairs to one micro-batch."""
+
+def length(row: list[list[int]]) -> int:
+    return sum(map(len, row))
+
+
+def pad_right(rows: list[list[list[int]]]) -> tuple:
+    """Rows to one micro-batch; a row is asked, reply, asked, reply and so on, as token ids."""
     import torch
 
-    shape = (len(pairs), max(len(asked) + len(answer) for asked, answer in pairs))
+    shape = (len(rows), max(map(length, rows)))
     ids, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, -100)
-    for row, (asked, answer) in enumerate(pairs):
-        ids[row, : len(asked) + len(answer)] = torch.tensor(asked + answer)
-        labels[row, len(asked) : len(asked) + len(answer)] = torch.tensor(answer)
+    for number, row in enumerate(rows):
+        ids[number, : length(row)] = torch.tensor([token for part in row for token in part])
+        end = 0
+        for at, part in enumerate(row):
+            start, end = end, end + len(part)
+            if at % 2:
+                labels[number, start:end] = torch.tensor(part)
     return ids, labels
 
 
@@ -127,7 +138,7 @@ def make_model(tokenizer, layers: int, intermediate: int):
 
 
 def completion_loss(model, ids, labels):
-    """Sum of the cross-entropy over the completion's tokens; logits are made for those alone.
+    """Sum of the cross-entropy over the tokens that have labels; logits are made for those alone.
 
     `labels` are on the CPU, so that a GPU need not be waited for to know which tokens these are. Padding on the right needs no
     attention mask: causal attention never looks there.
@@ -165,13 +176,14 @@ def make_optimizers(model, args: argparse.Namespace) -> list:
 
 
 def pretrain(model, tokenizer, args: argparse.Namespace) -> list[float]:
-    """Warm-up and linear decay, loss on the completion only; gives the mean loss a token of every step."""
+    """Warm-up and linear decay, loss on the replies only; gives the mean loss a token of every step."""
     import torch
     from tqdm import tqdm
     from transformers import get_linear_schedule_with_warmup
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
     model.to(device).train()
     optimizers = make_optimizers(model, args)
     schedules = [get_linear_schedule_with_warmup(optimizer, min(200, args.steps // 10), args.steps) for optimizer in optimizers]
@@ -208,7 +220,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--first-step", type=int, default=0, help="number of the first step: with --start-from, rows not seen yet"
     )
     parser.add_argument("--rows-per-step", type=positive, default=512, help="rows in one step")
-    parser.add_argument("--micro-tokens", type=positive, default=65_536, help="tokens at once, padding included: fewer where memory is short, 4096 on a CPU")
+    parser.add_argument("--micro-tokens", type=positive, default=100_000, help="tokens at once, padding included: fewer where memory is short, 4000 on a CPU")
     parser.add_argument("--tokenizer-rows", type=positive, default=5_000, help="rows that the tokenizer learns from")
     parser.add_argument("--layers", type=positive, default=6, help="decoder layers")
     parser.add_argument("--intermediate", type=positive, default=512, help="width of the layers' inner part")
@@ -246,7 +258,7 @@ def main(argv: list[str] | None = None) -> int:
         "start_from": sha256_file(args.start_from / "model.safetensors") if args.start_from else None,
         "loss": {str(step): round(losses[step - 1], 4) for step in sorted({1, args.steps // 4 or 1, args.steps // 2 or 1, args.steps})},
         "seconds": round(time.perf_counter() - started, 1),
-        "code": code_version(), "packages": package_versions(), "hardware": hardware(),
+        "code": code_version(), "sources": {path.name: sha256_file(path) for path in SOURCES}, "packages": package_versions(), "hardware": hardware(),
     }  # fmt: skip
     parameters = sum(parameter.numel() for parameter in model.parameters())
     what = "a tiny model pretrained on generated text; for demonstration and tests only"

@@ -2,7 +2,8 @@
 
 The tools of the sample, their wordings and their conventions are not among them. What a row may have: several tools that look alike, a
 request that names the tool or only what it is about, values asked for by the parameter's kind, by its name or in words never heard,
-and earlier requests with their calls as `--few-shot` shows them, which may follow a convention that only they tell.
+and earlier requests with their calls as `--few-shot` shows them, which may follow a convention that only they tell. Further requests may
+follow, each with its call: reading the tools once, a row teaches several calls.
 """
 
 import itertools
@@ -37,8 +38,9 @@ VERBS = (
 INVENTED = (0.2, 0.6, 0.9)  # share of names and words that exist only in their row, where they have to be copied
 FRAMES = ("{a} {{}}", "{a} {b} {{}}")  # a value in words never heard
 BY_NAME = ("with {name} {{}}", "{name} {{}}", "the {name} is {{}}", "{name}: {{}}", "{{}} as the {name}")
-SHOTS = (1, 2, 3, 3, 5)
+SHOTS = (1, 1, 2, 3, 5)
 SHOWN = 0.2  # share of rows with shots
+FURTHER = (0, 0, 1, 2, 3)  # requests behind the first one
 MADE_UP = "made_up"  # the key of a concept that the shots of its row alone explain
 SAMPLE_NAMES = frozenset(tool.name for tool in TOOLS)
 SAMPLE_ASKS = frozenset(ask for tool in TOOLS for ask in tool.asks)
@@ -47,18 +49,27 @@ Concepts = Mapping[str, Concept]
 
 
 class Row(NamedTuple):
-    """A pretraining row: `shots` are the turns between the system text and the prompt."""
+    """A pretraining row: `shots` are the turns between the system text and the prompt, `further` those behind the completion."""
 
     track: str
     prompt: str
     completion: str
     shots: Messages
+    further: Messages
     system: str
 
     @property
     def messages(self) -> Messages:
+        """Up to the completion."""
         system, asked = build_messages(self.track, self.prompt)
         return [system | {"content": self.system}, *self.shots, asked]
+
+    @property
+    def learned(self) -> Iterator[tuple[Messages, str]]:
+        """(turns, the reply to be learned behind them), one after the other."""
+        yield self.messages, self.completion
+        for asked, reply in zip(self.further[::2], self.further[1::2], strict=True):
+            yield [asked], reply["content"]
 
 
 def make_row(seed: int, number: int) -> Row:
@@ -83,15 +94,19 @@ def make_row(seed: int, number: int) -> Row:
         return Example(toolcall_prompt(shuffled, request), toolcall_completion(tool.name, arguments), request=request)
 
     shuffled = rng.sample(offered, len(offered))
-    shots: Messages = []
-    for at in range(shown):
-        tool = tools[0] if rng.random() < 0.8 or MADE_UP in concepts else rng.choice(tools)
-        shots += shot_turns(track, called(tool, *ask_for(rng, tool, concepts)), native=False, number=at)
+    def turns(count: int, same: float) -> Messages:
+        made: Messages = []
+        for at in range(count):
+            tool = tools[0] if rng.random() < same else rng.choice(tools)
+            made += shot_turns(track, called(tool, *ask_for(rng, tool, concepts)), native=False, number=at)
+        return made
+
+    shots = turns(shown, 1.0 if MADE_UP in concepts else 0.8)
     for _ in range(rng.randrange(shown) if MADE_UP in concepts else 0):
         next(codes)  # any of the shots may be the one that tells
     own = called(tools[0], *ask_for(rng, tools[0], concepts))
     system = (CONVERSATION_PROMPTS if rng.random() < 0.25 else SYSTEM)[track]
-    return Row(track, own.prompt, own.completion, shots, system)
+    return Row(track, own.prompt, own.completion, shots, turns(rng.choice(FURTHER), 0.0), system)
 
 
 SYSTEM = {track: build_messages(track, "")[0]["content"] for track in CONVERSATION_PROMPTS}

@@ -127,11 +127,34 @@ def called_of(row, prompt: str, completion: str) -> tuple[dict, str, dict]:
 def test_pretraining_rows_may_have_shots_as_few_shot_shows_them(pretraining):
     shown = [row for row in pretraining if row.shots]
     assert 0.1 < len(shown) / len(pretraining) < 0.3 and {len(row.shots) // 2 for row in shown} == {1, 2, 3, 5}
+    assert len({len(row.further) for row in pretraining}) == 4
     for row in shown:
         assert [turn["role"] for turn in row.messages] == ["system", *("user", "assistant") * (len(row.shots) // 2), "user"]
         assert all(turn["content"].startswith("Request: ") for turn in row.shots[::2])
-        for turn in row.shots[1::2]:
+        for turn in (*row.shots[1::2], *row.further[1::2]):
             called_of(row, row.prompt, turn["content"])
+
+
+def test_every_reply_of_a_pretraining_row_is_learned_and_nothing_else():
+    tokenizer = load_tokenizer(TINY)
+    rows = [make_row(7, number) for number in range(8)]
+    steps = make_tiny_model.Steps(tokenizer, Namespace(seed=7, rows_per_step=8, steps=1, first_step=0, micro_tokens=10**6))
+    ((ids, labels),) = steps[0]
+    replies = {"".join(row.completion + "<|end|>" + "".join(t["content"] + "<|end|>" for t in row.further[1::2])) for row in rows}
+    assert {tokenizer.decode(row[row != -100]) for row in labels} == replies
+    whole = {tokenizer.apply_chat_template([*row.messages, {"role": "assistant", "content": row.completion}, *row.further], tokenize=False) for row in rows}
+    assert {tokenizer.decode(row[: (one != -100).nonzero().max() + 1]) for row, one in zip(ids, labels, strict=True)} == {
+        text.removesuffix("<|endoftext|>") for text in whole
+    }
+
+
+def test_a_micro_batch_holds_the_tokens_that_fit():
+    tokenizer = load_tokenizer(TINY)
+    given = {"seed": 1, "rows_per_step": 16, "steps": 1, "first_step": 0}
+    (whole,) = make_tiny_model.Steps(tokenizer, Namespace(**given, micro_tokens=10**6))[0]
+    parts = make_tiny_model.Steps(tokenizer, Namespace(**given, micro_tokens=2000))[0]
+    assert len(parts) > 2 and sum(len(ids) for ids, _ in parts) == len(whole[0]) == 16
+    assert all(ids.numel() <= 2000 or len(ids) == 1 for ids, _ in parts)
 
 
 def test_a_made_up_convention_is_told_by_the_shots(pretraining):
