@@ -215,12 +215,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     parser.add_argument("--out", type=Path, default=PACKAGE / "models/phi-tiny", help="the checkpoint's folder")
     parser.add_argument("--start-from", type=Path, metavar="DIR", help="go on from this checkpoint instead of from scratch")
-    parser.add_argument("--steps", type=positive, default=3500, help="optimizer steps")
+    parser.add_argument("--steps", type=positive, default=6000, help="optimizer steps")
     parser.add_argument(
         "--first-step", type=int, default=0, help="number of the first step: with --start-from, rows not seen yet"
     )
-    parser.add_argument("--rows-per-step", type=positive, default=512, help="rows in one step")
-    parser.add_argument("--micro-tokens", type=positive, default=100_000, help="tokens at once, padding included: fewer where memory is short, 4000 on a CPU")
+    parser.add_argument("--rows-per-step", type=positive, default=256, help="rows in one step")
+    parser.add_argument("--micro-tokens", type=positive, default=80_000, help="tokens at once, padding included: fewer where memory is short, 4000 on a CPU")
     parser.add_argument("--tokenizer-rows", type=positive, default=5_000, help="rows that the tokenizer learns from")
     parser.add_argument("--layers", type=positive, default=6, help="decoder layers")
     parser.add_argument("--intermediate", type=positive, default=512, help="width of the layers' inner part")
