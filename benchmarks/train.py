@@ -6,7 +6,8 @@
     python benchmarks/train.py --shape tiny --configs fast:precision=fp32,pack_length=2048 --rows 64 --seconds 1 --out /tmp/train.json
 
 Each configuration runs in processes of its own, with a time limit; one that fails is reported with its error and the others go on. The
-clock starts after three optimizer steps, compilation included in them, and tokens are those of the rows, without padding:
+clock starts after three optimizer steps, compilation included in them, or 80 where a step is of packs of many lengths, whose CUDA graphs are captured
+meanwhile. Tokens are those of the rows, without padding:
   documented, documented-unsloth   the documented setting: 8-bit base, one row at a time, accumulation 8, checkpointing; of TRL's on a GPU a
                                    step's 8 rows are packs (documented:step_packs=no: they are not), and it checkpoints only where memory is short
   trl, unsloth                     the libraries as they come, bf16 base, packed to 2,048 tokens
@@ -41,6 +42,7 @@ from slm_swap.tuning.trainer import make_trainer, trainer_arguments
 from slm_swap.tuning.training import lean_or_fast
 
 WARM_UP = 3  # optimizer steps
+WARM_UP_PACKS = 80  # where a step's rows are packs: nearly all of their lengths have come twice, and are captured
 ZERO2 = PACKAGE / "accelerate_config/deepspeed_zero2.json"
 PACKED = {"precision": "bf16", "packing": True, "pack_length": 2048}
 CONFIGS = {  # back end and hyperparameters; "stock" is TRL's own trainer
@@ -128,8 +130,8 @@ def stock_trainer(folder: Path, tokenizer: Any, rows: list[dict], parameters: Hy
     )
 
 
-def make_clock(seconds: float) -> Any:
-    """A trainer's callback that stops training some seconds after the warm-up, and says what was done in them."""
+def make_clock(seconds: float, warm_up: int) -> Any:
+    """A trainer's callback that stops training some seconds after so many steps, and says what was done in them."""
     import torch
     from transformers import TrainerCallback
 
@@ -145,7 +147,7 @@ def make_clock(seconds: float) -> Any:
             return time.perf_counter()
 
         def on_step_end(self, args, state, control, **_):
-            step = state.global_step - WARM_UP
+            step = state.global_step - warm_up
             if step == 0:
                 self.begun, self.epochs = self.now(), -state.epoch
             elif step == 1:
@@ -195,12 +197,13 @@ def measure(config: str, folder: Path, rows_wanted: int, seconds: float, out: Pa
                 lean_or_fast(folder, parameters, max(len(row["input_ids"]) for row in rows), arguments, print)
             model = load_trainable(folder, parameters, backend, arguments.device)
             trainer = make_trainer(model, tokenizer, arguments, rows, [], parameters, backend, print)
-        clock = make_clock(seconds)
+        step_packs = getattr(trainer, "step_packs", None)
+        clock = make_clock(seconds, WARM_UP_PACKS if step_packs else WARM_UP)
         trainer.add_callback(clock)
         loaded = time.perf_counter()
         loss = trainer.train().training_loss
     args = trainer.args
-    tokens, step_packs = sum(len(row["input_ids"]) for row in rows), getattr(trainer, "step_packs", None)
+    tokens = sum(len(row["input_ids"]) for row in rows)
     together = parameters.step_rows if step_packs else args.per_device_train_batch_size  # rows, or packs, of a micro-batch
     if args.process_index:
         return

@@ -4,7 +4,7 @@ Imports torch and TRL: import it inside functions, and after Unsloth where that 
 """
 
 import inspect
-from contextlib import nullcontext
+from collections.abc import Callable
 from functools import cache
 from itertools import islice
 from types import MethodType
@@ -20,6 +20,7 @@ from slm_swap.common.errors import UserError
 from slm_swap.tuning.backends import decoder_of
 from slm_swap.tuning.checks import OTHER_HEAD, UNPACKED, head_options
 from slm_swap.tuning.packing import IGNORED, StepPacks, StepRows
+from slm_swap.tuning.step_graphs import Gradients, Pack, StepGraphs
 from slm_swap.tuning.validation import ExactEvaluation
 
 VARLEN = "slm_swap_varlen"  # the name under which transformers knows varlen_attention
@@ -228,18 +229,38 @@ def compile_layers(model: Any, one_shape: bool = True) -> None:
         layer.compile(dynamic=False if one_shape else None)
 
 
+def moved(pack: Pack, device: torch.device) -> Pack:
+    """A pack on a device, whose work it does not wait for."""
+    fast = {name: part.pin_memory() if device.type == "cuda" and torch.is_tensor(part) else part for name, part in pack.items()}
+    return {name: part.to(device, non_blocking=True) if torch.is_tensor(part) else part for name, part in fast.items()}
+
+
 class CompletionTrainer(ExactEvaluation, SFTTrainer):
     """TRL's trainer for models of `give_completion_loss`: the mean over all targets of a step, and no waiting for the GPU between."""
 
     own_attention: str  # the name of the attention that the model came with
     step_packs: StepPacks | None = None  # where given, batches are StepRows
+    say: Callable[[str], object] = staticmethod(lambda _: None)
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True  # the loss is divided by the targets of the whole step, in compute_loss
+        self._passes: tuple[Gradients, StepGraphs] | None = None
+
+    def train(self, *args, **kwargs):
+        """On a stream of its own where steps may be captured: all that a graph takes part in has to be on one that is not the default one."""
+        if self.step_packs is None or self.args.device.type != "cuda":
+            return super().train(*args, **kwargs)
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # what lies in the default stream's cache is of no use to another one
+        with torch.cuda.stream(torch.cuda.Stream()):
+            found = super().train(*args, **kwargs)
+        torch.cuda.synchronize()
+        self._passes = None
+        return found
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """A step's micro-batches; with `step_packs` all of their rows, as packs, are in the last one, whose gradients DDP adds up over ranks.
+        """A step's micro-batches; with `step_packs` all of their rows, as packs, are in the last one.
 
         There stay as many micro-batches as without: transformers counts them, and finds its place among them when it resumes.
         """
@@ -248,21 +269,37 @@ class CompletionTrainer(ExactEvaluation, SFTTrainer):
         batches = list(islice(epoch_iterator, num_batches))
         if not batches:
             return [], None
-        # All of them are moved before the first one runs: each move waits for the device.
-        packs = [self._prepare_inputs(pack) for pack in self.step_packs([row for batch in batches for row in batch.rows])]
+        packs = [moved(pack, device) for pack in self.step_packs([row for batch in batches for row in batch.rows])]
         labels = torch.cat([pack["targets"] for pack in packs])
         count = self._get_num_items_in_batch([{"labels": labels, "shift_labels": labels}], device)
         return [*([] for _ in batches[1:]), packs], count
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """Of a micro-batch, or of one pack after the other."""
+        """Of a micro-batch, or of all of a step's packs. Their gradients are averaged over ranks here: DDP would, pack by pack, and knows no graphs."""
         if self.step_packs is None:
             return super().training_step(model, inputs, num_items_in_batch)
         loss = torch.zeros((), device=self.args.device)
-        for number, pack in enumerate(inputs, 1):
-            with nullcontext() if number == len(inputs) else self.accelerator.no_sync(model):
-                loss += super().training_step(model, pack, num_items_in_batch)
+        if not inputs:
+            return loss
+        model.train()
+        gradients, run = self._passes = self._passes or self._make_passes(model)
+        gradients.begin()
+        for pack in inputs:
+            loss += run(pack, torch.as_tensor(num_items_in_batch, device=loss.device))
+        if self.args.world_size > 1:
+            gradients.average(self.args.world_size)
         return loss
+
+    def _make_passes(self, model) -> tuple[Gradients, StepGraphs]:
+        inner = model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
+
+        def forward(pack: Pack, count: torch.Tensor) -> torch.Tensor:
+            with self.compute_loss_context_manager():
+                return self.compute_loss(inner, pack, num_items_in_batch=count)
+
+        # Checkpointing asks for the random numbers' state, which it cannot while it is captured.
+        on = self.args.device.type == "cuda" and not self.args.gradient_checkpointing
+        return Gradients(inner.parameters()), StepGraphs(forward, self.accelerator.backward, self.step_packs.room, on, self.say)
 
     def _prepare_inputs(self, inputs):
         return inputs if isinstance(inputs, StepRows) else super()._prepare_inputs(inputs)

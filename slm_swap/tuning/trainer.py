@@ -126,7 +126,7 @@ def make_trainer(
             return add_targets(padded(rows))
 
     trainer = CompletionTrainer(**given, data_collator=collator)
-    trainer.own_attention = own_attention
+    trainer.own_attention, trainer.say = own_attention, say
     if step_packed:
         together = max(parameters.step_rows, arguments.per_device_eval_batch_size)
         trainer.step_packs = StepPacks(room, together, longest, pad, STEP_MULTIPLE if compiled else 1, targets)

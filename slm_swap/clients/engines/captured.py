@@ -3,15 +3,18 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from slm_swap.clients.architecture import fixed_length, text_config
 from slm_swap.clients.engines import Chance
 from slm_swap.clients.engines.masks import Masks, host_bits, masked
+from slm_swap.clients.engines.norms import fused_norms, plain_norms
 from slm_swap.common.errors import UserError
 
 CACHE_ROUND = 256  # and static caches to a multiple of this one
-CHECK_EVERY = 8  # captured steps between two looks at who has finished: each look stops the GPU for a moment
+CHECK_EVERY = 4  # captured steps between two looks at who has finished: each look stops the GPU for a moment
+FEWEST = 8  # rows of a step: a step of fewer takes as long
 HOST_ROPE = {"longrope", "dynamic"}  # rotary embeddings whose factors are chosen by the longest position
 PREFILL_TOKENS = 16_384  # of a captured batch's prompts at a time
 
@@ -85,7 +88,7 @@ class Step:
     cache: Any
     tokens: Any  # [rows, 1], the last token of each row
     position: Any  # [rows, 1], its place in its own row
-    mask: Any  # [rows, 1, 1, length], which cache slots a row attends to
+    mask: Any  # [rows, 1, 1, length], what is added to a cache slot's score: 0, or the type's least number. Of booleans, each layer would make one anew
     slot: Any  # [1], where in the cache the last token goes
     left: Any  # [rows], tokens that a row may still get; 0: it is done
     made: Any  # [rows, CHECK_EVERY], the tokens since the last look
@@ -102,6 +105,10 @@ class Step:
     host_told: Any = None  # what the host reads at once
     ahead: bool = False  # whether the next step's first half is under way
 
+    def too_many(self, left: int) -> bool:
+        """Whether a smaller step would do for the rows that are left."""
+        return FEWEST < len(self.tokens) >= 2 * left
+
 
 class CapturedDecoder:
     """Decoding by replaying CUDA graphs; all caches share one storage, and all graphs one memory pool."""
@@ -110,6 +117,7 @@ class CapturedDecoder:
         self.model, self.ends = model, ends
         # Windows are not looked at here, and LongRoPE and dynamic RoPE choose their factors on the host by the longest position.
         self.longest = fixed_length(model.config)
+        self._norms = plain_norms(model)
         self._side: Any = None  # the stream on which work is done before it is captured
         self._shapes: list[tuple[int, int, int]] = []  # each layer's key-value heads, and the sizes of a key and of a value
         self.clear()
@@ -125,6 +133,11 @@ class CapturedDecoder:
         return self.longest is None or length + CHECK_EVERY <= self.longest
 
     def decode(self, ids: Any, mask: Any, limits: list[int], masks: Masks | None = None) -> list[Row]:
+        """`_decode`, by faster norms."""
+        with fused_norms(self._norms):
+            return self._decode(ids, mask, limits, masks)
+
+    def _decode(self, ids: Any, mask: Any, limits: list[int], masks: Masks | None = None) -> list[Row]:
         """The new tokens of each row, the one that ended it included, and their chances. ids, mask: [rows, width].
 
         With `masks` a step has two graphs, as the host has to see each token before it knows which may follow. The device goes on with the next
@@ -147,16 +160,16 @@ class CapturedDecoder:
         step.tokens[:rows, 0] = first
         step.position.zero_()
         step.position[:rows, 0] = mask.sum(1)
-        step.mask.zero_()
-        step.mask[:rows, 0, 0, :width] = mask.bool()
-        step.mask[:, :, :, width] = True  # also in rows that stand for nothing: a softmax over no slot is NaN
+        step.mask.fill_(torch.finfo(step.mask.dtype).min)
+        step.mask[:rows, 0, 0, :width].masked_fill_(mask.bool(), 0)
+        step.mask[:, :, :, width] = 0  # also in rows that stand for nothing: a softmax over no slot is NaN
         step.slot.fill_(width)
         step.ahead = False
         names, still = list(range(rows)), left.tolist()  # which prompt each row of the step is, and how many tokens it may still get
         while any(still):
             if masks:
-                few = 2 * sum(map(bool, still)) <= step.tokens.shape[0]  # the step is shrunk before the next one
-                made, sure, still = self._run_masked(step, masks, names, ahead=max(still) > 1 and not few)
+                shrunk = step.too_many(sum(map(bool, still)))  # before the next one
+                made, sure, still = self._run_masked(step, masks, names, ahead=max(still) > 1 and not shrunk)
             else:
                 made, sure, still = self._run(step)
             for at, name in enumerate(names):
@@ -168,7 +181,7 @@ class CapturedDecoder:
             kept = [at for at in range(len(names)) if still[at]]
             if not kept:
                 break
-            if len(kept) <= step.tokens.shape[0] // 2 and not step.ahead:
+            if step.too_many(len(kept)) and not step.ahead:
                 step, names = self._shrink(step, kept), [names[at] for at in kept]
                 still = [still[at] for at in kept]
         return list(zip(tokens, chances, strict=True))
@@ -205,12 +218,13 @@ class CapturedDecoder:
         if (rows, length) in self._steps:
             return self._steps[rows, length]
         device = self.model.device
+        slot = torch.zeros(1, dtype=torch.long, device=device)
         step = Step(
-            cache=self._cache(rows, length),
+            cache=self._cache(rows, length, slot),
             tokens=torch.zeros(rows, 1, dtype=torch.long, device=device),
             position=torch.zeros(rows, 1, dtype=torch.long, device=device),
-            mask=torch.zeros(rows, 1, 1, length, dtype=torch.bool, device=device),
-            slot=torch.zeros(1, dtype=torch.long, device=device),
+            mask=torch.zeros(rows, 1, 1, length, dtype=self.model.dtype, device=device),
+            slot=slot,
             left=torch.zeros(rows, dtype=torch.long, device=device),
             made=torch.zeros(rows, CHECK_EVERY, dtype=torch.long, device=device),
             chances=torch.zeros(rows, CHECK_EVERY, 2, device=device),
@@ -219,10 +233,14 @@ class CapturedDecoder:
         self._steps[rows, length] = step
         return step
 
-    def _cache(self, rows: int, length: int) -> Any:
-        """A static cache over the shared storage, which grows where it is too small (and then all graphs are void)."""
+    def _cache(self, rows: int, length: int, slot: Any) -> Any:
+        """A static cache over the shared storage, which grows where it is too small (and then all graphs are void).
+
+        Its plain layers put a token into the `slot`, [1]. But for the first one, whom the model asks how many there are, they do not count.
+        """
         import torch
         from transformers import StaticCache
+        from transformers.cache_utils import StaticLayer
 
         if not self._shapes:  # once: a configuration has many names for them
             layers = one_token_cache(self.model).layers
@@ -243,6 +261,9 @@ class CapturedDecoder:
             layer.keys, layer.values = (
                 flat[: tokens * heads * size].view(rows, heads, length, size) for flat, size in zip(storage, sizes, strict=True)
             )
+        for layer in cache.layers[1:]:
+            if type(layer) is StaticLayer:
+                layer.update = partial(put, layer, slot)
         return cache
 
     def _run(self, step: Step) -> Looked:
@@ -349,7 +370,7 @@ class CapturedDecoder:
         step.tokens.copy_(new[:, None])
         step.position.add_(1)
         step.slot.add_(1)
-        step.mask.index_fill_(3, step.slot, True)
+        step.mask.index_fill_(3, step.slot, 0)
         step.at.add_(1)
 
     def _shrink(self, step: Step, kept: list[int]) -> Step:
@@ -357,15 +378,15 @@ class CapturedDecoder:
         import torch
 
         length = step.mask.shape[3]
-        smaller = self._prepare(1 << (len(kept) - 1).bit_length(), length)
+        smaller = self._prepare(max(FEWEST, 1 << (len(kept) - 1).bit_length()), length)
         index = torch.tensor(kept, device=step.tokens.device)
         for name in ("tokens", "position", "mask", "left"):
             old, new = getattr(step, name), getattr(smaller, name)
-            new.zero_()
+            new.fill_(torch.finfo(new.dtype).min if name == "mask" else 0)
             new[: len(kept)] = old[index]
         smaller.ahead = False
         smaller.slot.copy_(step.slot)
-        smaller.mask.index_fill_(3, step.slot, True)
+        smaller.mask.index_fill_(3, step.slot, 0)
         used = int(step.slot)
         for old, new in zip(step.cache.layers, smaller.cache.layers, strict=True):
             keys, values = old.keys[index, :, :used], old.values[index, :, :used]  # copies: the storage is the same
@@ -381,6 +402,11 @@ def take(tokens: list[int], made: list[int], limit: int, ends: set[int]) -> None
         if len(tokens) == limit or tokens[-1] in ends:
             return
         tokens.append(token)
+
+
+def put(layer: Any, slot: Any, keys: Any, values: Any, *_: Any, **__: Any) -> tuple[Any, Any]:
+    """In place of a static layer's `update`: the keys and values, [rows, heads, 1, size], of a token that goes into `slot`, [1]."""
+    return layer.keys.index_copy_(2, slot, keys), layer.values.index_copy_(2, slot, values)
 
 
 def set_length(layer: Any, length: int) -> None:
