@@ -10,6 +10,7 @@ data, their wording and their conventions are not among them. On one GPU the def
 
 import argparse
 import json
+import re
 import sys
 import time
 from functools import partial
@@ -72,6 +73,32 @@ def _texts(seed: int, number: int) -> list[str]:
     return [message["content"] for message in (*row.messages, *row.further)] + [row.completion]
 
 
+class KnownWords(dict):
+    """The token ids of words seen before: what `make_tokenizer` splits at is known without it, and most words come again and again.
+
+    Whole texts by the tokenizer take most of a row's time, and workers that write rows too slowly leave a GPU waiting.
+    """
+
+    PARTS = re.compile(f"{'|'.join(map(re.escape, SPECIAL))}|[A-Za-z]+|[0-9]|(?:(?!{'|'.join(map(re.escape, SPECIAL))})[^A-Za-z0-9])+")
+    MOST = 100_000  # made-up words never end
+
+    def __init__(self, tokenizer):
+        super().__init__()
+        self.encode = partial(tokenizer.backend_tokenizer.encode, add_special_tokens=False)
+
+    def __missing__(self, word: str) -> list[int]:
+        if len(self) >= self.MOST:
+            self.clear()
+        found = self[word] = self.encode(word).ids
+        return found
+
+    def ids(self, text: str) -> list[int]:
+        """The ids that the tokenizer gives the text."""
+        if not text.isascii():  # other alphabets' letters are the tokenizer's to tell
+            return self.encode(text).ids
+        return [each for word in self.PARTS.findall(text) for each in self[word]]
+
+
 class Steps:
     """The pretraining data as a map-style dataset of whole steps; step `number` is always the same.
 
@@ -80,7 +107,7 @@ class Steps:
     """
 
     def __init__(self, tokenizer, args: argparse.Namespace):
-        self.tokenizer, self.args = tokenizer, args
+        self.tokenizer, self.args, self.known = tokenizer, args, KnownWords(tokenizer)
 
     def __len__(self) -> int:
         return self.args.steps
@@ -88,9 +115,8 @@ class Steps:
     def __getitem__(self, number: int) -> list[tuple]:
         first = (self.args.first_step + number) * self.args.rows_per_step
         rows = [list(make_row(self.args.seed, first + index).learned) for index in range(self.args.rows_per_step)]
-        texts = [text for row in rows for asked, reply in row for text in (self._asked(asked), reply + "<|end|>")]
-        parts = iter(self.tokenizer(texts, add_special_tokens=False)["input_ids"])
-        tokens = sorted(([next(parts) for _ in range(2 * len(row))] for row in rows), key=length)
+        ids = self.known.ids
+        tokens = sorted(([ids(text) for asked, reply in row for text in (self._asked(asked), reply + "<|end|>")] for row in rows), key=length)
         batches: list[list] = []
         for row in tokens:  # the longest one comes last and says how wide its micro-batch is
             if not batches or (len(batches[-1]) + 1) * length(row) > self.args.micro_tokens:
@@ -164,15 +190,15 @@ def fuse_norms(model) -> None:
 
 
 def make_optimizers(model, args: argparse.Namespace) -> list:
-    """Muon (Jordan et al. 2024) for the layers' matrices, AdamW for the rest; AdamW alone where `--optimizer adamw`."""
+    """Muon (Jordan et al. 2024) for the layers' matrices, AdamW for the rest."""
     import torch
 
-    inner = [p for p in model.model.layers.parameters() if p.ndim == 2] if args.optimizer == "muon" else []
+    inner = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if not any(p is one for one in inner)]
-    optimizers = [torch.optim.AdamW(others, lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=others[0].is_cuda)]
-    if inner:
-        optimizers.append(torch.optim.Muon(inner, lr=args.muon_rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"))
-    return optimizers
+    return [
+        torch.optim.AdamW(others, lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=others[0].is_cuda),
+        torch.optim.Muon(inner, lr=args.muon_rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+    ]
 
 
 def pretrain(model, tokenizer, args: argparse.Namespace) -> list[float]:
@@ -224,9 +250,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokenizer-rows", type=positive, default=5_000, help="rows that the tokenizer learns from")
     parser.add_argument("--layers", type=positive, default=6, help="decoder layers")
     parser.add_argument("--intermediate", type=positive, default=512, help="width of the layers' inner part")
-    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="muon", help="what trains the layers' matrices")
-    parser.add_argument("--learning-rate", type=float, default=3e-3, help="highest learning rate of AdamW")
-    parser.add_argument("--muon-rate", type=float, default=4e-3, help="highest learning rate of Muon")
+    parser.add_argument("--learning-rate", type=float, default=3e-3, help="highest learning rate of AdamW: embeddings and norms")
+    parser.add_argument("--muon-rate", type=float, default=4e-3, help="highest learning rate of Muon: the layers' matrices")
     parser.add_argument("--workers", type=int, default=14, help="processes that write rows")
     parser.add_seed()
     return parser.parse_args(argv)

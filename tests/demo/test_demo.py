@@ -148,6 +148,19 @@ def test_every_reply_of_a_pretraining_row_is_learned_and_nothing_else():
     }
 
 
+def test_words_known_before_give_the_ids_of_the_whole_text():
+    tokenizer = load_tokenizer(TINY)
+    words = make_tiny_model.KnownWords(tokenizer)
+    rows = [make_row(7, number) for number in range(40)]
+    texts = [tokenizer.apply_chat_template(row.messages, tokenize=False) + row.completion for row in rows]
+    texts += ["", "a<|end|>b<|endofx|><|<|user|>|>", "<|system", "x_y1 23 4.5\n\t{}", "Zürich ½ cup", "  <  <|tool|>"]
+    for _ in range(2):
+        assert [words.ids(text) for text in texts] == tokenizer(texts, add_special_tokens=False)["input_ids"]
+    words.MOST = len(words)
+    words.ids("zyzzyva")
+    assert len(words) == 1  # what is known does not grow for ever
+
+
 def test_a_micro_batch_holds_the_tokens_that_fit():
     tokenizer = load_tokenizer(TINY)
     given = {"seed": 1, "rows_per_step": 16, "steps": 1, "first_step": 0}
