@@ -164,6 +164,8 @@ def make_parameters(rng: Speaker) -> tuple[Parameter, ...]:
     keys = rng.sample(GENERAL, rng.choice((1, 2, 2, 3, 3, 4)))
     if rng.random() < 0.5:  # tables take more telling than what can be copied
         keys[0] = rng.choice(CODED)
+    if len(keys) > 1 and rng.random() < 0.3:  # where from and where to, first and last day: chance alone seldom puts them side by side
+        keys[:2] = rng.sample(rng.choice(ALIKE), 2)
     found: list[Parameter] = []
     for key in dict.fromkeys(keys):
         concept = CONCEPTS[key]
@@ -265,3 +267,6 @@ def kind_of(key: str) -> str:
     """What tells a value's parameter from others where the wording does not: concepts of one kind have values that look alike."""
     bare = key.removesuffix("_word").removesuffix("_code")
     return SAME_KIND.get(bare, bare)
+
+
+ALIKE = [keys for kind in sorted({*SAME_KIND.values()}) if len(keys := [key for key in GENERAL if kind_of(key) == kind]) > 1]
