@@ -161,8 +161,8 @@ def describe(rng: Speaker, verb: str, noun: str, word: str, named: bool) -> tupl
 
 
 def make_parameters(rng: Speaker) -> tuple[Parameter, ...]:
-    keys = rng.sample(GENERAL, rng.choice((1, 2, 2, 3, 3, 4)))
-    if rng.random() < 0.5:  # tables take more telling than what can be copied
+    keys = rng.sample(PLAIN, rng.choice((1, 2, 2, 3, 3, 4)))
+    if rng.random() < 0.5:
         keys[0] = rng.choice(CODED)
     if len(keys) > 1 and rng.random() < 0.3:  # where from and where to, first and last day: chance alone seldom puts them side by side
         keys[:2] = rng.sample(rng.choice(ALIKE), 2)
@@ -178,7 +178,7 @@ def make_parameters(rng: Speaker) -> tuple[Parameter, ...]:
     return tuple(found)
 
 
-GENERAL = tuple(key for key, concept in CONCEPTS.items() if not concept.convention)
+PLAIN = tuple(key for key, concept in CONCEPTS.items() if not concept.convention and key not in CODED)
 
 
 def name_parameter(rng: Speaker, known: str) -> str:
@@ -269,4 +269,4 @@ def kind_of(key: str) -> str:
     return SAME_KIND.get(bare, bare)
 
 
-ALIKE = [keys for kind in sorted({*SAME_KIND.values()}) if len(keys := [key for key in GENERAL if kind_of(key) == kind]) > 1]
+ALIKE = [keys for kind in sorted({*SAME_KIND.values()}) if len(keys := [key for key in (*PLAIN, *CODED) if kind_of(key) == kind]) > 1]
