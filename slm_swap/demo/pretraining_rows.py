@@ -41,6 +41,7 @@ BY_NAME = ("with {name} {{}}", "{name} {{}}", "the {name} is {{}}", "{name}: {{}
 SHOTS = (1, 1, 2, 3, 5)
 SHOWN = 0.2  # share of rows with shots
 FURTHER = (0, 0, 1, 2, 3)  # requests behind the first one
+MANY = 0.35  # share of the toolcall rows with many small tools: which tool is due is learned late, and a choice among these has little else to learn
 MADE_UP = "made_up"  # the key of a concept that the shots of its row alone explain
 SAMPLE_NAMES = frozenset(tool.name for tool in TOOLS)
 SAMPLE_ASKS = frozenset(ask for tool in TOOLS for ask in tool.asks)
@@ -78,7 +79,9 @@ def make_row(seed: int, number: int) -> Row:
     rng.invented = rng.choice(INVENTED)
     track = rng.choice(("structured", "toolcall"))
     shown = rng.choice(SHOTS) if rng.random() < SHOWN else 0
-    tools, concepts = make_tools(rng, rng.choice((1, 2, 2, 3)) if track == "toolcall" else 1), CONCEPTS
+    many = track == "toolcall" and rng.random() < MANY
+    count = rng.randint(4, 8) if many else rng.choice((1, 2, 2, 3)) if track == "toolcall" else 1
+    tools, concepts = make_tools(rng, count, small=many), CONCEPTS
     codes: Iterator[Value] = iter(())
     if shown and rng.random() < 0.4:
         table = make_table(rng, min(shown, rng.choice((1, 2, 3))))
@@ -106,7 +109,8 @@ def make_row(seed: int, number: int) -> Row:
         next(codes)  # any of the shots may be the one that tells
     own = called(tools[0], *ask_for(rng, tools[0], concepts))
     system = (CONVERSATION_PROMPTS if rng.random() < 0.25 else SYSTEM)[track]
-    return Row(track, own.prompt, own.completion, shots, turns(rng.choice(FURTHER), 0.0), system)
+    further = turns(rng.randint(3, 7) if many else rng.choice(FURTHER), 0.0)
+    return Row(track, own.prompt, own.completion, shots, further, system)
 
 
 SYSTEM = {track: build_messages(track, "")[0]["content"] for track in CONVERSATION_PROMPTS}
@@ -115,24 +119,27 @@ SYSTEM = {track: build_messages(track, "")[0]["content"] for track in CONVERSATI
 # -- Tools -----------------------------------------------------------------------------------------------------------------------
 
 
-def make_tools(rng: Speaker, count: int) -> list[Tool]:
-    """The tool that is due, and others: strangers, or ones that look like it. Only beside strangers may the request leave the tool unnamed."""
+def make_tools(rng: Speaker, count: int, small: bool = False) -> list[Tool]:
+    """The tool that is due, and others: strangers, or ones that look like it. Only beside strangers may the request leave the tool unnamed.
+
+    `small` tools have one parameter.
+    """
     alike = count > 1 and rng.random() < 0.5
-    tools = [make_tool(rng, named=alike)]
+    tools = [make_tool(rng, alike or small, small)]
     while len(tools) < count:
-        tool = make_tool(rng)
+        tool = make_tool(rng, small=small)
         if alike:
             first = tools[0].parameters
             kept = rng.sample(first, rng.randint(1, len(first)))
             taken = {parameter.name for parameter in kept}
             others = [parameter for parameter in tool.parameters if parameter.name not in taken]
-            tool = replace(tool, parameters=tuple(required_first([*kept, *others[: rng.randint(0, 2)]])))
+            tool = replace(tool, parameters=tuple(required_first([*kept, *others[: 0 if small else rng.randint(0, 2)]])))
         if tool.name not in {other.name for other in tools} and not {*tool.asks} & {*tools[0].asks}:
             tools.append(tool)
     return tools
 
 
-def make_tool(rng: Speaker, named: bool = True) -> Tool:
+def make_tool(rng: Speaker, named: bool = True, small: bool = False) -> Tool:
     """A made-up tool: any verb, any noun, a few parameters of the general concepts. Not `named`: it may be asked for in other words."""
     while True:
         verb, noun, word = rng.word(VERBS), rng.word(WORDS), rng.word(WORDS)
@@ -140,7 +147,7 @@ def make_tool(rng: Speaker, named: bool = True) -> Tool:
         spoken = verb.replace("_", " ")
         description, asks = describe(rng, spoken, noun, word, named)
         if name not in SAMPLE_NAMES and not SAMPLE_ASKS & {*asks}:
-            return Tool(name, description, asks, make_parameters(rng))
+            return Tool(name, description, asks, make_parameters(rng, small))
 
 
 NAMES = ("{verb}_{noun}", "{verb}_{noun}", "{verb}_{noun}_{word}", "{verb}_{noun}_v{number}", "{noun}.{verb}", "{verb}{Noun}", "{noun}", "{noun}_{word}")
@@ -160,8 +167,8 @@ def describe(rng: Speaker, verb: str, noun: str, word: str, named: bool) -> tupl
     return f"{rng.word(WORDS).capitalize()} of a {noun}.", asks
 
 
-def make_parameters(rng: Speaker) -> tuple[Parameter, ...]:
-    keys = rng.sample(PLAIN, rng.choice((1, 2, 2, 3, 3, 4)))
+def make_parameters(rng: Speaker, small: bool = False) -> tuple[Parameter, ...]:
+    keys = rng.sample(PLAIN, 1 if small else rng.choice((1, 2, 2, 3, 3, 4)))
     if rng.random() < 0.5:
         keys[0] = rng.choice(CODED)
     if len(keys) > 1 and rng.random() < 0.3:  # where from and where to, first and last day: chance alone seldom puts them side by side

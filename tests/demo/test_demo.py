@@ -14,7 +14,7 @@ from slm_swap.common.settings import PACKAGE
 from slm_swap.demo import make_tiny_model
 from slm_swap.demo.language import CONCEPTS, Speaker, say
 from slm_swap.demo.make_sample_data import TOOLS
-from slm_swap.demo.pretraining_rows import MADE_UP, make_row, make_table, make_tool, with_made_up
+from slm_swap.demo.pretraining_rows import MADE_UP, kind_of, make_row, make_table, make_tool, with_made_up
 from slm_swap.rows.json_schema import call_violations
 from slm_swap.rows.toolschema import xlam_tool
 
@@ -127,12 +127,33 @@ def called_of(row, prompt: str, completion: str) -> tuple[dict, str, dict]:
 def test_pretraining_rows_may_have_shots_as_few_shot_shows_them(pretraining):
     shown = [row for row in pretraining if row.shots]
     assert 0.1 < len(shown) / len(pretraining) < 0.3 and {len(row.shots) // 2 for row in shown} == {1, 2, 3, 5}
-    assert len({len(row.further) for row in pretraining}) == 4
+    assert {len(row.further) // 2 for row in pretraining} == set(range(8))
     for row in shown:
         assert [turn["role"] for turn in row.messages] == ["system", *("user", "assistant") * (len(row.shots) // 2), "user"]
         assert all(turn["content"].startswith("Request: ") for turn in row.shots[::2])
         for turn in (*row.shots[1::2], *row.further[1::2]):
             called_of(row, row.prompt, turn["content"])
+
+
+def test_pretraining_rows_may_have_many_small_tools_to_choose_from(pretraining):
+    """Every request has its tool among those on offer, and no tool is always the one that is due."""
+    many = []
+    for row in (row for row in pretraining if row.track == "toolcall"):
+        tools = [json.loads(line) for line in row.prompt.splitlines() if line.startswith("{")]
+        names = [tool["name"] for tool in tools]
+        due = [called_of(row, row.prompt, reply)[1] for reply in (row.completion, *(turn["content"] for turn in row.further[1::2]))]
+        assert len({*names}) == len(names) <= 8 and {*due} <= {*names}
+        if len(tools) > 3:
+            assert all(len(tool["parameters"]["properties"]) == 1 for tool in tools) or row.shots  # shots may tell of one more
+            many.append((names.index(due[0]), len({*due})))
+    assert 0.25 < len(many) / sum(row.track == "toolcall" for row in pretraining) < 0.45
+    assert {place for place, _ in many} == set(range(8)) and sum(different > 2 for _, different in many) > len(many) / 2
+
+
+def test_two_values_of_one_kind_stand_side_by_side_in_some_tools():
+    pairs = [[kind_of(parameter.concept) for parameter in make_tool(Speaker(f"pair {n}")).parameters] for n in range(2000)]
+    several = [kinds for kinds in pairs if len(kinds) > 1]
+    assert 0.2 < sum(len({*kinds}) < len(kinds) for kinds in several) / len(several) < 0.5
 
 
 def test_every_reply_of_a_pretraining_row_is_learned_and_nothing_else():
