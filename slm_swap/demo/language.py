@@ -84,13 +84,16 @@ class Speaker(Random):
         self.invented = invented
 
     def word(self, known: Sequence[str]) -> str:
-        """One of the known words, or with probability `invented` a made-up one of 3 to 9 letters."""
+        """One of the known words, or with probability `invented` a made-up one of 3 to 9 letters, half of them with a part of a known one."""
         if self.random() >= self.invented:
             return self.choice(known)
         pattern = self.choice(
             ("cvc", "cvcv", "cvccv", "vcvc", "cvcvc", "ccvc", "cvccvc", "vccvc", "cvcvcv", "ccvcvc", "cvcvccv", "cvccvcvc")
         )
         made = "".join(self.choice("bcdfghjklmnpqrstvwxyz" if kind == "c" else "aeiouaeiouy") for kind in pattern)
+        if self.random() < 0.5:
+            part = self.choice(known).lower().replace("_", "")
+            made = part[: self.randint(1, 4)] + made[:4] if self.random() < 0.5 else made[:4] + part[-self.randint(1, 4) :]
         return made.title() if known[0][0].isupper() else made
 
     def words(self, known: Sequence[str], count: int) -> list[str]:

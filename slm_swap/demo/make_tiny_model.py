@@ -10,8 +10,10 @@ data, their wording and their conventions are not among them. On one GPU the def
 
 import argparse
 import json
+import re
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
@@ -21,11 +23,9 @@ from slm_swap.clients.loading import load_model, load_tokenizer
 from slm_swap.common.reports import code_version, hardware, package_versions, read_json, sha256_file, write_json
 from slm_swap.common.seeds import set_seed
 from slm_swap.common.settings import PACKAGE, display_path
-from slm_swap.demo.language import CODED, CONCEPTS, WORDS, Parameter, Speaker, Tool, draw_call
-from slm_swap.rows.lines import dump_json
-from slm_swap.rows.prompts import build_messages, structured_prompt, structured_schema, toolcall_prompt
-from slm_swap.rows.toolschema import xlam_tool
+from slm_swap.demo.pretraining_rows import make_row
 
+SOURCES = [Path(__file__).with_name(name) for name in ("make_tiny_model.py", "pretraining_rows.py", "language.py")]
 VOCABULARY = 4096
 SPECIAL = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 CHAT_TEMPLATE = (  # Phi-4-mini's: tools are JSON text in the system message
@@ -34,64 +34,6 @@ CHAT_TEMPLATE = (  # Phi-4-mini's: tools are JSON text in the system message
     "{% else %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"
 )
-VERBS = (
-    "accept activate add archive arrange audit book build buy call cancel check clear close collect compare copy count "
-    "create delete deliver detect draw edit enable estimate export fetch file fill filter find fix get grade import inspect "
-    "join list load lock log look_up make merge move notify open order pack pay pick plan play post print publish pull "
-    "queue rate read record rename rent repair report reserve reset run save scan schedule search sell send set share ship "
-    "show sign sort start stop store submit suggest switch sync tag test track train transfer translate update upload "
-    "verify view watch weigh write"
-).split()
-INVENTED = 0.7  # share of names and words that exist only in their row: they have to be copied
-
-
-def make_tool(rng: Speaker) -> Tool:
-    """A made-up tool: any verb, any noun, a few parameters of the general concepts."""
-    verb, noun = rng.word(VERBS), rng.word(WORDS)
-    tail = rng.choice(("", "", "", f"_{rng.word(WORDS)}", f"_v{rng.randint(1, 9)}"))
-    name = rng.choice(
-        (
-            f"{verb}_{noun}{tail}",
-            f"{verb}_{noun}{tail}",
-            f"{noun}.{verb}{tail}",
-            f"{verb}{noun.title()}{tail.title().replace('_', '')}",
-        )
-    )
-    general = [key for key, concept in CONCEPTS.items() if not concept.convention]
-    keys = rng.sample(general, rng.choice((1, 2, 2, 3, 3, 4)))
-    if rng.random() < 0.5:  # tables take more telling than what can be copied
-        keys[0] = rng.choice(CODED)
-    parameters, taken = [], set()
-    for key in dict.fromkeys(keys):
-        concept = CONCEPTS[key]
-        word, known = rng.word(WORDS), rng.choice(concept.names)
-        called = rng.choice((known, known, f"{known}_{word}", f"{word}_{known}", word))
-        if called in taken:
-            continue
-        taken.add(called)
-        optional = bool(parameters) and rng.random() < 0.4
-        default = concept.draw(rng)[1] if optional and concept.type in ("str", "int") and rng.random() < 0.4 else None
-        parameters.append(Parameter(called, key, optional, default))
-    spoken = verb.replace("_", " ")
-    asks = (f"{spoken} the {noun}", f"{spoken} a {noun}", f"{spoken} {noun}", f"{spoken} my {noun}")
-    return Tool(name, f"{spoken.capitalize()} a {noun}.", asks, tuple(parameters))
-
-
-def make_row(seed: int, number: int) -> tuple[str, str, str]:
-    """One pretraining row, `number` for `number` always the same: (track, prompt, completion)."""
-    rng = Speaker(f"{seed}:{number}", INVENTED)
-    tools = [make_tool(rng) for _ in range(rng.choice((1, 2, 2, 3)))]
-    request, call = draw_call(rng, tools[0], general=True)
-    offered = [xlam_tool(tool.to_xlam()) for tool in tools]
-    if rng.random() < 0.5:
-        completion = dump_json({"tool_name": call["name"], "arguments": call["arguments"]})
-        return "structured", structured_prompt(structured_schema(offered[0]), request), completion
-    rng.shuffle(offered)
-    return (
-        "toolcall",
-        toolcall_prompt(offered, request),
-        f'<tool_call name="{call["name"]}">{dump_json(call["arguments"])}</tool_call>',
-    )
 
 
 def make_tokenizer(seed: int, rows: int):
@@ -127,54 +69,91 @@ def make_tokenizer(seed: int, rows: int):
 
 
 def _texts(seed: int, number: int) -> list[str]:
-    track, prompt, completion = make_row(seed, number)
-    return [message["content"] for message in build_messages(track, prompt)] + [completion]
+    row = make_row(seed, number)
+    return [message["content"] for message in (*row.messages, *row.further)] + [row.completion]
+
+
+class KnownWords(dict):
+    """The token ids of words seen before: what `make_tokenizer` splits at is known without it, and most words come again and again.
+
+    Whole texts by the tokenizer take most of a row's time, and workers that write rows too slowly leave a GPU waiting.
+    """
+
+    PARTS = re.compile(f"{'|'.join(map(re.escape, SPECIAL))}|[A-Za-z]+|[0-9]|(?:(?!{'|'.join(map(re.escape, SPECIAL))})[^A-Za-z0-9])+")
+    MOST = 100_000  # made-up words never end
+
+    def __init__(self, tokenizer):
+        super().__init__()
+        self.encode = partial(tokenizer.backend_tokenizer.encode, add_special_tokens=False)
+
+    def __missing__(self, word: str) -> list[int]:
+        if len(self) >= self.MOST:
+            self.clear()
+        found = self[word] = self.encode(word).ids
+        return found
+
+    def ids(self, text: str) -> list[int]:
+        """The ids that the tokenizer gives the text."""
+        if not text.isascii():  # other alphabets' letters are the tokenizer's to tell
+            return self.encode(text).ids
+        return [each for word in self.PARTS.findall(text) for each in self[word]]
 
 
 class Steps:
     """The pretraining data as a map-style dataset of whole steps; step `number` is always the same.
 
     A step is a list of micro-batches (input ids, labels), int64 tensors of (rows, longest), rows of like length together and
-    padded on the right. Only the completion has labels; the prompt and the padding are -100.
+    padded on the right. Only what is to be learned has labels; the prompts and the padding are -100.
     """
 
     def __init__(self, tokenizer, args: argparse.Namespace):
-        self.tokenizer, self.args = tokenizer, args
+        self.tokenizer, self.args, self.known = tokenizer, args, KnownWords(tokenizer)
 
     def __len__(self) -> int:
         return self.args.steps
 
     def __getitem__(self, number: int) -> list[tuple]:
         first = (self.args.first_step + number) * self.args.rows_per_step
-        rows = [make_row(self.args.seed, first + index) for index in range(self.args.rows_per_step)]
-        chats = [
-            self.tokenizer.apply_chat_template(build_messages(track, prompt), tokenize=False, add_generation_prompt=True)
-            for track, prompt, _ in rows
-        ]
-        asked = self.tokenizer(chats, add_special_tokens=False)["input_ids"]
-        answers = self.tokenizer([completion + "<|end|>" for *_, completion in rows], add_special_tokens=False)["input_ids"]
-        pairs = sorted(zip(asked, answers, strict=True), key=lambda pair: len(pair[0]) + len(pair[1]))
-        return [pad_right(pairs[at : at + self.args.micro_batch]) for at in range(0, len(pairs), self.args.micro_batch)]
+        rows = [list(make_row(self.args.seed, first + index).learned) for index in range(self.args.rows_per_step)]
+        ids = self.known.ids
+        tokens = sorted(([ids(text) for asked, reply in row for text in (self._asked(asked), reply + "<|end|>")] for row in rows), key=length)
+        batches: list[list] = []
+        for row in tokens:  # the longest one comes last and says how wide its micro-batch is
+            if not batches or (len(batches[-1]) + 1) * length(row) > self.args.micro_tokens:
+                batches.append([])
+            batches[-1].append(row)
+        return [pad_right(batch) for batch in batches]
+
+    def _asked(self, messages: list[dict]) -> str:
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
-def pad_right(pairs: list[tuple[list[int], list[int]]]) -> tuple:
-    """(prompt ids, completion ids) pairs to one micro-batch."""
+def length(row: list[list[int]]) -> int:
+    return sum(map(len, row))
+
+
+def pad_right(rows: list[list[list[int]]]) -> tuple:
+    """Rows to one micro-batch; a row is asked, reply, asked, reply and so on, as token ids."""
     import torch
 
-    shape = (len(pairs), max(len(asked) + len(answer) for asked, answer in pairs))
+    shape = (len(rows), max(map(length, rows)))
     ids, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, -100)
-    for row, (asked, answer) in enumerate(pairs):
-        ids[row, : len(asked) + len(answer)] = torch.tensor(asked + answer)
-        labels[row, len(asked) : len(asked) + len(answer)] = torch.tensor(answer)
+    for number, row in enumerate(rows):
+        ids[number, : length(row)] = torch.tensor([token for part in row for token in part])
+        end = 0
+        for at, part in enumerate(row):
+            start, end = end, end + len(part)
+            if at % 2:
+                labels[number, start:end] = torch.tensor(part)
     return ids, labels
 
 
-def make_model(tokenizer, layers: int):
+def make_model(tokenizer, layers: int, intermediate: int):
     from transformers import GenerationConfig, Phi3Config, Phi3ForCausalLM
 
     end, eos = tokenizer.convert_tokens_to_ids(["<|end|>", "<|endoftext|>"])
     config = Phi3Config(
-        vocab_size=VOCABULARY, hidden_size=256, intermediate_size=768, num_hidden_layers=layers, num_attention_heads=8,
+        vocab_size=VOCABULARY, hidden_size=256, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=8,
         num_key_value_heads=4, max_position_embeddings=4096, original_max_position_embeddings=4096, tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75},
         bos_token_id=eos, eos_token_id=eos, pad_token_id=eos,
@@ -185,44 +164,75 @@ def make_model(tokenizer, layers: int):
 
 
 def completion_loss(model, ids, labels):
-    """Sum of the cross-entropy over the completion's tokens; logits are made for those alone.
+    """Sum of the cross-entropy over the tokens that have labels; logits are made for those alone.
 
-    Padding on the right needs no attention mask: causal attention never looks there.
+    `labels` are on the CPU, so that a GPU need not be waited for to know which tokens these are. Padding on the right needs no
+    attention mask: causal attention never looks there.
     """
     import torch
 
-    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
     wanted = labels[:, 1:]
-    picked = wanted != -100
-    return torch.nn.functional.cross_entropy(model.lm_head(hidden[picked]).float(), wanted[picked], reduction="sum")
+    picked = (wanted != -100).flatten().nonzero().squeeze(1)
+    targets = wanted.flatten()[picked]
+    if ids.is_cuda:
+        picked, targets = (each.pin_memory().to(ids.device, non_blocking=True) for each in (picked, targets))
+    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+    return torch.nn.functional.cross_entropy(model.lm_head(hidden[picked]).float(), targets, reduction="sum")
+
+
+def fuse_norms(model) -> None:
+    """One kernel for each norm: a model this small is held up by what it writes to memory, not by products."""
+    import torch
+    from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm
+
+    for norm in (module for module in model.modules() if isinstance(module, Phi3RMSNorm)):
+        norm.forward = partial(torch.nn.functional.rms_norm, normalized_shape=norm.weight.shape, weight=norm.weight, eps=norm.variance_epsilon)
+
+
+def make_optimizers(model, args: argparse.Namespace) -> list:
+    """Muon (Jordan et al. 2024) for the layers' matrices, AdamW for the rest."""
+    import torch
+
+    inner = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if not any(p is one for one in inner)]
+    return [
+        torch.optim.AdamW(others, lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=others[0].is_cuda),
+        torch.optim.Muon(inner, lr=args.muon_rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+    ]
 
 
 def pretrain(model, tokenizer, args: argparse.Namespace) -> list[float]:
-    """AdamW with warm-up and linear decay, loss on the completion only; gives the mean loss a token of every step."""
+    """Warm-up and linear decay, loss on the replies only; gives the mean loss a token of every step."""
     import torch
     from tqdm import tqdm
     from transformers import get_linear_schedule_with_warmup
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
     model.to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
-    schedule = get_linear_schedule_with_warmup(optimizer, min(100, args.steps // 10), args.steps)
-    loader = torch.utils.data.DataLoader(Steps(tokenizer, args), batch_size=None, num_workers=args.workers)
+    optimizers = make_optimizers(model, args)
+    schedules = [get_linear_schedule_with_warmup(optimizer, min(200, args.steps // 10), args.steps) for optimizer in optimizers]
+    fuse_norms(model)
+    loader = torch.utils.data.DataLoader(
+        Steps(tokenizer, args), batch_size=None, num_workers=args.workers, prefetch_factor=4 if args.workers else None
+    )
     losses = []
     for step in (progress := tqdm(loader, desc="pretraining", mininterval=5, file=sys.stdout)):
         tokens, total = sum(int((labels != -100).sum()) for _, labels in step), 0.0
         for ids, labels in step:
+            ids = ids.pin_memory().to(device, non_blocking=True) if device == "cuda" else ids
             with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
-                loss = completion_loss(model, ids.to(device), labels.to(device)) / tokens
+                loss = completion_loss(model, ids, labels) / tokens
             loss.backward()
             total = total + loss.detach()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+        for each in (*optimizers, *schedules):
+            each.step()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
         losses.append(total)
-        if len(losses) % 50 == 0:
+        if len(losses) % 100 == 0:
             progress.set_postfix(loss=f"{total.item():.4f}")
     return [loss.item() for loss in losses]
 
@@ -231,16 +241,18 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     parser.add_argument("--out", type=Path, default=PACKAGE / "models/phi-tiny", help="the checkpoint's folder")
     parser.add_argument("--start-from", type=Path, metavar="DIR", help="go on from this checkpoint instead of from scratch")
-    parser.add_argument("--steps", type=positive, default=3500, help="optimizer steps")
+    parser.add_argument("--steps", type=positive, default=6000, help="optimizer steps")
     parser.add_argument(
         "--first-step", type=int, default=0, help="number of the first step: with --start-from, rows not seen yet"
     )
     parser.add_argument("--rows-per-step", type=positive, default=256, help="rows in one step")
-    parser.add_argument("--micro-batch", type=positive, default=256, help="rows at once: many on a GPU, 8 on a CPU")
-    parser.add_argument("--tokenizer-rows", type=positive, default=20_000, help="rows that the tokenizer learns from")
-    parser.add_argument("--layers", type=positive, default=4, help="decoder layers")
-    parser.add_argument("--learning-rate", type=float, default=1.5e-3, help="highest learning rate")
-    parser.add_argument("--workers", type=int, default=8, help="processes that write rows")
+    parser.add_argument("--micro-tokens", type=positive, default=80_000, help="tokens at once, padding included: fewer where memory is short, 4000 on a CPU")
+    parser.add_argument("--tokenizer-rows", type=positive, default=5_000, help="rows that the tokenizer learns from")
+    parser.add_argument("--layers", type=positive, default=6, help="decoder layers")
+    parser.add_argument("--intermediate", type=positive, default=512, help="width of the layers' inner part")
+    parser.add_argument("--learning-rate", type=float, default=3e-3, help="highest learning rate of AdamW: embeddings and norms")
+    parser.add_argument("--muon-rate", type=float, default=4e-3, help="highest learning rate of Muon: the layers' matrices")
+    parser.add_argument("--workers", type=int, default=14, help="processes that write rows")
     parser.add_seed()
     return parser.parse_args(argv)
 
@@ -260,7 +272,7 @@ def main(argv: list[str] | None = None) -> int:
         history = read_json(args.start_from / "training_info.json", "demo/make_tiny_model.py")["runs"]
     else:
         tokenizer = make_tokenizer(args.seed, args.tokenizer_rows)
-        model = make_model(tokenizer, args.layers)
+        model = make_model(tokenizer, args.layers, args.intermediate)
     started = time.perf_counter()
     losses = pretrain(model, tokenizer, args)
     model.to("cpu", dtype=torch.bfloat16).eval()
@@ -271,7 +283,7 @@ def main(argv: list[str] | None = None) -> int:
         "start_from": sha256_file(args.start_from / "model.safetensors") if args.start_from else None,
         "loss": {str(step): round(losses[step - 1], 4) for step in sorted({1, args.steps // 4 or 1, args.steps // 2 or 1, args.steps})},
         "seconds": round(time.perf_counter() - started, 1),
-        "code": code_version(), "packages": package_versions(), "hardware": hardware(),
+        "code": code_version(), "sources": {path.name: sha256_file(path) for path in SOURCES}, "packages": package_versions(), "hardware": hardware(),
     }  # fmt: skip
     parameters = sum(parameter.numel() for parameter in model.parameters())
     what = "a tiny model pretrained on generated text; for demonstration and tests only"

@@ -17,7 +17,7 @@ from slm_swap.clients.loading import load_model, with_adapter
 from slm_swap.tuning.backends import linear_names, unfit_layers
 from slm_swap.tuning.checks import lora_reach
 from slm_swap.tuning.hyperparameters import Hyperparameters
-from tests.support.training_rows import BASE
+from tests.support.training_rows import BASE, MATRICES
 
 CPU = {"": torch.device("cpu")}
 IDS = torch.arange(3, 83).reshape(2, 40)
@@ -25,7 +25,7 @@ IDS = torch.arange(3, 83).reshape(2, 40)
 
 def quantized(own: bool = True):
     model = load_model(BASE, "int8", device_map=CPU)
-    assert not own or give_own_products(model) == 16
+    assert not own or give_own_products(model) == MATRICES
     return model
 
 
@@ -70,7 +70,7 @@ def test_the_weights_are_those_of_bitsandbytes_to_the_bit():
     theirs, ours = quantized(own=False), quantized()
     plain = dict(load_model(BASE, "fp32", device_map=CPU).named_modules())
     names = [name for name, part in ours.named_modules() if isinstance(part, Int8Linear)]
-    assert len(names) == 16 and not any("lm_head" in name for name in names)
+    assert len(names) == MATRICES and not any("lm_head" in name for name in names)
     for name in names:
         quantized_by_them, found = theirs.get_submodule(name), ours.get_submodule(name)
         assert torch.equal(found.weight, quantized_by_them.weight.data) and torch.equal(found.scale, quantized_by_them.weight.SCB / 127)
@@ -191,7 +191,7 @@ def test_documented_training_takes_it(tmp_path):
     from slm_swap.tuning.backends import load_trainable
 
     tuned = load_trainable(BASE, Hyperparameters(), "trl", torch.device("cpu"))
-    assert sum(isinstance(part, Int8Linear) for part in tuned.modules()) == 16
+    assert sum(isinstance(part, Int8Linear) for part in tuned.modules()) == MATRICES
     assert {weight.dtype for weight in tuned.parameters() if weight.requires_grad} == {torch.float32}
 
 

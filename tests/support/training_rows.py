@@ -1,11 +1,14 @@
 """What the tests of training share: a few rows, and hyperparameters that are quick with the embedded model."""
 
+import json
+
 from slm_swap.common.settings import PACKAGE
 from slm_swap.rows.examples import Example
 from slm_swap.rows.prompts import structured_prompt, structured_schema
 from slm_swap.tuning.hyperparameters import Hyperparameters
 
 BASE = PACKAGE / "models/phi-tiny"
+MATRICES = 4 * json.loads((BASE / "config.json").read_text())["num_hidden_layers"]  # matrices of its layers
 QUICK = Hyperparameters(
     precision="fp32", batch_size=4, gradient_accumulation=1, epochs=4, learning_rate=5e-3, gradient_checkpointing=False
 )

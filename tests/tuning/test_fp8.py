@@ -16,7 +16,7 @@ from slm_swap.tuning.checks import lora_reach
 from slm_swap.tuning.fp8 import Fp8Linear, give_fp8_products, quantised, require_fp8, scaled_product
 from slm_swap.tuning.training import train
 from tests.support.tiny_training import tiny_family
-from tests.support.training_rows import BASE, INPUTS, QUICK, ROWS
+from tests.support.training_rows import BASE, INPUTS, MATRICES, QUICK, ROWS
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +106,7 @@ def loss_and_gradients(give) -> tuple[float, torch.Tensor]:
 
 def test_gradients_of_lora_are_nearly_those_in_full_precision(monkeypatch):
     def give(model):
-        assert give_fp8_products(model, fit_layers(model)) == 16
+        assert give_fp8_products(model, fit_layers(model)) == MATRICES
 
     def emulated(x, weight, scale):
         rows, scales = quantised(x)
