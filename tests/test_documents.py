@@ -12,6 +12,7 @@ from slm_swap.dataset.readers.chat import chat
 from slm_swap.dataset.readers.sources import Seen
 from slm_swap.dataset.row import REASONS
 from slm_swap.demo.azure_simulator import AzureSimulator
+from slm_swap.demo.quickstart import OWN_ROWS
 from slm_swap.rows.examples import FIELDS, read_examples
 from slm_swap.scoring.metrics import ERRORS
 from tests.support.scripts import load_script
@@ -45,6 +46,11 @@ def test_every_link_of_a_document_leads_somewhere(path):
         target = path.parent / name if name else path
         assert target.exists(), name
         assert not anchor or anchor in anchors(target), (name, anchor)
+
+
+def test_the_quickstart_ends_with_the_commands_of_the_readme():
+    block = section(README, "Your own logs in three commands").split("```")[1]
+    assert OWN_ROWS.splitlines() == [line.partition("#")[0].strip() for line in block.strip().splitlines()]
 
 
 @pytest.mark.parametrize("path", [README, WORKFLOW, PLAYBOOK, LANGFUSE], ids=str)

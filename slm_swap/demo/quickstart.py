@@ -34,6 +34,7 @@ from slm_swap.demo import endpoint
 from slm_swap.demo.azure_simulator import AzureSimulator, Faults
 from slm_swap.rows.examples import Example, read_examples
 from slm_swap.scoring.tracks import TRACKS
+from slm_swap.scoring.words import metric_name
 from slm_swap.serving.state import STOP
 
 DELTA = 0.05
@@ -44,6 +45,11 @@ NOTHING = 11  # calibrate.py's exit code where no rule can be certified
 CALIBRATION, REQUESTS = 300, 60  # rows for the rule, and requests that an application sends to the endpoint
 AUDIT_SHARE = 0.5  # so that few requests show some; in service 2% are usual
 
+OWN_ROWS = """\
+cd slm_swap && source ../.venv/bin/activate
+python 02_dataset/prepare_data.py --source chat --dataset-path our_logs.jsonl
+python 01_eval/live_compare.py --track toolcall --models azure slm --save
+python 03_compare/compare.py --track toolcall --azure 01_eval/reports/toolcall_azure_test_live.json --slm 01_eval/reports/toolcall_slm_test_live.json --delta 0.05"""
 
 LOCAL = ("--precision", "fp32", "--batch-size", 32, "--max-new-tokens", 96)  # how the small model runs, in evaluations and in service
 
@@ -114,7 +120,7 @@ class Demo:
 
         def evaluate(name: str, *flags: object) -> None:
             self.stage(f"{track} evaluate {name}", "01_eval/eval.py", *rows, *flags, "--overwrite", "--out", paths[name])
-            self.say(f"{track} {name}: {exact} {json.loads(paths[name].read_text())['metrics'][exact]:.3f}")
+            self.say(f"{track} {name}: {metric_name(exact).lower()} {json.loads(paths[name].read_text())['metrics'][exact]:.3f}")
 
         def compare(slm: str, out: str, *flags: object) -> str:
             flags = ("--track", track, "--azure", paths["azure"], "--slm", paths[slm], "--delta", DELTA, "--out", paths[out], *flags)
@@ -230,7 +236,7 @@ def table(results: dict[str, dict[str, Path]], rows: int):
         reports = {name: json.loads(path.read_text()) for name, path in paths.items() if path.suffix == ".json"}
         models = [reports.get(name) for name in ("azure", "before", "after")]
         for metric in TRACKS[track].gate:
-            shown.add_row(track, metric, *(f"{model['metrics'][metric]:.3f}" if model else "" for model in models))
+            shown.add_row(track, metric_name(metric), *(f"{model['metrics'][metric]:.3f}" if model else "" for model in models))
         verdicts = (reports.get(f"decision_{name}", {}).get("verdict", "") for name in ("before", "after"))
         shown.add_row(track, "verdict against azure", "", *verdicts)
         costs = [model["cost"]["per_1000_rows"] if model else None for model in models]
@@ -302,7 +308,10 @@ def main(argv: list[str] | None = None) -> int:
         for path in paths.values():
             print(f"  {display_path(path)}")
     print(f"  {display_path(demo.cascade_page)}")
-    demo.say("done")
+    print("your own logs, once .env is filled in (see README.md):")
+    print("\n".join(f"  {line}" for line in OWN_ROWS.splitlines()))
+    page = results[endpoint.TRACK]["page"]
+    demo.say(f"done. Open {display_path(page)} in a browser: the verdict, and why")
     return 0
 
 
