@@ -82,6 +82,31 @@ def test_what_goes_wrong_there_is_told_here(engine):
         list(other.generate(iter([prompt(0, 10, 11), prompt(1, DIES)])))
 
 
+def test_why_it_ended_is_told_also_where_prompts_are_being_sent(engine):
+    def coming():
+        yield prompt(0, 10, 11, 12)
+        yield prompt(1, FAILS)
+        engine._process.join()
+        yield prompt(2, 10)
+
+    with pytest.raises(UserError, match=r"^vllm failed \(out of order\)$"):
+        list(engine.generate(coming()))
+
+
+def test_that_it_died_is_noticed_while_nothing_is_asked(engine):
+    def nothing():
+        yield None
+        engine._process.kill()
+        engine._process.join()
+        while True:
+            yield None
+
+    given = engine.generate(nothing())
+    assert next(given) is None
+    with pytest.raises(UserError, match=r"the model's process died \(exit code -9\)"):
+        next(given)
+
+
 OWNER = """
 import sys, time
 from functools import partial

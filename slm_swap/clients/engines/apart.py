@@ -58,6 +58,8 @@ class EngineApart:
                 if not asked:
                     if prompt is END:
                         return
+                    if self._link.poll():  # nothing is due: that it has ended
+                        self._received()
                     yield None
                     continue
                 while asked and self._link.poll(LOOK_SECONDS):
@@ -75,7 +77,8 @@ class EngineApart:
         try:
             self._link.send(told)
         except OSError:
-            raise self._died() from None
+            while True:  # what came before is behind what it may have said last: why it ended
+                self._received()
 
     def _received(self) -> Any:
         try:
