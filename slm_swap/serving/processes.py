@@ -39,6 +39,7 @@ class Kept:
     def __init__(self, name: str, target: Callable[..., None], *args: Any):
         self.name, self._target, self._args = name, target, args
         self._died = 0
+        self.was_ready = False  # that it cannot start once more is then no fault of the set-up: its memory on the GPU may not be free yet
         self.process: Any = None
         self.again: float | None = 0.0  # when it is started; None: it runs
 
@@ -85,13 +86,14 @@ def serve(options: Options, listener: socket.socket, make_client: Callable[[], C
                 kept.append(engine)
                 if not _ready(engine, here, stopping):
                     return 2 if not stopping else 0
+                engine.was_ready = True
             for number in range(options.workers):
                 worker = Kept(f"worker {number}", _worker, options, listener, number, os.getpid())
                 worker.start()
                 kept.append(worker)
             while not stopping:
                 wait([one.process.sentinel for one in kept if one.again is None], timeout=LOOK_SECONDS)
-                failed = [one for one in kept if one.process.exitcode == 2]
+                failed = [one for one in kept if one.process.exitcode == 2 and not one.was_ready]
                 if failed:
                     return 2  # it has said why
                 for one in kept:

@@ -3,6 +3,7 @@
 Run as `serve.py` is, without what loads a model. The last user message of a request begins with what is done:
 `call CITY` calls check_stock with that city, `say` replies in words, `sure N` and `unsure N` do so with that confidence,
 `slow N` takes N seconds, `die` ends the process, `broken` replies in no form, `fail` fails as a row that does not fit in memory, `long` does not fit the context.
+Where the file that SCRIPTED_REFUSES names is there, the model does not start, and the file is removed.
 """
 
 import os
@@ -50,7 +51,15 @@ class ScriptedClient:
         return Reply("", "stop", 20, 10, 0, calls=call, confidence=confidence)
 
 
+def make_small(settings, args) -> ScriptedClient:
+    refuses = Path(os.environ.get("SCRIPTED_REFUSES", os.devnull))
+    if refuses.is_file():
+        refuses.unlink()
+        raise UserError("the GPU's memory is not free")
+    return ScriptedClient()
+
+
 if __name__ == "__main__":
     script = load_script("05_serve/serve.py")
-    script.make_small = lambda settings, args: ScriptedClient()
+    script.make_small = make_small
     run(script.main)
