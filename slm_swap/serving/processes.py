@@ -20,7 +20,7 @@ from slm_swap.clients.protocol import Client
 from slm_swap.common.errors import UserError
 from slm_swap.common.os_errors import mendable
 from slm_swap.common.processes import end_with
-from slm_swap.common.secrets import hide_in_tracebacks
+from slm_swap.common.secrets import hide_in_tracebacks, shown_by_hook
 from slm_swap.common.settings import shown_path
 from slm_swap.serving.engine import run_engine
 from slm_swap.serving.options import Options
@@ -165,14 +165,14 @@ def _engine(options: Options, listener: socket.socket, make_client: Callable[[],
         with contextlib.suppress(OSError):  # a later start: nobody waits
             told.send("ready")
 
-    with _said_in_one_line():
+    with shown_by_hook(), _said_in_one_line():
         run_engine(options.state, options.queue, make_client, ready)
 
 
 def _worker(options: Options, listener: socket.socket, number: int, parent: int) -> None:
     _begin(parent, signal.SIGTERM)
     hide_in_tracebacks(lambda: options.settings.secrets)
-    with _said_in_one_line():
+    with shown_by_hook(), _said_in_one_line():
         import uvicorn
 
         from slm_swap.serving.app import make_app

@@ -15,7 +15,7 @@ from slm_swap.clients.engines import Prompt
 from slm_swap.clients.engines.apart import EngineApart
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import ROOT
-from tests.support.echo_engine import DIES, FAILS, EchoEngine
+from tests.support.echo_engine import BREAKS, DIES, FAILS, EchoEngine
 from tests.support.processes import PATIENCE
 
 
@@ -105,6 +105,15 @@ def test_that_it_died_is_noticed_while_nothing_is_asked(engine):
     assert next(given) is None
     with pytest.raises(UserError, match=r"the model's process died \(exit code -9\)"):
         next(given)
+
+
+def test_a_bug_there_keeps_its_traceback_and_shows_no_key(monkeypatch, capfd):
+    monkeypatch.setenv("AZURE_API_KEY", "a-key-that-nobody-may-see")
+    engine = EngineApart(EchoEngine)
+    with pytest.raises(UserError, match=r"the model's process died \(exit code 1\)"):
+        list(engine.generate(iter([prompt(0, BREAKS)])))
+    told = capfd.readouterr().err
+    assert "in generate\n" in told and "ValueError: a bug, and it names ***" in told and "nobody-may-see" not in told
 
 
 OWNER = """

@@ -276,6 +276,13 @@ def test_an_engine_that_dies_takes_no_request_with_it_and_comes_back(endpoint):
     assert "is started again" in endpoint.log.read_text()
 
 
+def test_a_bug_of_the_models_process_shows_its_traceback_and_no_key(endpoint):
+    assert endpoint.ask("bug now")[0] in ("hosted; reason=engine_down", "hosted; reason=deadline")
+    wait_until(lambda: "ValueError: of ***" in endpoint.log.read_text())
+    wait_until(lambda: endpoint.ask("call Porto")[0] == "local; reason=local")
+    assert HOSTED_KEY not in endpoint.log.read_text()
+
+
 def test_an_engine_that_cannot_start_again_at_once_ends_no_endpoint(hosted, tmp_path):
     """The memory of the one that died may not be free yet. One that cannot start at all does end it."""
     refuses = tmp_path / "refuses"

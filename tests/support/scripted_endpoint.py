@@ -2,7 +2,7 @@
 
 Run as `serve.py` is, without what loads a model. The last user message of a request begins with what is done:
 `call CITY` calls check_stock with that city, `say` replies in words, `sure N` and `unsure N` do so with that confidence,
-`slow N` takes N seconds, `die` ends the process, `broken` replies in no form, `fail` fails as a row that does not fit in memory, `long` does not fit the context.
+`slow N` takes N seconds, `die` ends the process, `bug` raises what names the hosted model's key, `broken` replies in no form, `fail` fails as a row that does not fit in memory, `long` does not fit the context.
 Where the file that SCRIPTED_REFUSES names is there, the model does not start, and the file is removed.
 """
 
@@ -40,6 +40,8 @@ class ScriptedClient:
             time.sleep(float(rest))
         if word == "die":
             os._exit(9)
+        if word == "bug":
+            raise ValueError(f"of {os.environ['AZURE_API_KEY']}")
         if word == "fail":
             raise UserError("it does not fit in memory")
         if word == "long":
