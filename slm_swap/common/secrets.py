@@ -5,7 +5,8 @@ import re
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 LONG = 16  # characters from which on a key is cut out wherever it stands; Azure's keys have 32 or 84
@@ -50,3 +51,13 @@ def hide_in_tracebacks(secrets: Callable[[], Iterable[str]]) -> None:
 
     sys.excepthook = show
     threading.excepthook = lambda told: show(told.exc_type, told.exc_value, told.exc_traceback)
+
+
+@contextmanager
+def shown_by_hook() -> Iterator[None]:
+    """Around what a process of multiprocessing does: the traceback of a bug is shown by `sys.excepthook`, which multiprocessing would go past. Ends with 1."""
+    try:
+        yield
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        sys.exit(1)

@@ -27,6 +27,7 @@ from slm_swap.rows.prompts import Request, Wanted
 
 LINE = 64 * 2**20  # bytes of the longest line
 GATHER_SECONDS = 0.01  # that a batch of the transformers engine waits for others to join it
+IDLE_SECONDS = 1.0  # between two looks, while nothing is asked, at whether vLLM's process still runs
 FULL_BATCH = 8  # where the batch's size is not fixed
 
 
@@ -150,8 +151,9 @@ def _feed(client: Any, jobs: Jobs) -> None:
         while True:
             if not asked:
                 watchdog.rest()
-            job = jobs.take(0 if asked else None)
-            watchdog.work()
+            job = jobs.take(0 if asked else IDLE_SECONDS)
+            if asked or job:
+                watchdog.work()
             if job is None:
                 yield None
                 continue

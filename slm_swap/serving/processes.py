@@ -20,7 +20,7 @@ from slm_swap.clients.protocol import Client
 from slm_swap.common.errors import UserError
 from slm_swap.common.os_errors import mendable
 from slm_swap.common.processes import end_with
-from slm_swap.common.secrets import hide_in_tracebacks
+from slm_swap.common.secrets import hide_in_tracebacks, shown_by_hook
 from slm_swap.common.settings import shown_path
 from slm_swap.serving.engine import run_engine
 from slm_swap.serving.options import Options
@@ -39,6 +39,7 @@ class Kept:
     def __init__(self, name: str, target: Callable[..., None], *args: Any):
         self.name, self._target, self._args = name, target, args
         self._died = 0
+        self.was_ready = False  # that it cannot start once more is then no fault of the set-up: its memory on the GPU may not be free yet
         self.process: Any = None
         self.again: float | None = 0.0  # when it is started; None: it runs
 
@@ -85,13 +86,14 @@ def serve(options: Options, listener: socket.socket, make_client: Callable[[], C
                 kept.append(engine)
                 if not _ready(engine, here, stopping):
                     return 2 if not stopping else 0
+                engine.was_ready = True
             for number in range(options.workers):
                 worker = Kept(f"worker {number}", _worker, options, listener, number, os.getpid())
                 worker.start()
                 kept.append(worker)
             while not stopping:
                 wait([one.process.sentinel for one in kept if one.again is None], timeout=LOOK_SECONDS)
-                failed = [one for one in kept if one.process.exitcode == 2]
+                failed = [one for one in kept if one.process.exitcode == 2 and not one.was_ready]
                 if failed:
                     return 2  # it has said why
                 for one in kept:
@@ -163,14 +165,14 @@ def _engine(options: Options, listener: socket.socket, make_client: Callable[[],
         with contextlib.suppress(OSError):  # a later start: nobody waits
             told.send("ready")
 
-    with _said_in_one_line():
+    with shown_by_hook(), _said_in_one_line():
         run_engine(options.state, options.queue, make_client, ready)
 
 
 def _worker(options: Options, listener: socket.socket, number: int, parent: int) -> None:
     _begin(parent, signal.SIGTERM)
     hide_in_tracebacks(lambda: options.settings.secrets)
-    with _said_in_one_line():
+    with shown_by_hook(), _said_in_one_line():
         import uvicorn
 
         from slm_swap.serving.app import make_app

@@ -216,9 +216,13 @@ class RunTrace:
     def event(self, name: str, metadata: dict[str, Any] | None = None, at: int | None = None, scores: dict[str, float] | None = None) -> None:
         """A point in time under the run: a decision, a point of the loss curve; `at` in nanoseconds since 1970 (default: now). Its `scores`
         have that time, too, so that Langfuse can chart them."""
-        at = at or time.time_ns()
-        identity, facts = _span_id(self.id, f"event:{name}:{at}"), {"type": "event", "metadata": metadata or {}}
-        self._outbox.add(lambda: [self._span(identity, self._root, name, at, at, facts), *self._scores(identity, scores or {}, at)])
+        at, told = at or time.time_ns(), metadata or {}
+
+        def records() -> list[dict[str, Any]]:
+            identity = _span_id(self.id, f"event:{name}:{at}:{as_text(told)}")  # several points may have one time
+            return [self._span(identity, self._root, name, at, at, {"type": "event", "metadata": told}), *self._scores(identity, scores or {}, at)]
+
+        self._outbox.add(records)
 
     def update(self, output: Any = None, metadata: dict[str, Any] | None = None) -> None:
         """The outcome of the run (its metrics), and facts known only later (paths)."""

@@ -15,7 +15,7 @@ from slm_swap.clients.engines import Prompt
 from slm_swap.clients.engines.apart import EngineApart
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import ROOT
-from tests.support.echo_engine import DIES, FAILS, EchoEngine
+from tests.support.echo_engine import BREAKS, DIES, FAILS, EchoEngine
 from tests.support.processes import PATIENCE
 
 
@@ -80,6 +80,40 @@ def test_what_goes_wrong_there_is_told_here(engine):
     other = EngineApart(EchoEngine)
     with pytest.raises(UserError, match=r"the model's process died \(exit code 7\)"):
         list(other.generate(iter([prompt(0, 10, 11), prompt(1, DIES)])))
+
+
+def test_why_it_ended_is_told_also_where_prompts_are_being_sent(engine):
+    def coming():
+        yield prompt(0, 10, 11, 12)
+        yield prompt(1, FAILS)
+        engine._process.join()
+        yield prompt(2, 10)
+
+    with pytest.raises(UserError, match=r"^vllm failed \(out of order\)$"):
+        list(engine.generate(coming()))
+
+
+def test_that_it_died_is_noticed_while_nothing_is_asked(engine):
+    def nothing():
+        yield None
+        engine._process.kill()
+        engine._process.join()
+        while True:
+            yield None
+
+    given = engine.generate(nothing())
+    assert next(given) is None
+    with pytest.raises(UserError, match=r"the model's process died \(exit code -9\)"):
+        next(given)
+
+
+def test_a_bug_there_keeps_its_traceback_and_shows_no_key(monkeypatch, capfd):
+    monkeypatch.setenv("AZURE_API_KEY", "a-key-that-nobody-may-see")
+    engine = EngineApart(EchoEngine)
+    with pytest.raises(UserError, match=r"the model's process died \(exit code 1\)"):
+        list(engine.generate(iter([prompt(0, BREAKS)])))
+    told = capfd.readouterr().err
+    assert "in generate\n" in told and "ValueError: a bug, and it names ***" in told and "nobody-may-see" not in told
 
 
 OWNER = """

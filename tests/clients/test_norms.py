@@ -50,3 +50,33 @@ def test_a_norm_of_zeros_is_not_taken_for_one_that_adds_one():
     with torch.no_grad():
         model[0].weight.fill_(1e-3)  # as Gemma's before it has learned: near 0
     assert not plain_norms(model)
+
+
+def test_numbers_of_another_type_than_the_weights_stay_with_the_norm_itself():
+    """Weights that are kept in 32 bits give 32 bits; the kernel would give what it was given."""
+    model = torch.nn.Sequential(PlainRMSNorm(64))
+    x = torch.randn(3, 64).bfloat16()
+    wanted = model(x)
+    with fused_norms(plain_norms(model)):
+        assert "forward" in vars(model[0]) and model(x).dtype == wanted.dtype == torch.float32
+        assert torch.equal(model(x), wanted)
+
+
+class GatedRMSNorm(PlainRMSNorm):
+    """As some hybrid models have it."""
+
+    def forward(self, x, gate):
+        return super().forward(x) * gate
+
+
+class HeadsRMSNorm(PlainRMSNorm):
+    """With weights for each head."""
+
+    def __init__(self, heads: int, size: int):
+        super().__init__(size)
+        self.weight = torch.nn.Parameter(torch.randn(heads, size))
+
+
+def test_norms_that_take_other_inputs_are_left_alone():
+    model = torch.nn.Sequential(GatedRMSNorm(16), HeadsRMSNorm(3, 16), PlainRMSNorm(16))
+    assert [module for module, _ in plain_norms(model)] == [model[2]]

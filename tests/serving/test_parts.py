@@ -20,6 +20,7 @@ from slm_swap.common.settings import ROOT, Settings
 from slm_swap.demo.simulator_parts import events_of
 from slm_swap.rows.lines import dump_json
 from slm_swap.rows.prompts import Request, Wanted
+from slm_swap.serving import engine as engine_module
 from slm_swap.serving import state
 from slm_swap.serving.app import Door
 from slm_swap.serving.audits import Audits, agree
@@ -205,3 +206,11 @@ engine._in_batches(Client(), jobs, 1)
 def test_a_model_that_hangs_ends_its_process_and_one_that_waits_does_not():
     ended = subprocess.run([sys.executable, "-c", HUNG], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert (ended.returncode, ended.stdout) == (1, "1\n2\n") and "generate" in ended.stderr
+
+
+def test_while_nothing_is_asked_vllm_is_looked_at_now_and_then(monkeypatch):
+    """Its process may have ended: else only the next request would find that out, and fail."""
+    looked = []
+    monkeypatch.setattr(engine_module, "IDLE_SECONDS", 0.01)
+    engine_module._feed(SimpleNamespace(stream=lambda rows: looked.extend(next(rows) for _ in range(3)) or ()), Jobs(1))
+    assert looked == [None] * 3

@@ -276,6 +276,27 @@ def test_an_engine_that_dies_takes_no_request_with_it_and_comes_back(endpoint):
     assert "is started again" in endpoint.log.read_text()
 
 
+def test_a_bug_of_the_models_process_shows_its_traceback_and_no_key(endpoint):
+    assert endpoint.ask("bug now")[0] in ("hosted; reason=engine_down", "hosted; reason=deadline")
+    wait_until(lambda: "ValueError: of ***" in endpoint.log.read_text())
+    wait_until(lambda: endpoint.ask("call Porto")[0] == "local; reason=local")
+    assert HOSTED_KEY not in endpoint.log.read_text()
+
+
+def test_an_engine_that_cannot_start_again_at_once_ends_no_endpoint(hosted, tmp_path):
+    """The memory of the one that died may not be free yet. One that cannot start at all does end it."""
+    refuses = tmp_path / "refuses"
+    with serving(tmp_path, "--mode", "cascade", "--cascade", cascade(tmp_path / "c.json"), hosted=hosted, SCRIPTED_REFUSES=str(refuses)) as running:
+        refuses.touch()
+        running.ask("die now")
+        wait_until(lambda: not refuses.exists())
+        wait_until(lambda: running.ask("call Porto")[0] == "local; reason=local")
+        assert "the small model's process ended (2) and is started again in 1 s" in running.log.read_text()
+    refuses.touch()
+    with pytest.raises(AssertionError, match="error: the GPU's memory is not free"), serving(tmp_path, "--mode", "local", SCRIPTED_REFUSES=str(refuses)):
+        pass
+
+
 def test_a_client_that_goes_costs_the_others_nothing(endpoint):
     body = json.dumps({"model": HOSTED_NAME, "messages": [{"role": "user", "content": "slow 0.5"}], "tools": [CHECK_STOCK]}).encode()
     head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"

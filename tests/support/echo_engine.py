@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from slm_swap.clients.engines import Generated
 from slm_swap.common.errors import UserError
 
-DIES, FAILS = 2, 3  # first tokens of prompts, and what they bring about
+DIES, FAILS, BREAKS = 2, 3, 4  # first tokens of prompts, and what they bring about
 
 
 @dataclass
@@ -28,6 +28,8 @@ class EchoEngine:
             while (prompt := next(prompts, end)) not in (None, end):
                 if prompt.tokens[0] == DIES:
                     os._exit(7)
+                if prompt.tokens[0] == BREAKS:
+                    raise ValueError(f"a bug, and it names {os.environ['AZURE_API_KEY']}")
                 if prompt.tokens[0] == FAILS:
                     raise UserError("vllm failed (out of order)")
                 open_now[prompt.index] = prompt, []

@@ -2,7 +2,8 @@
 
 Run as `serve.py` is, without what loads a model. The last user message of a request begins with what is done:
 `call CITY` calls check_stock with that city, `say` replies in words, `sure N` and `unsure N` do so with that confidence,
-`slow N` takes N seconds, `die` ends the process, `broken` replies in no form, `fail` fails as a row that does not fit in memory, `long` does not fit the context.
+`slow N` takes N seconds, `die` ends the process, `bug` raises what names the hosted model's key, `broken` replies in no form, `fail` fails as a row that does not fit in memory, `long` does not fit the context.
+Where the file that SCRIPTED_REFUSES names is there, the model does not start, and the file is removed.
 """
 
 import os
@@ -39,6 +40,8 @@ class ScriptedClient:
             time.sleep(float(rest))
         if word == "die":
             os._exit(9)
+        if word == "bug":
+            raise ValueError(f"of {os.environ['AZURE_API_KEY']}")
         if word == "fail":
             raise UserError("it does not fit in memory")
         if word == "long":
@@ -50,7 +53,15 @@ class ScriptedClient:
         return Reply("", "stop", 20, 10, 0, calls=call, confidence=confidence)
 
 
+def make_small(settings, args) -> ScriptedClient:
+    refuses = Path(os.environ.get("SCRIPTED_REFUSES", os.devnull))
+    if refuses.is_file():
+        refuses.unlink()
+        raise UserError("the GPU's memory is not free")
+    return ScriptedClient()
+
+
 if __name__ == "__main__":
     script = load_script("05_serve/serve.py")
-    script.make_small = lambda settings, args: ScriptedClient()
+    script.make_small = make_small
     run(script.main)

@@ -153,6 +153,16 @@ def test_scores_belong_to_their_row_or_to_the_trace(server, traced):
     assert len(server.scores) == 4
 
 
+def test_points_of_one_time_are_two(server, traced):
+    """The training log has a line for the loss and one for the validation loss of the same step."""
+    with traced(settings_for(server), "train") as trace:
+        for point in ({"step": 5, "loss": 0.5}, {"step": 5, "eval_loss": 0.75}):
+            trace.event("loss", point, 10**18, {name: value for name, value in point.items() if name != "step"})
+    points = {span.id: span for span in server.spans if span.name == "loss"}
+    assert sorted(span.json("metadata.step") for span in points.values()) == [5, 5] and {span.start for span in points.values()} == {10**18}
+    assert {score["name"]: (score["value"], points[score["observationId"]].name) for score in server.scores} == {"loss": (0.5, "loss"), "eval_loss": (0.75, "loss")}
+
+
 def test_five_thousand_rows_arrive_each_once_though_the_server_is_slow(server, capfd, traced):
     server.delay = 0.1  # slower than the rows come, so that they must wait: the SDK's queue would drop the oldest
     with traced(settings_for(server)) as trace:

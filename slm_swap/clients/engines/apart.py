@@ -16,6 +16,8 @@ from typing import Any
 from slm_swap.clients.engines import Engine, Generated, Prompt
 from slm_swap.common.errors import UserError
 from slm_swap.common.processes import Watchdog, end_with
+from slm_swap.common.secrets import hide_in_tracebacks, shown_by_hook
+from slm_swap.common.settings import load_settings
 
 QUEUED = 1024  # prompts that the engine's process holds at a time
 LOOK_SECONDS = 0.001  # how long a reply is waited for before further prompts are looked for
@@ -58,6 +60,8 @@ class EngineApart:
                 if not asked:
                     if prompt is END:
                         return
+                    if self._link.poll():  # nothing is due: that it has ended
+                        self._received()
                     yield None
                     continue
                 while asked and self._link.poll(LOOK_SECONDS):
@@ -75,7 +79,8 @@ class EngineApart:
         try:
             self._link.send(told)
         except OSError:
-            raise self._died() from None
+            while True:  # what came before is behind what it may have said last: why it ended
+                self._received()
 
     def _received(self) -> Any:
         try:
@@ -112,12 +117,14 @@ def _run(make: Callable[[], Engine], link: Any, parent: int) -> None:
     """The engine's process: prompts in, what is generated out."""
     end_with(parent, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides on Ctrl-C
-    try:
-        engine = make()
-        link.send((engine.name, engine.context, engine.ends, engine.describe(), engine.state()))
-        _answer(engine, link)
-    except UserError as error:
-        link.send(error)
+    hide_in_tracebacks(lambda: load_settings().secrets)
+    with shown_by_hook():
+        try:
+            engine = make()
+            link.send((engine.name, engine.context, engine.ends, engine.describe(), engine.state()))
+            _answer(engine, link)
+        except UserError as error:
+            link.send(error)
 
 
 def _answer(engine: Engine, link: Any) -> None:
