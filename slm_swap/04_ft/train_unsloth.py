@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.preset == "auto":
         args.preset, why = choose_preset(base, given)
         if launch.rank == 0:
-            print(f"preset {args.preset}: {why}")
+            print(f"preset {args.preset}: {why}", flush=True)  # in a log, before any warning
     parameters = Hyperparameters(**PRESETS[args.preset] | given)
     track = TRACKS[args.track]
     parameters.check_metric(track.for_gold([track.reference(example) for example in rows["val"][: parameters.eval_generate]]))
