@@ -118,14 +118,9 @@ def train(
         import_unsloth(out.with_name(f"{out.name}.unsloth"), launch.rank)
     set_seed(parameters.seed)
     tokenizer = load_tokenizer(base)
-    learned, measured = (tokenize(tokenizer, track, given, parameters.max_length) for given in (train_rows, val_rows))
-    rows, too_long, untaught = learned
-    held_out = measured.rows
-    require_rows(learned, "train", parameters.max_length, say)
-    if parameters.eval_steps:
-        require_rows(measured, "val", parameters.max_length, say)
-    lengths = sorted(len(row["input_ids"]) for row in rows)
-    say(length_report(lengths, too_long, parameters.max_length))
+    learned, held_out = as_tokens(tokenizer, track, train_rows, val_rows, parameters, say)
+    rows, lengths = learned.rows, sorted(len(row["input_ids"]) for row in learned.rows)
+    say(length_report(lengths, learned.too_long, parameters.max_length))
     checkpoints, run = Checkpoints(out), {}
     if launch.rank == 0:
         run = {"ask": ask_of(train_rows)} | identity(track, base, parameters, backend, inputs, deepspeed, launch)
@@ -148,18 +143,17 @@ def train(
         told, log = run_trainer(trainer, parameters, sample, checkpoints, save_steps, clock, say)
         if trainer.state.global_step == 1 and 0 < parameters.warmup_share < 1:
             say("warning: the only step had a learning rate of 0, with which the warm-up begins: nothing was learned; give more rows or --epochs")
-        info = {
-            "preset": preset,
-            "run_id": run_id,
-            **run,
-            "base_model": {"path": display_path(base), **run.get("base_model", {})},
-            "lora": reach,
+        info = {"preset": preset, "run_id": run_id, **run, "base_model": {"path": display_path(base), **run.get("base_model", {})}, "lora": reach}
+        info |= {
             "computed": {
                 "step_packs": getattr(trainer, "step_packs", None) is not None, "gradient_checkpointing": arguments.gradient_checkpointing
             },
+            "inputs": inputs,
+            "rows": {"train": len(rows), "val": len(held_out), "too_long": len(learned.too_long), "untaught": learned.untaught.total()},
+            "ending": require_ending(tokenizer)._asdict(),
+            "thinking": thinking(tokenizer),
         }  # fmt: skip
-        info |= {"inputs": inputs, "rows": {"train": len(rows), "val": len(held_out), "too_long": len(too_long), "untaught": untaught.total()}}
-        info |= {"ending": require_ending(tokenizer)._asdict(), "thinking": thinking(tokenizer)} | told | account(trainer.state, log, lengths, too_long, told["seconds"]["train"])
+        info |= told | account(trainer.state, log, lengths, learned.too_long, told["seconds"]["train"])
         if launch.rank == 0:
             save_adapter(trainer.model, tokenizer, out, info, log, base, checkpoints)
     return info
@@ -177,6 +171,21 @@ def said_what_is_kept(checkpoints: Checkpoints, rank: int, say: Callable[[str], 
             else:
                 checkpoints.remove()
         raise
+
+
+def as_tokens(
+    tokenizer: Any, track: str, train_rows: list[Example], val_rows: list[Example], parameters: Hyperparameters, say: Callable[[str], object]
+) -> tuple[Tokenized, list[dict[str, list[int]]]]:
+    """The train rows as they are learned, and the validation rows as they are measured.
+
+    Raises:
+        UserError: there are none that can be learned, or measured where `parameters` want that.
+    """
+    learned, measured = (tokenize(tokenizer, track, given, parameters.max_length) for given in (train_rows, val_rows))
+    require_rows(learned, "train", parameters.max_length, say)
+    if parameters.eval_steps:
+        require_rows(measured, "val", parameters.max_length, say)
+    return learned, measured.rows
 
 
 def require_rows(told: Tokenized, kind: str, max_length: int, say: Callable) -> None:

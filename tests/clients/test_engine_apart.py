@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -16,7 +15,7 @@ from slm_swap.clients.engines.apart import EngineApart
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import ROOT
 from tests.support.echo_engine import BREAKS, DIES, FAILS, EchoEngine
-from tests.support.processes import PATIENCE
+from tests.support.processes import wait_until
 
 
 @pytest.fixture
@@ -135,13 +134,13 @@ def test_it_ends_with_who_started_it(tmp_path):
     os.kill(other, 0)
     owner.send_signal(signal.SIGKILL)
     owner.wait()
-    until = time.monotonic() + PATIENCE
-    while time.monotonic() < until:
-        try:
-            os.kill(other, 0)
-        except ProcessLookupError:
-            return
-        if Path(f"/proc/{other}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z":  # dead, and only not waited for yet
-            return
-        time.sleep(0.05)
-    raise AssertionError("it lives on")
+    wait_until(lambda: ended(other))
+    assert ended(other)
+
+
+def ended(process: int) -> bool:
+    """Whether it has, also where nobody has waited for it yet."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except OSError:
+        return True
