@@ -5,6 +5,7 @@ from pathlib import Path
 
 from slm_swap.common.settings import shown_path
 from slm_swap.dataset.build import DROPPED
+from slm_swap.dataset.splits import LEAST_TEST
 
 NO_FAULTS = ("unused", "shares_test_tool", "too_few", "not_trained", "duplicate")  # reasons that need no example on the console
 
@@ -42,6 +43,11 @@ def remarks(report: dict, out_dir: Path) -> Iterator[str]:
             why = next((drop["why"] for drop in report["dropped_examples"]["too_few"] if drop["why"].startswith(track)), None)
             if why:
                 yield f"no splits of {why}"
+    for track, splits in report["splits"].items():
+        test, rows = splits["test"]["rows"], sum(split["rows"] for split in splits.values())
+        more = min(LEAST_TEST, rows // 2)
+        if report["args"]["test_size"] is None and 0 < test < more:
+            yield f"{track}/test has {test} rows, which seldom suffice for a SWAP at a margin of 5 points; {LEAST_TEST} mostly do: --test-size {more} puts more of them there"
     if report["form"] == "conversation" and report["args"]["source"] in ("xlam", "bfcl"):
         yield (
             f"{report['without_structured_twin']} rows have several calls or none: all toolcall rows are written as conversations, and "

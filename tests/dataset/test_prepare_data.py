@@ -238,6 +238,10 @@ def test_chat_end_to_end(tmp_path, capsys):
             assert example.messages[0]["role"] == "system"
     assert len(groups) == 40 and all(len(names) == 1 for names in groups.values()), "a conversation stays on one side"
     assert report["near_duplicates"]["largest"] == 3, "a preamble and short last words join no conversations"
+    test = report["splits"]["toolcall"]["test"]["rows"]
+    assert f"toolcall/test has {test} rows, which seldom suffice for a SWAP at a margin of 5 points; 300 mostly do: --test-size 59 puts more" in out
+    assert prepare("--source", "chat", "--dataset-path", source, "--out-dir", tmp_path / "out", "--track", "toolcall", "--test-size", "59") == 0
+    assert "seldom suffice" not in capsys.readouterr().out and report_of(tmp_path / "out")["splits"]["toolcall"]["test"]["rows"] > 4 * test
 
 
 def test_a_calibration_split_shares_no_conversation_and_goes_when_it_is_no_longer_asked_for(tmp_path, capsys):
