@@ -142,18 +142,14 @@ def _pass_on(client: Any, jobs: Jobs) -> None:
 
 
 def _feed(client: Any, jobs: Jobs) -> None:
-    """vLLM takes what waits between any two of its steps."""
+    """vLLM takes what waits between any two of its steps. It has a process of its own, with a watchdog there."""
     asked: dict[int, Job] = {}
-    count, watchdog = 0, Watchdog()
+    count = 0
 
     def rows() -> Iterator[tuple[int, Request] | None]:
         nonlocal count
         while True:
-            if not asked:
-                watchdog.rest()
             job = jobs.take(0 if asked else IDLE_SECONDS)
-            if asked or job:
-                watchdog.work()
             if job is None:
                 yield None
                 continue

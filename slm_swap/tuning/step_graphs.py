@@ -47,7 +47,7 @@ class Gradients:
 class StepGraphs:
     """Passes over packs: the first of a shape as usual, which compiles what is to be compiled; the second is captured, and all further ones are replays.
 
-    Replayed, dropout draws the numbers that it would have drawn, so that a run which resumes comes to the same weights. Where capturing fails, or memory for
+    A replay's dropout draws from the generator's state at that time, as torch registers it with each graph. Where capturing fails, or memory for
     the longest pack twice is not free, all passes are launched as usual, which it says once.
 
     Args:

@@ -236,7 +236,7 @@ class CapturedDecoder:
     def _cache(self, rows: int, length: int, slot: Any) -> Any:
         """A static cache over the shared storage, which grows where it is too small (and then all graphs are void).
 
-        Its plain layers put a token into the `slot`, [1]. But for the first one, whom the model asks how many there are, they do not count.
+        Its plain layers put a token into the `slot`, [1]. Only the first one counts them, as the model asks it for their number.
         """
         import torch
         from transformers import StaticCache
