@@ -195,7 +195,7 @@ def measure(config: str, folder: Path, rows_wanted: int, seconds: float, out: Pa
             arguments = trainer_arguments(parameters, backend, scratch, deepspeed)
             if backend == "trl":
                 lean_or_fast(folder, parameters, max(len(row["input_ids"]) for row in rows), arguments, print)
-            model = load_trainable(folder, parameters, backend, arguments.device)
+            model = load_trainable(folder, parameters, backend, arguments.device, rows=rows)
             trainer = make_trainer(model, tokenizer, arguments, rows, [], parameters, backend, print)
         step_packs = getattr(trainer, "step_packs", None)
         clock = make_clock(seconds, WARM_UP_PACKS if step_packs else WARM_UP)

@@ -5,7 +5,7 @@ import inspect
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -74,11 +74,17 @@ def choose_deepspeed(given: str | None, launch: Launch) -> Path | None:
 
 
 def load_trainable(
-    path: Path, parameters: Hyperparameters, backend: str, device: Any, find_untrained: Callable[[Any], dict[int, int | None]] = lambda _: {}
+    path: Path,
+    parameters: Hyperparameters,
+    backend: str,
+    device: Any,
+    find_untrained: Callable[[Any], dict[int, int | None]] = lambda _: {},
+    rows: Sequence[dict[str, list[int]]] = (),
 ) -> Any:
     """The base model on `device` (a torch.device), frozen, with fresh LoRA weights on all linear layers.
 
-    The rows of the tokens that `find_untrained` finds in the base model are trained, too.
+    The rows of the tokens that `find_untrained` finds in the base model are trained, too. `rows` are those to train on, {"input_ids"}: in fp8 they
+    show which columns of an input need more bits.
 
     Raises:
         UserError: the model cannot be loaded, or the back end cannot train those tokens.
@@ -95,7 +101,7 @@ def load_trainable(
     elif parameters.precision == "fp8":
         from slm_swap.tuning.fp8 import give_fp8_products
 
-        give_fp8_products(model, fit_layers(model))
+        give_fp8_products(model, decoder_of(model), fit_layers(model), rows)
     require_numbers(path, model)
     if getattr(text_config(model.config), "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")  # transformers' `sdpa` leaves soft-capping out without a word

@@ -142,7 +142,7 @@ def memory_needed(config: Any, parameters: Any, longest: int) -> dict[str, float
         linear = layers * hidden * (attention + query)
         inter *= getattr(config, "num_experts_per_tok", None) or 1  # what a token's way leads through
     head = vocabulary * hidden * (1 if config.tie_word_embeddings else 2)
-    width = {"int8": 1, "nf4": 0.55, "bf16": 2, "fp8": 2, "fp32": 4}[parameters.precision]
+    width = {"int8": 1, "nf4": 0.55, "bf16": 2, "fp8": 2.13, "fp32": 4}[parameters.precision]
     other = 4 if parameters.precision == "fp32" else 2
     fused = config.model_type in FUSED
     readers = 2 if fused else 5  # linear layers with LoRA that read the hidden states

@@ -133,7 +133,7 @@ def train(
             lean_or_fast(base, parameters, lengths[-1], arguments, say)
         warn_of_memory(base, replace(parameters, gradient_checkpointing=arguments.gradient_checkpointing), lengths[-1], arguments.device, say)
         learn = partial(untrained_tokens, tokenizer=tokenizer, rows=rows)
-        model = load_together(lambda: load_trainable(base, parameters, backend, arguments.device, learn), launch.world)
+        model = load_together(lambda: load_trainable(base, parameters, backend, arguments.device, learn, rows), launch.world)
         say_trained(model, tokenizer, say)
         reach = lora_reach(model)
         for line in reach_report(reach):

@@ -195,14 +195,25 @@ def test_compiled_products_keep_8_bits_for_backward_and_are_near_the_exact_ones(
     assert apart(found, wanted) < 0.03 and apart(*gradients) < 0.03
 
 
-def test_products_in_fp8_are_near_the_exact_ones():
-    from slm_swap.tuning.fp8 import Fp8Linear
+@pytest.mark.parametrize("columns", [0, 128])
+def test_products_in_fp8_are_near_the_exact_ones(columns):
+    from slm_swap.tuning.fp8 import Fp8Linear, scaled_product
 
     if torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("needs Ada or Hopper")
     torch._dynamo.reset()
-    kept, found, wanted, gradients = big_layers(Fp8Linear)
+    doubled = torch.arange(5, 4096, 31, device="cuda")[:columns] if columns else None
+    kept, found, wanted, gradients = big_layers(lambda layer: Fp8Linear(layer, doubled))
     assert kept < 16 << 20 and apart(found, wanted) < 0.15 and apart(*gradients) < 0.15
+    if columns:
+        plain = torch.nn.Linear(4096, 256, bias=False, device="cuda", dtype=torch.bfloat16)
+        layer, x = Fp8Linear(plain, doubled), torch.randn(64, 4096, device="cuda", dtype=torch.bfloat16)
+        x[:, doubled] *= 30
+        wanted = plain(x).float()
+        for product in (scaled_product, torch.compile(scaled_product)):
+            found = product(x, layer.weight, layer.scale, layer.doubled).float()
+            without = scaled_product(x, layer.weight[:, :4096].contiguous(), layer.scale).float()
+            assert apart(found, wanted) < apart(without, wanted) / 3
 
 
 @pytest.mark.parametrize("backend", ["trl", "unsloth"])
