@@ -58,7 +58,8 @@ class Fp8Product(torch.autograd.Function):
     def forward(ctx, x, weight, scale, doubled, transposed, scale_back):
         ctx.save_for_backward(transposed, scale_back)
         ctx.dtype = x.dtype
-        return scaled_product(x, weight, scale, doubled).to(product_dtype(x))
+        found, kind = scaled_product(x, weight, scale, doubled), product_dtype(x)
+        return found if found.dtype == kind else found.to(kind)  # compiled by torch 2.11, a change of type that changes nothing has gradients of 0
 
     @staticmethod
     def backward(ctx, gradient):

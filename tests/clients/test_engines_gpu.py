@@ -12,6 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from slm_swap.clients.engines import Workload
+from slm_swap.clients.engines.captured import CHECK_EVERY
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import write_jsonl
 from slm_swap.common.settings import PACKAGE, Settings
@@ -143,7 +144,7 @@ def test_longrope_is_captured_within_the_first_context(tmp_path):
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(BASE).save_pretrained(tmp_path)
     asked = SLMClient(SETTINGS, model=tmp_path, precision="fp32", engine="transformers", max_new_tokens=40)
-    assert asked.engine._captured.fits(900) and not asked.engine._captured.fits(1020)
+    assert asked.engine._captured.fits(1024 - CHECK_EVERY) and not asked.engine._captured.fits(1025 - CHECK_EVERY)
     captured = texts(asked)
     assert any(step.graph is not None for step in asked.engine._captured._steps.values())
     asked.engine._captured = None

@@ -94,13 +94,15 @@ def test_a_layer_and_its_gradient_are_nearly_those_of_its_weight(bias, doubled):
     assert 0 < apart(found[0][0], found[1][0]) < 0.06 and 0 < apart(found[0][1], found[1][1]) < 0.06
 
 
-def test_it_compiles_to_one_graph_with_the_same_values():
-    layer, _ = layer_and_plain()
-    x = torch.randn(9, 64, requires_grad=True)
-    wanted = torch.autograd.grad(layer(x).square().sum(), x)[0]
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_layers_compile_to_one_graph_with_the_same_gradients(kind):
+    layers = torch.nn.Sequential(layer_and_plain()[0], Fp8Linear(torch.nn.Linear(48, 64))).to(kind)
+    x = torch.randn(9, 64, dtype=kind, requires_grad=True)
+    wanted = torch.autograd.grad(layers(x).square().sum(), x)[0]
     torch._dynamo.reset()
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(layers, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(torch.autograd.grad(compiled(x).square().sum(), x)[0], wanted)
+    assert wanted.norm() > 0
 
 
 def test_a_cast_keeps_bits_and_scales():
