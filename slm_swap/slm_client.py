@@ -1,6 +1,7 @@
 """The local small model: loading it, and asking it through one of the engines."""
 
 import gc
+import json
 import time
 from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
@@ -243,7 +244,7 @@ class SLMClient:
         def bound(prompt: Prompt, request: Request) -> Prompt | None:
             """The prompt with its row's grammar; None where there is none."""
             try:
-                grammar = row_grammar(self.tokenizer, request, self.engine.ends, self.grammars.special)
+                grammar = self._grammar(request)
                 error = self.grammars.why_not(grammar)
             except NoGrammar as reason:
                 error = str(reason)
@@ -303,6 +304,15 @@ class SLMClient:
             yield from refused
             refused.clear()
         yield from refused
+
+    def _grammar(self, request: Request) -> str:
+        """`row_grammar`, written once for all rows that want the same.
+
+        Raises:
+            NoGrammar: there is none.
+        """
+        wanted = json.dumps([request.wanted, request.native, uses_tools(request)])
+        return self.grammars.text(wanted, lambda: row_grammar(self.tokenizer, request, self.engine.ends, self.grammars.special))
 
     def _encode(self, requests: list[Request]) -> list[list[int] | CannotShow]:
         """The tokens of each prompt, or why the chat template cannot show it."""

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from slm_swap.clients.architecture import fixed_length, text_config
@@ -39,6 +39,31 @@ def chances_of(logits: Any, chosen: Any) -> Any:
     logprobs = logits.gather(-1, chosen[:, None]) - logits.logsumexp(-1, keepdim=True)
     second = logits.scatter(-1, place, -torch.inf).amax(-1, keepdim=True)  # not by topk, which searches a row by one block on a GPU (by reading)
     return torch.cat([logprobs, best - second], -1)
+
+
+def choose(logits: Any, bits: Any = None) -> tuple[Any, Any]:
+    """Each row's best token of those that `bits` allow, [rows], and its chance, [rows, 2]. logits: [rows, vocabulary]; bits: [rows, words] or None."""
+    if logits.is_cuda and (kernels := _kernels(logits.device)):
+        return kernels.choose(logits.contiguous(), bits)
+    chosen = (logits if bits is None else masked(logits, bits)).argmax(-1)
+    return chosen, chances_of(logits, chosen)
+
+
+@cache
+def _kernels(device: Any) -> Any:
+    """The module `choice_kernels`, tried on a GPU once; None where its kernels cannot be had there, and a step takes a little longer."""
+    import torch
+
+    try:
+        from slm_swap.clients.engines import choice_kernels
+
+        for bits in (None, torch.ones(1, 1, dtype=torch.int32, device=device)):
+            choice_kernels.choose(torch.zeros(1, 32, dtype=torch.bfloat16, device=device), bits)
+    except torch.OutOfMemoryError:  # says nothing of the kernels
+        raise
+    except Exception:  # no triton, a GPU that it does not know, no C compiler for its launcher
+        return None
+    return choice_kernels
 
 
 def one_token_cache(model: Any) -> Any:
@@ -333,8 +358,7 @@ class CapturedDecoder:
 
     def _step(self, step: Step) -> None:
         """One token for every row; all of it on the device."""
-        logits = self._next_logits(step)
-        self._advance(step, logits, logits.argmax(-1))
+        self._advance(step, *choose(self._next_logits(step)))
 
     def _forward(self, step: Step) -> None:
         logits = self._next_logits(step)
@@ -346,7 +370,7 @@ class CapturedDecoder:
         import torch
 
         step.at.zero_()
-        self._advance(step, step.logits, masked(step.logits, step.bits).argmax(-1))
+        self._advance(step, *choose(step.logits, step.bits))
         step.told.copy_(torch.cat([step.tokens.double(), step.chances[:, 0], step.left[:, None]], 1))
 
     def _next_logits(self, step: Step) -> Any:
@@ -360,10 +384,10 @@ class CapturedDecoder:
         )
         return out.logits[:, -1]
 
-    def _advance(self, step: Step, logits: Any, new: Any) -> None:
-        """Add each row's new token, [rows], and its chance by the free logits, [rows, vocabulary]."""
+    def _advance(self, step: Step, new: Any, chances: Any) -> None:
+        """Add each row's new token, [rows], and its chance, [rows, 2]."""
         step.made.index_copy_(1, step.at, new[:, None])
-        step.chances.index_copy_(1, step.at, chances_of(logits, new)[:, None])
+        step.chances.index_copy_(1, step.at, chances[:, None])
         step.left.sub_(1).clamp_(min=0)
         for end in self.ends:
             step.left.masked_fill_(new == end, 0)

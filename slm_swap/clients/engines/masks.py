@@ -2,14 +2,15 @@
 
 import re
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from slm_swap.clients.engines import Prompt
 from slm_swap.common.errors import UserError
 
 _PLACE = re.compile(r"^(at )?\d+\(\d+\): ")  # in the grammar, in front of an error
 KEPT = 512  # compiled grammars: a tool set takes some milliseconds to be compiled, and some 100 KiB
+T = TypeVar("T")
 
 
 class Grammars:
@@ -34,7 +35,12 @@ class Grammars:
         self.executor = LLExecutor()
         self.words = -(-self._tokens.vocab_size // 32)  # 32-bit words of a mask
         self._made: OrderedDict[str, Any] = OrderedDict()
+        self._texts: OrderedDict[str, str] = OrderedDict()
         self.seconds, self.compiled = 0.0, 0
+
+    def text(self, wanted: str, write: Callable[[], str]) -> str:
+        """The grammar that `write` gives for what is wanted, written once."""
+        return _kept(self._texts, wanted, write)
 
     def why_not(self, grammar: str) -> str | None:
         """Why llguidance takes no such grammar; None where it does."""
@@ -50,18 +56,27 @@ class Grammars:
         return self._compiled(grammar).deep_copy()
 
     def _compiled(self, grammar: str) -> Any:
+        return _kept(self._made, grammar, lambda: self._compile(grammar))
+
+    def _compile(self, grammar: str) -> Any:
         from time import perf_counter
 
         from llguidance import LLMatcher
 
-        if grammar not in self._made:
-            started = perf_counter()
-            self._made[grammar] = LLMatcher(self._tokens, grammar, log_level=0)
-            self.seconds, self.compiled = self.seconds + perf_counter() - started, self.compiled + 1
-            if len(self._made) > KEPT:
-                self._made.popitem(last=False)
-        self._made.move_to_end(grammar)
-        return self._made[grammar]
+        started = perf_counter()
+        made = LLMatcher(self._tokens, grammar, log_level=0)
+        self.seconds, self.compiled = self.seconds + perf_counter() - started, self.compiled + 1
+        return made
+
+
+def _kept(made: OrderedDict[str, T], key: str, make: Callable[[], T]) -> T:
+    """What is made of a key, or was: the last KEPT ones are kept."""
+    if key not in made:
+        made[key] = make()
+        if len(made) > KEPT:
+            made.popitem(last=False)
+    made.move_to_end(key)
+    return made[key]
 
 
 class Masks:
