@@ -23,7 +23,6 @@ class Grammars:
     """
 
     def __init__(self, tokenizer: Any):
-        from llguidance import LLExecutor
         from llguidance.hf import from_tokenizer
 
         try:
@@ -32,7 +31,6 @@ class Grammars:
             raise UserError(f"--constrain: llguidance cannot read this checkpoint's tokenizer ({error}): leave the flag out") from None
         added = tokenizer.added_tokens_decoder.items()
         self.special = {str(token): id for id, token in added if self._tokens.is_special_token(id)}
-        self.executor = LLExecutor()
         self.words = -(-self._tokens.vocab_size // 32)  # 32-bit words of a mask
         self._made: OrderedDict[str, Any] = OrderedDict()
         self._texts: OrderedDict[str, str] = OrderedDict()
@@ -98,14 +96,18 @@ class Masks:
         return masked(logits, bits.to(logits.device, non_blocking=True))
 
     def fill(self, bits: Any, rows: Sequence[int]) -> None:
-        """Set the `host_bits` of the first len(rows) rows: 1 where a token may come next."""
+        """Set the `host_bits` of the first len(rows) rows: 1 where a token may come next.
+
+        One row after the other, 0.05 ms each: llguidance's threads took 3 ms for 8 rows, and 12 ms now and then, while a GPU waited (16 cores, an H200).
+        """
         words = self._grammars.words
         bits[: len(rows)] = -1
         asked = [(self._matchers[row], at) for at, row in enumerate(rows) if self._matchers[row] is not None]
         if not asked:
             return
         own = bits if bits.shape[1] == words else bits.new_zeros(len(rows), words)
-        self._grammars.executor.unsafe_compute_mask_ptr(asked, own.data_ptr(), words * 4, len(rows))
+        for matcher, at in asked:
+            matcher.unsafe_compute_mask_ptr(own.data_ptr() + at * words * 4, words * 4)
         if own is not bits:
             bound, least = [at for _, at in asked], min(words, bits.shape[1])
             bits[bound] = 0  # embeddings that are no tokens
