@@ -1,7 +1,7 @@
 """What the endpoint adds: milliseconds and requests a second in front of back ends that cost nothing, and a campaign of faults.
 
     python benchmarks/serve.py --out benchmarks/results/serve.json
-    python benchmarks/serve.py --requests 20000 --out benchmarks/results/serve.json
+    python benchmarks/serve.py --seconds 0 --requests 20000 --out benchmarks/results/serve.json
 
 Both models are scripts that answer at once, or after a time that is known: what is measured is the endpoint alone, on the machine that the load is
 made on, too. The campaign sends requests through kills of the model and of workers, outages of the hosted model, slow replies, clients that go, audits
@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywher
 
 from slm_swap.cli import Parser, not_negative, run
 from slm_swap.clients.protocol import Reply
-from slm_swap.common.reports import code_version, hardware, now, package_versions, write_json
+from slm_swap.common.reports import code_version, hardware, now, package_versions, read_json, write_json
 from slm_swap.common.settings import ROOT
 from slm_swap.rows.toolschema import openai_tool
 from slm_swap.serving.state import AUDITS, lower_flag, raise_flag
@@ -375,17 +375,19 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__)
     parser.add_argument("--seconds", type=not_negative, default=10, help="of each measurement; 0: none")
     parser.add_argument("--requests", type=not_negative, default=0, metavar="N", help="of the campaign of faults; 0: none")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="where the figures are written")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="where the figures are written; a part that is not measured stays in it as it is")
     parser.add_seed()
     args = parser.parse_args(argv)
-    told = {"created_at": now(), "code": code_version(), "hardware": hardware(), "packages": package_versions()}
+    told = read_json(args.out, "benchmarks/serve.py") if args.out and args.out.exists() else {}
+    about = {"created_at": now(), "code": code_version(), "hardware": hardware(), "packages": package_versions()}
     if args.seconds:
-        told["added"] = measure(args.seconds)
+        told["added"] = about | measure(args.seconds)
     if args.requests:
         flags = ("--deadline", str(DEADLINE), "--audit-share", "5%")
         with tempfile.TemporaryDirectory() as folder, running("cascade", 0.005, 0.005, 2, Path(folder), *flags) as (endpoint, _, hosted):
-            told["campaign"] = asyncio.run(campaign(args.requests, random.Random(args.seed), endpoint, hosted, Path(folder) / "state"))
-        print(json.dumps(told["campaign"], indent=2))
+            found = asyncio.run(campaign(args.requests, random.Random(args.seed), endpoint, hosted, Path(folder) / "state"))
+            told["campaign"] = about | found
+        print(json.dumps(found, indent=2))
     if args.out:
         write_json(args.out, told)
     return 0
