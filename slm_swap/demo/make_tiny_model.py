@@ -241,7 +241,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     parser.add_argument("--out", type=Path, default=PACKAGE / "models/phi-tiny", help="the checkpoint's folder")
     parser.add_argument("--start-from", type=Path, metavar="DIR", help="go on from this checkpoint instead of from scratch")
-    parser.add_argument("--steps", type=positive, default=6000, help="optimizer steps")
+    parser.add_argument("--steps", type=positive, default=3150, help="optimizer steps")
     parser.add_argument(
         "--first-step", type=int, default=0, help="number of the first step: with --start-from, rows not seen yet"
     )
@@ -252,7 +252,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--intermediate", type=positive, default=512, help="width of the layers' inner part")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="highest learning rate of AdamW: embeddings and norms")
     parser.add_argument("--muon-rate", type=float, default=4e-3, help="highest learning rate of Muon: the layers' matrices")
-    parser.add_argument("--workers", type=int, default=14, help="processes that write rows")
+    parser.add_argument("--workers", type=int, default=10, help="processes that write rows")
     parser.add_seed()
     return parser.parse_args(argv)
 

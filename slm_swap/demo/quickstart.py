@@ -42,7 +42,7 @@ SHORT = 24  # rows of an evaluation with --short
 HEARTBEAT = 30  # seconds between signs of life of a long stage
 VERDICTS = {0: "SWAP", 10: "FINE_TUNE", 11: "NEED_MORE_DATA"}
 NOTHING = 11  # calibrate.py's exit code where no rule can be certified
-CALIBRATION, REQUESTS = 300, 60  # rows for the rule, and requests that an application sends to the endpoint
+CALIBRATION, REQUESTS, TAKEN_BACK = 300, 60, 16  # rows for the rule, requests that an application sends to the endpoint, and those of the roll-back
 AUDIT_SHARE = 0.5  # so that few requests show some; in service 2% are usual
 
 OWN_ROWS = """\
@@ -51,6 +51,8 @@ python 02_dataset/prepare_data.py --source chat --dataset-path our_logs.jsonl
 python 01_eval/live_compare.py --track toolcall --models azure slm --save
 python 03_compare/compare.py --track toolcall --azure 01_eval/reports/toolcall_azure_test_live.json --slm 01_eval/reports/toolcall_slm_test_live.json --delta 0.05"""
 
+TAUGHT = {"structured": 1100, "toolcall": 600}  # rows to fine-tune on, at most: what two cores learn in three minutes
+SHOTS = {"structured": 1, "toolcall": 2}  # examples in front of each row
 LOCAL = ("--precision", "fp32", "--batch-size", 32, "--max-new-tokens", 96)  # how the small model runs, in evaluations and in service
 
 
@@ -137,13 +139,21 @@ class Demo:
             self.ladder(track, rows[:2], data, limit)
         adapter = self.out / f"adapter_{track}"
         self.stage(
-            f"{track} fine-tune", "train_unsloth.py", "--track", track, "--train", data / "train.jsonl", "--val", data / "val.jsonl",
-            "--out", adapter, "--backend", "trl", "--precision", "fp32", "--batch-size", 8, "--gradient-accumulation", 1,
-            "--no-gradient-checkpointing", "--lora-dropout", 0, "--learning-rate", "5e-3", "--save-steps", 0, "--limit", 48 if self.short else 800,
+            f"{track} fine-tune", "train_unsloth.py", "--track", track, "--train", data / "train.jsonl", "--val", data / "val.jsonl", *self.examples(track),
+            "--out", adapter, "--backend", "trl", "--precision", "fp32", "--batch-size", 8, "--gradient-accumulation", 1, "--no-gradient-checkpointing",
+            "--lora-r", 16, "--lora-dropout", 0, "--learning-rate", "5e-3", "--save-steps", 0, "--limit", 48 if self.short else TAUGHT[track],
         )  # fmt: skip
-        evaluate("after", *local, "--adapter", adapter)
-        compare("after", "decision_after", "--before", paths["before"])
+        with ThreadPoolExecutor(1) as beside:  # the other track's core is free soon
+            begun = beside.submit(self.measure_calibration_rows, adapter) if track == endpoint.TRACK else None
+            evaluate("after", *local, "--adapter", adapter, *self.examples(track))
+            compare("after", "decision_after", "--before", paths["before"])
+            if begun:
+                begun.result()
         return paths
+
+    def examples(self, track: str) -> tuple[object, ...]:
+        """Train rows like a row, in front of it: when the small model is taught, and whenever it is asked after that."""
+        return "--few-shot", self.out / track / "train.jsonl", "--shots", SHOTS[track]
 
     def ladder(self, track: str, of_track: tuple, data: Path, limit: tuple) -> None:
         """Climb the means that need no training, on the validation rows; its table is shown."""
@@ -157,25 +167,35 @@ class Demo:
         log = self.log(title).read_text(encoding="utf-8")
         self.say(f"{title}:\n{log[log.index(f'{track}: ') :] if f'{track}: ' in log else log}")
 
-    def chat_rows(self) -> dict[str, Path]:
-        """The calibration and test rows as the conversations of an application: an endpoint gets conversations, and these rows are text."""
-        paths = {split: self.out / f"chat/{endpoint.TRACK}/{split}.jsonl" for split in ("calibration", "test")}
-        for split, path in paths.items():
-            write_jsonl(path, map(endpoint.as_chat, read_examples(self.out / endpoint.TRACK / f"{split}.jsonl")))
-        return paths
+    def chat_rows(self, split: str) -> Path:
+        """The endpoint's calibration or test rows as the conversations of an application: an endpoint gets conversations, and these rows are text."""
+        return self.out / f"chat/{endpoint.TRACK}/{split}.jsonl"
 
-    def serve(self, rows: dict[str, Path], adapter: Path | None, model: str) -> list[str]:
-        """Calibrate the small model on rows that nothing was chosen on, and put it into service behind the hosted one; gives what the end tells of it."""
+    def write_chat_rows(self, split: str) -> Path:
+        path = self.chat_rows(split)
+        write_jsonl(path, map(endpoint.as_chat, read_examples(self.out / endpoint.TRACK / f"{split}.jsonl")))
+        return path
+
+    def in_service(self, adapter: Path | None) -> tuple[object, ...]:
+        """How the small model runs there. The adapter learned text rows: the conversations are asked as text, too."""
+        return (*LOCAL, "--ask", "text", *(("--adapter", adapter, *self.examples(endpoint.TRACK)) if adapter else ()))
+
+    def calibration_report(self, name: str) -> Path:
+        return self.out / f"reports/{endpoint.TRACK}_{name}_calibration.json"
+
+    def measure_calibration_rows(self, adapter: Path | None) -> None:
+        """Both models on rows that nothing was chosen on. The hosted one is asked as production asks it."""
+        rows = ("--track", endpoint.TRACK, "--dataset", self.chat_rows("calibration"), "--latency-rows", 0, *self.limit, "--overwrite")
+        for title, name, flags in (("azure", "azure", ()), ("phi-tiny", "slm", self.in_service(adapter))):
+            self.stage(f"calibration {title}", "01_eval/eval.py", *rows, "--model-kind", name, *flags, "--out", self.calibration_report(name))
+
+    def serve(self, adapter: Path | None, model: str) -> list[str]:
+        """Calibrate the small model, and put it into service behind the hosted one; gives what the end tells of it."""
         track, folder = endpoint.TRACK, self.out / "serving"
-        reports = {name: self.out / f"reports/{track}_{name}_calibration.json" for name in ("azure", "slm")}
+        reports = {name: self.calibration_report(name) for name in ("azure", "slm")}
         cascade, state = folder / "cascade.json", folder / "state"
         shutil.rmtree(folder, ignore_errors=True)  # an earlier run's flag and audits are of another model
         folder.mkdir(parents=True)
-        # The adapter learned text rows: the conversations are asked as text, too. The hosted model is asked as production asks it.
-        local = (*LOCAL, "--ask", "text", *(("--adapter", adapter) if adapter else ()))
-        of_track = ("--track", track, "--dataset", rows["calibration"], "--latency-rows", 0, *self.limit, "--overwrite")
-        self.stage("calibration azure", "01_eval/eval.py", *of_track, "--model-kind", "azure", "--out", reports["azure"])
-        self.stage("calibration phi-tiny", "01_eval/eval.py", *of_track, "--model-kind", "slm", *local, "--out", reports["slm"])
         code = self.stage(
             "calibrate", "03_compare/calibrate.py", "--track", track, "--azure", reports["azure"], "--slm", reports["slm"], "--delta", DELTA,
             "--signal", "sum_logprob", "--out", cascade, "--html", self.cascade_page, accept=(0, NOTHING),
@@ -187,8 +207,8 @@ class Demo:
             self.say("nothing is certified, so that the endpoint runs in shadow mode: the hosted model answers, the small one is compared beside it")
         mode = ("--mode", "cascade", "--cascade", cascade) if certified else ("--mode", "shadow")
         # The deadline is for a busy machine: in service a request does not wait so long for the small model.
-        flags = ("--track", track, *mode, "--state", state, "--audit-share", AUDIT_SHARE, "--deadline", 60, *local)
-        asked = read_examples(rows["test"])[: SHORT if self.short else REQUESTS]
+        flags = ("--track", track, *mode, "--state", state, "--audit-share", AUDIT_SHARE, "--deadline", 60, *self.in_service(adapter))
+        asked = read_examples(self.chat_rows("test"))[: SHORT if self.short else REQUESTS]
         self.say(f"serve: python 05_serve/serve.py {' '.join(display_path(flag) if isinstance(flag, Path) else str(flag) for flag in flags)}")
         with endpoint.running(flags, self.environment, self.log("serve")) as url:
             self.say(f"serve: an application sends {len(asked)} test requests to {url}/v1, {endpoint.AT_ONCE} at a time")
@@ -198,7 +218,7 @@ class Demo:
             lines = [*endpoint.summary(answers), *endpoint.bill_lines(bill, prices.currency)]
             for line in lines:
                 self.say(f"serve: {line}")
-            if local_rows := [answer.row for answer in answers if answer.by == "local"]:
+            if local_rows := [answer.row for answer in answers if answer.by == "local"][:TAKEN_BACK]:
                 self.take_back(url, model, state, local_rows)
         self.say("serve: SIGTERM, and the endpoint has ended with exit code 0")
         return [f"the endpoint ({mode[1]} mode, {track}, simulated hosted model): {told[0]}", *lines]
@@ -277,12 +297,12 @@ def main(argv: list[str] | None = None) -> int:
         demo.environment["LANGFUSE_DISABLED"] = "1"
         demo.say("Langfuse is not set up (see .env.example): these runs are not traced")
     sample = PACKAGE / "02_dataset/sample/xlam_sample.jsonl"
-    sizes = ("--val-size", 50, "--test-size", 200, "--calibration-size", CALIBRATION)
+    sizes = ("--val-size", 50, "--test-size", 400, "--calibration-size", CALIBRATION)
     demo.stage("prepare", "02_dataset/prepare_data.py", "--source", "xlam", "--dataset-path", sample, "--calls", "one", *sizes, "--out-dir", demo.out)
-    chat = demo.chat_rows()
+    chat = [demo.write_chat_rows(split) for split in ("calibration", "test")]
     # The first reference counts where several are asked the same: conversations before the structured rows of the same sentences.
     splits = [demo.out / track / f"{split}.jsonl" for split in ("test", *(("val",) if demo.long else ())) for track in TRACKS]
-    references = [example for path in (*chat.values(), *splits) for example in read_examples(path)]
+    references = [example for path in (*chat, *splits) for example in read_examples(path)]
     with AzureSimulator(references, mistake_rate=0.08, faults=Faults(rate_limit=0.01, content_filter=0.01)) as server:
         demo.say(f"the simulator of a hosted deployment answers at {server.url}")
         demo.environment |= {
@@ -290,18 +310,22 @@ def main(argv: list[str] | None = None) -> int:
         }  # fmt: skip
         with ThreadPoolExecutor(len(TRACKS)) as pool:
             results = dict(zip(TRACKS, pool.map(demo.track, TRACKS), strict=True))
+        adapter = demo.out / f"adapter_{endpoint.TRACK}" if "after" in results[endpoint.TRACK] else None
+        if adapter is None:
+            demo.measure_calibration_rows(None)
         # All cores are this stage's, and threads that wait leave them to the endpoint, the simulator and whatever else runs: spinning took 2.4 times as long.
         demo.environment |= {"OMP_NUM_THREADS": str(os.cpu_count() or 1), "OMP_WAIT_POLICY": "passive"}
-        adapter = demo.out / f"adapter_{endpoint.TRACK}" if "after" in results[endpoint.TRACK] else None
-        served = demo.serve(chat, adapter, server.deployment)
+        served = demo.serve(adapter, server.deployment)
     rows = json.loads(results["toolcall"]["azure"].read_text())["counts"]["rows"]
     Console(width=110 if not sys.stdout.isatty() else None).print(table(results, rows))
     print(
-        "azure simulator: answers from the references with 8% mistakes, 1% filtered; its tokens are estimates. phi-tiny: 4 M parameters,"
+        "azure simulator: answers from the references with 8% mistakes, 1% filtered; its tokens are estimates. phi-tiny: 4.6 M parameters,"
     )
     print(
         "pretrained on generated text; its cost is this machine's time. Neither says anything about a real model; the stages are the real ones."
     )
+    taught = ", ".join(f"{track} on at most {TAUGHT[track]} rows, {SHOTS[track]} like it in front of each row" for track in TRACKS)
+    print(f"fine-tuned: {taught}")
     print("\n".join(served))
     print("reports:")
     for paths in results.values():
