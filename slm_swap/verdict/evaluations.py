@@ -132,6 +132,7 @@ def _is_row(row: Any, names: Sequence[str], yes_no: Sequence[str], exact: str) -
     )
 
 
+NAMED = {"azure": "hosted", "slm": "small"}  # kinds of models, in messages
 ASKED = {"text": "as text", "native": "natively (tools, response_format)", "mixed": "some as text and some natively"}
 
 
@@ -166,13 +167,14 @@ def require_same(azure: Evaluation, other: Evaluation) -> list[str]:
     prompts = [side.report.get("prompt_sha256") for side in (azure, other)]
     if None in prompts:
         return ["what a replayed model was asked is not recorded: whether both got the same prompts is not known"]
+    kinds = [model_of(side.report).get("kind") for side in (azure, other)]
     asks = [side.report.get("ask") for side in (azure, other)]
     if asks[0] != asks[1] and None not in asks and key == "rows_sha256":
-        names = [f"the {model_of(side.report).get('kind')} model {ASKED.get(ask, ask)}" for side, ask in zip((azure, other), asks, strict=True)]
+        names = [f"the {NAMED.get(kind, kind)} model {ASKED.get(ask, ask)}" for kind, ask in zip(kinds, asks, strict=True)]
         return [f"the same rows were asked in two forms: {' and '.join(names)}"]
     shown = [((side.report.get("inputs") or {}).get("few_shot") or {}).get("shots", 0) for side in (azure, other)]
     if shown[0] != shown[1] and key == "rows_sha256":
-        told = (f"the {model_of(side.report).get('kind')} model {count}" for side, count in zip((azure, other), shown, strict=True))
+        told = (f"the {NAMED.get(kind, kind)} model {count}" for kind, count in zip(kinds, shown, strict=True))
         return [f"the same rows were asked with another number of examples in front (--few-shot): {', '.join(told)}"]
     if prompts[0] != prompts[1]:
         raise UserError("the reports are of different prompts: evaluate both models with the same version of the code")

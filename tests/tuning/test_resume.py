@@ -186,7 +186,7 @@ def test_the_best_step_may_go_by_the_tracks_own_metric(tmp_path):
     assert summary(TRACKS["structured"], scored)["metrics"] == told["metrics"]["after"]
 
 
-@pytest.mark.parametrize("kib, kept", [(4_000, []), (15_000, ["step 1 is kept: the same command with --resume goes on from there"])])
+@pytest.mark.parametrize("kib, kept", [(4_000, []), (18_000, ["step 1 is kept: the same command with --resume goes on from there"])])
 def test_a_full_disk_is_named_and_the_training_goes_on(tmp_path, kib, kept):
     """Full while the first checkpoint is written, by torch or safetensors, and while the adapter is."""
     rows, parameters, said = ROWS[:8], replace(QUICK, epochs=1), []

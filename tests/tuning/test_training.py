@@ -230,7 +230,7 @@ def test_a_model_that_was_trained_natively_calls_natively(tmp_path):
     rows = [parse_example(row, f"rows:{number}") for number, row in enumerate(asked)]
     silent = [parse_example({"messages": [{"role": "user", "content": "Hm"}], "tools": [TOOL], "calls": []}, "rows:10")]
     out, told = tmp_path / "adapter", []
-    info = train("toolcall", BASE, rows + silent, rows[:2], out, replace(QUICK, epochs=20, learning_rate=1e-2), "trl", INPUTS, say=told.append)
+    info = train("toolcall", BASE, rows + silent, rows[:2], out, replace(QUICK, epochs=40, learning_rate=5e-3), "trl", INPUTS, say=told.append)
     assert info["ask"] == "native" and info["rows"]["untaught"] == 1 and any(line.startswith("1 train rows are not taught: no call") for line in told)
     client = SLMClient(Settings(slm_model_path=str(BASE)), precision="fp32", adapter=out, max_new_tokens=64)
     replies = client.generate([request_of("toolcall", row) for row in rows])

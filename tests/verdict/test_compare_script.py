@@ -549,7 +549,7 @@ def test_the_same_rows_may_be_asked_in_two_forms(compare, make):
     azure = make("azure", rows=40, changes={"ask": "native", "prompt_sha256": "d" * 64})
     slm = make("slm", rows=40, changes={"ask": "text"})
     code, _, error = compare(azure, slm)
-    assert code != 2 and "the same rows were asked in two forms: the azure model natively (tools, response_format) and the slm model as text" in error
+    assert code != 2 and "the same rows were asked in two forms: the hosted model natively (tools, response_format) and the small model as text" in error
 
 
 # -- With a cascade --------------------------------------------------------------------------------------------------------------
