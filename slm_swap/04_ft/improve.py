@@ -18,10 +18,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
 from slm_swap.cli import Parser, check_out, load_rows, next_step, positive, positive_number, run, share
+from slm_swap.clients.loading import adapter_path, files_hash, model_path
 from slm_swap.clients.pricing import load_prices
 from slm_swap.common.errors import UserError
-from slm_swap.common.reports import write_json
-from slm_swap.common.settings import PACKAGE, display_path, find_path, load_settings, shown_path
+from slm_swap.common.reports import sha256_file, write_json
+from slm_swap.common.settings import PACKAGE, Settings, display_path, find_path, load_settings, shown_path
 from slm_swap.evaluating.evaluation import check_rows
 from slm_swap.evaluating.recipe import make_recipe
 from slm_swap.rows.prompts import ASKS
@@ -80,6 +81,21 @@ def common_flags(args: argparse.Namespace, rows: Path) -> list[str]:
     return flags + ["--trust-remote-code"] * args.trust_remote_code
 
 
+def parts_of(settings: Settings, adapter: str | None, train: Path | None) -> dict[str, str]:
+    """What an evaluation is made of besides rows and flags. Where one has changed, what was measured before says nothing.
+
+    Raises:
+        UserError: the model or the adapter is missing.
+    """
+    if settings.slm_base_url:
+        found = {"served": f"{settings.slm_base_url} {settings.slm_model_name or ''}"}
+    else:
+        found = {"model_sha256": files_hash(model_path(settings))}
+        if folder := adapter_path(adapter):
+            found["adapter_sha256"] = files_hash(folder)
+    return found | ({"train_sha256": sha256_file(train)} if train else {})
+
+
 def tracing_flags(args: argparse.Namespace, session: str | None) -> list[str]:
     """What every stage is given besides: its runs are one session in Langfuse."""
     flags = ["--session", args.session or session or f"improve-{args.track}"]
@@ -130,7 +146,8 @@ def main(argv: list[str] | None = None) -> int:
     if not local:
         say("the model of SLM_BASE_URL is served elsewhere: constrained decoding and fine-tuning are left out")
     training = ["--track", args.track, "--train", str(train), "--val", str(rows), "--seed", str(args.seed), *shlex.split(args.training_flags)]
-    plan, common = rungs(kinds, train, args.presets, folder, training), common_flags(args, rows)
+    parts = parts_of(settings, args.adapter, train)
+    plan, common = rungs(kinds, train, args.presets, folder, [*training, *sorted(parts.values())]), common_flags(args, rows)
     begin: Setting = {name: getattr(args, name) for name in ("ask", "thinking", "adapter") if getattr(args, name) is not None}
     begin |= {"max_new_tokens": args.max_new_tokens} | ({"constrain": args.constrain} if args.constrain != "off" else {})
     stages = Stages(folder, Budget(args.hours and 3600 * args.hours, args.spend), prices, common, training, tracing_flags(args, settings.session), say)
@@ -140,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
         return trained + stages.evaluate(name, setting, report)
 
     hosted = find_hosted(args, name, check_rows(args.track, examples).contents.together())
-    ladder = Ladder(folder, args.track, inputs | {"rows": len(examples)}, plan, common, measure, hosted, args.delta, args.alpha, prices, say)
+    ladder = Ladder(folder, args.track, inputs | {"rows": len(examples), "parts": parts}, plan, common, measure, hosted, args.delta, args.alpha, prices, say)
     if args.dry_run:
         show_outlook(outlook(ladder, begin, examples, stages, train), prices.local.cost)
         next_step("the same command without --dry-run")

@@ -56,7 +56,7 @@ class Rung:
 
 
 def rungs(kinds: list[str], train: Path | None, presets: list[str], folder: Path, training: list[str]) -> list[Rung]:
-    """All rungs of the `kinds`, some of KINDS, in the order of their cost; `training` are the flags of every training."""
+    """All rungs of the `kinds`, some of KINDS, in the order of their cost; `training` is all that a training hangs on besides: flags and hashes."""
     found = [
         Rung("ask", "ask", "asked in the other form, text or native", _other_form),
         Rung("thinking", "thinking", "thinking on", _thinking),
@@ -131,7 +131,8 @@ class Ladder:
     """Climbs, and keeps what it has measured in `folder`/ladder.json, from which it goes on.
 
     Args:
-        common: what else an evaluation hangs on: the flags that all of them have.
+        inputs: of the rows, as a report has them; `parts` are the hashes of what else an evaluation is made of: model, adapter, train rows.
+        common: what else it hangs on: the flags that all evaluations have.
         run: (name, setting, preset, report) -> seconds: trains where a preset is given, evaluates, and writes the report.
             It raises Unfit where the model or the rows cannot be asked so, OutOfBudget where the hours or the money are spent.
         hosted: the hosted model's evaluation of the same rows; None: no verdict, and so no early end.
@@ -156,8 +157,8 @@ class Ladder:
         return self.folder / "ladder.json"
 
     def report_path(self, name: str, setting: Setting) -> Path:
-        """One for each setting of each rung: what was measured for another one is not written over."""
-        told = text_hash(json.dumps([self.inputs["sha256"], self.common, _shown(setting)], sort_keys=True))[:8]
+        """One for each setting of each rung, model and train rows: what was measured for others is not written over, nor taken."""
+        told = text_hash(json.dumps([self.inputs["sha256"], self.inputs["parts"], self.common, _shown(setting)], sort_keys=True))[:8]
         return self.folder / "reports" / f"{file_name(name)}_{told}.json"
 
     def spent(self) -> tuple[float, float | None]:

@@ -16,7 +16,7 @@ HALF, BETTER, MOST, RIGHT = ["right", "wrong_value"], ["right", "right", "wrong_
 TRAIN = Path("train.jsonl")
 
 
-def ladder(folder: Path, quality, kinds=KINDS, presets=("fast",), hosted=None, rows=ROWS, **more) -> Ladder:
+def ladder(folder: Path, quality, kinds=KINDS, presets=("fast",), hosted=None, rows=ROWS, model="a" * 64, **more) -> Ladder:
     """One whose model's errors are `quality(setting)`; what was asked for is in `.asked`."""
     asked = []
 
@@ -30,7 +30,7 @@ def ladder(folder: Path, quality, kinds=KINDS, presets=("fast",), hosted=None, r
 
     plan = rungs(list(kinds), TRAIN, list(presets), folder, [])
     made = Ladder(
-        folder, "toolcall", {"sha256": "b" * 64, "rows": len(rows)}, plan, [], run, hosted, 0.05, 0.05, Prices("prices.toml"), lambda text: None, **more
+        folder, "toolcall", {"sha256": "b" * 64, "rows": len(rows), "parts": {"model_sha256": model}}, plan, [], run, hosted, 0.05, 0.05, Prices("prices.toml"), lambda text: None, **more
     )
     made.asked = asked
     return made
@@ -138,6 +138,18 @@ def test_nothing_is_measured_twice(tmp_path):
     more = ladder(tmp_path / "killed", by_shots, ("few-shot", "constrain"))
     more.climb(BEGIN)
     assert more.asked == ["retry", "always"]
+
+
+def test_what_another_model_was_measured_at_is_not_taken(tmp_path):
+    """Nor written over: the first model goes on without a new measurement."""
+    first = ladder(tmp_path, by_shots, ("few-shot",))
+    first.climb(BEGIN)
+    other = ladder(tmp_path, lambda setting: HALF, ("few-shot",), model="c" * 64)
+    other.climb(BEGIN)
+    assert other.asked == first.asked and other.told[0]["report"] != first.told[0]["report"]
+    again = ladder(tmp_path, by_shots, ("few-shot",))
+    again.climb(BEGIN)
+    assert again.asked == [] and outcomes(again) == outcomes(first)
 
 
 def test_a_report_that_was_changed_is_measured_again(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -107,6 +108,18 @@ def test_improve_climbs_writes_a_recipe_and_goes_on(improve, tmp_path):
     assert code == 0 and "base: measured already" in printed and "tokens: measured already" in printed
     code, printed, _ = improve("--rungs", "tokens", "--dry-run")
     assert code == 0 and "by 3 rows" in printed and "if every reply takes all 8 tokens" in printed
+
+
+def test_a_model_that_changes_where_it_lies_is_measured_anew(improve, tmp_path, monkeypatch):
+    model = tmp_path / "model"
+    shutil.copytree(PACKAGE / "models/phi-tiny", model)
+    monkeypatch.setenv("SLM_MODEL_PATH", str(model))
+    for changed in (False, True):
+        if changed:
+            (model / "config.json").write_text((model / "config.json").read_text() + "\n")
+        code, printed, error = improve("--rungs", "tokens")
+        assert code == 0 and "measured already" not in printed, error
+    assert len(list((tmp_path / "ladder/reports").glob("base_????????.json"))) == 2
 
 
 def test_a_hosted_report_of_other_rows_is_refused_before_anything_runs(improve, tmp_path):
