@@ -26,6 +26,7 @@ from slm_swap.verdict.judge import Gate
 Setting = dict[str, Any]  # the flags of eval.py that differ from its defaults: recipe.FLAGS
 
 SHOTS = (1, 3, 5)
+TAUGHT_SHOTS = 3  # shown in training, where no number of them has held
 CUT = 0.01  # share of replies that the limit cuts, from which a larger one is tried
 MORE_TOKENS = 4  # times as many
 THINKING_TOKENS = 4096
@@ -69,6 +70,9 @@ def rungs(kinds: list[str], train: Path | None, presets: list[str], folder: Path
         found.append(Rung(f"train {preset}", "train", f"fine-tuned, preset {preset}", _trained(folder, preset, training), preset))
     if train and presets:
         found += [Rung(f"trained, few-shot {count}", "combine", f"adapter, {count} train rows shown", _combined(train, count)) for count in SHOTS]
+        for preset in presets:
+            what = f"fine-tuned with train rows shown, preset {preset}"
+            found.append(Rung(f"train {preset} with shots", "combine", what, _taught(folder, preset, training, train), preset))
     return [rung for rung in found if rung.kind in kinds]
 
 
@@ -98,13 +102,18 @@ def _with(**more: Any) -> Callable[[Setting, dict[str, Any]], Setting]:
 
 def _trained(folder: Path, preset: str, training: list[str]) -> Callable[[Setting, dict[str, Any]], Setting]:
     """The adapter learns without shots and without thinking, and is asked so."""
+    return lambda setting, report: _with_adapter(folder, preset, training, setting, {})
 
-    def change(setting: Setting, report: dict[str, Any]) -> Setting:
-        told = text_hash(json.dumps([setting.get("ask"), preset, training]))[:8]
-        kept = {name: value for name, value in setting.items() if name not in ("few_shot", "shots", "thinking")}
-        return kept | {"adapter": folder / f"adapter_{preset}_{told}"}
 
-    return change
+def _taught(folder: Path, preset: str, training: list[str], train: Path) -> Callable[[Setting, dict[str, Any]], Setting]:
+    """The adapter learns with shots, as many as hold, and is asked so."""
+    return lambda setting, report: _with_adapter(folder, preset, training, setting, {"few_shot": train, "shots": setting.get("shots", TAUGHT_SHOTS)})
+
+
+def _with_adapter(folder: Path, preset: str, training: list[str], setting: Setting, shown: Setting) -> Setting:
+    told = text_hash(json.dumps([setting.get("ask"), preset, training, *([shown["shots"]] if shown else ())]))[:8]
+    kept = {name: value for name, value in setting.items() if name not in ("few_shot", "shots", "thinking")}
+    return kept | {"adapter": folder / f"adapter_{preset}_{told}"} | shown
 
 
 def _combined(train: Path, count: int) -> Callable[[Setting, dict[str, Any]], Setting]:

@@ -30,7 +30,9 @@ def outlook(ladder: Ladder, begin: Setting, examples: list[Example], stages: Sta
     base, limit = load + rows * each, told["args"]["max_new_tokens"]
     found = [("base", "as it is", base, f"by {told['counts']['rows']} rows")]
     for rung in ladder.plan:
-        if rung.kind in ("few-shot", "combine"):
+        if rung.preset:
+            found.append((rung.name, rung.what, None, "the training's speed is not known before it has run"))
+        elif rung.kind in ("few-shot", "combine"):
             times = longer_prompts(ladder.track, examples, train, int(rung.name.rsplit(" ", 1)[1]))
             found.append((rung.name, rung.what, load + rows * each * times, f"prompts are {times:.1f} times as long"))
         elif rung.kind in ("thinking", "tokens"):
@@ -38,8 +40,6 @@ def outlook(ladder: Ladder, begin: Setting, examples: list[Example], stages: Sta
             found.append((rung.name, rung.what, load + rows * each * most / limit, f"if every reply takes all {most} tokens"))
         elif rung.name == "retry":
             found.append((rung.name, rung.what, load + 2 * rows * each, "if every reply is made twice"))
-        elif rung.kind == "train":
-            found.append((rung.name, rung.what, None, "the training's speed is not known before it has run"))
         else:
             found.append((rung.name, rung.what, base, "as the base"))
     return found

@@ -80,7 +80,7 @@ class Stages:
         Raises:
             Unfit, OutOfBudget: as `evaluate`.
         """
-        adapter, asked = setting["adapter"], ["--ask", setting["ask"]] if "ask" in setting else []
+        adapter, asked = setting["adapter"], flags_of({name: setting[name] for name in ("ask", "few_shot", "shots") if name in setting})
         if (adapter / "training_info.json").is_file():
             return 0.0
         flags = ["--preset", preset, *asked, *self.training, "--out", str(adapter), "--resume"]

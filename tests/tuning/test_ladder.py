@@ -88,13 +88,29 @@ def test_a_training_drops_the_shots_and_takes_them_up_again_where_they_help(tmp_
     assert "shots" not in trained["setting"] and trained["gain"]["over"] == "few-shot 3"
 
 
+def test_an_adapter_is_trained_with_shots_too_where_shots_helped(tmp_path):
+    """Of its own, which is asked as it was taught."""
+    adapters = []
+
+    def quality(setting):
+        if "adapter" not in setting:
+            return by_shots(setting)
+        adapters.append((setting["adapter"].name, setting.get("shots")))
+        return RIGHT if len({name for name, _ in adapters}) == 2 else BETTER
+
+    climbed = ladder(tmp_path, quality, ("few-shot", "train", "combine"))
+    best = climbed.climb(BEGIN)
+    assert climbed.told[-1]["rung"] == "train fast with shots" and climbed.told[-1]["outcome"] == "stays"
+    assert best.setting == BEGIN | {"adapter": tmp_path / adapters[-1][0], "few_shot": TRAIN, "shots": 3}
+
+
 def test_combinations_need_an_adapter_and_shots_that_helped(tmp_path):
     climbed = ladder(tmp_path, lambda setting: MOST if "adapter" in setting else HALF, ("few-shot", "train", "combine"))
     climbed.climb(BEGIN)
     assert outcomes(climbed)["trained, few-shot 3"] == "not tried" and climbed.told[-1]["why"] == "no shots helped before training"
     no_gain = ladder(tmp_path / "other", by_shots, ("few-shot", "train", "combine"))
     no_gain.climb(BEGIN)
-    assert no_gain.told[-1]["why"] == "no adapter stayed"
+    assert [told["why"] for told in no_gain.told if told["outcome"] == "not tried"] == ["no adapter stayed"] * 3
 
 
 def test_what_cannot_be_asked_so_and_what_is_too_dear_is_left_out(tmp_path):

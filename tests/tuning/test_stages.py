@@ -46,6 +46,17 @@ def test_an_evaluation_is_given_its_flags(made, tmp_path):
     assert stage.budget.spent_money == pytest.approx(seconds) and (tmp_path / "ladder/logs/few-shot_1.log").exists()
 
 
+@pytest.mark.parametrize(
+    ("setting", "shown"), [({"ask": "text"}, "--ask text "), ({"few_shot": Path("train.jsonl"), "shots": 3}, "--few-shot train.jsonl --shots 3 ")]
+)
+def test_a_training_is_asked_as_its_adapter_will_be(made, tmp_path, setting, shown):
+    stage = made("")
+    (tmp_path / "04_ft").mkdir()
+    (tmp_path / "04_ft/train_unsloth.py").write_text(WRITES)
+    stage.train("fast", setting | {"adapter": tmp_path / "out", "max_new_tokens": 96})
+    assert (tmp_path / "out").read_text() == f"--preset fast {shown}--out {tmp_path / 'out'} --resume --session s"
+
+
 def test_what_cannot_be_asked_is_told_by_its_own_line(made, tmp_path):
     stage = made("import sys; print('warning: x', file=sys.stderr); print('error: no such thing: do that', file=sys.stderr); sys.exit(2)")
     with pytest.raises(Unfit, match=r"^no such thing: do that$"):
