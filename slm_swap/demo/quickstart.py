@@ -51,7 +51,7 @@ python 02_dataset/prepare_data.py --source chat --dataset-path our_logs.jsonl
 python 01_eval/live_compare.py --track toolcall --models azure slm --save
 python 03_compare/compare.py --track toolcall --azure 01_eval/reports/toolcall_azure_test_live.json --slm 01_eval/reports/toolcall_slm_test_live.json --delta 0.05"""
 
-TAUGHT = {"structured": 1100, "toolcall": 600}  # rows to fine-tune on, at most: what two cores learn in three minutes
+TAUGHT = {"structured": 1100, "toolcall": 600}  # rows to fine-tune on, at most: what two cores learn in less than three minutes
 SHOTS = {"structured": 1, "toolcall": 2}  # examples in front of each row
 LOCAL = ("--precision", "fp32", "--batch-size", 32, "--max-new-tokens", 96)  # how the small model runs, in evaluations and in service
 
