@@ -226,12 +226,12 @@ def compile_layers(model: Any, one_shape: bool = True) -> None:
     if not stacks:
         raise UserError(f"the layers of {type(model).__name__} are in no list and cannot be compiled one by one: use --compile no")
     for layer in max(stacks, key=len):
-        layer.compile(dynamic=False if one_shape else None)
+        layer.compile(dynamic=False if one_shape else None, options={"fallback_random": True})
 
 
 def moved(pack: Pack, device: torch.device) -> Pack:
     """A pack on a device, whose work it does not wait for."""
-    fast = {name: part.pin_memory() if device.type == "cuda" and torch.is_tensor(part) else part for name, part in pack.items()}
+    fast = {name: part.pin_memory() if device.type == "cuda" and torch.is_tensor(part) and not part.is_cuda else part for name, part in pack.items()}
     return {name: part.to(device, non_blocking=True) if torch.is_tensor(part) else part for name, part in fast.items()}
 
 
@@ -270,9 +270,14 @@ class CompletionTrainer(ExactEvaluation, SFTTrainer):
         if not batches:
             return [], None
         packs = [moved(pack, device) for pack in self.step_packs([row for batch in batches for row in batch.rows])]
-        labels = torch.cat([pack["targets"] for pack in packs])
-        count = self._get_num_items_in_batch([{"labels": labels, "shift_labels": labels}], device)
-        return [*([] for _ in batches[1:]), packs], count
+        return [*([] for _ in batches[1:]), packs], self._get_num_items_in_batch(packs, device)
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        """The step's targets over all ranks. transformers' own count comes out of ordinary memory, for which the host waits until the GPU has done all before."""
+        if not batch_samples:
+            return None
+        count = moved({"count": sum((batch["targets"] != IGNORED).sum() for batch in batch_samples)}, device)["count"]
+        return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Of a micro-batch, or of all of a step's packs. Their gradients are averaged over ranks here: DDP would, pack by pack, and knows no graphs."""

@@ -11,6 +11,7 @@ Imports torch: import it inside functions.
 """
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ import torch
 from slm_swap.clients.int8 import FrozenLinear, product_dtype
 from slm_swap.clients.loading import first_line
 from slm_swap.common.errors import UserError
+
+if FUSED := find_spec("triton") is not None:
+    from slm_swap.tuning.fp8_kernels import scaled_rows
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max
@@ -46,7 +50,9 @@ def scaled_product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, d
 
     With `doubled` columns the weight has them, too: (out, in + 2 * columns).
     """
-    rows, scales = quantised(x.flatten(0, -2), doubled)
+    # Without doubled columns compiled code does it in the kernel that makes x.
+    by_kernel = FUSED and x.is_cuda and (doubled is not None or not torch.compiler.is_compiling())
+    rows, scales = (scaled_rows if by_kernel else quantised)(x.flatten(0, -2), doubled)
     found = torch._scaled_mm(rows, weight.view(E4M3).t(), scales, scale[None], out_dtype=torch.bfloat16, use_fast_accum=True)
     return found.unflatten(0, x.shape[:-1])
 
@@ -145,7 +151,8 @@ def require_fp8(device: torch.device) -> None:
     if cuda and torch.cuda.get_device_capability(device) < (8, 9):
         raise UserError(f"--precision fp8 needs an Ada or Hopper GPU (compute capability 8.9 or more), and this is {what}: use --precision bf16")
     try:
-        weight, scale = quantised(torch.ones(MULTIPLE, MULTIPLE, device=device))
-        scaled_product(torch.ones(1, MULTIPLE, device=device), weight.view(torch.int8), scale[:, 0])
+        doubled = torch.arange(MULTIPLE, device=device)
+        weight, scale = quantised(torch.ones(MULTIPLE, MULTIPLE, device=device), doubled, of_weight=True)
+        scaled_product(torch.ones(1, MULTIPLE, device=device), weight.view(torch.int8), scale[:, 0], doubled)
     except (RuntimeError, NotImplementedError, ValueError) as error:
         raise UserError(f"torch {torch.__version__} makes no products in fp8 on {what} ({first_line(error)}): use --precision bf16") from None

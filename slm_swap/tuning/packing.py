@@ -52,8 +52,8 @@ class PackCollator:
 
     Gives `input_ids`, `labels`, `position_ids` (1, length), the positions starting anew at each row; `cu_seq_lens_q` and `_k`
     (segments + 1), int32, where each row begins, as variable-length attention wants it; `max_length_q` and `_k`; and the targets of
-    `add_targets`. Padding is made of further rows without loss, none longer than the longest row: rotary embeddings may change
-    their scale with the highest position.
+    `add_targets`. A pack's parts are lists or tensors. Padding is made of further rows without loss, none longer than the longest row: rotary
+    embeddings may change their scale with the highest position.
     """
 
     length: int  # tokens in a pack, padding included
@@ -74,14 +74,15 @@ class PackCollator:
 
         (pack,) = packs
         missing = self.length - len(pack["input_ids"])
-        lengths = [*pack["seq_lengths"], *[self.longest] * (missing // self.longest), missing % self.longest]
-        starts = torch.tensor([0, *lengths]).cumsum(0)
-        positions = torch.arange(self.length) - starts[:-1].repeat_interleave(torch.tensor(lengths))
+        lengths = torch.tensor([*pack["seq_lengths"], *[self.longest] * (missing // self.longest), missing % self.longest])
+        starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+        positions = torch.arange(self.length) - starts[:-1].repeat_interleave(lengths)
         starts = starts[: self.segments + 1]
         starts = torch.nn.functional.pad(starts, (0, self.segments + 1 - len(starts)), value=self.length).to(torch.int32)
         batch = {
-            "input_ids": torch.tensor([[*pack["input_ids"], *[self.pad_token] * missing]]),
-            "labels": torch.tensor([[*pack["labels"], *[IGNORED] * missing]]),
+            name: torch.nn.functional.pad(torch.as_tensor(pack[name]), (0, missing), value=filler)[None]
+            for name, filler in (("input_ids", self.pad_token), ("labels", IGNORED))
+        } | {
             "position_ids": positions[None],
             "cu_seq_lens_q": starts,
             "cu_seq_lens_k": starts,

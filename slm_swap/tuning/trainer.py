@@ -81,11 +81,14 @@ def make_trainer(
     rows = [row["input_ids"] for row in train_rows]
     if parameters.packing:
         train_rows, val_rows = (packed_rows(rows, parameters.pack_length, parameters.seed) for rows in (train_rows, val_rows))
+    # Packs as tensors: a fast GPU waits for the next one, and to make it of lists takes milliseconds.
+    form = "torch" if parameters.packing and backend == "trl" else None
+    train_set, val_set = (Dataset.from_list(part).with_format(form) if part else None for part in (train_rows, val_rows))
     given = {
         "model": model,
         "args": arguments,
-        "train_dataset": Dataset.from_list(train_rows),
-        "eval_dataset": Dataset.from_list(val_rows) if val_rows else None,
+        "train_dataset": train_set,
+        "eval_dataset": val_set,
         "processing_class": tokenizer,
     }
     if backend == "unsloth":

@@ -8,7 +8,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from slm_swap.common.errors import UserError
 from slm_swap.tuning import fast_training
-from slm_swap.tuning.backends import linear_names
+from slm_swap.tuning.backends import leave_types_to_autocast, linear_names
 from slm_swap.tuning.fast_training import CompletionLoss, Head, chunk_loss, compile_layers, give_completion_loss
 from slm_swap.tuning.model_checks import check_loss
 from slm_swap.tuning.packing import IGNORED, PackCollator, StepPacks, add_targets, packed_rows
@@ -300,3 +300,47 @@ def test_attention_for_packs_drops_nothing_that_is_asked_of_it(monkeypatch, opti
     fast_training.varlen_attention(None, **plain, **unset)
     with pytest.raises(UserError, match=f"the model's attention {said} which packed rows do not get on a GPU: use --no-packing"):
         fast_training.varlen_attention(None, **plain | options)
+
+
+def test_compiled_layers_drop_what_others_drop():
+    """Compiled code would draw other random numbers than torch's own kernels, at three times their cost."""
+    torch._dynamo.reset()
+    (pack,) = packed_rows(some_rows(), 128, seed=0)
+    collate, found = PackCollator.for_packs([pack], 128, pad_token=0), []
+    for compiled in (False, True):
+        model, base = tiny_model(dropout=0.3)
+        model.train()
+        give_completion_loss(base)
+        if compiled:
+            compile_layers(base)
+        torch.manual_seed(3)
+        loss = model(**collate([pack])).loss
+        found.append((loss.detach(), gradients(model, loss)))
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-5, atol=1e-5)
+    for name, gradient in found[1][1].items():
+        torch.testing.assert_close(gradient, found[0][1][name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_lora_takes_its_input_as_autocast_does(autocast):
+    """Dropout then works on 16 bits, and not on the 32 bits of LoRA's weights, with the same outcome."""
+    given, found = [], []
+    for change in (lambda _: None, leave_types_to_autocast):
+        model, base = tiny_model(dropout=0.3)
+        base.bfloat16()
+        for name, weight in model.named_parameters():
+            weight.data = weight.data.float() if "lora_" in name else weight.data
+        change(model)
+        part = base.model.layers[0].mlp.down_proj
+        assert part.weight.dtype == torch.bfloat16 and part.lora_A["default"].weight.dtype == torch.float32
+        hook = part.lora_dropout["default"].register_forward_pre_hook(lambda _, inputs: given.append(inputs[0].dtype))
+        part.lora_dropout["default"].eval()
+        x = torch.randn(3, 96, generator=torch.Generator().manual_seed(1)).bfloat16().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            output = part(x)
+        found.append((output.detach(), *torch.autograd.grad(output.float().square().sum(), [x, part.lora_A["default"].weight, part.lora_B["default"].weight])))
+        hook.remove()
+    assert given == [torch.float32, torch.bfloat16 if autocast else torch.float32]
+    for one, other in zip(*found, strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+    assert all(part.norm() > 0 for part in found[0])
