@@ -191,9 +191,10 @@ class SLMClient:
             require_undamaged(folder, files_sha256)
         if self.adapter:
             require_base(self.adapter, self.path, self._files_sha256[0], "set SLM_MODEL_PATH to its base, or train it again on this model")
-        self.trained_on = trained_base(self.adapter or self.path)
+        base = trained_base(self.adapter or self.path)
+        self.trained = {"trained_on_sha256": base} if self.adapter or base else {}
         self.warning = None
-        if self.adapter and self.trained_on is None:
+        if self.adapter and base is None:
             self.warning = f"{shown_path(self.adapter)} has no training_info.json that names its base by hash: that it was trained on {shown_path(self.path)} is not proven"
         self.load_seconds = time.perf_counter() - started
 
@@ -369,8 +370,7 @@ class SLMClient:
         self.engine.restore(state)
 
     def describe(self) -> dict[str, Any]:
-        trained = {"trained_on_sha256": self.trained_on} if self.adapter or self.trained_on else {}
-        return self.identity | trained | self.state()
+        return self.identity | self.trained | self.state()
 
     def cost(self, input_tokens: int, cached_tokens: int, output_tokens: int, seconds: float) -> float | None:
         """The machine's price an hour times the seconds that it worked."""

@@ -136,8 +136,13 @@ def _serve(connection: Connection, make: Callable) -> None:
             client = make(connection.recv)
         except UserError as error:
             fail(error, connection, connection.recv)
-        connection.send((client.load_seconds, client.identity, client.state()))
+        connection.send(about(client))
         answer(client, connection)
+
+
+def about(client: Client) -> tuple[float, dict[str, Any], dict[str, Any], dict[str, Any], str | None]:
+    """What a replica tells first."""
+    return client.load_seconds, client.identity, client.state(), client.trained, client.warning
 
 
 def fail(error: UserError, connection: Connection, receive: Callable[[], Any]) -> NoReturn:
@@ -237,10 +242,10 @@ class Replicas:
     ):
         self._connections, self._cost, self._own, self._count = connections, cost, own, count
         told = [self._receive(rank) for rank in range(len(connections))]
-        self.load_seconds = max(seconds for seconds, _, _ in told)
-        self.identity = told[0][1]
-        self._states = [state for _, _, state in told]
-        for rank, (_, identity, _) in enumerate(told):
+        self.load_seconds = max(seconds for seconds, *_ in told)
+        _, self.identity, _, self.trained, self.warning = told[0]
+        self._states = [state for _, _, state, *_ in told]
+        for rank, (_, identity, *_) in enumerate(told):
             here, there = (what_counts(one) for one in (self.identity, identity))
             if here.pop("device") != (device := there.pop("device")):
                 raise UserError(f"rank {rank} runs on {device} and rank 0 does not: launch no more processes than there are GPUs")
@@ -324,7 +329,7 @@ class Replicas:
             self._send(rank, FORGET)
 
     def describe(self) -> dict[str, Any]:
-        return self.identity | self.state()
+        return self.identity | self.trained | self.state()
 
     def cost(self, input_tokens: int, cached_tokens: int, output_tokens: int, seconds: float) -> float | None:
         return self._cost(seconds)

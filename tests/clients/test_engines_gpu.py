@@ -216,7 +216,12 @@ def test_two_gpus_end_in_the_report_of_one(engine, tmp_path):
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         assert done.stdout.count("report: ") == 1
     outcomes = [local_runs.outcome(tmp_path / name / "out.json") for name in commands]
+    chances = []
     for report, lines in outcomes:
         for told in (report, *lines):
             del told["tokens"]["cached"]  # each replica of vLLM has a prefix cache of its own
+        # Rows have other neighbours in their batches, of whose number the order of a sum hangs.
+        chances.append([float("nan") if value is None else value for line in lines for value in (line.pop("confidence") or {}).values()])
     assert outcomes == [outcomes[0]] * 3
+    for found in chances[1:]:
+        assert found == pytest.approx(chances[0], abs=1e-4, nan_ok=True)

@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import slm_swap.clients.replicas as module
+from slm_swap.clients.loading import files_hash, load_model
 from slm_swap.clients.protocol import Reply
-from slm_swap.clients.replicas import Replicas, answer, take_one_gpu
+from slm_swap.clients.replicas import Replicas, about, answer, take_one_gpu
 from slm_swap.common.errors import UserError
-from slm_swap.common.reports import write_jsonl
+from slm_swap.common.reports import write_json, write_jsonl
 from slm_swap.common.settings import PACKAGE, Launch
 from slm_swap.evaluating.journal import journal_path
 from slm_swap.rows.prompts import Request
@@ -65,6 +66,28 @@ def test_three_processes_end_in_the_report_of_one(tmp_path, rows, whole):
     assert outcome(out) == whole
     assert [(tmp_path / f"log{rank}").read_text() for rank in (1, 2)] == ["", ""], "only rank 0 prints"
     assert sorted(path.name for path in out.parent.iterdir()) == ["out.json", "out.rows.jsonl"]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_what_an_adapter_was_trained_on_is_told_as_by_one_process(tmp_path, rows, known):
+    """compare goes by it, and where it is not known, that is said."""
+    from peft import LoraConfig, get_peft_model
+
+    base = PACKAGE / "models/phi-tiny"
+    tuned = get_peft_model(load_model(base, "fp32", {"": "cpu"}), LoraConfig(r=2, target_modules=["o_proj"], init_lora_weights=False, task_type="CAUSAL_LM"))
+    tuned.save_pretrained(tmp_path / "adapter")
+    if known:
+        write_json(tmp_path / "adapter/training_info.json", {"base_model": {"files_sha256": files_hash(base)}})
+    told, said = [], []
+    for world in (1, 2):
+        folder = tmp_path / str(world)
+        folder.mkdir()
+        words = flags(rows, folder / "out.json", "--adapter", tmp_path / "adapter", "--limit", 4)
+        assert finish(start(folder, world, words)) == [0] * world, (folder / "log0").read_text()
+        told.append(outcome(folder / "out.json")[0]["model"])
+        said.append((folder / "log0").read_text().count("is not proven"))
+    assert told[0] == told[1] and told[0]["trained_on_sha256"] == (files_hash(base) if known else None)
+    assert said == [not known] * 2
 
 
 def test_killed_with_all_processes_it_goes_on_with_another_number_of_them(tmp_path, rows, whole):
@@ -116,7 +139,7 @@ def served(client) -> tuple[Connection, threading.Thread]:
     here, there = Pipe()
 
     def work():
-        there.send((client.load_seconds, client.identity, client.state()))
+        there.send(about(client))
         with pytest.raises(EOFError):
             answer(client, there)
 
@@ -131,7 +154,7 @@ class Echo:
     load_seconds = 0.0
 
     def __init__(self, **state):
-        self.identity, self.told = {"device": "cpu", "files_sha256": "ab"}, state
+        self.identity, self.trained, self.warning, self.told = {"device": "cpu", "files_sha256": "ab"}, {}, None, state
 
     def stream(self, rows, answered=()):
         for index, messages in rows:
@@ -193,7 +216,7 @@ def test_a_replica_that_ends_before_the_rows_come_is_told_of(monkeypatch):
 
 def test_what_a_replica_sent_does_not_hide_that_it_has_ended():
     here, there = Pipe()
-    there.send((0.0, {"device": "cpu"}, {}))
+    there.send(about(Echo()))
     replicas = Replicas([here], lambda seconds: None)
     there.send((0, Reply("said")))
     there.close()
