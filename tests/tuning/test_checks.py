@@ -201,7 +201,7 @@ def test_the_estimate_is_what_was_measured_on_a_gpu(name):
         changed |= {"pack_length": 2816, "max_length": 599}
     parameters = Hyperparameters(**told | changed)
     needed = sum(memory_needed(SHAPES[shape], parameters, 599).values())
-    if step_packs and name.startswith("train_graphs "):  # where memory is free, its graphs take that of the longest pack that there could be once more
+    if step_packs and not name.startswith("train_8bit "):  # since then, where memory is free, graphs take that of the longest pack that there could be once more
         needed += SPARE * memory_needed(SHAPES[shape], replace(parameters, pack_length=told["pack_length"]), 599)["activations"] + SPARE_BYTES / 2**30
     assert max(peak["allocated"], 0.95 * peak["reserved"]) < needed < 1.4 * peak["reserved"]
 
