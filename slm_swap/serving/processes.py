@@ -149,15 +149,15 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _begin(parent: int, when_orphaned: int) -> None:
+def _begin(parent: int, when_orphaned: int, on_sigterm: signal.Handlers) -> None:
     """What a child does first: it ends with its parent, and decides on signals itself."""
     end_with(parent, when_orphaned)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, on_sigterm)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides on Ctrl-C
 
 
 def _engine(options: Options, listener: socket.socket, make_client: Callable[[], Client], told: Connection, parent: int) -> None:
-    _begin(parent, signal.SIGKILL)
+    _begin(parent, signal.SIGKILL, signal.SIG_IGN)  # systemd sends SIGTERM to all processes of a service: the workers still need this one
     listener.close()  # or clients could still connect where no worker is left to answer
     hide_in_tracebacks(lambda: options.settings.secrets)
 
@@ -170,7 +170,7 @@ def _engine(options: Options, listener: socket.socket, make_client: Callable[[],
 
 
 def _worker(options: Options, listener: socket.socket, number: int, parent: int) -> None:
-    _begin(parent, signal.SIGTERM)
+    _begin(parent, signal.SIGTERM, signal.SIG_DFL)
     hide_in_tracebacks(lambda: options.settings.secrets)
     with shown_by_hook(), _said_in_one_line():
         import uvicorn

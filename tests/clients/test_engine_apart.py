@@ -15,7 +15,7 @@ from slm_swap.clients.engines.apart import EngineApart
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import ROOT
 from tests.support.echo_engine import BREAKS, DIES, FAILS, EchoEngine
-from tests.support.processes import wait_until
+from tests.support.processes import PATIENCE, wait_until
 
 
 @pytest.fixture
@@ -121,19 +121,29 @@ from functools import partial
 from slm_swap.clients.engines.apart import EngineApart
 from tests.support.echo_engine import EchoEngine
 if __name__ == "__main__":
-    print(EngineApart(EchoEngine).describe()["device"].split()[1], flush=True)
-    time.sleep(600)
+    engine = EngineApart(EchoEngine)
+    print(engine.describe()["device"].split()[1], flush=True)
+    time.sleep(float(sys.argv[1]))
 """
 
 
-def test_it_ends_with_who_started_it(tmp_path):
+def test_sigterm_is_for_who_started_it(engine):
+    """A service's manager sends it to all processes, and requests are under way."""
+    os.kill(engine._process.pid, signal.SIGTERM)
+    assert [made.tokens for made in engine.generate(iter([prompt(0, 10, 11)]))] == [[10, 11]]
+
+
+@pytest.mark.parametrize("seconds", [600, 0])
+def test_it_ends_with_who_started_it(tmp_path, seconds):
+    """Who is killed, or comes to its end without closing it."""
     script = tmp_path / "owner.py"
     script.write_text(OWNER)
-    owner = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    owner = subprocess.Popen([sys.executable, script, str(seconds)], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     other = int(owner.stdout.readline())
-    os.kill(other, 0)
-    owner.send_signal(signal.SIGKILL)
-    owner.wait()
+    if seconds:
+        os.kill(other, 0)
+        owner.send_signal(signal.SIGKILL)
+    assert owner.wait(PATIENCE) == (-signal.SIGKILL if seconds else 0)
     wait_until(lambda: ended(other))
     assert ended(other)
 

@@ -413,11 +413,15 @@ def refuses(running) -> bool:
     return False
 
 
-def test_sigterm_answers_what_is_under_way_and_takes_nothing_new(hosted, tmp_path):
+@pytest.mark.parametrize("to_all", [False, True])
+def test_sigterm_answers_what_is_under_way_and_takes_nothing_new(hosted, tmp_path, to_all):
+    """Sent to the process that was started, or to all, as systemd does."""
     with serving(tmp_path, "--mode", "cascade", "--cascade", cascade(tmp_path / "c.json"), "--workers", 2, "--deadline", 60, hosted=hosted) as running:
         with ThreadPoolExecutor(2) as pool:
             under_way = [pool.submit(running.ask, "slow 4") for _ in range(2)]
             wait_until(lambda: "slm_swap_under_way 2.0" in httpx2.get(f"{running.url}/metrics").text)
+            for child in children_of(running.script.pid) if to_all else []:
+                os.kill(child, 15)
             running.script.send_signal(15)
             wait_until(lambda: refuses(running))
             assert not any(told.done() for told in under_way)

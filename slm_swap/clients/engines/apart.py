@@ -11,6 +11,7 @@ import signal
 import threading
 from collections.abc import Callable, Container, Generator, Iterable, Iterator
 from dataclasses import replace
+from multiprocessing.util import Finalize
 from typing import Any
 
 from slm_swap.clients.engines import Engine, Generated, Prompt
@@ -39,6 +40,7 @@ class EngineApart:
         self._link, there = _spawn.Pipe()
         self._process = _spawn.Process(target=_run, args=(make, there, os.getpid()), daemon=True, name="engine")
         self._process.start()
+        Finalize(self, self._process.kill, exitpriority=0)  # at this process' end SIGTERM would come, and wait
         there.close()
         self.name, self.context, self.ends, self._told, self._state = self._received()
 
@@ -116,7 +118,8 @@ class EngineApart:
 def _run(make: Callable[[], Engine], link: Any, parent: int) -> None:
     """The engine's process: prompts in, what is generated out."""
     end_with(parent, signal.SIGKILL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides on Ctrl-C
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the parent decides on Ctrl-C, and on what systemd sends to all processes of a service
     hide_in_tracebacks(lambda: load_settings().secrets)
     with shown_by_hook():
         try:
