@@ -78,12 +78,14 @@ def main(argv: list[str] | None = None) -> int:
         (reply,) = client.generate([request_of(args.track, example)])
     finally:
         client.close()
+    if reply.error:
+        raise UserError(f"no reply after {reply.seconds:.2f} s ({reply.finish_reason}): {reply.error}")
     print(reply.shown)
     told = f"{reply.finish_reason}, {count(reply.input_tokens)} + {count(reply.output_tokens)} tokens, {reply.seconds:.2f} s"
     if gold:
         scored = track.score(gold, reply.text, reply.finish_reason, reply.calls)
         told += f", {'right' if scored.strict.exact else scored.error}; reference: {example.completion}"
-    print(told + (f"; {reply.error}" if reply.error else ""), file=sys.stderr)
+    print(told, file=sys.stderr)
     next_step(f"python 01_eval/eval.py --track {args.track} --model-kind {args.model_kind}", stream=sys.stderr)
     return 0
 

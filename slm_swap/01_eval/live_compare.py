@@ -210,10 +210,10 @@ def main(argv: list[str] | None = None) -> int:
         for side in sides:
             side.client.close()
     done = len(sides[0].rows)
+    if not done:  # nothing to show or save
+        raise KeyboardInterrupt
     if not finished:
         warn(f"interrupted after {done} of {len(examples)} rows: the numbers cover only these rows")
-    if not done:
-        raise UserError("no batch was answered by both models: nothing to show or save")
     if early and finished:
         print(early.saved(sides[args.models.index("azure")]))
     seeds = {kind: str(uuid.uuid4()) for kind in args.models}

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+from slm_swap.clients.chat_client import ChatClient
 from slm_swap.clients.protocol import Client
 from slm_swap.common.progress import Progress
 from slm_swap.evaluating.evaluation import Stopwatch, evaluate
@@ -44,7 +45,7 @@ class Side:
 def side_by_side(
     track: str, sides: list[Side], examples: list[Example], gold: list[Reference], batch_size: int
 ) -> Iterator[None]:
-    """Ask all sides at the same time, a batch at a time; yields when a batch is answered by all of them."""
+    """Ask all sides at the same time, a batch at a time; yields when a batch is answered by all of them. Left early, clients of servers are closed."""
     pool = ThreadPoolExecutor(len(sides))
     try:
         for start in range(0, len(examples), batch_size):
@@ -55,6 +56,11 @@ def side_by_side(
                 side.rows += rows
                 side.seconds += seconds
             yield
+    except BaseException:  # Ctrl-C, or one of the models failed: what a server is still asked may take minutes, and is not waited for
+        for side in sides:
+            if isinstance(side.client, ChatClient):
+                side.client.close()
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

@@ -92,6 +92,16 @@ def test_ctrl_c_keeps_what_both_have_answered(files):
     assert azure["inputs"]["rows_sha256"] == replay["inputs"]["rows_sha256"]
 
 
+def test_ctrl_c_before_the_first_replies_leaves_nothing(files):
+    with AzureSimulator(read_examples(files / "rows.jsonl"), faults=Faults(slow=1.0, slow_seconds=60)) as server:
+        process = start(files, server, "--save")
+        wait_until(lambda: server.counts.total() >= 1)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate()
+    assert process.returncode == 130 and error.splitlines()[-1] == "interrupted" and "numbers" not in error, error
+    assert not (files / "out").exists()
+
+
 def test_saved_reports_are_kept(files):
     with AzureSimulator(read_examples(files / "rows.jsonl")) as server:
         assert start(files, server, "--save").wait(120) == 0
