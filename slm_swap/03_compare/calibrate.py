@@ -9,7 +9,9 @@ thresholds follow from it. The exit code is 0, or 11 if nothing can be certified
 """
 
 import argparse
+import shlex
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +106,19 @@ def recipe_of(args: argparse.Namespace, slm: Evaluation) -> tuple[dict[str, str]
     return {"path": display_path(recipe.path), "sha256": sha256_file(recipe.path)}, read_json(recipe.path, "04_ft/improve.py").get("chosen_on")
 
 
+def serving_flags(slm: Evaluation, recipe: dict[str, Any] | None) -> list[str]:
+    """The flags by which serve.py loads and asks the small model as this report's was."""
+    if recipe:
+        return ["--recipe", shown_path(find_path(recipe["path"]))]
+    model, args = model_of(slm.report), slm.report.get("args") or {}
+    told = {} if model.get("engine") == "served" else {name: model.get(name) for name in ("engine", "precision", "adapter")}
+    told |= {"ask": "text"} if slm.report.get("ask") == "text" else {}  # conversations are asked natively otherwise
+    told |= {name: args.get(name) for name in ("thinking", "constrain", "max_new_tokens", *(("few_shot", "shots") if args.get("few_shot") else ()))}
+    told |= {name: shown_path(find_path(told[name])) for name in ("adapter", "few_shot") if told.get(name)}
+    words = [[f"--{name.replace('_', '-')}", str(value)] for name, value in told.items() if value not in (None, "off")]
+    return [*chain(*words), *(["--trust-remote-code"] if args.get("trust_remote_code") else [])]
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     track, target = TRACKS[args.track], Target("agreement" if args.agreement else "regret", args.delta, args.alpha)
@@ -149,7 +164,8 @@ def main(argv: list[str] | None = None) -> int:
         return NOTHING
     write_cascade(out, {name: value for name, value in told.items() if name != "curves"})
     print(f"cascade: {shown_path(out)}")
-    next_step(f"python 05_serve/serve.py --track {args.track} --mode cascade --cascade {shown_path(out)}")
+    words = ["05_serve/serve.py", "--track", args.track, "--mode", "cascade", "--cascade", shown_path(out), *serving_flags(slm, recipe)]
+    next_step(f"python {shlex.join(words)}")
     return 0
 
 

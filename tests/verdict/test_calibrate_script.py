@@ -2,6 +2,8 @@
 
 import json
 import re
+import shlex
+from pathlib import Path
 
 import pytest
 
@@ -191,6 +193,25 @@ def test_rows_that_the_recipe_was_chosen_on_are_refused(refused, calibrate, tmp_
     recipe(path, {"path": "gone.jsonl", "sha256": "0" * 64, "rows": 200})
     assert calibrate(*flags)[0] == 0
     assert read_cascade(tmp_path / "cascade.json").told["recipe"] == {"path": str(path), "sha256": sha256_file(path)}
+
+
+@pytest.mark.parametrize("by_recipe", [False, True])
+def test_the_next_command_serves_the_model_as_it_was_calibrated(calibrate, tmp_path, by_recipe):
+    """Another way of asking would be a mismatch, and all requests would go to the hosted model."""
+    args = ARGS | {"few_shot": str(tmp_path / "train rows.jsonl"), "shots": 2, "constrain": "retry", "thinking": None, "trust_remote_code": False}
+    path = recipe(tmp_path / "recipe.json", {"path": "gone.jsonl", "sha256": "0" * 64, "rows": 200})
+    flags = write_pair(tmp_path, ask="native", args=args | ({"recipe": str(path)} if by_recipe else {}))
+    code, printed, _ = calibrate(*flags)
+    [line] = [line for line in printed.splitlines() if line.startswith("next: ")]
+    words = shlex.split(line.removeprefix("next: python "))
+    assert code == 0 and words[0] == "05_serve/serve.py"
+    told = load_script("05_serve/serve.py").parse_args(words[1:])
+    assert (told.track, told.mode, Path(told.cascade)) == ("toolcall", "cascade", tmp_path / "cascade.json")
+    if by_recipe:
+        assert Path(told.recipe) == path
+    else:
+        assert (told.engine, told.precision, told.constrain, told.max_new_tokens, told.ask, told.shots) == ("transformers", "int8", "retry", 512, None, 2)
+        assert told.few_shot == args["few_shot"]
 
 
 def test_rows_that_were_shown_as_examples_are_refused(refused, tmp_path):
