@@ -89,11 +89,12 @@ def report_path(args: argparse.Namespace, kind: str, name: str, folder: Path | N
     return (folder or args.out_dir) / f"{args.track}_{kind}_{name}_live.json"
 
 
-def what_is_asked(args: argparse.Namespace, inputs: dict, examples: list[Example]) -> dict[str, Any]:
+def what_is_asked(args: argparse.Namespace, inputs: dict, examples: list[Example], recipe: Recipe | None) -> dict[str, Any]:
     """What two reports of one command have in common, the models left out."""
     stop = {"delta": args.delta, "alpha": args.alpha, "seed": args.seed} if args.stop_early else None
     asked = {"schema_version": SCHEMA_VERSION, "track": args.track, "dataset_sha256": inputs["sha256"]}
     asked |= {"rows": len(examples), "prompt_sha256": check_rows(args.track, examples).prompt_sha256}
+    asked |= {"recipe_sha256": recipe.sha256 if recipe else None}  # how the small model is asked is not how the hosted one is
     return asked | {"models": args.models, "stop_early": stop}
 
 
@@ -190,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
             f"the largest of {max(early.sizes)} rows"
         )
     recipe = read_recipe(args.recipe, args.track) if args.recipe else None
-    sides, asked = list[Side](), what_is_asked(args, inputs, examples)
+    sides, asked = list[Side](), what_is_asked(args, inputs, examples, recipe)
     if args.save:  # before a model is loaded
         outs = [report_path(args, kind, name) for kind in args.models]
         check_out(*outs, *map(rows_path, outs), inputs=[inputs["path"], args.replies], advice=ELSEWHERE)

@@ -100,13 +100,21 @@ def test_a_recipe_is_of_the_small_model(run_script, eval_script, recipe, files):
 
 def test_live_compare_asks_the_small_model_alone_by_it(run_script, recipe, files, tmp_path, write_rows):
     replies = write_rows("replies.jsonl", [{"prompt": row(text)["prompt"], "prediction": row(text)["completion"]} for text in REQUESTS])
-    code, _, error = run_script(
-        load_script("01_eval/live_compare.py"), "--track", "toolcall", "--models", "replay", "slm", "--dataset", files[0], "--replies", replies,
-        "--recipe", recipe, "--save", "--out-dir", tmp_path / "live",
-    )  # fmt: skip
+
+    def compare(*flags):
+        known = ("--track", "toolcall", "--models", "replay", "slm", "--dataset", files[0], "--replies", replies, "--save", "--out-dir", tmp_path / "live")
+        return run_script(load_script("01_eval/live_compare.py"), *known, *flags)
+
+    code, _, error = compare("--recipe", recipe)
     assert code == 0, error
     first, slm, replay = (json.loads(path.read_text()) for path in (
         tmp_path / "first.json", tmp_path / "live/toolcall_slm_rows_live.json", tmp_path / "live/toolcall_replay_rows_live.json",
     ))  # fmt: skip
     assert slm["prompt_sha256"] == first["prompt_sha256"] and slm["inputs"]["few_shot"]["shots"] == 1 and "few_shot" not in replay["inputs"]
     assert slm["model"]["parameters"]["max_new_tokens"] == 4
+    code, printed, error = compare("--recipe", recipe)
+    assert code == 0 and "both reports are finished" in printed, error
+    recipe.write_text(json.dumps(json.loads(recipe.read_text()) | {"few_shot": None}))
+    for flags in (("--recipe", recipe), ("--precision", "fp32", "--engine", "transformers", "--max-new-tokens", 4)):
+        code, printed, error = compare(*flags)
+        assert code == 2 and "is a finished report of another run (recipe_sha256" in error and printed == "", "asked otherwise, or without the recipe"
