@@ -5,6 +5,7 @@
 """
 
 import argparse
+import shlex
 import sys
 import time
 from dataclasses import fields, replace
@@ -18,7 +19,7 @@ from slm_swap.clients.loading import model_path
 from slm_swap.clients.replicas import take_one_gpu
 from slm_swap.common.reports import sha256_file
 from slm_swap.common.settings import Launch, display_path, find_path, load_settings, shown_path
-from slm_swap.evaluating.recipe import ROW_FLAGS
+from slm_swap.evaluating.recipe import ROW_FLAGS, read_recipe
 from slm_swap.rows.examples import Example, read_examples
 from slm_swap.rows.lines import read_jsonl
 from slm_swap.scoring.tracks import TRACKS
@@ -120,6 +121,8 @@ def main(argv: list[str] | None = None) -> int:
         take_one_gpu(launch)  # one process that sees several would spread each batch over them
     connection = connect(settings, tracing_options(args, settings)) if launch.rank == 0 else None
     base = model_path(settings, args.model)
+    if args.recipe:
+        read_recipe(args.recipe, args.track).check_base(base)
     rows, inputs = read_rows(args)
     given = {field.name: getattr(args, field.name) for field in fields(Hyperparameters) if hasattr(args, field.name)}
     if args.preset == "auto":
@@ -147,8 +150,10 @@ def main(argv: list[str] | None = None) -> int:
         if launch.rank == 0:
             tell(trace, info, args.out)
             show(info, args.out, launch)
-            asked = f" --ask {args.ask}" if args.ask else ""
-            next_step(f"python 01_eval/eval.py --track {args.track} --model-kind slm --adapter {shown_path(args.out)}{asked} --out 01_eval/reports/{args.track}_slm_adapter.json")
+            words = ["01_eval/eval.py", "--track", args.track, "--model-kind", "slm", "--adapter", shown_path(args.out), *(["--ask", args.ask] if args.ask else [])]
+            if args.few_shot:  # an adapter is asked as it learned
+                words += ["--few-shot", shown_path(find_path(args.few_shot)), "--shots", str(inputs["few_shot"]["shots"])]
+            next_step(f"python {shlex.join(words)} --out 01_eval/reports/{args.track}_slm_adapter.json")
     return 0
 
 

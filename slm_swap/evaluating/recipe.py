@@ -1,15 +1,21 @@
 """recipe.json: how the small model is asked and run, each part with its hash, so that what is measured is what is deployed."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from slm_swap.clients.engines import CONSTRAINTS, PRECISIONS
+from slm_swap.clients.loading import files_hash
+from slm_swap.clients.thinking import THINKING
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import SCHEMA_VERSION, code_version, now, read_json, sha256_file
 from slm_swap.common.settings import find_path, shown_path
 from slm_swap.rows.examples import Example
 from slm_swap.rows.few_shot import FewShot
+from slm_swap.rows.prompts import ASKS
 from slm_swap.scoring.tracks import TRACKS
 
 STAGE, MADE_BY = "recipe", "04_ft/improve.py"
@@ -83,11 +89,42 @@ class Recipe:
             UserError: so.
         """
         if self.served and identity["path"] != self.served:
-            raise UserError(f"{shown_path(self.path)} is of the served model {self.served}, and {identity['path']} answers: set SLM_MODEL_NAME")
+            raise UserError(f"{shown_path(self.path)} is of the served model {self.served}, and {identity['path']} answers: set SLM_BASE_URL and SLM_MODEL_NAME")
         for at, what in enumerate(("model", "adapter")) if self.files_sha256 else ():
             wanted, found = (hashes[at] if at < len(hashes) else None for hashes in (self.files_sha256, identity.get("files_sha256") or []))
-            if wanted != found:
-                raise UserError(f"the {what} is not the one of {shown_path(self.path)}: its files have another hash; make the recipe again with {MADE_BY}")
+            self._require_same(what, wanted, found)
+
+    def check_base(self, base: Path) -> None:
+        """Refuse a checkpoint to train on that is not the recipe's model. The rows may be asked as a served model's recipe says.
+
+        Raises:
+            UserError: so.
+        """
+        if self.files_sha256 and not self.served:
+            self._require_same("model", self.files_sha256[0], files_hash(base))
+
+    def _require_same(self, what: str, wanted: str | None, found: str | None) -> None:
+        if wanted != found:
+            raise UserError(f"the {what} is not the one of {shown_path(self.path)}: its files have another hash; make the recipe again with {MADE_BY}")
+
+
+def require_known(flags: Mapping[str, Any]) -> None:
+    """Refuse values of FLAGS that the scripts' own flags would not take.
+
+    Raises:
+        ValueError: so.
+    """
+    kinds: dict[str, Callable[[Any], bool]] = {
+        "ask": (None, *ASKS).__contains__,
+        "thinking": (None, *THINKING).__contains__,
+        "constrain": (None, *CONSTRAINTS).__contains__,
+        "precision": (None, *chain(*PRECISIONS.values())).__contains__,
+        "engine": (*PRECISIONS, "served").__contains__,
+        **dict.fromkeys(("max_new_tokens", "shots"), lambda value: type(value) is int and value > 0),
+        **dict.fromkeys(("few_shot", "adapter"), lambda value: isinstance(value, str)),
+    }
+    if not all(kinds[name](value) for name, value in flags.items()):
+        raise ValueError
 
 
 def read_recipe(path: str | Path, track: str) -> Recipe:
@@ -110,6 +147,9 @@ def read_recipe(path: str | Path, track: str) -> Recipe:
         if adapter is not None:
             flags["adapter"] = adapter["path"]
             hashes = [*hashes, adapter["files_sha256"]]
+        require_known(flags)
+        if not all(isinstance(part, str) for part in (name, *(hashes or ()), *([indexed] if few_shot is not None else []))):
+            raise ValueError
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{shown} is no recipe of this version: make it with {MADE_BY}") from None
     if told["track"] != track:

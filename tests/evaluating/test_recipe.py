@@ -79,6 +79,15 @@ def test_other_shots_another_model_and_another_track_are_refused(evaluate, recip
         ({"track": "structured"}, "is of track structured, not toolcall"),
         ({"stage": "eval"}, "is no recipe of this version"),
         ({"few_shot": {}}, "is no recipe of this version"),
+        *(
+            (change, "is no recipe of this version")
+            for change in (
+                {"engine": "foo"}, {"precision": "int3"}, {"constrain": "never"}, {"ask": "xx"}, {"ask": 1}, {"thinking": True}, {"max_new_tokens": "many"},
+                {"max_new_tokens": -5}, {"max_new_tokens": True}, {"max_new_tokens": None}, {"model": {"path": 7, "files_sha256": "f"}}, {"model": None},
+                {"model": told["model"] | {"files_sha256": [1]}}, {"few_shot": told["few_shot"] | {"shots": "2"}}, {"few_shot": told["few_shot"] | {"shots": 0}},
+                {"few_shot": told["few_shot"] | {"path": 1}}, {"few_shot": told["few_shot"] | {"sha256": None}}, {"adapter": {"path": 1, "files_sha256": "f"}},
+            )
+        ),
         ({"adapter": {"path": "none", "files_sha256": "0"}}, "is missing, none: put it back"),
     ):
         recipe.write_text(json.dumps(told | change))
@@ -118,3 +127,16 @@ def test_live_compare_asks_the_small_model_alone_by_it(run_script, recipe, files
     for flags in (("--recipe", recipe), ("--precision", "fp32", "--engine", "transformers", "--max-new-tokens", 4)):
         code, printed, error = compare(*flags)
         assert code == 2 and "is a finished report of another run (recipe_sha256" in error and printed == "", "asked otherwise, or without the recipe"
+
+
+def test_training_asks_as_it_says_of_the_same_model_alone(run_script, recipe, files, tmp_path):
+    script = load_script("04_ft/train_unsloth.py")
+    known = ("--track", "toolcall", "--train", files[1], "--val", files[0], "--backend", "trl", "--precision", "fp32", "--epochs", 1, "--out", tmp_path / "adapter")
+    told = json.loads(recipe.read_text())
+    recipe.write_text(json.dumps(told | {"model": told["model"] | {"files_sha256": "0" * 64}}))
+    code, _, error = run_script(script, *known, "--recipe", recipe)
+    assert code == 2 and "the model is not the one of" in error and not (tmp_path / "adapter").exists()
+    recipe.write_text(json.dumps(told))
+    code, printed, error = run_script(script, *known, "--recipe", recipe)
+    assert code == 0, error
+    assert f" --few-shot {files[1]} --shots 1 --out " in printed.splitlines()[-1], "an adapter is evaluated as it learned"
