@@ -26,6 +26,7 @@ from slm_swap.scoring.tracks import TRACKS
 from slm_swap.tracing.runs import Tracing
 
 SHOTS = 3  # rows that are shown with --few-shot
+CONCURRENCY = 32
 LOCAL = ("engine", "engine_start", "batch_size", "precision", "adapter", "thinking", "trust_remote_code")  # flags of the local model alone
 MAX_NEW_TOKENS, MAX_WITH_THINKING = 256, 4096  # of a reply, where --max-new-tokens is not given
 
@@ -112,7 +113,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--constrain", choices=CONSTRAINTS, default="off", help=constrains)
         limits = f"longest reply in tokens, thinking included (default: {MAX_NEW_TOKENS}; with --thinking on {MAX_WITH_THINKING})"
         self.add_argument("--max-new-tokens", type=positive, help=limits)
-        self.add_argument("--concurrency", type=positive, default=32, help="rows sent to the hosted model at the same time")
+        self.add_argument("--concurrency", type=positive, default=CONCURRENCY, help="rows sent to the hosted model at the same time")
         if replay:
             self.add_argument("--replies", metavar="FILE", help="recorded replies, for --model-kind replay")
         self.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")

@@ -10,25 +10,28 @@ hosted model's report of the same rows. The test split is not used. After an int
 """
 
 import argparse
+import fcntl
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
-from slm_swap.cli import Parser, check_out, load_rows, next_step, positive, positive_number, run, share
+from slm_swap.cli import CONCURRENCY, Parser, check_out, load_rows, next_step, positive, positive_number, run, share
 from slm_swap.clients.loading import adapter_path, files_hash, model_path
 from slm_swap.clients.pricing import load_prices
 from slm_swap.common.errors import UserError
-from slm_swap.common.reports import sha256_file, write_json
+from slm_swap.common.reports import read_json, sha256_file, write_json
 from slm_swap.common.settings import PACKAGE, Settings, display_path, find_path, load_settings, shown_path
 from slm_swap.evaluating.evaluation import check_rows
 from slm_swap.evaluating.recipe import make_recipe
 from slm_swap.rows.prompts import ASKS
 from slm_swap.scoring.tracks import TRACKS
 from slm_swap.tuning.hyperparameters import PRESETS
-from slm_swap.tuning.ladder import KINDS, Ladder, Setting, rungs
+from slm_swap.tuning.ladder import KINDS, Ladder, OutOfBudget, Setting, Unfit, rungs
 from slm_swap.tuning.ladder_tables import outlook, show, show_outlook
 from slm_swap.tuning.stages import Budget, Stages
 from slm_swap.verdict.evaluations import Evaluation, read_evaluation
@@ -70,6 +73,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.delta >= 1 or not 0 < args.alpha < 0.5:
         parser.error("--delta must be below 1, and --alpha above 0 and below 0.5")
+    if args.split == "test" and not args.dataset:
+        parser.error("the test split chooses nothing, or its figures would be too good: measure on another split, such as val")
+    try:
+        args.training_flags = shlex.split(args.training_flags)
+    except ValueError as error:
+        parser.error(f"--training-flags cannot be read as words ({error}): check its quotes")
     return args
 
 
@@ -139,18 +148,22 @@ def main(argv: list[str] | None = None) -> int:
     if args.train and not train.is_file():
         raise UserError(f"no train rows at {shown_path(train)}: check --train")
     train = train if train.is_file() else None
+    if train and sha256_file(train) == inputs["sha256"]:
+        raise UserError(f"{shown_path(train)} has the rows that are measured: what a model was shown or trained on chooses nothing; name other rows with --train")
     if train is None:
         say("no train rows: few-shot and fine-tuning are left out; name them with --train")
     local = settings.slm_base_url is None
     kinds = [kind for kind in args.rungs if local or kind not in ("constrain", "train", "combine")]
     if not local:
         say("the model of SLM_BASE_URL is served elsewhere: constrained decoding and fine-tuning are left out")
-    training = ["--track", args.track, "--train", str(train), "--val", str(rows), "--seed", str(args.seed), *shlex.split(args.training_flags)]
+    training = ["--track", args.track, "--train", str(train), "--val", str(rows), "--seed", str(args.seed), *args.training_flags]
     parts = parts_of(settings, args.adapter, train)
     plan, common = rungs(kinds, train, args.presets, folder, [*training, *sorted(parts.values())]), common_flags(args, rows)
     begin: Setting = {name: getattr(args, name) for name in ("ask", "thinking", "adapter") if getattr(args, name) is not None}
     begin |= {"max_new_tokens": args.max_new_tokens} | ({"constrain": args.constrain} if args.constrain != "off" else {})
-    stages = Stages(folder, Budget(args.hours and 3600 * args.hours, args.spend), prices, common, training, tracing_flags(args, settings.session), say)
+    pace = [word for flag, value, usual in (("--concurrency", args.concurrency, CONCURRENCY), ("--engine-start", args.engine_start, "auto")) if value != usual for word in (flag, str(value))]
+    budget = Budget(args.hours and 3600 * args.hours, args.spend)
+    stages = Stages(folder, budget, prices, common, training, tracing_flags(args, settings.session), say, pace)
 
     def measure(name: str, setting: Setting, preset: str | None, report: Path) -> float:
         trained = stages.train(preset, setting) if preset else 0.0
@@ -158,25 +171,58 @@ def main(argv: list[str] | None = None) -> int:
 
     hosted = find_hosted(args, name, check_rows(args.track, examples).contents.together())
     ladder = Ladder(folder, args.track, inputs | {"rows": len(examples), "parts": parts}, plan, common, measure, hosted, args.delta, args.alpha, prices, say)
-    if args.dry_run:
-        show_outlook(outlook(ladder, begin, examples, stages, train), prices.local.cost)
-        next_step("the same command without --dry-run")
-        return 0
-    stages.budget.spent_seconds, stages.budget.spent_money = ladder.spent()
-    best = ladder.climb(begin)
-    write_json(path, make_recipe(best.evaluation.report, display_path(ladder.path)))
+    with alone_in(folder):
+        if args.dry_run:
+            try:
+                show_outlook(outlook(ladder, begin, examples, stages, train), prices.local.cost)
+            except (Unfit, OutOfBudget) as why:
+                raise UserError(f"the ladder cannot begin: {why}") from None
+            next_step("the same command without --dry-run")
+            return 0
+        stages.take_up(ladder.spent())
+        best = ladder.climb(begin)
+        write_recipe(path, make_recipe(best.evaluation.report, display_path(ladder.path)))
     show(ladder)
-    tell_commands(args, path, ladder.verdict)
+    tell_commands(args, path, rows, ladder.verdict)
     return 0
 
 
-def tell_commands(args: argparse.Namespace, recipe: Path, verdict: str | None) -> None:
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """The folder as one ladder's.
+
+    Raises:
+        UserError: another one climbs in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another improve.py is at work in {shown_path(folder)}: wait for its end, or choose another folder with --out") from None
+        yield
+
+
+def write_recipe(path: Path, recipe: dict[str, Any]) -> None:
+    """Write it; an earlier one that says something else, as of other rungs, is kept beside it."""
+    parts = [name for name in recipe if name not in ("created_at", "code")]
+    before = read_json(path, "04_ft/improve.py") if path.exists() else recipe
+    if any(before.get(name) != recipe[name] for name in parts):
+        kept = path.with_name(f"recipe_{sha256_file(path)[:8]}.json")
+        path.rename(kept)
+        say(f"the recipe that an earlier run chose was another one and is kept: {shown_path(kept)}")
+    write_json(path, recipe)
+
+
+def tell_commands(args: argparse.Namespace, recipe: Path, rows: Path, verdict: str | None) -> None:
     """What to do next: the test split is asked once, by the recipe."""
     report = f"01_eval/reports/{args.track}_slm_recipe.json"
+    test = rows.with_name("test.jsonl")
+    own = ["--dataset", shown_path(test)] if args.dataset and test.is_file() else []
     say(f"recipe: {shown_path(recipe)}")
     say(f"on the validation rows the verdict is {verdict or 'not known'}; the next commands measure the recipe on the test split, which chose nothing")
     next_step(
-        f"python 01_eval/eval.py --track {args.track} --model-kind slm --recipe {shown_path(recipe)} --out {report}",
+        f"python {shlex.join(['01_eval/eval.py', '--track', args.track, '--model-kind', 'slm', *own, '--recipe', shown_path(recipe), '--out', report])}",
         f"python 03_compare/compare.py --track {args.track} --azure 01_eval/reports/{args.track}_azure_test.json --slm {report} --delta {args.delta:g} --table",
     )
 

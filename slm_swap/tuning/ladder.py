@@ -272,12 +272,14 @@ class Ladder:
         """
         if not self.path.exists():
             return {}
-        told = read_json(self.path, "04_ft/improve.py")
         try:
+            told = read_json(self.path, "04_ft/improve.py")
             same = (told["track"], told["inputs"]["sha256"]) == (self.track, self.inputs["sha256"])
             found = {one["report"]: one for one in told["measured"] if one["report_sha256"] and one["seconds"] is not None}
-        except (KeyError, TypeError):
-            raise UserError(f"{display_path(self.path)} is no ladder of 04_ft/improve.py: choose another folder with --out") from None
+            sum(one["seconds"] for one in found.values())
+        except (UserError, KeyError, TypeError):
+            shown = display_path(self.path)
+            raise UserError(f"{shown} is no ladder of 04_ft/improve.py: move it away, and all is measured again, or choose another folder with --out") from None
         if not same:
             raise UserError(f"{display_path(self.path)} is of another track or of other rows: choose another folder with --out")
         return found

@@ -1,11 +1,13 @@
 """The ladder's processes: their ends, their hours and money, and that they end with it; and improve.py from the command line."""
 
+import fcntl
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -68,24 +70,66 @@ def test_what_cannot_be_asked_is_told_by_its_own_line(made, tmp_path):
 
 
 def test_hours_and_money_end_it(made, tmp_path):
-    with pytest.raises(OutOfBudget, match=r"the hours are spent, after 1 s of it: the same command with more --hours goes on"):
+    with pytest.raises(OutOfBudget, match=r"what --hours allows is spent, after 1 s of it: the same command with more --hours goes on"):
         made("import time; time.sleep(600)", Budget(seconds=1.0)).evaluate("ask", {}, tmp_path / "out.json")
     with pytest.raises(OutOfBudget, match="the 1 hours are spent"):
         made(WRITES, Budget(seconds=3600.0, spent_seconds=3600.0)).evaluate("ask", {}, tmp_path / "out.json")
     with pytest.raises(OutOfBudget, match="the 2 of --spend are spent"):
         made(WRITES, Budget(money=2.0, spent_money=2.5)).evaluate("ask", {}, tmp_path / "out.json")
+    with pytest.raises(OutOfBudget, match=r"what --spend allows is spent, after 1 s of it: the same command with more --spend goes on"):
+        made("import time; time.sleep(600)", Budget(seconds=3600.0, money=2.0, spent_money=1.0), hour=3600.0).evaluate("ask", {}, tmp_path / "out.json")
+
+
+@pytest.mark.parametrize("ends", ["OutOfBudget", "Unfit", "well", "torn"])
+def test_what_a_stage_took_counts_in_the_next_run_whether_it_ended_or_not(made, tmp_path, ends):
+    code = {"OutOfBudget": "import time; time.sleep(600)", "Unfit": "import sys; sys.exit(2)"}.get(ends, WRITES)
+    stage = made(code, Budget(seconds=6.0 if ends == "OutOfBudget" else None), hour=3600.0)
+    stage.take_up((5.0, 5.0))
+    with suppress(OutOfBudget, Unfit):
+        stage.evaluate("ask", {}, tmp_path / "out.json")
+    spent = stage.budget.spent_money
+    assert spent > (5.9 if ends == "OutOfBudget" else 5.0)
+    if ends == "torn":
+        with open(stage.ledger, "a") as file:
+            file.write('{"began": "x", "sec')
+    again = made(WRITES, hour=3600.0)
+    again.take_up((999.0, 999.0))
+    assert again.budget.spent_money == pytest.approx(spent) and again.budget.spent_seconds == pytest.approx(spent, abs=0.01)
+    again.evaluate("ask", {}, tmp_path / "out.json")
+    last = made(WRITES, hour=3600.0)
+    last.take_up((999.0, 999.0))
+    assert last.budget.spent_money == pytest.approx(again.budget.spent_money)
+
+
+def test_a_training_costs_what_an_hour_of_training_does(made, tmp_path):
+    stage = made(WRITES)
+    (tmp_path / "04_ft").mkdir()
+    (tmp_path / "04_ft/train_unsloth.py").write_text(WRITES)
+    stage.prices = Prices("prices.toml", local=LocalPrices(hour=3600.0, training_hour=36000.0))
+    seconds = stage.train("fast", {"adapter": tmp_path / "out"})
+    assert stage.budget.spent_money == pytest.approx(10 * seconds, rel=0.2)
+
+
+def test_a_stage_that_is_still_at_work_elsewhere_says_nothing_of_the_model(made, tmp_path):
+    for said in ("x.part is another process's: wait until it is done", "another process trains with x: wait for its end"):
+        with pytest.raises(UserError, match=r"^ask: .*another process"):
+            made(f"import sys; print('error: {said.replace(chr(39), '')}', file=sys.stderr); sys.exit(2)").evaluate("ask", {}, tmp_path / "out.json")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux'")
-def test_a_stage_ends_with_a_killed_ladder(made, tmp_path):
-    """Else the next run would find its journal in use."""
+@pytest.mark.parametrize("background", [False, True])
+def test_a_stage_ends_with_a_killed_ladder(made, tmp_path, background):
+    """Else the next run would find its journal in use. In the `background` of a script SIGINT is ignored, which is handed down."""
     made("import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(600)")
     code = (
         "from pathlib import Path; from slm_swap.tuning import stages; from slm_swap.clients.pricing import Prices; import sys\n"
         "stages.PACKAGE = Path(sys.argv[1])\n"
         "stages.Stages(Path('ladder'), stages.Budget(), Prices('p'), [], [], [], print).evaluate('ask', {}, Path('out.json'))"
     )
-    ladder = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)
+    ladder = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN if background else signal.SIG_DFL),
+    )  # fmt: skip
     wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
     pid = int((tmp_path / "pid").read_text())
     ladder.send_signal(signal.SIGKILL)
@@ -149,9 +193,47 @@ def test_a_hosted_report_of_other_rows_is_refused_before_anything_runs(improve, 
         (("--train", "none.jsonl"), "none.jsonl: check --train"),
         (("--azure", "none.json"), "none.json"),
         (("--delta", "1"), "--delta must be below 1"),
+        (("--training-flags", "--epochs '2"), "--training-flags cannot be read as words (No closing quotation): check its quotes"),
+        (("--train", "val.jsonl"), "has the rows that are measured: what a model was shown or trained on chooses nothing; name other rows with --train"),
     ],
 )
 def test_bad_input_is_one_line(improve, flags, why, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, _, error = improve(*flags)
     assert code == 2 and why in error and error.count("\n") == 1 and not (tmp_path / "ladder").exists()
+
+
+def test_the_test_split_chooses_nothing(run_script):
+    code, _, error = run_script(load_script("04_ft/improve.py"), "--track", "toolcall", "--split", "test")
+    assert code == 2 and "the test split chooses nothing" in error and error.count("\n") == 1
+
+
+def test_a_plan_that_cannot_begin_is_one_line(improve):
+    code, _, error = improve("--dry-run", "--thinking", "on")
+    assert code == 2 and "the ladder cannot begin: " in error and "Traceback" not in error
+
+
+def test_a_folder_is_one_ladder_s(improve, tmp_path):
+    (tmp_path / "ladder").mkdir()
+    with open(tmp_path / "ladder/lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        code, _, error = improve("--rungs", "tokens")
+    assert code == 2 and "another improve.py is at work in" in error and error.count("\n") == 1
+
+
+def test_a_recipe_of_other_rungs_is_kept(improve, tmp_path):
+    assert improve("--rungs", "tokens")[0] == 0
+    path = tmp_path / "ladder/recipe.json"
+    better = json.loads(path.read_text()) | {"constrain": "retry"}
+    path.write_text(json.dumps(better))
+    code, printed, error = improve("--rungs", "tokens")
+    assert code == 0 and "the recipe that an earlier run chose was another one and is kept" in printed, error
+    [kept] = (tmp_path / "ladder").glob("recipe_????????.json")
+    assert json.loads(kept.read_text()) == better and json.loads(path.read_text())["constrain"] != "retry"
+    assert improve("--rungs", "tokens")[0] == 0 and len(list((tmp_path / "ladder").glob("recipe_*"))) == 1, "of the same again none is kept"
+
+
+def test_the_next_commands_are_of_the_same_rows(improve, tmp_path, write_rows):
+    write_rows("test.jsonl", [])
+    printed = improve("--rungs", "tokens")[1]
+    assert f" --dataset {tmp_path / 'test.jsonl'} " in printed.splitlines()[-2]
