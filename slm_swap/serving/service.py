@@ -92,9 +92,10 @@ class Incoming:
 
 
 def incoming(method: str, path: str, query: str, headers: list[tuple[str, str]], raw: bytes) -> Incoming:
-    """A request with its body read."""
+    """A request with its body read. One that is compressed is the hosted model's to read, whatever it looks like."""
+    plain = dict(headers).get("content-encoding", "identity").strip().lower() in ("", "identity")
     try:
-        body = json.loads(raw, **EXACT) if raw else None
+        body = json.loads(raw, **EXACT) if raw and plain else None
     except (ValueError, RecursionError):
         body = None
     body = body if isinstance(body, dict) else None
@@ -416,7 +417,7 @@ class Service:
             try:
                 yield b""
                 with told_down():
-                    async for part in response.aiter_raw():
+                    async for part in self.hosted.parts(response):
                         if len(kept) < KEPT:
                             kept += part
                         yield part

@@ -1,5 +1,7 @@
 """Streams of the hosted model that do not end well, in front of a hosted model that does as a test says, over real sockets."""
 
+import gzip
+import json
 import socket
 import threading
 from collections.abc import Callable
@@ -25,14 +27,15 @@ class Streams(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.answer: Callable[[Handler], None]
-        self.left, self.go_on, self.headers, self.more = threading.Event(), threading.Event(), {}, {}
+        self.left, self.go_on = threading.Event(), threading.Event()
+        self.raw, self.headers, self.more = b"", {}, {}  # of the last request; of the answer's head, besides
 
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_POST(self):
-        self.raw = self.rfile.read(int(self.headers["content-length"]))
+        self.server.raw = self.rfile.read(int(self.headers["content-length"]))
         self.server.headers = {name.lower(): value for name, value in self.headers.items()}
         self.send_response(200)
         for name, value in ({"content-type": "text/event-stream", "transfer-encoding": "chunked"} | self.server.more).items():
@@ -67,8 +70,14 @@ def streams():
         thread.join()
 
 
-def stream(running, **headers):
-    return httpx2.stream("POST", f"{running.url}/v1/chat/completions", json=ASKED, headers=headers, timeout=60)
+@pytest.fixture
+def hosted_mode(streams, tmp_path):
+    with serving(tmp_path, "--mode", "hosted", hosted=streams) as running:
+        yield running
+
+
+def stream(running):
+    return httpx2.stream("POST", f"{running.url}/v1/chat/completions", json=ASKED, timeout=60)
 
 
 def metrics(running) -> str:
@@ -151,3 +160,43 @@ def test_a_stream_that_breaks_off_is_a_failure_that_the_client_sees(streams, tmp
     assert (minute["requests"], minute["failures"]) == ({}, 1)
     assert minute["tools"] == {"check_stock": 1}  # the small model's reply was judged
     assert running.lines("audits.jsonl") == []
+
+
+def test_a_compressed_request_goes_to_the_hosted_model_with_its_header(streams, tmp_path):
+    def answer(handler):
+        handler.chunk(FIRST + LAST)
+        handler.chunk(b"")
+
+    streams.answer = answer
+    flags = ("--mode", "cascade", "--cascade", cascade(tmp_path / "c.json"))
+    with serving(tmp_path, *flags, hosted=streams) as running:
+        # The last is plain JSON that calls itself compressed: what it says is not for the small model to guess.
+        for raw in (gzip.compress(json.dumps(ASKED).encode()), json.dumps(ASKED).encode()):
+            head = {"content-type": "application/json", "content-encoding": "gzip"}
+            reply = httpx2.post(f"{running.url}/v1/chat/completions", content=raw, headers=head, timeout=60)
+            assert reply.headers["x-slm-swap"] == "hosted; reason=unsupported; detail=body"
+            assert (streams.raw, streams.headers["content-encoding"]) == (raw, "gzip")
+        assert stream_of(running) == ("local; reason=local", None)
+
+
+def stream_of(running):
+    with stream(running) as reply:
+        return reply.headers["x-slm-swap"], reply.headers.get("content-encoding")
+
+
+@pytest.mark.parametrize(("encoding", "told"), [("gzip", None), ("GZIP", None), ("x-own", "x-own"), ("gzip, x-own", "gzip, x-own")])
+@pytest.mark.parametrize("kind", ["text/event-stream", "application/json"])
+def test_a_compressed_answer_is_decompressed_or_keeps_its_header(streams, hosted_mode, encoding, told, kind):
+    whole = FIRST + LAST
+    packed = gzip.compress(whole)
+
+    def answer(handler):
+        handler.chunk(packed[:20])
+        handler.chunk(packed[20:])
+        handler.chunk(b"")
+
+    streams.answer, streams.more = answer, {"content-encoding": encoding, "content-type": kind}
+    with stream(hosted_mode) as reply:
+        said = b"".join(reply.iter_raw())
+    assert reply.headers.get("content-encoding") == told
+    assert said == (packed if told else whole)
