@@ -2,9 +2,11 @@
 
 import asyncio
 import json
+import logging
+import re
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
 Receive, Send = Callable[[], Awaitable[dict[str, Any]]], Callable[[dict[str, Any]], Awaitable[None]]
 MODELS = ("/v1/models", "/openai/v1/models", "/openai/models")
+BEARER = re.compile(r"\Abearer +", re.IGNORECASE)  # RFC 9110, 11.1: a scheme's case says nothing
 METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 
 
@@ -27,6 +30,7 @@ def make_app(service: Service, closing: Callable[[], bool]) -> "Starlette":
 
     @asynccontextmanager
     async def life(_: Any) -> AsyncIterator[None]:
+        logging.getLogger("uvicorn.error").addFilter(_not_said_yet)
         await service.start()
         try:
             yield
@@ -37,6 +41,11 @@ def make_app(service: Service, closing: Callable[[], bool]) -> "Starlette":
     return Starlette(routes=[Route("/{path:path}", door, methods=METHODS)], lifespan=life)
 
 
+def _not_said_yet(record: logging.LogRecord) -> bool:
+    """Whether the server is to log it: a stream that broke off ends its connection by an exception, and `Service` has said so in one line."""
+    return not (record.exc_info and isinstance(record.exc_info[1], HostedDown))
+
+
 class Door:
     """Every request comes in here, and gets exactly one answer, unless its client has gone before."""
 
@@ -44,28 +53,35 @@ class Door:
         self._service, self._options, self._closing = service, service.options, closing
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
-        work = None
         try:
             given = self._own(scope)
             if given is None:
                 asked = await self._read(scope, receive)
-                work = asyncio.create_task(self._answer(asked))
-                gone = asyncio.create_task(_gone(receive))
-                await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-                if not work.done():
-                    return  # nobody is there to be answered
-                gone.cancel()
-                with suppress(asyncio.CancelledError):
-                    await gone
-                given = work.result()
+                await _while_there(self._model(asked, send), receive)
+                return
         except _Gone:
             return
         except Refused as refused:
-            given = error_answer(refused.status, refused.code, str(refused))
+            given = refusal(refused)
+        await self._send(given, send)
+
+    async def _model(self, asked: Incoming, send: Send) -> None:
+        """Answer what a model answers, to the last part of a stream.
+
+        Raises:
+            HostedDown: the hosted model's stream broke off.
+        """
+        self._service.meters.under_way(1)
+        try:
+            try:
+                given = await self._answer(asked)
+            except Refused as refused:
+                given = refusal(refused)
+            await self._send(given, send)
         finally:
-            if work and not work.done():
-                work.cancel()
-                await asyncio.wait({work})
+            self._service.meters.under_way(-1)
+
+    async def _send(self, given: Given, send: Send) -> None:
         if self._closing():  # a client that asks on and on over its connection would never let the worker end
             given = replace(given, headers=[*given.headers, ("connection", "close")])
         await _send(given, send)
@@ -78,7 +94,7 @@ class Door:
         """
         path, options = scope["path"], self._options
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        key = headers.get("api-key") or headers.get("authorization", "").removeprefix("Bearer ").strip()
+        key = headers.get("api-key") or BEARER.sub("", headers.get("authorization", "")).strip()
         known = options.knows(key) if options.keys else True
         if path == "/healthz":
             return json_answer(200, self._service.health() if known else {"status": "ok"})
@@ -146,6 +162,21 @@ class _Gone(Exception):
     """The client went."""
 
 
+async def _while_there(answering: Coroutine[Any, Any, None], receive: Receive) -> None:
+    """Answer until that is done, or until the client has gone: nobody is there to be answered then."""
+    work, gone = asyncio.create_task(answering), asyncio.create_task(_gone(receive))
+    try:
+        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if work.done():
+            work.result()
+    finally:
+        left = {task for task in (work, gone) if not task.done()}
+        for task in left:
+            task.cancel()
+        if left:
+            await asyncio.wait(left)
+
+
 async def _gone(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
@@ -176,6 +207,10 @@ def error_answer(status: int, code: str, message: str, headers: list[tuple[str, 
     """An error in OpenAI's form."""
     kind = "authentication_error" if status == 401 else "server_error" if status >= 500 else "invalid_request_error"
     return json_answer(status, {"error": {"message": message, "type": kind, "param": None, "code": code}}, headers)
+
+
+def refusal(refused: Refused) -> Given:
+    return error_answer(refused.status, refused.code, str(refused))
 
 
 def too_large(most: int) -> Refused:

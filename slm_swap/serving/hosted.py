@@ -20,8 +20,9 @@ from slm_swap.common.settings import Settings, load_proxies
 if TYPE_CHECKING:
     import httpx2
 
-PASSED_ON = re.compile(r"content-type|accept|user-agent|x-request-id|x-ms-client-request-id|traceparent|tracestate|openai-beta|idempotency-key|x-stainless-.*")
-KEPT_BACK = re.compile(r"connection|keep-alive|transfer-encoding|content-length|content-encoding|set-cookie|server|date|authorization|api-key|www-authenticate|proxy-.*|upgrade|trailer|te")
+PASSED_ON = re.compile(r"content-type|content-encoding|accept|user-agent|x-request-id|x-ms-client-request-id|traceparent|tracestate|openai-beta|idempotency-key|x-stainless-.*")
+KEPT_BACK = re.compile(r"connection|keep-alive|transfer-encoding|content-length|set-cookie|server|date|authorization|api-key|www-authenticate|proxy-.*|upgrade|trailer|te")
+DECODED = {"identity", "gzip", "deflate"}  # what an answer may be compressed by, though it is asked for as it is, and is read
 CHAT = re.compile(r"/(?:openai/deployments/(?P<name>[^/]+)|openai/v1|v1|models)/chat/completions")
 # What clients with keys of their own may ask of the hosted model besides: its key may be good for more (files, deletions), which is not theirs.
 ASKING = re.compile(r"/(?:openai/deployments/[^/]+|openai/v1|openai|v1|models)/(?:completions|embeddings|responses|moderations)|/(?:openai/v1|openai|v1)/models/[^/]+")
@@ -122,7 +123,11 @@ class Hosted:
             HostedDown: it broke off.
         """
         with told_down():
-            return await response.aread()
+            return b"".join([part async for part in self.parts(response)])
+
+    def parts(self, response: "httpx2.Response") -> AsyncIterator[bytes]:
+        """An answer's body as it comes, decompressed; of what is not read here, the bytes that `answered_headers` says the encoding of."""
+        return response.aiter_bytes() if _decoded(response) else response.aiter_raw()
 
     async def _credential(self) -> list[tuple[str, str]]:
         if self._key:
@@ -151,4 +156,11 @@ def told_down() -> Iterator[None]:
 
 def answered_headers(response: "httpx2.Response") -> list[tuple[str, str]]:
     """What of an answer's head goes to the client."""
-    return [(name, value) for name, value in response.headers.multi_items() if not KEPT_BACK.fullmatch(name.lower())]
+    decoded = _decoded(response)
+    kept = [(name, value) for name, value in response.headers.multi_items() if not KEPT_BACK.fullmatch(name.lower())]
+    return [(name, value) for name, value in kept if not (decoded and name.lower() == "content-encoding")]
+
+
+def _decoded(response: "httpx2.Response") -> bool:
+    """Whether an answer's body is decompressed here."""
+    return {name.strip().lower() for name in response.headers.get("content-encoding", "identity").split(",")} <= DECODED

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 from slm_swap.clients.completions import read_completion
@@ -25,7 +25,7 @@ from slm_swap.rows.prompts import request_of
 from slm_swap.serving import state
 from slm_swap.serving.audits import Audits, agree, hosted_price
 from slm_swap.serving.chat import Asked, Unsupported, completion, events, may_be_sent, read_chat, tool_of
-from slm_swap.serving.hosted import ASKING, CHAT, Hosted, HostedDown, answered_headers
+from slm_swap.serving.hosted import ASKING, CHAT, Hosted, HostedDown, answered_headers, told_down
 from slm_swap.serving.link import Link, NotNow
 from slm_swap.serving.meters import Meters
 from slm_swap.serving.options import Options
@@ -34,8 +34,12 @@ from slm_swap.serving.traces import Traces
 from slm_swap.tracing.runs import connect
 from slm_swap.verdict.cascade import identity_of, kind_of, tool_hash
 
+if TYPE_CHECKING:
+    import httpx2
+
 HEADER = "x-slm-swap"
 RETRY_SECONDS = 5  # what a client is told to wait where nobody answers
+LAST = 32  # bytes of a stream in which its end is looked for
 KEPT = 4 * 2**20  # bytes of a hosted answer that are looked at for its tokens and its reply
 DRAIN_SECONDS = 10  # that audits under way have when the worker ends
 
@@ -88,9 +92,10 @@ class Incoming:
 
 
 def incoming(method: str, path: str, query: str, headers: list[tuple[str, str]], raw: bytes) -> Incoming:
-    """A request with its body read."""
+    """A request with its body read. One that is compressed is the hosted model's to read, whatever it looks like."""
+    plain = dict(headers).get("content-encoding", "identity").strip().lower() in ("", "identity")
     try:
-        body = json.loads(raw, **EXACT) if raw else None
+        body = json.loads(raw, **EXACT) if raw and plain else None
     except (ValueError, RecursionError):
         body = None
     body = body if isinstance(body, dict) else None
@@ -245,7 +250,6 @@ class Service:
         task = asyncio.create_task(self._local(row)) if row else None
         if task:
             task.add_done_callback(lambda task: task.cancelled() or task.exception())  # of a reply that is not waited for any more
-        self.meters.under_way(1)
         try:
             if task and not shadow:
                 try:
@@ -269,7 +273,6 @@ class Service:
                 say(f"the hosted model does not answer ({down})", every=10)
                 raise
         finally:
-            self.meters.under_way(-1)
             if task and not shadow and not task.done():
                 task.cancel()
 
@@ -395,16 +398,46 @@ class Service:
                 shadow.cancel()
             raise
 
-        async def parts() -> AsyncIterator[bytes]:
-            kept = bytearray()
-            async with stack:
-                async for part in response.aiter_raw():
-                    if len(kept) < KEPT:
-                        kept += part
-                    yield part
-            self._hosted_answered(asked, reason, row, response.status_code, bytes(kept), True, began, shadow)
+        parts = self._passed_on(asked, reason, row, response, stack, began, shadow)
+        await anext(parts)  # one that has not begun would not close the connection when it is closed itself
+        return Given(response.status_code, headers, parts)
 
-        return Given(response.status_code, headers, parts())
+    async def _passed_on(
+        self, asked: Incoming, reason: str, row: Asked | None, response: "httpx2.Response", stack: AsyncExitStack, began: float,
+        shadow: "asyncio.Task[Local] | None",
+    ) -> AsyncIterator[bytes]:
+        """A hosted stream's parts as they come, behind an empty one. It is counted when it ends: as answered, as failed where it broke off, and not at all
+        where the client has gone before.
+
+        Raises:
+            HostedDown: it broke off.
+        """
+        kept, sent, whole = bytearray(), b"", False
+        async with stack:
+            try:
+                yield b""
+                with told_down():
+                    async for part in self.hosted.parts(response):
+                        if len(kept) < KEPT:
+                            kept += part
+                        yield part
+                        sent = (sent + part)[-LAST:]
+                whole = True
+            except (GeneratorExit, asyncio.CancelledError):
+                whole = sent.rstrip().endswith(b"data: [DONE]")  # many clients close their connection as soon as they have read that
+                if shadow and not whole:
+                    shadow.cancel()
+                raise
+            except Exception as error:
+                self.meters.failed(reason)
+                if isinstance(error, HostedDown):
+                    say(f"the hosted model's stream broke off ({error})", every=10)
+                if shadow:
+                    self._do(self._beside(asked, shadow, None))  # the small model's reply counts, with nothing to compare it with
+                raise
+            finally:
+                if whole:
+                    self._hosted_answered(asked, reason, row, response.status_code, bytes(kept), True, began, shadow)
 
     def _hosted_answered(
         self, asked: Incoming, reason: str, row: Asked | None, status: int, data: bytes, stream: bool, began: float, shadow: "asyncio.Task[Local] | None"

@@ -21,6 +21,9 @@ from tests.support.shop_bot import TOOLS
 
 MESSAGES = [{"role": "user", "content": "call Porto"}]
 ORDER_STATUS = next(tool for tool in TOOLS if tool["function"]["name"] == "order_status")
+CALL = {"id": "c", "type": "function", "function": {"name": "check_stock", "arguments": "{}"}}
+LOOKED_UP = [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [CALL]}]
+IMAGE = {"type": "image_url", "image_url": {"url": "data:x"}}
 RIGHT = '<tool_call name="check_stock">{"city":"Porto","item":"lamp"}</tool_call>'
 REFERENCES = [Example("call Porto", RIGHT), Example("call Lyon", RIGHT), Example("say hello", "hello")]
 
@@ -86,7 +89,8 @@ def test_the_hosted_model_answers_what_the_rule_keeps_from_the_small_one(endpoin
         ({"a_thing_of_next_year": 1}, "a_thing_of_next_year"),
         ({"model": "another-model"}, "model"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "messages"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:x"}}]}]}, "no_request"),
+        ({"messages": [{"role": "user", "content": [IMAGE]}]}, "no_request"),
+        ({"messages": [*LOOKED_UP, {"role": "tool", "tool_call_id": "c", "content": [{"type": "text", "text": "a"}, IMAGE]}, *MESSAGES]}, "no_request"),
     ],
 )
 def test_what_was_not_measured_goes_to_the_hosted_model(endpoint, more, detail):
@@ -98,6 +102,13 @@ def test_what_was_not_measured_goes_to_the_hosted_model(endpoint, more, detail):
 @pytest.mark.parametrize("more", [{"seed": 1}, {"temperature": 0.7}, {"user": "u"}, {"n": 1}, {"tool_choice": "auto"}, {"max_tokens": 10}, {"logprobs": False}])
 def test_what_changes_nothing_is_answered_locally(endpoint, more):
     assert endpoint.ask("call Porto", **more)[0] == "local; reason=local"
+
+
+@pytest.mark.parametrize("content", ["a", [{"type": "text", "text": "a"}], [{"type": "file", "name": "a.txt"}]])
+def test_a_tools_result_in_text_is_answered_locally(endpoint, content):
+    """A tool's own value may have a `type`."""
+    messages = [*LOOKED_UP, {"role": "tool", "tool_call_id": "c", "content": content}, *MESSAGES]
+    assert post(endpoint, {"model": HOSTED_NAME, "messages": messages, "tools": [CHECK_STOCK]}).headers["x-slm-swap"] == "local; reason=local"
 
 
 def test_a_reply_longer_than_the_clients_own_limit_is_not_sent(endpoint):
@@ -389,6 +400,8 @@ def test_keys_are_asked_for_and_never_passed_on(hosted, tmp_path):
     with serving(tmp_path, "--mode", "hosted", "--keys", tmp_path / "keys", hosted=hosted) as running:
         body = {"model": HOSTED_NAME, "messages": [{"role": "user", "content": "x"}]}
         assert post(running, body, authorization=f"Bearer {key}").status_code == 200
+        assert [post(running, body, authorization=f"{scheme} {key}").status_code for scheme in ("bearer", "BEARER", "Basic")] == [200, 200, 401]
+        assert post(running, body, authorization=f"bearer {key.upper()}").status_code == 401
         assert post(running, body, **{"api-key": key}).status_code == 200
         for wrong in ("x", "client-key-012345678", HOSTED_KEY, key + "0"):
             answer = post(running, body, authorization=f"Bearer {wrong}")

@@ -22,6 +22,8 @@ ROLES = {
     "tool_call": "assistant", "SystemMessage": "system", "HumanMessage": "user", "AIMessage": "assistant", "ToolMessage": "tool",
 }  # fmt: skip
 _THINKING = {"thinking", "redacted_thinking", "reasoning", "reasoning_content", "thought"}
+_MEDIA = {"image_url", "input_image", "input_audio", "input_file"}
+_MEDIA_IN = {"file": "file", "image": "source", "document": "source"}  # types that mean so with an object of that name only
 _CALL_PARTS = ("tool_use", "tool_call", "tool_calls", "function_call")
 _THOUGHT = re.compile(r"\A(?:(?!<think).)*?</think(?:ing)?>|<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL)
 _CALL_TAG = re.compile(r"<tool_call(?:\s+name=\"([^\"<>]+)\")?\s*>(.*?)</tool_call>", re.DOTALL)
@@ -275,9 +277,23 @@ def _reply_text(content: Any) -> str:
 
 
 def _result_text(content: Any) -> str:
+    """A tool's result as text: what is no text is a value, as JSON.
+
+    Raises:
+        Unusable: there is an image, a sound or a file in it.
+    """
+    for part in content if isinstance(content, list) else [content]:
+        if isinstance(part, dict) and _is_media(part):
+            raise Unusable("no_request", f"a tool's result holds {part['type']}, not text alone")
     if isinstance(content, list) and all(isinstance(part, dict) and "text" in part for part in content):
         return text_of(content)
     return content if isinstance(content, str) else "" if content is None else dumped(content)
+
+
+def _is_media(part: dict) -> bool:
+    """Whether a part of a content is one that OpenAI or Anthropic has for what is no text; a tool's own value may have a `type`, too."""
+    kind = part.get("type")
+    return isinstance(kind, str) and (kind in _MEDIA or isinstance(part.get(_MEDIA_IN.get(kind)), dict))
 
 
 def json_value(text: str) -> Any:

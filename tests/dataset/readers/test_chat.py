@@ -243,6 +243,8 @@ def test_a_call_in_an_unknown_form_does_not_say_that_none_is_due(tmp_path, said)
         ("no_request", {"messages": [{"role": "assistant", "content": "Hello"}], "tools": [TOOL]}),
         ("not_trained", {"messages": [USER, {"role": "assistant", "content": "Hm", "loss_weight": 0.0}], "tools": [TOOL]}),
         ("no_request", {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, called("{}")], "tools": [TOOL]}),
+        ("no_request", {"messages": [USER, {"role": "tool", "content": [{"type": "image_url", "image_url": {}}]}, USER, called("{}")], "tools": [TOOL]}),
+        ("no_request", {"messages": [USER, {"role": "tool", "content": [{"type": "image", "source": {}}]}, USER, called("{}")], "tools": [TOOL]}),
         ("tool_not_listed", {"messages": [USER, called("{}", "news")], "tools": [TOOL]}),
         ("gold_breaks_schema", {"messages": [USER, called('{"city": 1}')], "tools": [TOOL]}),
         ("not_json", {"messages": [USER, called('{"city":')], "tools": [TOOL]}),

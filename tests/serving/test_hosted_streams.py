@@ -1,0 +1,202 @@
+"""Streams of the hosted model that do not end well, in front of a hosted model that does as a test says, over real sockets."""
+
+import gzip
+import json
+import socket
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import httpx2
+import pytest
+
+from tests.support.endpoints import CHECK_STOCK, HOSTED_NAME, cascade, serving
+from tests.support.processes import wait_until
+
+ASKED = {"model": HOSTED_NAME, "messages": [{"role": "user", "content": "call Porto"}], "tools": [CHECK_STOCK], "stream": True}
+FIRST = b'data: {"choices": [{"index": 0, "delta": {"role": "assistant", "content": "a"}, "finish_reason": null}]}\n\n'
+LAST = b'data: {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}\n\ndata: [DONE]\n\n'
+
+
+class Streams(ThreadingHTTPServer):
+    """A hosted model whose `answer` writes a stream's chunks; `left` is set where the endpoint closes its connection."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.answer: Callable[[Handler], None]
+        self.left, self.go_on = threading.Event(), threading.Event()
+        self.raw, self.headers, self.more = b"", {}, {}  # of the last request; of the answer's head, besides
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        self.server.raw = self.rfile.read(int(self.headers["content-length"]))
+        self.server.headers = {name.lower(): value for name, value in self.headers.items()}
+        self.send_response(200)
+        for name, value in ({"content-type": "text/event-stream", "transfer-encoding": "chunked"} | self.server.more).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.server.answer(self)
+
+    def chunk(self, data: bytes) -> None:
+        self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
+
+    def silent(self) -> None:
+        """Say nothing more until the endpoint closes the connection."""
+        assert self.connection.recv(1) == b""
+        self.close_connection = True
+        self.server.left.set()
+
+    def break_off(self) -> None:
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def streams():
+    with Streams() as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def hosted_mode(streams, tmp_path):
+    with serving(tmp_path, "--mode", "hosted", hosted=streams) as running:
+        yield running
+
+
+def stream(running):
+    return httpx2.stream("POST", f"{running.url}/v1/chat/completions", json=ASKED, timeout=60)
+
+
+def metrics(running) -> str:
+    return httpx2.get(f"{running.url}/metrics").text
+
+
+def test_a_stream_whose_client_goes_is_closed_and_keeps_no_worker(streams, tmp_path):
+    def answer(handler):
+        handler.chunk(FIRST)
+        handler.silent()
+
+    streams.answer = answer
+    with serving(tmp_path, "--mode", "hosted", hosted=streams) as running:
+        with stream(running) as reply:
+            parts = reply.iter_raw()
+            assert next(parts) == FIRST
+            assert "slm_swap_under_way 1.0" in metrics(running)
+        wait_until(streams.left.is_set)
+        wait_until(lambda: "slm_swap_under_way 0.0" in metrics(running))
+        told = metrics(running)
+        assert "slm_swap_requests_total{" not in told and "slm_swap_failures_total{" not in told
+        running.script.send_signal(15)
+        assert running.script.wait() == 0
+        assert "Traceback" not in running.log.read_text()
+    assert running.lines("minutes.jsonl") == []
+
+
+def test_a_client_that_goes_with_the_streams_last_word_has_been_answered(streams, tmp_path):
+    def answer(handler):
+        handler.chunk(FIRST)
+        handler.chunk(LAST)
+        handler.silent()
+
+    streams.answer = answer
+    with serving(tmp_path, "--mode", "hosted", hosted=streams) as running:
+        with stream(running) as reply:
+            said = b""
+            for part in reply.iter_raw():
+                said += part
+                if said == FIRST + LAST:
+                    break
+        wait_until(streams.left.is_set)
+        wait_until(lambda: 'slm_swap_requests_total{answered_by="hosted",reason="mode"} 1.0' in metrics(running))
+
+
+def test_a_stream_is_under_way_until_it_ends(streams, tmp_path):
+    def answer(handler):
+        handler.chunk(FIRST)
+        streams.go_on.wait()
+        handler.chunk(LAST)
+        handler.chunk(b"")
+
+    streams.answer = answer
+    with serving(tmp_path, "--mode", "hosted", hosted=streams) as running:
+        with stream(running) as reply:
+            parts = reply.iter_raw()
+            assert next(parts) == FIRST
+            assert "slm_swap_under_way 1.0" in metrics(running)
+            streams.go_on.set()
+            assert b"".join(parts) == LAST
+        wait_until(lambda: "slm_swap_under_way 0.0" in metrics(running))
+        assert 'slm_swap_requests_total{answered_by="hosted",reason="mode"} 1.0' in metrics(running)
+
+
+def test_a_stream_that_breaks_off_is_a_failure_that_the_client_sees(streams, tmp_path):
+    def answer(handler):
+        handler.chunk(FIRST)
+        handler.break_off()
+
+    streams.answer = answer
+    with serving(tmp_path, "--mode", "shadow", "--cascade", cascade(tmp_path / "c.json"), hosted=streams) as running:
+        with stream(running) as reply, pytest.raises(httpx2.RemoteProtocolError):
+            reply.read()
+        wait_until(lambda: 'slm_swap_failures_total{reason="mode"} 1.0' in metrics(running))
+        wait_until(lambda: "slm_swap_under_way 0.0" in metrics(running))
+        said = running.log.read_text()
+        assert [line for line in said.splitlines() if "broke off" in line] == ["the hosted model's stream broke off (ReadError)"]
+        assert "Traceback" not in said and "ASGI" not in said
+    [minute] = running.lines("minutes.jsonl")
+    assert (minute["requests"], minute["failures"]) == ({}, 1)
+    assert minute["tools"] == {"check_stock": 1}  # the small model's reply was judged
+    assert running.lines("audits.jsonl") == []
+
+
+def test_a_compressed_request_goes_to_the_hosted_model_with_its_header(streams, tmp_path):
+    def answer(handler):
+        handler.chunk(FIRST + LAST)
+        handler.chunk(b"")
+
+    streams.answer = answer
+    flags = ("--mode", "cascade", "--cascade", cascade(tmp_path / "c.json"))
+    with serving(tmp_path, *flags, hosted=streams) as running:
+        # The last is plain JSON that calls itself compressed: what it says is not for the small model to guess.
+        for raw in (gzip.compress(json.dumps(ASKED).encode()), json.dumps(ASKED).encode()):
+            head = {"content-type": "application/json", "content-encoding": "gzip"}
+            reply = httpx2.post(f"{running.url}/v1/chat/completions", content=raw, headers=head, timeout=60)
+            assert reply.headers["x-slm-swap"] == "hosted; reason=unsupported; detail=body"
+            assert (streams.raw, streams.headers["content-encoding"]) == (raw, "gzip")
+        assert stream_of(running) == ("local; reason=local", None)
+
+
+def stream_of(running):
+    with stream(running) as reply:
+        return reply.headers["x-slm-swap"], reply.headers.get("content-encoding")
+
+
+@pytest.mark.parametrize(("encoding", "told"), [("gzip", None), ("GZIP", None), ("x-own", "x-own"), ("gzip, x-own", "gzip, x-own")])
+@pytest.mark.parametrize("kind", ["text/event-stream", "application/json"])
+def test_a_compressed_answer_is_decompressed_or_keeps_its_header(streams, hosted_mode, encoding, told, kind):
+    whole = FIRST + LAST
+    packed = gzip.compress(whole)
+
+    def answer(handler):
+        handler.chunk(packed[:20])
+        handler.chunk(packed[20:])
+        handler.chunk(b"")
+
+    streams.answer, streams.more = answer, {"content-encoding": encoding, "content-type": kind}
+    with stream(hosted_mode) as reply:
+        said = b"".join(reply.iter_raw())
+    assert reply.headers.get("content-encoding") == told
+    assert said == (packed if told else whole)
