@@ -11,7 +11,7 @@ from slm_swap.clients.pricing import HostedPrices, to_float
 from slm_swap.clients.protocol import Reply
 from slm_swap.common.errors import UserError
 from slm_swap.rows.lines import dump_json, writable
-from slm_swap.scoring.several import answer, answer_json
+from slm_swap.scoring.several import answer, answer_json, says_nothing
 from slm_swap.serving import state
 from slm_swap.serving.hosted import Hosted, HostedDown
 from slm_swap.serving.meters import Meters
@@ -29,12 +29,21 @@ def agree(track: str, one: Reply, other: Reply) -> bool:
         return False
 
 
+def is_readable(track: str, reply: Reply) -> bool:
+    """Whether a reply says something by value: it is calls, words without any, or a JSON value."""
+    try:
+        found = answer(track, reply.text, reply.calls)
+    except ValueError:
+        return False
+    return bool(found) or not says_nothing(reply.text)
+
+
 def said(track: str, reply: Reply) -> Any:
     """A reply as JSON: its calls or its value with what it said where there are none, or its text where it cannot be read."""
     try:
         value = answer_json(track, reply.text, reply.calls)
     except ValueError:
-        return {"text": writable(reply.text)}
+        return {"text": writable(reply.text)}  # a value may look so too: `is_readable` tells them apart
     return value or {"text": writable(reply.text)} if track == "toolcall" else value
 
 
@@ -97,12 +106,14 @@ class Audits:
         same = agree(self._options.track, local, hosted)
         cost = self._cost(local, hosted)
         shown = self._options.audit_content and not same
+        unreadable = [side for side, reply in (("local", local), ("hosted", hosted)) if not is_readable(self._options.track, reply)]
         line = {
             "time": time.time(),
             "id": name,
             "kind": kind,
             "tool": tool,
             "agree": same,
+            "unreadable": unreadable,
             "confidence": local.confidence,
             "seconds": {"local": round(local.seconds, 6), "hosted": round(seconds, 6)},
             "cost": {"hosted": cost if paid else 0.0},

@@ -25,7 +25,7 @@ def append(path: Path, *values: dict[str, Any]) -> None:
 
 def audit(number: int, agree: bool, tool: str | None = "order_status", content: bool = True, **more: Any) -> dict[str, Any]:
     told = {"time": START + number, "id": f"r{number}", "kind": "call" if tool else "value", "tool": tool, "agree": agree}
-    told |= {"confidence": {}, "seconds": {}, "cost": {}}
+    told |= {"confidence": {}, "seconds": {}, "cost": {}, "unreadable": []}
     shown = content and not agree
     return told | {"local": calls(1) if shown else None, "hosted": calls(2) if shown else None, "request": body(number) if shown else None} | more
 
