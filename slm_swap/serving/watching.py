@@ -36,6 +36,7 @@ DECIDED = ("unfit", "no_confidence", "below_threshold", "class_never")  # the ru
 TAKES_BACK = ("disagreement", "tools", "failures")
 KINDS = (*TAKES_BACK, "handed_on", "confidence")
 SHOWN_ROWS, RECENT_MINUTES = 20, 60
+LATE = 3  # minutes: a worker may write its line so late; what is older shows that a clock was set
 
 
 # -- What is allowed -------------------------------------------------------------------------------------------------------------
@@ -180,10 +181,39 @@ def _count(value: Any) -> bool:
     return type(value) is int and value >= 0
 
 
+class Order:
+    """The numbers of minutes in the order in which they come, so that a clock that was set, forward or back, holds up none.
+
+    Minutes of one clock that was not set have consecutive numbers. A minute that is more than LATE minutes behind the newest one, or
+    more than two ahead of it, is of a clock that was set (or follows a gap): its number is the next one, all before it are over, and later ones count from
+    there. A worker that is still at the clock's former time goes on with the former numbers. `over`: the minutes below this number are.
+    """
+
+    def __init__(self) -> None:
+        self.newest, self.over = -1, 0  # the highest number so far
+        self._clocks: deque[tuple[int, int]] = deque(maxlen=2)  # (the newest minute, its number less itself), the one in use first
+
+    def number(self, minute: int) -> int:
+        for clock in list(self._clocks):
+            last, shift = clock
+            ahead = 2 if clock == self._clocks[0] else 1
+            if -LATE <= minute - last <= ahead and minute + shift >= self.newest - LATE:
+                self._clocks.remove(clock)
+                break
+        else:
+            last, shift = minute, self.newest + 1 - minute
+            self.over = self.newest + 1
+        self._clocks.appendleft((max(last, minute), shift))
+        self.newest = max(self.newest, minute + shift)
+        self.over = max(self.over, self.newest - 1)
+        return minute + shift
+
+
 @dataclass
 class Minute:
-    """One minute of all workers."""
+    """One minute of all workers; `at` is its beginning (unix s)."""
 
+    at: float = 0.0
     requests: Counter = field(default_factory=Counter)  # (answered by, reason)
     failures: int = 0
     unlike: int = 0
@@ -230,7 +260,7 @@ class Watch:
         self.disagreeing: deque = deque(maxlen=SHOWN_ROWS)  # audits
         self.total, self.recent = Minute(), deque(maxlen=RECENT_MINUTES)
         self._open: dict[int, Minute] = {}
-        self._closed = -1
+        self._order, self._closed = Order(), -1
         allowed, shared = self.allowed, 2 * self.alarms_in if self.allowed.tools else self.alarms_in
         differ, minutes, late = "replies differ from the hosted model's", "minutes", self.warnings_in
         self.overall = Watched("disagreement", "disagreement", differ, "audited requests", allowed.disagreement, testable(allowed.disagreement, shared))
@@ -265,7 +295,7 @@ class Watch:
 
     def read(self, final: bool = False) -> list[Alarm]:
         """Take what has come since the last time and give the alarms that it raises. A minute is taken when a later one but one has begun, as workers
-        write theirs one after the other; with `final`, every one.
+        write theirs one after the other; with `final`, every one. Which is later, `Order` says: the clock may be set.
 
         Raises:
             UserError: a file cannot be read.
@@ -289,14 +319,19 @@ class Watch:
             if not _is_minute(minute):
                 self.unusable += 1
             else:
-                self.last_minute = max(float(minute["time"]), self.last_minute or 0.0)
-                key = max(int(minute["time"] // 60), self._closed + 1)
-                self._open.setdefault(key, Minute()).take(minute)
-        newest = int((self.last_minute or 0) // 60)
-        for key in sorted(self._open):
-            if final or key < newest - 1:
-                self._closed = key
-                found += self._take_minute(self._open.pop(key), 60.0 * key)
+                self.last_minute = float(minute["time"])
+                began = int(minute["time"] // 60)
+                number = max(self._order.number(began), self._closed + 1)
+                self._open.setdefault(number, Minute(60.0 * began)).take(minute)
+                found += self._close(self._order.over)
+        return found + (self._close(math.inf) if final else [])
+
+    def _close(self, before: float) -> list[Alarm]:
+        """Take the minutes whose numbers are below `before`."""
+        found = []
+        for number in sorted(number for number in self._open if number < before):
+            self._closed = number
+            found += self._take_minute(self._open.pop(number))
         return found
 
     def _take_audit(self, audit: dict[str, Any]) -> list[Alarm]:
@@ -314,7 +349,8 @@ class Watch:
                 found += self._add(one, float(differs), self.last_audit)
         return found
 
-    def _take_minute(self, minute: Minute, at: float) -> list[Alarm]:
+    def _take_minute(self, minute: Minute) -> list[Alarm]:
+        at = minute.at
         self.recent.append(minute)
         for name in ("requests", "failures", "unlike"):
             setattr(self.total, name, getattr(self.total, name) + getattr(minute, name))

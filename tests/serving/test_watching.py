@@ -173,6 +173,64 @@ def test_a_minute_is_taken_when_no_worker_can_still_add_to_it(folder, watch):
     assert found.failing.seen == 4 and found.total.requests["local", "local"] == 540
 
 
+YEARS, HOURS = 9 * 365 * 1440, 120  # minutes
+STEPS = {
+    "forward": [*range(10), *range(YEARS, YEARS + 20)],
+    "back by two hours": [*range(10), *range(10 - HOURS, 30 - HOURS)],
+    "2036 for five minutes": [*range(10), *range(YEARS, YEARS + 5), *range(15, 30)],
+    "2036 for an hour, then back to where it was": [*range(10), *range(YEARS, YEARS + 60), *range(9, 30)],
+    "back by two hours, then right": [*range(10), *range(10 - HOURS, 15 - HOURS), *range(15, 30)],
+    "a gap of a day": [*range(10), *range(1500, 1520)],
+}
+
+
+@pytest.mark.parametrize("minutes", STEPS.values(), ids=STEPS)
+def test_a_clock_that_is_set_holds_up_no_minute_and_tests_none_twice(folder, watch, minutes):
+    """Of two workers, read as they come: only the last two minutes are still open."""
+    found = watch()
+    for come, number in enumerate(minutes, 1):
+        for worker in (1, 2):
+            append(folder / "minutes.jsonl", minute(number) | {"worker": worker})
+            found.read()
+        assert come - 2 <= found.failing.seen <= come
+    again = watch()
+    for one in (found, again):
+        one.read(final=True)
+        assert one.failing.seen == len(minutes) and one.total.requests["local", "local"] == 180 * len(minutes)
+        assert [of.at for of in one.recent] == [states.START + 60 * number for number in minutes][-60:]
+
+
+@pytest.mark.parametrize("steps", [range(YEARS, YEARS + 5), range(10 - HOURS, 15 - HOURS), range(0)])
+def test_failures_after_a_clock_was_set_are_an_alarm_at_once(folder, watch, steps):
+    append(folder / "minutes.jsonl", *(minute(number) for number in (*range(10), *steps)))
+    found = watch()
+    assert found.read() == []
+    for number in range(15, 315):
+        append(folder / "minutes.jsonl", minute(number, 0, 0, failures=100))
+        if alarms := found.read():
+            break
+    assert names(alarms) == {"failures"} and number < 25
+
+
+def test_a_worker_that_is_late_when_the_clock_is_set_counts_with_the_next_minute(folder, watch):
+    told = [(0, 1), (0, 2), (1, 1), (1, 2), (2, 1), (YEARS, 1), (2, 2), (YEARS + 1, 1), (YEARS, 2), (YEARS + 2, 1), (YEARS + 1, 2), (YEARS + 2, 2)]
+    append(folder / "minutes.jsonl", *(minute(number) | {"worker": worker} for number, worker in told))
+    found = watch()
+    found.read(final=True)
+    assert found.failing.seen == 6 and found.total.requests["local", "local"] == 90 * len(told)
+    assert [of.requests["local", "local"] for of in found.recent][-3:] == [270, 180, 180]
+
+
+def test_two_machines_whose_clocks_differ_share_their_minutes(folder, watch):
+    found = watch()
+    for number in range(50):
+        append(folder / "minutes.jsonl", minute(number), minute(number - 30) | {"worker": 2})
+        found.read()
+        assert found.failing.seen >= number - 3
+    found.read(final=True)
+    assert 50 <= found.failing.seen <= 53 and found.total.requests["local", "local"] == 90 * 100
+
+
 # -- Files -----------------------------------------------------------------------------------------------------------------------
 
 
