@@ -197,7 +197,8 @@ class Service:
         """Write endpoint.json; one worker does."""
         if self.worker == 0:
             try:
-                state.write_endpoint(self.options.state, self.told())
+                cascade = self.options.cascade  # its file may be made anew while this one is served: whoever watches needs this one
+                state.write_endpoint(self.options.state, self.told() | {"rule": cascade and cascade.told})
             except UserError as error:
                 say(str(error))
 

@@ -136,5 +136,5 @@ def _decoded(line: bytes) -> dict[str, Any] | None:
 
 
 def write_endpoint(folder: Path, told: dict[str, Any]) -> None:
-    """What runs: mode, cascade and recipe with hash, identity, pid, since when, audit share."""
+    """What runs: mode, cascade and recipe with hash, identity, pid, since when, audit share; `rule`, the whole cascade as it was read."""
     write_json(folder / ENDPOINT, {"schema_version": SCHEMA_VERSION} | told)

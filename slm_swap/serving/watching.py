@@ -25,7 +25,7 @@ from slm_swap.common.errors import UserError
 from slm_swap.common.reports import SCHEMA_VERSION, now, read_json, sha256_file, write_json
 from slm_swap.common.settings import display_path, find_path, shown_path
 from slm_swap.serving.state import ADVICE, AUDITS, ENDPOINT, MINUTES, Replaced, Tail
-from slm_swap.verdict.cascade import MADE_BY, read_cascade
+from slm_swap.verdict.cascade import CLASSES, MADE_BY, read_cascade
 from slm_swap.verdict.stats.e_detector import EDetector, Mixture
 from slm_swap.verdict.stats.regret import upper_bound
 
@@ -63,7 +63,10 @@ def read_allowed(path: Path) -> Allowed:
     Raises:
         UserError: it is missing, or is none.
     """
-    told = read_cascade(path).told
+    return _allowed(read_cascade(path).told, path, sha256_file(path))
+
+
+def _allowed(told: dict[str, Any], path: Path, sha256: str) -> Allowed:
     try:
         bound, share_local, by = told["disagreement"]["bound"], float(told["share_local"]), told.get("units") or {}
         units = {name: int(rule["units"]) for name, rule in told["rules"].items()}
@@ -78,7 +81,7 @@ def read_allowed(path: Path) -> Allowed:
     own = {name: max(bound or 0.0, upper_bound(k, of, ALPHA / len(tools))) for name, (k, of) in tools.items()}
     limits = 1 - upper_bound(n - handed_on, n, ALPHA / 2), upper_bound(handed_on, n, ALPHA / 2)
     own = {name: most for name, most in own.items() if most < 1}
-    return Allowed(display_path(path), sha256_file(path), str(told.get("hosted") or "hosted"), bound, own, limits, units, by.get("by") == "group")
+    return Allowed(display_path(path), sha256, str(told.get("hosted") or "hosted"), bound, own, limits, units, by.get("by") == "group")
 
 
 def find_cascade(folder: Path, given: str | None) -> Path:
@@ -87,14 +90,62 @@ def find_cascade(folder: Path, given: str | None) -> Path:
     Raises:
         UserError: there is none, or the file is not the one that is served.
     """
-    told = read_json(folder / ENDPOINT, "05_serve/serve.py") if os.path.lexists(folder / ENDPOINT) else {}
-    named = told.get("cascade") if isinstance(told.get("cascade"), dict) else {}
+    named = _named(_endpoint(folder))
     if not (path := given or named.get("path")):
         raise UserError(f"{shown_path(folder / ENDPOINT)} names no cascade: pass --cascade FILE, the one that is served")
     path = find_path(path)
     if named.get("sha256") and sha256_file(path) != named["sha256"]:
         raise UserError(f"{shown_path(path)} is not the cascade that is served (its sha256 differs): pass the one that is, or start 05_serve/serve.py again")
     return path
+
+
+def _endpoint(folder: Path) -> dict[str, Any]:
+    """What the endpoint told when it started; empty where none has."""
+    return read_json(folder / ENDPOINT, "05_serve/serve.py") if os.path.lexists(folder / ENDPOINT) else {}
+
+
+def _named(told: dict[str, Any]) -> dict[str, Any]:
+    return told["cascade"] if isinstance(told.get("cascade"), dict) else {}
+
+
+def find_allowed(folder: Path, given: str | None, kept: Allowed | None = None) -> Allowed:
+    """What the cascade that is served allows, whatever its file has become since the endpoint read it: `kept`, as a watcher read it before, while the
+    endpoint names no other one; else by the endpoint's own copy; else, or if one is given, by the file.
+
+    Raises:
+        UserError: as `find_cascade` and `read_allowed`.
+    """
+    told = _endpoint(folder)
+    named = _named(told)
+    path, sha256, rule = named.get("path"), named.get("sha256"), told.get("rule")
+    if kept and sha256 in (None, kept.sha256):
+        return kept
+    if not given and isinstance(rule, dict) and isinstance(path, str) and isinstance(sha256, str):
+        return _allowed(rule, find_path(path), sha256)
+    return read_allowed(find_cascade(folder, given))
+
+
+def has_changed(allowed: Allowed) -> bool:
+    """Whether the cascade's file is no longer what the endpoint read: another one, or none."""
+    try:
+        return sha256_file(find_path(allowed.path)) != allowed.sha256
+    except (UserError, OSError):
+        return True
+
+
+def audited_by(folder: Path, given: str | None) -> tuple[str, str]:
+    """(the hosted model's name, the track) of a folder's audits: as a cascade says that is given, else as the endpoint told when it started, else as the
+    cascade says that it names.
+
+    Raises:
+        UserError: as `find_cascade` and `read_cascade`.
+    """
+    told = _endpoint(folder)
+    hosted = told["hosted"].get("model") if isinstance(told.get("hosted"), dict) else None
+    if not given and isinstance(hosted, str) and told.get("track") in CLASSES:
+        return hosted, told["track"]
+    cascade = read_cascade(find_path(given) if given else find_cascade(folder, None))
+    return str(cascade.told.get("hosted") or "hosted"), cascade.track
 
 
 # -- What is watched -------------------------------------------------------------------------------------------------------------

@@ -73,4 +73,5 @@ def state(folder: Path, **more: Any) -> Path:
 
 def serve(folder: Path, made: Path) -> None:
     """Name the cascade that is served, as the endpoint does when it starts."""
-    (folder / "endpoint.json").write_text(json.dumps({"mode": "cascade", "cascade": {"path": str(made), "sha256": sha256_file(made)}}))
+    told = {"mode": "cascade", "track": "toolcall", "hosted": {"model": "gpt-x"}, "cascade": {"path": str(made), "sha256": sha256_file(made)}}
+    (folder / "endpoint.json").write_text(json.dumps(told | {"rule": json.loads(made.read_text())}))

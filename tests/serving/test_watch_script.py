@@ -1,6 +1,7 @@
 """watch.py as it is run: exit codes, the flag, starting anew, the export, Langfuse, a terminal."""
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -86,6 +87,43 @@ def test_what_was_audited_under_another_cascade_does_not_count(run, folder, tmp_
     assert code == 0 and told == "quiet: 0 audited requests, – differ, 2.0% allowed\n" and "another cascade is served" in error
     append(folder / "audits.jsonl", audit(100, True))
     assert "1 audited requests" in run("--once")[1]
+
+
+@pytest.mark.parametrize("change", ["made anew", "gone"])
+@pytest.mark.parametrize("endpoint", ["this version", "without its rule", "given"])
+def test_a_cascade_made_anew_does_not_count_before_the_endpoint_starts_again(script, run, folder, tmp_path, capsys, change, endpoint):
+    path, told = tmp_path / "cascade.json", read_json(folder / "endpoint.json", "")
+    if endpoint == "without its rule":
+        (folder / "endpoint.json").write_text(json.dumps(told | {"rule": None}))
+    given = ["--cascade", str(path)] if endpoint == "given" else []
+    look = script.Look(script.parse_args(["--state", str(folder), *given]))
+    look()
+    if change == "gone":
+        path.unlink()
+    else:
+        states.cascade(path, disagreement={"seen": 0.0, "bound": 0.9, "units": 300})
+    look()
+    disagree(folder)
+    look()
+    assert flag(folder) and look.watch.allowed.disagreement == 0.05 and look.watch.overall.seen == 60
+    error = capsys.readouterr().err
+    assert error.count("warning: ") == 1 and "is not as the endpoint read it" in error and "restart" not in error
+    assert run("--export", tmp_path / "rows.jsonl")[0] == 0
+    if endpoint == "this version":
+        code, _, error = run("--once")
+        assert code == 12 and "is not as the endpoint read it" in error
+    states.serve(folder, states.cascade(path, disagreement={"seen": 0.0, "bound": 0.9, "units": 300}))
+    if endpoint != "given":
+        look()
+        assert look.watch.allowed.disagreement == 0.9 and "another cascade is served" in capsys.readouterr().err
+
+
+def test_the_export_names_the_model_that_a_given_cascade_names(run, folder, tmp_path):
+    append(folder / "audits.jsonl", audit(1, False))
+    states.cascade(tmp_path / "cascade.json", hosted="gpt-y")
+    for flags, model in (([], "gpt-x"), (["--cascade", tmp_path / "cascade.json"], "gpt-y")):
+        assert run("--export", tmp_path / f"{model}.jsonl", *flags)[0] == 0
+        assert read_examples(tmp_path / f"{model}.jsonl")[0].source == f"teacher:audit of {model}"
 
 
 def test_a_flag_that_a_person_put_there_is_an_alarm_too(run, folder):
