@@ -11,7 +11,7 @@ from slm_swap.clients.pricing import HostedPrices, to_float
 from slm_swap.clients.protocol import Reply
 from slm_swap.common.errors import UserError
 from slm_swap.rows.lines import dump_json, writable
-from slm_swap.scoring.several import answer, answer_json, says_nothing
+from slm_swap.scoring.several import TOOLS_BETWEEN, answer, answer_json, says_nothing
 from slm_swap.serving import state
 from slm_swap.serving.hosted import Hosted, HostedDown
 from slm_swap.serving.meters import Meters
@@ -76,7 +76,7 @@ class Audits:
             return 0.0
         return self._options.audit_budget - self._spent
 
-    async def audit(self, name: str, kind: str, tool: str | None, path: str, body: dict[str, Any], local: Reply) -> Reply | None:
+    async def audit(self, name: str, kind: str, tools: tuple[str, ...], path: str, body: dict[str, Any], local: Reply) -> Reply | None:
         """Ask the hosted model, compare, write; its reply, None where it gave none that says anything."""
         self._under_way += 1
         try:
@@ -90,7 +90,7 @@ class Audits:
             except (HostedDown, ValueError):
                 return None
             hosted = read_completion(told, self._options.track == "toolcall")
-            self.compared(name, kind, tool, body, local, hosted, time.perf_counter() - began, paid=True)
+            self.compared(name, kind, tools, body, local, hosted, time.perf_counter() - began, paid=True)
             return hosted
         except asyncio.CancelledError:
             return None
@@ -98,7 +98,7 @@ class Audits:
             self._under_way -= 1
 
     def compared(
-        self, name: str, kind: str, tool: str | None, body: dict[str, Any], local: Reply, hosted: Reply, seconds: float, paid: bool
+        self, name: str, kind: str, tools: tuple[str, ...], body: dict[str, Any], local: Reply, hosted: Reply, seconds: float, paid: bool
     ) -> None:
         """Both answered: write whether they agree. A hosted reply that was filtered, refused or cut says nothing. `paid`: for the audit's sake."""
         if hosted.finish_reason != "stop":
@@ -111,7 +111,8 @@ class Audits:
             "time": time.time(),
             "id": name,
             "kind": kind,
-            "tool": tool,
+            "tool": TOOLS_BETWEEN.join(tools) or None,
+            "tools": list(tools),
             "agree": same,
             "unreadable": unreadable,
             "confidence": local.confidence,

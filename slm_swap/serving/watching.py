@@ -3,7 +3,7 @@
 Tested by e-detectors (`verdict.stats.e_detector`), each against a bound on its mean:
 
 - disagreement, over all audited requests and for each tool: the small model's answer differs from the hosted one's. Allowed is the bound of the
-  calibration; for a tool its own bound if that is higher. All of them together raise one false alarm in `alarms_in` audited requests, at most;
+  calibration; for a tool its own bound if that is higher; a reply of several calls counts for each of its tools, as in the calibration. All of them together raise one false alarm in `alarms_in` audited requests, at most;
 - failures, the share handed on (both ways), and confidence lower than in the calibration: the shares of one minute, over all workers, are one
   observation, so that requests of one minute may depend on each other. Each raises one false alarm in `warnings_in` minutes with requests.
 
@@ -17,6 +17,7 @@ import math
 import os
 import time
 from collections import Counter, deque
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from typing import Any
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import SCHEMA_VERSION, now, read_json, sha256_file, write_json
 from slm_swap.common.settings import display_path, find_path, shown_path
+from slm_swap.scoring.several import TOOLS_BETWEEN
 from slm_swap.serving.state import ADVICE, AUDITS, ENDPOINT, MINUTES, Replaced, Tail
 from slm_swap.verdict.cascade import CLASSES, MADE_BY, read_cascade
 from slm_swap.verdict.stats.e_detector import EDetector, Mixture
@@ -181,10 +183,10 @@ class Watched:
     seen: int = 0
     total: float = 0.0
 
-    def add(self, x: float | list[float]) -> bool:
+    def add(self, x: float | list[float], money: float) -> bool:
         self.seen += 1
         self.total += x[-1] if isinstance(x, list) else x
-        return self.detector is not None and self.detector.add(x)
+        return self.detector is not None and self.detector.add(x, money)
 
     @property
     def share(self) -> float | None:
@@ -211,8 +213,18 @@ def testable(most: float | None, alarm_at: float) -> EDetector | None:
 
 
 def _is_audit(value: dict[str, Any]) -> bool:
-    tool = value.get("tool")
+    tool, tools = value.get("tool"), value.get("tools", [])
+    if not (isinstance(tools, list) and all(isinstance(name, str) for name in tools)):
+        return False
     return _number(value.get("time")) and isinstance(value.get("id"), str) and type(value.get("agree")) is bool and isinstance(tool, str | None)
+
+
+def _tools(audit: dict[str, Any], known: Mapping[str, Any]) -> list[str]:
+    """The tools that an audit's reply calls, each once. Earlier versions wrote those of several calls as one name."""
+    tool = audit.get("tool")
+    if "tools" in audit or tool is None:
+        return list(dict.fromkeys(audit.get("tools", ())))
+    return [tool] if tool in known else tool.split(TOOLS_BETWEEN)
 
 
 def _is_minute(value: dict[str, Any]) -> bool:
@@ -390,14 +402,16 @@ class Watch:
         differs, found = not audit["agree"], []
         if differs:
             self.disagreeing.append(audit)
-        tool = audit.get("tool")
-        if tool is not None and tool not in self.tools:
-            self.tools[tool] = Watched("tools", f"disagreement on {tool}", "", "audited requests", None, None)  # shown alone: no bound of its own
-        for one in (self.overall, self.tools.get(tool)):
-            if one is not None:
-                if differs:
-                    one.recent.append((one.seen + 1, audit["id"]))
-                found += self._add(one, float(differs), self.last_audit)
+        names = _tools(audit, self.allowed.tools)
+        for tool in names:
+            if tool not in self.tools:
+                self.tools[tool] = Watched("tools", f"disagreement on {tool}", "", "audited requests", None, None)  # shown alone: no bound of its own
+        tools = [self.tools[tool] for tool in names]
+        share = 1 / max(1, sum(one.detector is not None for one in tools))  # so that all tools together keep their rate of false alarms
+        for one, money in ((self.overall, 1.0), *((one, share) for one in tools)):
+            if differs:
+                one.recent.append((one.seen + 1, audit["id"]))
+            found += self._add(one, float(differs), self.last_audit, money)
         return found
 
     def _take_minute(self, minute: Minute) -> list[Alarm]:
@@ -415,8 +429,8 @@ class Watch:
                 found += self._add(self.signals[name], [sum(bins[:low]) / sum(bins) for low in LOW_BINS], at)
         return found
 
-    def _add(self, one: Watched, x: float | list[float], at: float) -> list[Alarm]:
-        if not one.add(x):
+    def _add(self, one: Watched, x: float | list[float], at: float, money: float = 1.0) -> list[Alarm]:
+        if not one.add(x, money):
             return []
         one.alarm = Alarm(one.kind, one.name, one.why(), at, one.rows(), one.kind in self.take_back_on)
         return [one.alarm]

@@ -10,6 +10,7 @@ from slm_swap.serving import state
 from slm_swap.serving.state import Tail
 from slm_swap.serving.watch_page import cautions, verdict_line, write_page
 from slm_swap.serving.watching import KINDS, TAKES_BACK, Watch, find_cascade, read_allowed, restart
+from slm_swap.verdict.stats.e_detector import EDetector
 from slm_swap.verdict.stats.regret import upper_bound
 from tests.serving import states
 from tests.serving.states import append, audit, line, minute
@@ -113,6 +114,27 @@ def test_a_tool_that_the_calibration_does_not_know_is_shown_and_not_tested(folde
     found = watch()
     assert found.read() == [] and found.tools["new"].seen == 50 and found.tools["new"].share == 0.02
     assert any("not tested" in told and "disagreement on new" in told for told in cautions(found))
+
+
+def test_an_audit_of_several_calls_counts_for_each_tool_of_its_reply(folder, watch):
+    """As an earlier version wrote them, too."""
+    both, new = {"tools": ["order_status", "rare"]}, {"tools": ["rare", "new", "rare"]}
+    audits = [audit(0, False, "order_status, rare"), audit(1, False, "order_status, rare") | both, audit(2, True, "rare, new") | new, audit(3, True, "rare")]
+    append(folder / "audits.jsonl", *audits)
+    found = watch()
+    found.read()
+    assert {name: (one.seen, one.total) for name, one in found.tools.items() if one.seen} == {"order_status": (2, 2), "rare": (4, 2), "new": (1, 0)}
+    assert found.overall.seen == 4 and next(told for told in cautions(found) if "not tested" in told).endswith(": disagreement on new")
+    by_hand = EDetector(found.tools["rare"].most, 2000)
+    for x, money in ((1, 0.5), (1, 0.5), (0, 1), (0, 1)):  # shared by two tools that are tested, then alone
+        by_hand.add(x, money)
+    assert found.tools["rare"].detector.evidence == by_hand.evidence
+
+
+def test_a_bad_tool_is_found_in_replies_of_several_calls(folder, watch):
+    tools = {"tools": ["order_status", "rare"]}
+    append(folder / "audits.jsonl", *(audit(number, number % 40 > 0, "x") | (tools if number % 40 == 0 else {"tools": ["order_status"]}) for number in range(1200)))
+    assert names(watch().read()) == {"disagreement on rare"}
 
 
 def test_without_tools_the_one_detector_has_the_whole_rate(tmp_path):
