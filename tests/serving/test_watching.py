@@ -1,6 +1,8 @@
 """The watch over a state folder: what is allowed, what raises an alarm, damaged files, starting anew."""
 
+import errno
 import json
+import os
 import random
 
 import pytest
@@ -366,6 +368,30 @@ def test_the_flag_is_raised_once_and_kept_when_it_is_lowered(tmp_path):
 def test_a_flag_that_cannot_be_read_is_up(tmp_path, content):
     (tmp_path / "stop.json").write_text(content)
     assert isinstance(state.flag(tmp_path)["why"], str) and not state.raise_flag(tmp_path, "why", [], [])
+
+
+def test_a_flag_is_down_only_where_there_is_surely_none(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").touch()
+    for name, up in (("none", False), ("file", False), (".", False), ("loop", True)):
+        assert bool(state.Stopped(tmp_path / name)) is up and (state.flag(tmp_path / name) is not None) is up
+
+
+@pytest.mark.parametrize(("number", "up"), [(errno.EACCES, True), (errno.ESTALE, True), (errno.EIO, True), (errno.ENOENT, False), (errno.ENOTDIR, False)])
+def test_a_folder_that_cannot_be_read_counts_as_stopped(tmp_path, monkeypatch, number, up):
+    def fails(path, *args, **more):
+        raise OSError(number, os.strerror(number), path)
+
+    stopped = state.Stopped(tmp_path)
+    with monkeypatch.context() as context:
+        context.setattr(os, "lstat", fails)
+        found = bool(stopped)
+    assert found is up
+
+
+def test_a_dangling_flag_is_up(tmp_path):
+    (tmp_path / "stop.json").symlink_to("nowhere")
+    assert state.Stopped(tmp_path) and state.flag(tmp_path)["why"] and not state.raise_flag(tmp_path, "why", [], [])
 
 
 # -- The page --------------------------------------------------------------------------------------------------------------------
