@@ -28,9 +28,8 @@ from slm_swap.common.settings import find_path, load_settings, shown_path
 from slm_swap.serving.audit_rows import rows_of_audits
 from slm_swap.serving.state import AUDITS, STATE, STOP, flag, lower_flag, raise_flag
 from slm_swap.serving.watch_page import cautions, terminal, verdict_line, write_page
-from slm_swap.serving.watching import KINDS, TAKES_BACK, Watch, begin, find_cascade, read_allowed, restart
+from slm_swap.serving.watching import KINDS, TAKES_BACK, Watch, audited_by, begin, find_allowed, has_changed, restart
 from slm_swap.tracing.runs import Tracing, connect, trace_run
-from slm_swap.verdict.cascade import read_cascade
 
 ALARM = 12  # the exit code
 LOOK_SECONDS, LINE_SECONDS = 2, 30
@@ -80,15 +79,15 @@ def export(args: argparse.Namespace) -> int:
     check_out(args.export, inputs=[audits], advice="choose another place with --export")
     if not audits.exists():
         raise UserError(f"no audits at {shown_path(audits)}: nothing has been audited, or pass --state")
-    served = find_cascade(args.state, args.cascade)
-    rows = list(rows_of_audits(audits, read_allowed(served).hosted, dropped))
+    hosted, track = audited_by(args.state, args.cascade)
+    rows = list(rows_of_audits(audits, hosted, dropped))
     agree = dropped.pop("agree", 0)
     print(f"{len(rows)} rows; {agree} agree" + "".join(f"; {n} left out: {reason}" for reason, n in dropped.items() if n))
     if not rows:
         raise UserError(f"no audit of {shown_path(audits)} makes a row: nothing is written")
     write_jsonl(args.export, rows, "choose another place with --export")
     print(f"rows: {shown_path(args.export)}\nagreement, not accuracy: their gold is the hosted model's reply; personal data is not masked")
-    next_step(f"python 02_dataset/prepare_data.py --source jsonl --track {read_cascade(served).track} --dataset-path {shown_path(args.export)}")
+    next_step(f"python 02_dataset/prepare_data.py --source jsonl --track {track} --dataset-path {shown_path(args.export)}")
     return 0
 
 
@@ -99,13 +98,19 @@ class Look:
         settings, tracing = load_settings(), vars(tracing_options(args, load_settings()))
         self.args, self.connection = args, connect(settings, Tracing(**tracing | {"optional": True}))  # an outage must not hold up an alarm
         self.watch: Watch | None = None
+        self.told_changed = False
 
     def __call__(self) -> None:
-        args, allowed = self.args, read_allowed(find_cascade(self.args.state, self.args.cascade))
+        args = self.args
+        allowed = find_allowed(args.state, args.cascade, self.watch and self.watch.allowed)
         if begin(args.state, allowed):
             print(f"another cascade is served, {allowed.path}: the detectors restart", file=sys.stderr)
         if self.watch is None or self.watch.allowed != allowed:
             self.watch = Watch(args.state, allowed, args.alarms_in, args.warnings_in, args.failures, tuple(args.take_back_on))
+            self.told_changed = False
+        if not self.told_changed and has_changed(allowed):
+            self.told_changed = True
+            warn(f"{allowed.path} is not as the endpoint read it: the rule that is served stays watched, and the file counts when 05_serve/serve.py starts again")
         new = self.watch.read(final=self.args.once)
         against = [alarm for alarm in self.watch.alarms if alarm.takes_back]
         why, rows = "; ".join(alarm.why for alarm in against), dict.fromkeys(row for alarm in against for row in alarm.rows)

@@ -20,8 +20,9 @@ SOURCE = "audit of"
 
 
 def rows_of_audits(path: Path, hosted: str, dropped: Counter[str]) -> Iterator[dict[str, Any]]:
-    """A row for each audit that disagrees. `dropped` counts the others by reason: "agree", "no_content" (audited with --no-content), "damaged", and those
-    of `dataset.row`. The `source` marks a row as a teacher's label, so that a verdict on such rows is called agreement.
+    """A row for each audit that disagrees. `dropped` counts the others by reason: "agree", "no_content" (audited with --no-audit-content), "damaged",
+    "unreadable" (the hosted reply is no JSON, or tries to call and does not), "may_be_unreadable" (a text in an audit of an earlier version, which did not
+    say), and those of `dataset.row`. The `source` marks a row as a teacher's label, so that a verdict on such rows is called agreement.
 
     Raises:
         UserError: the file cannot be read.
@@ -34,6 +35,9 @@ def rows_of_audits(path: Path, hosted: str, dropped: Counter[str]) -> Iterator[d
         request, reply = audit.get("request"), audit.get("hosted")
         if not isinstance(request, dict) or reply is None:
             dropped["no_content"] += 1
+            continue
+        if not_gold := _not_gold(audit, reply):
+            dropped[not_gold] += 1
             continue
         try:
             yield _row(audit, request, reply, f"{TEACHER}{SOURCE} {hosted}")
@@ -51,10 +55,16 @@ def _row(audit: dict[str, Any], request: dict[str, Any], reply: Any, source: str
     [item] = rows_of(asked)
     if isinstance(item, Dropped):
         raise Unusable(item.reason, item.why)
-    if audit["kind"] == "value" and _is_text(reply) and "schema" not in item.record:
-        raise Unusable("not_json", "it may be a text that is no JSON: no schema says")
     parse_example(item.record, name)
     return item.record
+
+
+def _not_gold(audit: dict[str, Any], reply: Any) -> str | None:
+    """Why a hosted reply cannot be gold, None where it can. Only an audit's own `unreadable` tells a text that says nothing from a value like it."""
+    unreadable = audit.get("unreadable")
+    if not isinstance(unreadable, list):
+        return "may_be_unreadable" if _is_text(reply) else None
+    return "unreadable" if "hosted" in unreadable else None
 
 
 def _is_text(reply: Any) -> bool:

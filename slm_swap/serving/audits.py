@@ -11,7 +11,7 @@ from slm_swap.clients.pricing import HostedPrices, to_float
 from slm_swap.clients.protocol import Reply
 from slm_swap.common.errors import UserError
 from slm_swap.rows.lines import dump_json, writable
-from slm_swap.scoring.several import answer, answer_json
+from slm_swap.scoring.several import TOOLS_BETWEEN, answer, answer_json, says_nothing
 from slm_swap.serving import state
 from slm_swap.serving.hosted import Hosted, HostedDown
 from slm_swap.serving.meters import Meters
@@ -29,12 +29,21 @@ def agree(track: str, one: Reply, other: Reply) -> bool:
         return False
 
 
+def is_readable(track: str, reply: Reply) -> bool:
+    """Whether a reply says something by value: it is calls, words without any, or a JSON value."""
+    try:
+        found = answer(track, reply.text, reply.calls)
+    except ValueError:
+        return False
+    return bool(found) or not says_nothing(reply.text)
+
+
 def said(track: str, reply: Reply) -> Any:
     """A reply as JSON: its calls or its value with what it said where there are none, or its text where it cannot be read."""
     try:
         value = answer_json(track, reply.text, reply.calls)
     except ValueError:
-        return {"text": writable(reply.text)}
+        return {"text": writable(reply.text)}  # a value may look so too: `is_readable` tells them apart
     return value or {"text": writable(reply.text)} if track == "toolcall" else value
 
 
@@ -67,7 +76,7 @@ class Audits:
             return 0.0
         return self._options.audit_budget - self._spent
 
-    async def audit(self, name: str, kind: str, tool: str | None, path: str, body: dict[str, Any], local: Reply) -> Reply | None:
+    async def audit(self, name: str, kind: str, tools: tuple[str, ...], path: str, body: dict[str, Any], local: Reply) -> Reply | None:
         """Ask the hosted model, compare, write; its reply, None where it gave none that says anything."""
         self._under_way += 1
         try:
@@ -81,7 +90,7 @@ class Audits:
             except (HostedDown, ValueError):
                 return None
             hosted = read_completion(told, self._options.track == "toolcall")
-            self.compared(name, kind, tool, body, local, hosted, time.perf_counter() - began, paid=True)
+            self.compared(name, kind, tools, body, local, hosted, time.perf_counter() - began, paid=True)
             return hosted
         except asyncio.CancelledError:
             return None
@@ -89,7 +98,7 @@ class Audits:
             self._under_way -= 1
 
     def compared(
-        self, name: str, kind: str, tool: str | None, body: dict[str, Any], local: Reply, hosted: Reply, seconds: float, paid: bool
+        self, name: str, kind: str, tools: tuple[str, ...], body: dict[str, Any], local: Reply, hosted: Reply, seconds: float, paid: bool
     ) -> None:
         """Both answered: write whether they agree. A hosted reply that was filtered, refused or cut says nothing. `paid`: for the audit's sake."""
         if hosted.finish_reason != "stop":
@@ -97,12 +106,15 @@ class Audits:
         same = agree(self._options.track, local, hosted)
         cost = self._cost(local, hosted)
         shown = self._options.audit_content and not same
+        unreadable = [side for side, reply in (("local", local), ("hosted", hosted)) if not is_readable(self._options.track, reply)]
         line = {
             "time": time.time(),
             "id": name,
             "kind": kind,
-            "tool": tool,
+            "tool": TOOLS_BETWEEN.join(tools) or None,
+            "tools": list(tools),
             "agree": same,
+            "unreadable": unreadable,
             "confidence": local.confidence,
             "seconds": {"local": round(local.seconds, 6), "hosted": round(seconds, 6)},
             "cost": {"hosted": cost if paid else 0.0},

@@ -109,11 +109,11 @@ def may_be_sent(track: str, asked: Asked, reply: Reply) -> bool:
     return asked.several or sum(answer(track, reply.text, reply.calls).values()) < 2
 
 
-def tool_of(track: str, reply: Reply) -> str | None:
-    """The tools that a fit reply calls, each once; None for a reply without calls."""
+def tools_of(track: str, reply: Reply) -> tuple[str, ...]:
+    """The tools that a fit reply calls, each once."""
     if track == "structured":
-        return None
-    return ", ".join(dict.fromkeys(name for name, _ in answer(track, reply.text, reply.calls))) or None
+        return ()
+    return tuple(dict.fromkeys(name for name, _ in answer(track, reply.text, reply.calls)))
 
 
 def message_of(track: str, reply: Reply) -> dict[str, Any]:

@@ -68,10 +68,9 @@ class Meters:
         self._failures.labels(reason).inc()
         self._failed += 1
 
-    def judged(self, kind: str, reply: Reply, tool: str | None) -> None:
+    def judged(self, kind: str, reply: Reply, tools: tuple[str, ...]) -> None:
         """A small model's reply was decided on."""
-        if tool:
-            self._tools[tool] += 1
+        self._tools.update(tools)
         signal, edges = self._edges.get(kind, ("", []))
         value = (reply.confidence or {}).get(signal)
         if value is not None and edges:

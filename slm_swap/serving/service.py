@@ -24,7 +24,7 @@ from slm_swap.rows.prompts import Request as ModelRequest
 from slm_swap.rows.prompts import request_of
 from slm_swap.serving import state
 from slm_swap.serving.audits import Audits, agree, hosted_price
-from slm_swap.serving.chat import Asked, Unsupported, completion, events, may_be_sent, read_chat, tool_of
+from slm_swap.serving.chat import Asked, Unsupported, completion, events, may_be_sent, read_chat, tools_of
 from slm_swap.serving.hosted import ASKING, CHAT, Hosted, HostedDown, answered_headers, told_down
 from slm_swap.serving.link import Link, NotNow
 from slm_swap.serving.meters import Meters
@@ -67,7 +67,7 @@ class Local:
 
     reply: Reply
     kind: str
-    tool: str | None
+    tools: tuple[str, ...]
     send: bool
     reason: str
 
@@ -202,7 +202,8 @@ class Service:
         """Write endpoint.json; one worker does."""
         if self.worker == 0:
             try:
-                state.write_endpoint(self.options.state, self.told())
+                cascade = self.options.cascade  # its file may be made anew while this one is served: whoever watches needs this one
+                state.write_endpoint(self.options.state, self.told() | {"rule": cascade and cascade.told})
             except UserError as error:
                 say(str(error))
 
@@ -319,17 +320,17 @@ class Service:
         reply = await self._link.ask(request)
         reply = replace(reply, seconds=time.perf_counter() - began)
         if reply.finish_reason == "prompt_too_long":
-            return Local(reply, "", None, False, "too_long")
+            return Local(reply, "", (), False, "too_long")
         if reply.finish_reason == "error" and reply.transient:
             raise NotNow("engine_down")
         if reply.finish_reason != "stop":
-            return Local(reply, "", None, False, "unfit")
+            return Local(reply, "", (), False, "unfit")
         track, cascade = self.options.track, self.options.cascade
         kind, fit = kind_of(track, reply.text, reply.calls), may_be_sent(track, row, reply)
-        tool = tool_of(track, reply) if fit else None
-        self.meters.judged(kind, reply, tool)
+        tools = tools_of(track, reply) if fit else ()
+        self.meters.judged(kind, reply, tools)
         send, why = cascade.local(kind, fit, reply.confidence) if cascade and self.options.mode != "local" else (fit, "local" if fit else "unfit")
-        return Local(reply, kind, tool, send, why)
+        return Local(reply, kind, tools, send, why)
 
     def _request(self, row: Asked) -> ModelRequest:
         example = replace(row.example, ask=self.options.ask)
@@ -353,7 +354,7 @@ class Service:
         return Given(200, [("content-type", kind), (HEADER, "local; reason=local"), ("x-request-id", asked.id)], body)
 
     async def _audit(self, asked: Incoming, row: Asked, local: Local) -> None:
-        hosted = await self.audits.audit(asked.id, local.kind, local.tool, asked.path, asked.body, local.reply)
+        hosted = await self.audits.audit(asked.id, local.kind, local.tools, asked.path, asked.body, local.reply)
         self._trace(asked, "local", "local", local.reply, hosted)
 
     def _trace(self, asked: Incoming, by: str, reason: str, local: Reply | None, hosted: Reply | None) -> None:
@@ -468,7 +469,7 @@ class Service:
         except (TimeoutError, NotNow):
             local = None
         if local and local.send and hosted and self.audits:
-            self.audits.compared(asked.id, local.kind, local.tool, asked.body, local.reply, hosted, hosted.seconds, paid=False)
+            self.audits.compared(asked.id, local.kind, local.tools, asked.body, local.reply, hosted, hosted.seconds, paid=False)
         self._trace(asked, "hosted", "mode", local.reply if local else None, hosted)
 
     async def other(self, asked: Incoming) -> Given:

@@ -22,16 +22,27 @@ STOP, AUDITS, MINUTES, ENDPOINT = "stop.json", "audits.jsonl", "minutes.jsonl", 
 ADVICE = "check --state"
 
 
+def _is_up(path: str | Path) -> bool:
+    """Whether a flag is there. Only where it surely is not, it is not up: a folder that cannot be read may hold one."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
 def flag(folder: Path) -> dict[str, Any] | None:
     """What the flag says; None where there is none. One that cannot be read, or is empty, is up all the same."""
     path = folder / STOP
-    if not os.path.lexists(path):
+    if not _is_up(path):
         return None
     try:
         told = read_json(path, "05_serve/watch.py")
     except UserError:
         told = {}
-    return told if isinstance(told.get("why"), str) else told | {"why": "a flag that does not say why"}
+    return told if isinstance(told.get("why"), str) else told | {"why": "a flag that does not say why, or cannot be read"}
 
 
 def raise_flag(folder: Path, why: str, alarms: list[dict[str, Any]], rows: Iterable[str]) -> bool:
@@ -60,13 +71,13 @@ def lower_flag(folder: Path) -> Path | None:
 
 
 class Stopped:
-    """Whether an endpoint's flag is up: one `stat` a question."""
+    """Whether an endpoint's flag is up, or may be, as its folder cannot be read: one `stat` a question."""
 
     def __init__(self, folder: Path):
         self._path = str(folder / STOP)
 
     def __bool__(self) -> bool:
-        return os.path.lexists(self._path)
+        return _is_up(self._path)
 
 
 def append(folder: Path, name: str, value: dict[str, Any]) -> None:
@@ -136,5 +147,5 @@ def _decoded(line: bytes) -> dict[str, Any] | None:
 
 
 def write_endpoint(folder: Path, told: dict[str, Any]) -> None:
-    """What runs: mode, cascade and recipe with hash, identity, pid, since when, audit share."""
+    """What runs: mode, cascade and recipe with hash, identity, pid, since when, audit share; `rule`, the whole cascade as it was read."""
     write_json(folder / ENDPOINT, {"schema_version": SCHEMA_VERSION} | told)

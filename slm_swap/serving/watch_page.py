@@ -93,9 +93,17 @@ def disagreements_table(watch: Watch) -> Table:
     """The last audits that disagree, the newest first."""
     rows = []
     for audit in reversed(watch.disagreeing):
-        replies = ["not kept" if audit.get(side) is None else visible(one_line(dump_json(audit[side]), 300)) for side in ("local", "hosted")]
+        replies = [_reply(audit, side) for side in ("local", "hosted")]
         rows.append([visible(audit["id"]), _when(audit["time"]), visible(audit.get("tool") or audit.get("kind") or ""), *replies])
     return Table("The last audited requests on which the models differ", ["Request", "When", "Tool", "Small model", "Hosted model"], rows)
+
+
+def _reply(audit: dict[str, Any], side: str) -> str:
+    if audit.get(side) is None:
+        return "not kept"
+    unreadable = audit.get("unreadable")
+    mark = "unreadable: " if isinstance(unreadable, list) and side in unreadable else ""
+    return mark + visible(one_line(dump_json(audit[side]), 300))
 
 
 def terminal(watch: Watch) -> Any:

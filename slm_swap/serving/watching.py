@@ -3,7 +3,7 @@
 Tested by e-detectors (`verdict.stats.e_detector`), each against a bound on its mean:
 
 - disagreement, over all audited requests and for each tool: the small model's answer differs from the hosted one's. Allowed is the bound of the
-  calibration; for a tool its own bound if that is higher. All of them together raise one false alarm in `alarms_in` audited requests, at most;
+  calibration; for a tool its own bound if that is higher; a reply of several calls counts for each of its tools, as in the calibration. All of them together raise one false alarm in `alarms_in` audited requests, at most;
 - failures, the share handed on (both ways), and confidence lower than in the calibration: the shares of one minute, over all workers, are one
   observation, so that requests of one minute may depend on each other. Each raises one false alarm in `warnings_in` minutes with requests.
 
@@ -17,6 +17,7 @@ import math
 import os
 import time
 from collections import Counter, deque
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,9 @@ from typing import Any
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import SCHEMA_VERSION, now, read_json, sha256_file, write_json
 from slm_swap.common.settings import display_path, find_path, shown_path
+from slm_swap.scoring.several import TOOLS_BETWEEN
 from slm_swap.serving.state import ADVICE, AUDITS, ENDPOINT, MINUTES, Replaced, Tail
-from slm_swap.verdict.cascade import MADE_BY, read_cascade
+from slm_swap.verdict.cascade import CLASSES, MADE_BY, read_cascade
 from slm_swap.verdict.stats.e_detector import EDetector, Mixture
 from slm_swap.verdict.stats.regret import upper_bound
 
@@ -36,6 +38,7 @@ DECIDED = ("unfit", "no_confidence", "below_threshold", "class_never")  # the ru
 TAKES_BACK = ("disagreement", "tools", "failures")
 KINDS = (*TAKES_BACK, "handed_on", "confidence")
 SHOWN_ROWS, RECENT_MINUTES = 20, 60
+LATE = 3  # minutes: a worker may write its line so late; what is older shows that a clock was set
 
 
 # -- What is allowed -------------------------------------------------------------------------------------------------------------
@@ -62,7 +65,10 @@ def read_allowed(path: Path) -> Allowed:
     Raises:
         UserError: it is missing, or is none.
     """
-    told = read_cascade(path).told
+    return _allowed(read_cascade(path).told, path, sha256_file(path))
+
+
+def _allowed(told: dict[str, Any], path: Path, sha256: str) -> Allowed:
     try:
         bound, share_local, by = told["disagreement"]["bound"], float(told["share_local"]), told.get("units") or {}
         units = {name: int(rule["units"]) for name, rule in told["rules"].items()}
@@ -77,7 +83,7 @@ def read_allowed(path: Path) -> Allowed:
     own = {name: max(bound or 0.0, upper_bound(k, of, ALPHA / len(tools))) for name, (k, of) in tools.items()}
     limits = 1 - upper_bound(n - handed_on, n, ALPHA / 2), upper_bound(handed_on, n, ALPHA / 2)
     own = {name: most for name, most in own.items() if most < 1}
-    return Allowed(display_path(path), sha256_file(path), str(told.get("hosted") or "hosted"), bound, own, limits, units, by.get("by") == "group")
+    return Allowed(display_path(path), sha256, str(told.get("hosted") or "hosted"), bound, own, limits, units, by.get("by") == "group")
 
 
 def find_cascade(folder: Path, given: str | None) -> Path:
@@ -86,14 +92,62 @@ def find_cascade(folder: Path, given: str | None) -> Path:
     Raises:
         UserError: there is none, or the file is not the one that is served.
     """
-    told = read_json(folder / ENDPOINT, "05_serve/serve.py") if os.path.lexists(folder / ENDPOINT) else {}
-    named = told.get("cascade") if isinstance(told.get("cascade"), dict) else {}
+    named = _named(_endpoint(folder))
     if not (path := given or named.get("path")):
         raise UserError(f"{shown_path(folder / ENDPOINT)} names no cascade: pass --cascade FILE, the one that is served")
     path = find_path(path)
     if named.get("sha256") and sha256_file(path) != named["sha256"]:
         raise UserError(f"{shown_path(path)} is not the cascade that is served (its sha256 differs): pass the one that is, or start 05_serve/serve.py again")
     return path
+
+
+def _endpoint(folder: Path) -> dict[str, Any]:
+    """What the endpoint told when it started; empty where none has."""
+    return read_json(folder / ENDPOINT, "05_serve/serve.py") if os.path.lexists(folder / ENDPOINT) else {}
+
+
+def _named(told: dict[str, Any]) -> dict[str, Any]:
+    return told["cascade"] if isinstance(told.get("cascade"), dict) else {}
+
+
+def find_allowed(folder: Path, given: str | None, kept: Allowed | None = None) -> Allowed:
+    """What the cascade that is served allows, whatever its file has become since the endpoint read it: `kept`, as a watcher read it before, while the
+    endpoint names no other one; else by the endpoint's own copy; else, or if one is given, by the file.
+
+    Raises:
+        UserError: as `find_cascade` and `read_allowed`.
+    """
+    told = _endpoint(folder)
+    named = _named(told)
+    path, sha256, rule = named.get("path"), named.get("sha256"), told.get("rule")
+    if kept and sha256 in (None, kept.sha256):
+        return kept
+    if not given and isinstance(rule, dict) and isinstance(path, str) and isinstance(sha256, str):
+        return _allowed(rule, find_path(path), sha256)
+    return read_allowed(find_cascade(folder, given))
+
+
+def has_changed(allowed: Allowed) -> bool:
+    """Whether the cascade's file is no longer what the endpoint read: another one, or none."""
+    try:
+        return sha256_file(find_path(allowed.path)) != allowed.sha256
+    except (UserError, OSError):
+        return True
+
+
+def audited_by(folder: Path, given: str | None) -> tuple[str, str]:
+    """(the hosted model's name, the track) of a folder's audits: as a cascade says that is given, else as the endpoint told when it started, else as the
+    cascade says that it names.
+
+    Raises:
+        UserError: as `find_cascade` and `read_cascade`.
+    """
+    told = _endpoint(folder)
+    hosted = told["hosted"].get("model") if isinstance(told.get("hosted"), dict) else None
+    if not given and isinstance(hosted, str) and told.get("track") in CLASSES:
+        return hosted, told["track"]
+    cascade = read_cascade(find_path(given) if given else find_cascade(folder, None))
+    return str(cascade.told.get("hosted") or "hosted"), cascade.track
 
 
 # -- What is watched -------------------------------------------------------------------------------------------------------------
@@ -129,10 +183,10 @@ class Watched:
     seen: int = 0
     total: float = 0.0
 
-    def add(self, x: float | list[float]) -> bool:
+    def add(self, x: float | list[float], money: float) -> bool:
         self.seen += 1
         self.total += x[-1] if isinstance(x, list) else x
-        return self.detector is not None and self.detector.add(x)
+        return self.detector is not None and self.detector.add(x, money)
 
     @property
     def share(self) -> float | None:
@@ -159,8 +213,18 @@ def testable(most: float | None, alarm_at: float) -> EDetector | None:
 
 
 def _is_audit(value: dict[str, Any]) -> bool:
-    tool = value.get("tool")
+    tool, tools = value.get("tool"), value.get("tools", [])
+    if not (isinstance(tools, list) and all(isinstance(name, str) for name in tools)):
+        return False
     return _number(value.get("time")) and isinstance(value.get("id"), str) and type(value.get("agree")) is bool and isinstance(tool, str | None)
+
+
+def _tools(audit: dict[str, Any], known: Mapping[str, Any]) -> list[str]:
+    """The tools that an audit's reply calls, each once. Earlier versions wrote those of several calls as one name."""
+    tool = audit.get("tool")
+    if "tools" in audit or tool is None:
+        return list(dict.fromkeys(audit.get("tools", ())))
+    return [tool] if tool in known else tool.split(TOOLS_BETWEEN)
 
 
 def _is_minute(value: dict[str, Any]) -> bool:
@@ -180,10 +244,39 @@ def _count(value: Any) -> bool:
     return type(value) is int and value >= 0
 
 
+class Order:
+    """The numbers of minutes in the order in which they come, so that a clock that was set, forward or back, holds up none.
+
+    Minutes of one clock that was not set have consecutive numbers. A minute that is more than LATE minutes behind the newest one, or
+    more than two ahead of it, is of a clock that was set (or follows a gap): its number is the next one, all before it are over, and later ones count from
+    there. A worker that is still at the clock's former time goes on with the former numbers. `over`: the minutes below this number are.
+    """
+
+    def __init__(self) -> None:
+        self.newest, self.over = -1, 0  # the highest number so far
+        self._clocks: deque[tuple[int, int]] = deque(maxlen=2)  # (the newest minute, its number less itself), the one in use first
+
+    def number(self, minute: int) -> int:
+        for clock in list(self._clocks):
+            last, shift = clock
+            ahead = 2 if clock == self._clocks[0] else 1
+            if -LATE <= minute - last <= ahead and minute + shift >= self.newest - LATE:
+                self._clocks.remove(clock)
+                break
+        else:
+            last, shift = minute, self.newest + 1 - minute
+            self.over = self.newest + 1
+        self._clocks.appendleft((max(last, minute), shift))
+        self.newest = max(self.newest, minute + shift)
+        self.over = max(self.over, self.newest - 1)
+        return minute + shift
+
+
 @dataclass
 class Minute:
-    """One minute of all workers."""
+    """One minute of all workers; `at` is its beginning (unix s)."""
 
+    at: float = 0.0
     requests: Counter = field(default_factory=Counter)  # (answered by, reason)
     failures: int = 0
     unlike: int = 0
@@ -230,7 +323,7 @@ class Watch:
         self.disagreeing: deque = deque(maxlen=SHOWN_ROWS)  # audits
         self.total, self.recent = Minute(), deque(maxlen=RECENT_MINUTES)
         self._open: dict[int, Minute] = {}
-        self._closed = -1
+        self._order, self._closed = Order(), -1
         allowed, shared = self.allowed, 2 * self.alarms_in if self.allowed.tools else self.alarms_in
         differ, minutes, late = "replies differ from the hosted model's", "minutes", self.warnings_in
         self.overall = Watched("disagreement", "disagreement", differ, "audited requests", allowed.disagreement, testable(allowed.disagreement, shared))
@@ -265,7 +358,7 @@ class Watch:
 
     def read(self, final: bool = False) -> list[Alarm]:
         """Take what has come since the last time and give the alarms that it raises. A minute is taken when a later one but one has begun, as workers
-        write theirs one after the other; with `final`, every one.
+        write theirs one after the other; with `final`, every one. Which is later, `Order` says: the clock may be set.
 
         Raises:
             UserError: a file cannot be read.
@@ -289,14 +382,19 @@ class Watch:
             if not _is_minute(minute):
                 self.unusable += 1
             else:
-                self.last_minute = max(float(minute["time"]), self.last_minute or 0.0)
-                key = max(int(minute["time"] // 60), self._closed + 1)
-                self._open.setdefault(key, Minute()).take(minute)
-        newest = int((self.last_minute or 0) // 60)
-        for key in sorted(self._open):
-            if final or key < newest - 1:
-                self._closed = key
-                found += self._take_minute(self._open.pop(key), 60.0 * key)
+                self.last_minute = float(minute["time"])
+                began = int(minute["time"] // 60)
+                number = max(self._order.number(began), self._closed + 1)
+                self._open.setdefault(number, Minute(60.0 * began)).take(minute)
+                found += self._close(self._order.over)
+        return found + (self._close(math.inf) if final else [])
+
+    def _close(self, before: float) -> list[Alarm]:
+        """Take the minutes whose numbers are below `before`."""
+        found = []
+        for number in sorted(number for number in self._open if number < before):
+            self._closed = number
+            found += self._take_minute(self._open.pop(number))
         return found
 
     def _take_audit(self, audit: dict[str, Any]) -> list[Alarm]:
@@ -304,17 +402,20 @@ class Watch:
         differs, found = not audit["agree"], []
         if differs:
             self.disagreeing.append(audit)
-        tool = audit.get("tool")
-        if tool is not None and tool not in self.tools:
-            self.tools[tool] = Watched("tools", f"disagreement on {tool}", "", "audited requests", None, None)  # shown alone: no bound of its own
-        for one in (self.overall, self.tools.get(tool)):
-            if one is not None:
-                if differs:
-                    one.recent.append((one.seen + 1, audit["id"]))
-                found += self._add(one, float(differs), self.last_audit)
+        names = _tools(audit, self.allowed.tools)
+        for tool in names:
+            if tool not in self.tools:
+                self.tools[tool] = Watched("tools", f"disagreement on {tool}", "", "audited requests", None, None)  # shown alone: no bound of its own
+        tools = [self.tools[tool] for tool in names]
+        share = 1 / max(1, sum(one.detector is not None for one in tools))  # so that all tools together keep their rate of false alarms
+        for one, money in ((self.overall, 1.0), *((one, share) for one in tools)):
+            if differs:
+                one.recent.append((one.seen + 1, audit["id"]))
+            found += self._add(one, float(differs), self.last_audit, money)
         return found
 
-    def _take_minute(self, minute: Minute, at: float) -> list[Alarm]:
+    def _take_minute(self, minute: Minute) -> list[Alarm]:
+        at = minute.at
         self.recent.append(minute)
         for name in ("requests", "failures", "unlike"):
             setattr(self.total, name, getattr(self.total, name) + getattr(minute, name))
@@ -328,8 +429,8 @@ class Watch:
                 found += self._add(self.signals[name], [sum(bins[:low]) / sum(bins) for low in LOW_BINS], at)
         return found
 
-    def _add(self, one: Watched, x: float | list[float], at: float) -> list[Alarm]:
-        if not one.add(x):
+    def _add(self, one: Watched, x: float | list[float], at: float, money: float = 1.0) -> list[Alarm]:
+        if not one.add(x, money):
             return []
         one.alarm = Alarm(one.kind, one.name, one.why(), at, one.rows(), one.kind in self.take_back_on)
         return [one.alarm]

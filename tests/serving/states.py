@@ -25,7 +25,7 @@ def append(path: Path, *values: dict[str, Any]) -> None:
 
 def audit(number: int, agree: bool, tool: str | None = "order_status", content: bool = True, **more: Any) -> dict[str, Any]:
     told = {"time": START + number, "id": f"r{number}", "kind": "call" if tool else "value", "tool": tool, "agree": agree}
-    told |= {"confidence": {}, "seconds": {}, "cost": {}}
+    told |= {"confidence": {}, "seconds": {}, "cost": {}, "unreadable": []}
     shown = content and not agree
     return told | {"local": calls(1) if shown else None, "hosted": calls(2) if shown else None, "request": body(number) if shown else None} | more
 
@@ -73,4 +73,5 @@ def state(folder: Path, **more: Any) -> Path:
 
 def serve(folder: Path, made: Path) -> None:
     """Name the cascade that is served, as the endpoint does when it starts."""
-    (folder / "endpoint.json").write_text(json.dumps({"mode": "cascade", "cascade": {"path": str(made), "sha256": sha256_file(made)}}))
+    told = {"mode": "cascade", "track": "toolcall", "hosted": {"model": "gpt-x"}, "cascade": {"path": str(made), "sha256": sha256_file(made)}}
+    (folder / "endpoint.json").write_text(json.dumps(told | {"rule": json.loads(made.read_text())}))

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from slm_swap.clients.pricing import HostedPrices
 from slm_swap.clients.protocol import Reply
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import ROOT, Settings
@@ -24,7 +25,7 @@ from slm_swap.serving import engine as engine_module
 from slm_swap.serving import state
 from slm_swap.serving.app import Door
 from slm_swap.serving.audits import Audits, agree
-from slm_swap.serving.chat import completion, events
+from slm_swap.serving.chat import completion, events, tools_of
 from slm_swap.serving.engine import Job, Jobs, read_line, read_request, request_json
 from slm_swap.serving.options import Options, read_keys
 from slm_swap.serving.streams import joined
@@ -99,6 +100,35 @@ def test_a_job_is_waited_for():
 )
 def test_replies_agree_by_value(one, other, same):
     assert agree("toolcall", Reply("", calls=one), Reply("", calls=other)) is same
+
+
+@pytest.mark.parametrize(
+    ("track", "hosted", "unreadable"),
+    [
+        ("structured", Reply("I am sorry, I cannot."), ["hosted"]),
+        ("structured", Reply('```json\n{"a": 1}\n```'), ["hosted"]),
+        ("structured", Reply('{"text": "I am sorry, I cannot."}'), []),
+        ("toolcall", Reply("I look it up.", calls=[{"name": "a", "arguments": "{"}]), ["hosted"]),
+        ("toolcall", Reply("", calls=[]), ["hosted"]),
+        ("toolcall", Reply("No call is due.", calls=[]), []),
+        ("toolcall", Reply("", calls=[{"name": "a", "arguments": "{}"}]), []),
+    ],
+)
+def test_an_audit_says_which_reply_cannot_be_read(tmp_path, track, hosted, unreadable):
+    audits = Audits(Options(Settings(), "cascade", track, tmp_path), None, SimpleNamespace(audited=lambda *_: None), HostedPrices())
+    local = Reply('{"b": 2}') if track == "structured" else Reply("", calls=[{"name": "b", "arguments": "{}"}])
+    audits.compared("x", "value", (), {}, local, hosted, 0.1, paid=False)
+    [line] = state.Tail(tmp_path / state.AUDITS).new()
+    assert line["agree"] is False and line["unreadable"] == unreadable
+
+
+def test_an_audit_names_each_tool_of_its_reply(tmp_path):
+    calls = [{"name": name, "arguments": "{}"} for name in ("b", "a, c", "b")]
+    assert tools_of("toolcall", Reply("", calls=calls)) == ("b", "a, c") and tools_of("toolcall", Reply("No.", calls=[])) == tools_of("structured", Reply("{}")) == ()
+    audits = Audits(Options(Settings(), "cascade", "toolcall", tmp_path), None, SimpleNamespace(audited=lambda *_: None), HostedPrices())
+    audits.compared("x", "call", ("b", "a, c"), {}, Reply("", calls=calls), Reply("", calls=calls), 0.1, paid=False)
+    [line] = state.Tail(tmp_path / state.AUDITS).new()
+    assert (line["tool"], line["tools"], line["agree"]) == ("b, a, c", ["b", "a, c"], True)
 
 
 def test_a_line_of_the_state_is_read_once_and_a_torn_one_when_it_is_whole(tmp_path):

@@ -373,6 +373,7 @@ def test_shadow_answers_with_the_hosted_model_and_compares(hosted, tmp_path):
         assert {line["cost"]["hosted"] for line in running.lines("audits.jsonl")} == {0.0}
     told = json.loads((tmp_path / "state/endpoint.json").read_text())
     assert (told["mode"], told["cascade"]["path"]) == ("shadow", str(tmp_path / "c.json"))
+    assert told["rule"] == json.loads((tmp_path / "c.json").read_text())  # its file may be made anew while this one is served
     [minute] = running.lines("minutes.jsonl")
     assert minute["requests"] == {"hosted": {"mode": 3}}
     assert minute["tools"] == {"check_stock": 3}

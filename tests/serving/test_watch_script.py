@@ -1,6 +1,7 @@
 """watch.py as it is run: exit codes, the flag, starting anew, the export, Langfuse, a terminal."""
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -88,6 +89,43 @@ def test_what_was_audited_under_another_cascade_does_not_count(run, folder, tmp_
     assert "1 audited requests" in run("--once")[1]
 
 
+@pytest.mark.parametrize("change", ["made anew", "gone"])
+@pytest.mark.parametrize("endpoint", ["this version", "without its rule", "given"])
+def test_a_cascade_made_anew_does_not_count_before_the_endpoint_starts_again(script, run, folder, tmp_path, capsys, change, endpoint):
+    path, told = tmp_path / "cascade.json", read_json(folder / "endpoint.json", "")
+    if endpoint == "without its rule":
+        (folder / "endpoint.json").write_text(json.dumps(told | {"rule": None}))
+    given = ["--cascade", str(path)] if endpoint == "given" else []
+    look = script.Look(script.parse_args(["--state", str(folder), *given]))
+    look()
+    if change == "gone":
+        path.unlink()
+    else:
+        states.cascade(path, disagreement={"seen": 0.0, "bound": 0.9, "units": 300})
+    look()
+    disagree(folder)
+    look()
+    assert flag(folder) and look.watch.allowed.disagreement == 0.05 and look.watch.overall.seen == 60
+    error = capsys.readouterr().err
+    assert error.count("warning: ") == 1 and "is not as the endpoint read it" in error and "restart" not in error
+    assert run("--export", tmp_path / "rows.jsonl")[0] == 0
+    if endpoint == "this version":
+        code, _, error = run("--once")
+        assert code == 12 and "is not as the endpoint read it" in error
+    states.serve(folder, states.cascade(path, disagreement={"seen": 0.0, "bound": 0.9, "units": 300}))
+    if endpoint != "given":
+        look()
+        assert look.watch.allowed.disagreement == 0.9 and "another cascade is served" in capsys.readouterr().err
+
+
+def test_the_export_names_the_model_that_a_given_cascade_names(run, folder, tmp_path):
+    append(folder / "audits.jsonl", audit(1, False))
+    states.cascade(tmp_path / "cascade.json", hosted="gpt-y")
+    for flags, model in (([], "gpt-x"), (["--cascade", tmp_path / "cascade.json"], "gpt-y")):
+        assert run("--export", tmp_path / f"{model}.jsonl", *flags)[0] == 0
+        assert read_examples(tmp_path / f"{model}.jsonl")[0].source == f"teacher:audit of {model}"
+
+
 def test_a_flag_that_a_person_put_there_is_an_alarm_too(run, folder):
     (folder / "stop.json").touch()
     assert run("--once")[0] == 12
@@ -135,19 +173,39 @@ def test_the_export_is_rows_of_a_teacher_s(run, folder, tmp_path):
     asked = [{"messages": states.body(8)["messages"]}, {"messages": states.body(8)["messages"], "response_format": form}]
     told = [[1.50], {"text": "so"}, {"text": "so"}, {"city": "Porto"}]
     values = [audit(number, False, None, hosted=value, request=asked[number > 9]) for number, value in enumerate(told, 8)]
+    values[1]["unreadable"] = ["hosted"]
     bad = [audit(4, False, request={"messages": []}), audit(5, False, hosted=3), audit(6, False, hosted=[{"name": "other", "arguments": {}}])]
     append(folder / "audits.jsonl", audit(1, False), audit(2, True), audit(3, False, content=False), *bad, none, *values)
     with open(folder / "audits.jsonl", "ab") as stream:
         stream.write(b"{}\n" + states.line(audit(20, False))[:50])
     code, told, _ = run("--export", tmp_path / "rows.jsonl")
     assert code == 0 and told.startswith("4 rows; 1 agree; 1 left out: no_content; ") and "1 left out: damaged" in told and "agreement, not accuracy" in told
-    assert all(f"1 left out: {reason}" in told for reason in ("no_request", "unusable", "tool_not_listed", "not_json", "gold_breaks_schema"))
+    assert all(f"1 left out: {reason}" in told for reason in ("no_request", "unusable", "tool_not_listed", "unreadable", "gold_breaks_schema"))
     call, none, bare, value = read_examples(tmp_path / "rows.jsonl")
     assert [row.id for row in (call, none, bare, value)] == ["r1", "r7", "r8", "r11"] and call.calls == [{"name": "order_status", "arguments": {"order": 2}}]
     assert none.calls == [] and none.content == "None is due." and bare.value == [1.5] and value.value == {"city": "Porto"} and value.schema["type"] == "object"
     assert {row.source for row in (call, none, bare, value)} == {"teacher:audit of gpt-x"} and call.source.startswith(TEACHER)
     assert call.tools[0]["name"] == "order_status" and call.options == {"tool_choice": "auto"} and call.messages[0]["content"] == "Where is order 1?"
     assert call.time == "2027-01-15T08:00:01+00:00"
+
+
+def test_a_reply_that_cannot_be_read_is_no_gold_and_a_value_that_looks_like_it_is(run, folder, tmp_path):
+    """No schema: `response_format: json_object`. Audits of earlier versions do not say which of both a text is."""
+    request = {"messages": states.body(1)["messages"], "response_format": {"type": "json_object"}}
+    sorry, fenced, value = {"text": "I am sorry, I cannot."}, {"text": '```json\n{"a": 1}\n```'}, {"text": "a value"}
+    audits = [audit(number, False, None, hosted=told, request=request) for number, told in enumerate([sorry, fenced, value, sorry, {"b": 2}])]
+    broken = [audit(5, False, hosted={"text": "I look it up."}, unreadable=["local", "hosted"]), audit(6, False, hosted={"text": "No call."})]
+    for one in audits[:2]:
+        one["unreadable"] = ["hosted"]
+    for one in (*audits[3:], broken[1]):
+        del one["unreadable"]
+    append(folder / "audits.jsonl", *audits, *broken, audit(7, False, unreadable=["local"]))
+    code, told, _ = run("--export", tmp_path / "rows.jsonl")
+    assert code == 0 and told.splitlines()[0] == "3 rows; 0 agree; 3 left out: unreadable; 2 left out: may_be_unreadable"
+    rows = read_examples(tmp_path / "rows.jsonl")
+    assert [row.id for row in rows] == ["r2", "r4", "r7"] and rows[0].value == value and rows[1].value == {"b": 2} and rows[2].calls == states.calls(2)
+    assert run("--once", "--html", tmp_path / "page.html")[0] in (0, 12)
+    assert (tmp_path / "page.html").read_text().count("unreadable: ") == 5  # three of the hosted model, two of the small one
 
 
 def test_an_export_of_nothing_writes_nothing(run, folder, tmp_path):

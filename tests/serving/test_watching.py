@@ -1,6 +1,8 @@
 """The watch over a state folder: what is allowed, what raises an alarm, damaged files, starting anew."""
 
+import errno
 import json
+import os
 import random
 
 import pytest
@@ -10,6 +12,7 @@ from slm_swap.serving import state
 from slm_swap.serving.state import Tail
 from slm_swap.serving.watch_page import cautions, verdict_line, write_page
 from slm_swap.serving.watching import KINDS, TAKES_BACK, Watch, find_cascade, read_allowed, restart
+from slm_swap.verdict.stats.e_detector import EDetector
 from slm_swap.verdict.stats.regret import upper_bound
 from tests.serving import states
 from tests.serving.states import append, audit, line, minute
@@ -115,6 +118,27 @@ def test_a_tool_that_the_calibration_does_not_know_is_shown_and_not_tested(folde
     assert any("not tested" in told and "disagreement on new" in told for told in cautions(found))
 
 
+def test_an_audit_of_several_calls_counts_for_each_tool_of_its_reply(folder, watch):
+    """As an earlier version wrote them, too."""
+    both, new = {"tools": ["order_status", "rare"]}, {"tools": ["rare", "new", "rare"]}
+    audits = [audit(0, False, "order_status, rare"), audit(1, False, "order_status, rare") | both, audit(2, True, "rare, new") | new, audit(3, True, "rare")]
+    append(folder / "audits.jsonl", *audits)
+    found = watch()
+    found.read()
+    assert {name: (one.seen, one.total) for name, one in found.tools.items() if one.seen} == {"order_status": (2, 2), "rare": (4, 2), "new": (1, 0)}
+    assert found.overall.seen == 4 and next(told for told in cautions(found) if "not tested" in told).endswith(": disagreement on new")
+    by_hand = EDetector(found.tools["rare"].most, 2000)
+    for x, money in ((1, 0.5), (1, 0.5), (0, 1), (0, 1)):  # shared by two tools that are tested, then alone
+        by_hand.add(x, money)
+    assert found.tools["rare"].detector.evidence == by_hand.evidence
+
+
+def test_a_bad_tool_is_found_in_replies_of_several_calls(folder, watch):
+    tools = {"tools": ["order_status", "rare"]}
+    append(folder / "audits.jsonl", *(audit(number, number % 40 > 0, "x") | (tools if number % 40 == 0 else {"tools": ["order_status"]}) for number in range(1200)))
+    assert names(watch().read()) == {"disagreement on rare"}
+
+
 def test_without_tools_the_one_detector_has_the_whole_rate(tmp_path):
     folder = states.state(tmp_path / "state", per_tool=None)
     found = Watch(folder, read_allowed(find_cascade(folder, None)), 1000, 1000, 0.01)
@@ -171,6 +195,64 @@ def test_a_minute_is_taken_when_no_worker_can_still_add_to_it(folder, watch):
     append(folder / "minutes.jsonl", minute(0) | {"worker": 3})  # too late for its own: it counts with the next
     found.read(final=True)
     assert found.failing.seen == 4 and found.total.requests["local", "local"] == 540
+
+
+YEARS, HOURS = 9 * 365 * 1440, 120  # minutes
+STEPS = {
+    "forward": [*range(10), *range(YEARS, YEARS + 20)],
+    "back by two hours": [*range(10), *range(10 - HOURS, 30 - HOURS)],
+    "2036 for five minutes": [*range(10), *range(YEARS, YEARS + 5), *range(15, 30)],
+    "2036 for an hour, then back to where it was": [*range(10), *range(YEARS, YEARS + 60), *range(9, 30)],
+    "back by two hours, then right": [*range(10), *range(10 - HOURS, 15 - HOURS), *range(15, 30)],
+    "a gap of a day": [*range(10), *range(1500, 1520)],
+}
+
+
+@pytest.mark.parametrize("minutes", STEPS.values(), ids=STEPS)
+def test_a_clock_that_is_set_holds_up_no_minute_and_tests_none_twice(folder, watch, minutes):
+    """Of two workers, read as they come: only the last two minutes are still open."""
+    found = watch()
+    for come, number in enumerate(minutes, 1):
+        for worker in (1, 2):
+            append(folder / "minutes.jsonl", minute(number) | {"worker": worker})
+            found.read()
+        assert come - 2 <= found.failing.seen <= come
+    again = watch()
+    for one in (found, again):
+        one.read(final=True)
+        assert one.failing.seen == len(minutes) and one.total.requests["local", "local"] == 180 * len(minutes)
+        assert [of.at for of in one.recent] == [states.START + 60 * number for number in minutes][-60:]
+
+
+@pytest.mark.parametrize("steps", [range(YEARS, YEARS + 5), range(10 - HOURS, 15 - HOURS), range(0)])
+def test_failures_after_a_clock_was_set_are_an_alarm_at_once(folder, watch, steps):
+    append(folder / "minutes.jsonl", *(minute(number) for number in (*range(10), *steps)))
+    found = watch()
+    assert found.read() == []
+    for number in range(15, 315):
+        append(folder / "minutes.jsonl", minute(number, 0, 0, failures=100))
+        if alarms := found.read():
+            break
+    assert names(alarms) == {"failures"} and number < 25
+
+
+def test_a_worker_that_is_late_when_the_clock_is_set_counts_with_the_next_minute(folder, watch):
+    told = [(0, 1), (0, 2), (1, 1), (1, 2), (2, 1), (YEARS, 1), (2, 2), (YEARS + 1, 1), (YEARS, 2), (YEARS + 2, 1), (YEARS + 1, 2), (YEARS + 2, 2)]
+    append(folder / "minutes.jsonl", *(minute(number) | {"worker": worker} for number, worker in told))
+    found = watch()
+    found.read(final=True)
+    assert found.failing.seen == 6 and found.total.requests["local", "local"] == 90 * len(told)
+    assert [of.requests["local", "local"] for of in found.recent][-3:] == [270, 180, 180]
+
+
+def test_two_machines_whose_clocks_differ_share_their_minutes(folder, watch):
+    found = watch()
+    for number in range(50):
+        append(folder / "minutes.jsonl", minute(number), minute(number - 30) | {"worker": 2})
+        found.read()
+        assert found.failing.seen >= number - 3
+    found.read(final=True)
+    assert 50 <= found.failing.seen <= 53 and found.total.requests["local", "local"] == 90 * 100
 
 
 # -- Files -----------------------------------------------------------------------------------------------------------------------
@@ -286,6 +368,30 @@ def test_the_flag_is_raised_once_and_kept_when_it_is_lowered(tmp_path):
 def test_a_flag_that_cannot_be_read_is_up(tmp_path, content):
     (tmp_path / "stop.json").write_text(content)
     assert isinstance(state.flag(tmp_path)["why"], str) and not state.raise_flag(tmp_path, "why", [], [])
+
+
+def test_a_flag_is_down_only_where_there_is_surely_none(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").touch()
+    for name, up in (("none", False), ("file", False), (".", False), ("loop", True)):
+        assert bool(state.Stopped(tmp_path / name)) is up and (state.flag(tmp_path / name) is not None) is up
+
+
+@pytest.mark.parametrize(("number", "up"), [(errno.EACCES, True), (errno.ESTALE, True), (errno.EIO, True), (errno.ENOENT, False), (errno.ENOTDIR, False)])
+def test_a_folder_that_cannot_be_read_counts_as_stopped(tmp_path, monkeypatch, number, up):
+    def fails(path, *args, **more):
+        raise OSError(number, os.strerror(number), path)
+
+    stopped = state.Stopped(tmp_path)
+    with monkeypatch.context() as context:
+        context.setattr(os, "lstat", fails)
+        found = bool(stopped)
+    assert found is up
+
+
+def test_a_dangling_flag_is_up(tmp_path):
+    (tmp_path / "stop.json").symlink_to("nowhere")
+    assert state.Stopped(tmp_path) and state.flag(tmp_path)["why"] and not state.raise_flag(tmp_path, "why", [], [])
 
 
 # -- The page --------------------------------------------------------------------------------------------------------------------

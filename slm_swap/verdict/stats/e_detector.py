@@ -20,7 +20,9 @@ Several detectors share one N. Weigh detector i by a_i and let it raise the alar
 first alarm the sum of a_i M_i is at least N, and that sum less the sum of a_i n_i(t) is a supermartingale. So E[tau] >= N holds where the
 weights of the detectors that see an observation add up to at most 1, at each observation. One detector that sees every observation and one for each of
 any number of disjoint parts (tools) may therefore each have a weight of 1/2: the parts' rates need not be divided by their number, as each
-part counts its own observations only, and a part may be added at any time.
+part counts its own observations only, and a part may be added at any time. Where an observation is of k parts at once (a reply that calls k tools), each of
+them gets 1 / k of the new money (`add(x, money=1 / k)`), k being known before x is: M_t = (M_{t-1} + 1 / k) (1 + b (x_t - allowed)). The weights of what is added then
+still are 1 at most, 1/2 + k (1/2) (1/k), and the proof holds as it stands. The parts need not be independent of each other.
 """
 
 from math import inf
@@ -65,19 +67,21 @@ class EDetector:
         self._money, self._won = [0.0] * len(self._bets), [1.0] * len(self._bets)
         self._start = [(1, 0.0)] * len(self._bets)
 
-    def add(self, x: float) -> bool:
-        """Take one observation, 0..1; whether this one raises the alarm."""
+    def add(self, x: float, money: float = 1.0) -> bool:
+        """Take one observation, 0..1; whether this one raises the alarm. `money`, above 0 to 1, is what comes in with it, less than 1 where other detectors share it."""
         if not 0 <= x <= 1:
             raise ValueError(f"observation {x} must be from 0 to 1")
+        if not 0 < money <= 1:
+            raise ValueError(f"money {money} must be above 0, and 1 at most")
         before = self.total
         self.seen += 1
         self.total += x
         if self.alarm is not None:
             return False
-        money, won, more = self._money, self._won, x - self.allowed
+        held, won, more = self._money, self._won, x - self.allowed
         for at, bet in enumerate(self._bets):
             factor = 1 + bet * more
-            money[at] = (money[at] + 1) * factor
+            held[at] = (held[at] + money) * factor
             if won[at] > 1:
                 won[at] *= factor
             else:
@@ -106,12 +110,12 @@ class Mixture:
         self.parts = [EDetector(one, inf) for one in allowed]
         self.alarm_at, self.alarm = alarm_at, None
 
-    def add(self, xs: list[float]) -> bool:
+    def add(self, xs: list[float], money: float = 1.0) -> bool:
         """Take one observation, a number for each part; whether this one raises the alarm."""
         if self.alarm is not None:
             return False
         for part, x in zip(self.parts, xs, strict=True):
-            part.add(x)
+            part.add(x, money)
         if self.evidence >= self.alarm_at:
             self.alarm = self.seen
         return self.alarm is not None

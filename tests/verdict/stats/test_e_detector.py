@@ -130,6 +130,29 @@ def test_the_mean_run_is_no_shorter_than_promised_by_exact_enumeration(allowed):
     assert alarms > 0.1 and run == pytest.approx(stopped) and run >= alarm_at * alarms
 
 
+@pytest.mark.parametrize("share", [True, False])
+def test_parts_that_see_the_same_observation_share_its_money(share):
+    """Over all sequences of a tool alone or both at once, and yes or no at just the allowed rate: the mean of the weighed evidence is the number of
+    observations, so that the rate of false alarms holds. Without sharing it is more."""
+    allowed, n, mean = 0.3, 4, 0.0
+    for told in itertools.product([("a",), ("b",), ("a", "b")], repeat=n):
+        for xs in itertools.product([0, 1], repeat=n):
+            everything, parts = EDetector(allowed, math.inf), {name: EDetector(allowed, math.inf) for name in "ab"}
+            for names, x in zip(told, xs, strict=True):
+                everything.add(x)
+                for name in names:
+                    parts[name].add(x, 1 / len(names) if share else 1.0)
+            chance = math.prod(allowed if x else 1 - allowed for x in xs) / 3**n
+            mean += chance * (everything.evidence + sum(one.evidence for one in parts.values())) / 2
+    assert mean == pytest.approx(n if share else n + n / 6)
+
+
+@pytest.mark.parametrize("money", [0, -1, 1.5, math.nan])
+def test_money_is_a_share(money):
+    with pytest.raises(ValueError, match="above 0, and 1 at most"):
+        EDetector(0.1, 10).add(1, money)
+
+
 @pytest.mark.parametrize("parts", [0, 20])
 def test_mean_run_lengths(parts):
     """At just the allowed rate: at least N observations, also where twenty parts have detectors of their own, at 2 N each as the one of all."""
