@@ -19,7 +19,6 @@ from slm_swap.common.errors import UserError
 from slm_swap.common.exact_json import EXACT
 from slm_swap.common.reports import now
 from slm_swap.common.settings import display_path
-from slm_swap.rows.few_shot import FewShot
 from slm_swap.rows.prompts import Request as ModelRequest
 from slm_swap.rows.prompts import request_of
 from slm_swap.serving import state
@@ -104,14 +103,13 @@ class Service:
     """One worker's endpoint.
 
     Raises:
-        UserError: the hosted model's or the shots' set-up is wrong.
+        UserError: the hosted model's set-up is wrong.
     """
 
     def __init__(self, options: Options, worker: int = 0):
         self.options, self.worker = options, worker
         settings, cascade = options.settings, options.cascade
         self.hosted = Hosted(settings, options.timeout) if settings.azure_endpoint or options.mode != "local" else None
-        self.few_shot = FewShot(options.few_shot, options.track, options.shots) if options.few_shot and options.small else None
         rules = cascade.told["rules"] if cascade else {}
         edges = {kind: (rule["signal"], rule["quantiles"]) for kind, rule in rules.items() if rule.get("quantiles")}
         self.meters = Meters(options.state, worker, edges)
@@ -179,8 +177,8 @@ class Service:
         self.mismatches = []
         if cascade:
             options = self.options
-            asked = options.ask or "native", options.constrain, options.max_new_tokens, options.few_shot_sha256, options.shots
-            own = identity_of(identity, *asked)
+            shots = (options.few_shot.sha256, options.few_shot.count) if options.few_shot else (None, None)
+            own = identity_of(identity, options.ask or "native", options.constrain, options.max_new_tokens, *shots)
             self.mismatches += cascade.mismatches(own)
             if cascade.prompts:
                 self.mismatches.append(f"{cascade.prompts} calibrated rows are prompts, and chat requests are asked otherwise: calibrate on rows of prepare_data.py --source chat")
@@ -311,7 +309,7 @@ class Service:
         Raises:
             NotNow: the small model takes no request.
         """
-        request = await asyncio.to_thread(self._request, row) if self.few_shot else self._request(row)
+        request = await asyncio.to_thread(self._request, row) if self.options.few_shot else self._request(row)
         began = time.perf_counter()
         reply = await self._link.ask(request)
         reply = replace(reply, seconds=time.perf_counter() - began)
@@ -330,8 +328,8 @@ class Service:
 
     def _request(self, row: Asked) -> ModelRequest:
         example = replace(row.example, ask=self.options.ask)
-        if self.few_shot:
-            example = replace(example, shots=self.few_shot.turns(example))
+        if self.options.few_shot:
+            example = replace(example, shots=self.options.few_shot.turns(example))
         return request_of(self.options.track, example)
 
     def _sent(self, asked: Incoming, row: Asked, local: Local) -> Given:

@@ -13,7 +13,7 @@ import pytest
 from slm_swap.demo.azure_simulator import Answer
 from slm_swap.rows.examples import Example
 from slm_swap.serving import state
-from tests.support.endpoints import CHECK_STOCK, HOSTED_KEY, HOSTED_NAME, SCRIPTED, cascade, serving
+from tests.support.endpoints import CHECK_STOCK, HOSTED_KEY, HOSTED_NAME, SCRIPTED, cascade, is_up, serving
 from tests.support.langfuse_server import LangfuseServer
 from tests.support.processes import children_of, wait_until
 from tests.support.scripted import Scripted, plain, refused
@@ -445,6 +445,33 @@ def test_a_worker_that_is_killed_comes_back_and_the_model_stays(hosted, tmp_path
                 return False
 
         wait_until(answers)
+
+
+def kill_worker(running) -> None:
+    """SIGKILL to the one worker, until another one answers."""
+    worker = max(children_of(running.script.pid))
+    os.kill(worker, 9)
+    wait_until(lambda: len(children_of(running.script.pid)) == 2 and worker not in children_of(running.script.pid))
+    wait_until(lambda: is_up(running))
+
+
+@pytest.mark.parametrize("what", ["edited", "gone"])
+def test_a_worker_that_comes_back_shows_the_rows_of_the_start(hosted, tmp_path, what):
+    """Their hash is the one that was compared with the calibration's: rows that nobody measured must not be shown under it."""
+    rows, before, after = tmp_path / "train.jsonl", "Is the desk lamp in stock in Porto?", "Another row of a desk lamp in Porto"
+    called = [{"name": "check_stock", "arguments": {"item": "lamp", "city": "Porto"}}]
+    row = {"messages": [{"role": "user", "content": before}], "tools": [CHECK_STOCK], "calls": called}
+    rows.write_text(json.dumps(row) + "\n")
+    with serving(tmp_path, "--mode", "local", "--few-shot", rows, hosted=hosted) as running:
+        told, reply = running.ask("shown a lamp of Porto")
+        assert (told, reply.choices[0].message.content) == ("local; reason=local", before)
+        if what == "gone":
+            rows.unlink()
+        else:
+            rows.write_text(rows.read_text().replace(before, after))
+        kill_worker(running)
+        told, reply = running.ask("shown a lamp of Porto")
+        assert (told, reply.choices[0].message.content) == ("local; reason=local", before)
 
 
 @pytest.mark.parametrize(
