@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import fcntl
 import gc
+import mmap
 import multiprocessing
 import os
 import shutil
@@ -12,7 +13,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,6 +29,7 @@ from slm_swap.serving.options import Options
 PAUSES = (0.5, 1, 2, 5, 10, 30, 60)  # seconds before a process that died is started again; the last one from then on
 WELL_SECONDS = 300  # after so long a life the first pause holds again
 LOOK_SECONDS = 0.2
+START_SECONDS = 0.02  # between two looks at whether the model is loaded
 DRAIN_SECONDS = 660  # that requests under way have after SIGTERM: beyond the hosted model's own time
 KEEP_ALIVE = 75  # seconds that an idle connection of a client stays open
 _fork = multiprocessing.get_context("fork")
@@ -39,12 +41,22 @@ class Kept:
     def __init__(self, name: str, target: Callable[..., None], *args: Any):
         self.name, self._target, self._args = name, target, args
         self._died = 0
-        self.was_ready = False  # that it cannot start once more is then no fault of the set-up: its memory on the GPU may not be free yet
+        self._ready = mmap.mmap(-1, 1)  # shared with the process
         self.process: Any = None
         self.again: float | None = 0.0  # when it is started; None: it runs
 
+    @property
+    def was_ready(self) -> bool:
+        """Whether it has been ready once. That it cannot start again is then no fault of the set-up: its memory on the GPU may not be free yet, or a file of
+        the start is gone, and the others still answer."""
+        return self._ready[0] == 1
+
+    def _say_ready(self) -> None:
+        """In the process: its set-up is right."""
+        self._ready[0] = 1
+
     def start(self) -> None:
-        self.process = _fork.Process(target=self._target, args=self._args, name=self.name)
+        self.process = _fork.Process(target=self._target, args=(self._say_ready, *self._args), name=self.name)
         self.process.start()
         self._since, self.again = time.monotonic(), None
 
@@ -79,14 +91,11 @@ def serve(options: Options, listener: socket.socket, make_client: Callable[[], C
         kept: list[Kept] = []
         try:
             if make_client is not None:
-                here, there = _fork.Pipe(duplex=False)
-                engine = Kept("the small model's process", _engine, options, listener, make_client, there, os.getpid())
+                engine = Kept("the small model's process", _engine, options, listener, make_client, os.getpid())
                 engine.start()
-                there.close()
                 kept.append(engine)
-                if not _ready(engine, here, stopping):
+                if not _came_up(engine, stopping):
                     return 2 if not stopping else 0
-                engine.was_ready = True
             for number in range(options.workers):
                 worker = Kept(f"worker {number}", _worker, options, listener, number, os.getpid())
                 worker.start()
@@ -104,18 +113,12 @@ def serve(options: Options, listener: socket.socket, make_client: Callable[[], C
             _end(kept)
 
 
-def _ready(engine: Kept, told: Connection, stopping: list[int]) -> bool:
+def _came_up(engine: Kept, stopping: list[int]) -> bool:
     """Wait until the model is loaded; False where it cannot be, which its process has said."""
-    while not stopping:
-        if told.poll(LOOK_SECONDS):
-            with contextlib.suppress(EOFError):
-                told.recv()
-                return True
-            engine.process.join()
-            return False
-        if engine.process.exitcode is not None:
-            return False
-    return False
+    while not stopping and not engine.was_ready:
+        if wait([engine.process.sentinel], timeout=START_SECONDS):
+            return engine.was_ready
+    return not stopping
 
 
 def _end(kept: list[Kept]) -> None:
@@ -156,20 +159,15 @@ def _begin(parent: int, when_orphaned: int, on_sigterm: signal.Handlers) -> None
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides on Ctrl-C
 
 
-def _engine(options: Options, listener: socket.socket, make_client: Callable[[], Client], told: Connection, parent: int) -> None:
+def _engine(ready: Callable[[], None], options: Options, listener: socket.socket, make_client: Callable[[], Client], parent: int) -> None:
     _begin(parent, signal.SIGKILL, signal.SIG_IGN)  # systemd sends SIGTERM to all processes of a service: the workers still need this one
     listener.close()  # or clients could still connect where no worker is left to answer
     hide_in_tracebacks(lambda: options.settings.secrets)
-
-    def ready() -> None:
-        with contextlib.suppress(OSError):  # a later start: nobody waits
-            told.send("ready")
-
     with shown_by_hook(), _said_in_one_line():
         run_engine(options.state, options.queue, make_client, ready)
 
 
-def _worker(options: Options, listener: socket.socket, number: int, parent: int) -> None:
+def _worker(ready: Callable[[], None], options: Options, listener: socket.socket, number: int, parent: int) -> None:
     _begin(parent, signal.SIGTERM, signal.SIG_DFL)
     hide_in_tracebacks(lambda: options.settings.secrets)
     with shown_by_hook(), _said_in_one_line():
@@ -179,6 +177,7 @@ def _worker(options: Options, listener: socket.socket, number: int, parent: int)
         from slm_swap.serving.service import Service
 
         app = make_app(Service(options, number), lambda: server.should_exit)
+        ready()
         config = uvicorn.Config(
             app, log_level="error", access_log=False, server_header=False, timeout_keep_alive=KEEP_ALIVE, ws="none", lifespan="on",
             timeout_graceful_shutdown=DRAIN_SECONDS - 30,

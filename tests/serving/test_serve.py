@@ -474,6 +474,23 @@ def test_a_worker_that_comes_back_shows_the_rows_of_the_start(hosted, tmp_path, 
         assert (told, reply.choices[0].message.content) == ("local; reason=local", before)
 
 
+def test_a_worker_that_cannot_start_again_ends_no_endpoint(hosted, tmp_path):
+    """What it reads may be damaged for a while: the other worker still answers, and it comes back."""
+    prices = tmp_path / "prices.toml"
+    prices.write_text("")
+    with serving(tmp_path, "--mode", "hosted", "--workers", 2, hosted=hosted, PRICES_FILE=str(prices)) as running:
+        prices.write_text("no table")
+        first, second = children_of(running.script.pid)
+        os.kill(second, 9)
+        wait_until(lambda: " ended (2) and is started again in 1 s" in running.log.read_text())
+        assert first in children_of(running.script.pid)
+        assert running.ask("call Porto")[0] == "hosted; reason=mode"
+        prices.write_text("")
+        wait_until(lambda: len(children_of(running.script.pid)) == 2)
+        assert running.script.poll() is None
+    assert running.script.wait() == 0
+
+
 @pytest.mark.parametrize(
     "flags, said",
     [
