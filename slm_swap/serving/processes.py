@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import wait
@@ -24,6 +25,7 @@ from slm_swap.common.processes import end_with
 from slm_swap.common.secrets import hide_in_tracebacks, shown_by_hook
 from slm_swap.common.settings import shown_path
 from slm_swap.serving.engine import run_engine
+from slm_swap.serving.notices import say
 from slm_swap.serving.options import Options
 
 PAUSES = (0.5, 1, 2, 5, 10, 30, 60)  # seconds before a process that died is started again; the last one from then on
@@ -32,6 +34,8 @@ LOOK_SECONDS = 0.2
 START_SECONDS = 0.02  # between two looks at whether the model is loaded
 DRAIN_SECONDS = 660  # that requests under way have after SIGTERM: beyond the hosted model's own time
 KEEP_ALIVE = 75  # seconds that an idle connection of a client stays open
+MEMORY = Path("/dev/shm")
+ROOM = 16 * 2**20  # bytes that must be free there: a worker's metrics take up to some 100 KiB
 _fork = multiprocessing.get_context("fork")
 
 
@@ -66,7 +70,7 @@ class Kept:
             lived = time.monotonic() - self._since
             self._died = 0 if lived > WELL_SECONDS else self._died
             pause = PAUSES[min(self._died, len(PAUSES) - 1)]
-            print(f"{self.name} ended ({self.process.exitcode}) and is started again in {pause:g} s", file=sys.stderr, flush=True)
+            say(f"{self.name} ended ({self.process.exitcode}) and is started again in {pause:g} s")
             self._died, self.again = self._died + 1, time.monotonic() + pause
         if self.again is not None and time.monotonic() >= self.again:
             self.start()
@@ -83,10 +87,7 @@ def serve(options: Options, listener: socket.socket, make_client: Callable[[], C
         signal.signal(number, lambda number, _: stopping.append(number))
     gc.collect()
     gc.freeze()  # a collection that goes over all that is loaded would hold a worker's requests up by some 60 ms
-    with locked(options.state):
-        metrics = options.state / "metrics"
-        shutil.rmtree(metrics, ignore_errors=True)
-        metrics.mkdir()
+    with locked(options.state), metrics_folder(options.state) as metrics:
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(metrics)
         kept: list[Kept] = []
         try:
@@ -152,6 +153,28 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def metrics_folder(state: Path) -> Iterator[Path]:
+    """An empty folder for Prometheus' values, which processes map into their memory: a full disk below them would kill each that counts. So it lies in memory,
+    where that has ROOM, else in the state folder. It is removed at the end. One that an endpoint of this state folder left, which was killed, is removed at once:
+    the caller has the folder's lock."""
+    own, told = state / "metrics", os.stat(state)
+    prefix = f"slm_swap-{told.st_dev:x}-{told.st_ino:x}-"
+    for left in (own, *MEMORY.glob(f"{prefix}*")):
+        shutil.rmtree(left, ignore_errors=True)
+    folder = own
+    with contextlib.suppress(OSError):
+        free = os.statvfs(MEMORY)
+        if free.f_bavail * free.f_frsize >= ROOM:
+            folder = Path(tempfile.mkdtemp(prefix=prefix, dir=MEMORY))
+    if folder == own:
+        own.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _begin(parent: int, when_orphaned: int, on_sigterm: signal.Handlers) -> None:
     """What a child does first: it ends with its parent, and decides on signals itself."""
     end_with(parent, when_orphaned)
@@ -199,5 +222,5 @@ def _said_in_one_line() -> Iterator[None]:
 
 
 def _leave(message: str) -> NoReturn:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    say(f"error: {' '.join(message.split())}")
     sys.exit(2)

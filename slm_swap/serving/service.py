@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Coroutine
@@ -27,6 +26,7 @@ from slm_swap.serving.chat import Asked, Unsupported, completion, events, may_be
 from slm_swap.serving.hosted import ASKING, CHAT, Hosted, HostedDown, answered_headers
 from slm_swap.serving.link import Link, NotNow
 from slm_swap.serving.meters import Meters
+from slm_swap.serving.notices import say
 from slm_swap.serving.options import Options
 from slm_swap.serving.streams import joined
 from slm_swap.serving.traces import Traces
@@ -457,15 +457,3 @@ class Service:
 def _token(text: str) -> str:
     """A detail as it may stand in a header."""
     return "".join(letter if letter.isascii() and (letter.isalnum() or letter in "_-.") else "_" for letter in text)[:64]
-
-
-_said: dict[str, float] = {}
-
-
-def say(message: str, worker: int = 0, every: float = 0.0) -> None:
-    """A line to standard error; one worker says what all know, and the same thing not again within `every` seconds."""
-    at = time.monotonic()
-    if worker == 0 and at - _said.get(message, -every - 1) > every:
-        if every:
-            _said[message] = at
-        print(message, file=sys.stderr, flush=True)
