@@ -67,6 +67,7 @@ class Kept:
     def look(self) -> None:
         """Start it where it has ended and its pause is over."""
         if self.again is None and self.process.exitcode is not None:
+            self._forget_gauges()
             lived = time.monotonic() - self._since
             self._died = 0 if lived > WELL_SECONDS else self._died
             pause = PAUSES[min(self._died, len(PAUSES) - 1)]
@@ -74,6 +75,13 @@ class Kept:
             self._died, self.again = self._died + 1, time.monotonic() + pause
         if self.again is not None and time.monotonic() >= self.again:
             self.start()
+
+    def _forget_gauges(self) -> None:
+        """What it had under way is under way no more; what it counted stays."""
+        from prometheus_client import multiprocess
+
+        with contextlib.suppress(OSError):
+            multiprocess.mark_process_dead(self.process.pid)
 
 
 def serve(options: Options, listener: socket.socket, make_client: Callable[[], Client] | None) -> int:

@@ -555,6 +555,41 @@ def test_a_full_state_folder_stops_no_answer(hosted, tmp_path):
         assert metrics_folders(running.state) == []
 
 
+def test_gauges_are_of_the_processes_that_live(hosted, tmp_path):
+    with serving(tmp_path, "--mode", "cascade", "--cascade", cascade(tmp_path / "c.json"), "--deadline", 60, hosted=hosted) as running, ThreadPoolExecutor(1) as pool:
+        under_way = pool.submit(running.ask, "slow 1")
+        wait_until(lambda: "slm_swap_under_way 1.0" in httpx2.get(f"{running.url}/metrics").text)
+        kill_worker(running)
+        with pytest.raises(openai.APIConnectionError):
+            under_way.result()
+        text = httpx2.get(f"{running.url}/metrics").text
+        assert "slm_swap_under_way 0.0" in text and "slm_swap_engine_up 1.0" in text
+        engine, worker = sorted(children_of(running.script.pid))
+        os.kill(engine, 9)
+        wait_until(lambda: "slm_swap_engine_up 0.0" in httpx2.get(f"{running.url}/metrics").text)
+        os.kill(worker, 9)
+        wait_until(lambda: worker not in children_of(running.script.pid))
+        wait_until(lambda: is_up(running))
+        assert "slm_swap_engine_up 1.0" in httpx2.get(f"{running.url}/metrics").text
+
+
+def test_a_socket_that_cannot_be_made_is_said_at_the_start_and_waited_for_later(hosted, tmp_path):
+    place = tmp_path / "state/engine.sock"
+    place.mkdir(parents=True)
+    with pytest.raises(AssertionError, match=r"error: cannot listen at \S+engine\.sock \(.*\): check --state"), serving(tmp_path, "--mode", "local", hosted=hosted):
+        pass
+    place.rmdir()
+    (tmp_path / "log").unlink()
+    with serving(tmp_path, "--mode", "local", hosted=hosted) as running:
+        place.unlink()
+        place.mkdir()
+        assert running.ask("die now")[0] == "hosted; reason=engine_down"
+        wait_until(lambda: "the small model's process ended (2) and is started again in 1 s" in running.log.read_text())
+        assert running.ask("call Porto")[0] == "hosted; reason=engine_down"
+        place.rmdir()
+        wait_until(lambda: running.ask("call Porto")[0] == "local; reason=local")
+
+
 @pytest.mark.parametrize(
     "flags, said",
     [
