@@ -19,9 +19,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere
 
 from slm_swap.cli import (
-    SHOTS,
     Parser,
     client_options,
+    few_shot_of,
     next_step,
     not_negative,
     positive,
@@ -147,12 +147,11 @@ def main(argv: list[str] | None = None) -> int:
     prices = load_prices(settings.prices_file)
     if args.audit_budget is not None and prices.deployment(settings.azure_deployment or "").input is None:
         raise UserError(f'--audit-budget needs the hosted model\'s prices: write them under [hosted."{settings.azure_deployment}"] in {prices.path}')
-    few_shot = find_path(args.few_shot) if args.few_shot else None
     options: dict[str, Any] = {name: getattr(args, name) for name in ("mode", "track", "ask", "constrain", "max_new_tokens", "deadline", "queue", "timeout")}
     options |= {name: getattr(args, name) for name in ("max_body", "audit_share", "audit_budget", "log_content", "workers")}
     made = Options(
         settings, state=args.state, cascade=read_rule(args), recipe=read_recipe(args.recipe, args.track) if args.recipe else None,
-        few_shot=few_shot, shots=(args.shots or SHOTS) if few_shot else None, few_shot_sha256=sha256_file(few_shot) if few_shot else None,
+        few_shot=few_shot_of(args) if args.mode != "hosted" else None,
         keys=keys, audit_content=not args.no_audit_content, plain_json=args.json_in_prompt, tracing=tracing_options(args, settings), **options,
     )  # fmt: skip
     if made.mode != "local" or settings.azure_endpoint:

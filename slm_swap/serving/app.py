@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from slm_swap.common.secrets import scrub
 from slm_swap.serving.hosted import CHAT, HostedDown
-from slm_swap.serving.service import HEADER, RETRY_SECONDS, Given, Incoming, Refused, Service, incoming, say
+from slm_swap.serving.notices import say
+from slm_swap.serving.service import HEADER, RETRY_SECONDS, Given, Incoming, Refused, Service, incoming
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette

@@ -53,7 +53,7 @@ class Audits:
     def __init__(self, options: Options, hosted: Hosted, meters: Meters, prices: HostedPrices):
         self._options, self._hosted, self._meters, self._prices = options, hosted, meters, prices
         self._lines, self._day, self._spent = state.Tail(options.state / state.AUDITS), 0, 0.0
-        self._under_way = 0
+        self._under_way, self._unwritten = 0, 0.0
 
     def due(self) -> bool:
         """Whether this local answer is to be audited."""
@@ -65,7 +65,7 @@ class Audits:
         """What may be spent today."""
         day = int(time.time() // DAY)
         if day != self._day:
-            self._day, self._spent, self._lines = day, 0.0, state.Tail(self._lines.path)
+            self._day, self._spent, self._unwritten, self._lines = day, 0.0, 0.0, state.Tail(self._lines.path)
         try:
             for line in self._lines.new():
                 if int(float(line["time"]) // DAY) == day:
@@ -74,7 +74,7 @@ class Audits:
             self._lines = state.Tail(self._lines.path)
         except UserError:  # it cannot be read: nothing more is spent until it can
             return 0.0
-        return self._options.audit_budget - self._spent
+        return self._options.audit_budget - self._spent - self._unwritten
 
     async def audit(self, name: str, kind: str, tools: tuple[str, ...], path: str, body: dict[str, Any], local: Reply) -> Reply | None:
         """Ask the hosted model, compare, write; its reply, None where it gave none that says anything."""
@@ -123,7 +123,11 @@ class Audits:
             "request": body if shown else None,
         }
         self._meters.audited(same, cost if paid else None)
-        state.append(self._options.state, state.AUDITS, line)
+        try:
+            state.append(self._options.state, state.AUDITS, line)
+        except OSError:  # it was paid for all the same
+            self._unwritten += (cost or 0.0) if paid else 0.0
+            raise
 
     def _cost(self, local: Reply, hosted: Reply) -> float | None:
         """By the hosted model's count of tokens; where it gave none, by the small model's."""

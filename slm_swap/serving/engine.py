@@ -13,7 +13,9 @@ import queue
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,13 @@ from slm_swap.clients.engines import DeviceFailed
 from slm_swap.clients.protocol import Client, Reply
 from slm_swap.common.errors import UserError
 from slm_swap.common.exact_json import EXACT
+from slm_swap.common.os_errors import os_error
 from slm_swap.common.processes import Watchdog
 from slm_swap.rows.lines import dump_json
 from slm_swap.rows.prompts import Request, Wanted
+from slm_swap.serving.state import ADVICE
 
+SOCKET = "engine.sock"
 LINE = 64 * 2**20  # bytes of the longest line
 GATHER_SECONDS = 0.01  # that a batch of the transformers engine waits for others to join it
 IDLE_SECONDS = 1.0  # between two looks, while nothing is asked, at whether vLLM's process still runs
@@ -51,7 +56,7 @@ def read_request(told: list[Any]) -> Request:
 
 def socket_address(folder: Path, descriptor: int | None = None) -> str:
     """The socket's address by an open descriptor of its folder: a Unix socket's own path may have 107 bytes only."""
-    return f"/proc/self/fd/{os.open(folder, os.O_PATH) if descriptor is None else descriptor}/engine.sock"
+    return f"/proc/self/fd/{os.open(folder, os.O_PATH) if descriptor is None else descriptor}/{SOCKET}"
 
 
 @dataclasses.dataclass(eq=False)
@@ -108,13 +113,16 @@ def run_engine(folder: Path, room: int, make_client: Callable[[], Client], ready
     """Load the model, listen, and answer until the process is ended.
 
     Raises:
-        UserError: as `make_client`. What comes later is a fault of the model's, of which the process ends with another exit code.
+        UserError: as `make_client`, or the socket cannot be made. What comes later is a fault of the model's, of which the process ends with another exit code.
     """
     client = make_client()
-    jobs, listening = Jobs(room), threading.Event()
+    jobs, listening = Jobs(room), Future[None]()
     hello = {"hello": client.identity | {"kind": client.kind}}
-    threading.Thread(target=lambda: asyncio.run(_listen(folder, jobs, hello, listening)), name="engine-socket", daemon=True).start()
-    listening.wait()
+    threading.Thread(target=_keep_listening, args=(folder, jobs, hello, listening), name="engine-socket", daemon=True).start()
+    try:
+        listening.result()
+    except OSError as error:
+        raise os_error(error, "listen at", folder / SOCKET, ADVICE) from None
     ready()
     try:
         if getattr(client, "over_http", False):
@@ -187,7 +195,19 @@ def _in_batches(client: Any, jobs: Jobs, size: int) -> None:
                 break
 
 
-async def _listen(folder: Path, jobs: Jobs, hello: dict[str, Any], listening: threading.Event) -> None:
+def _keep_listening(folder: Path, jobs: Jobs, hello: dict[str, Any], listening: "Future[None]") -> None:
+    """The socket's thread. `listening` says that the socket is there, or why not; if it ends later, so does the process, which nobody could ask any more."""
+    try:
+        asyncio.run(_listen(folder, jobs, hello, listening))
+    except BaseException as error:
+        if not listening.done():
+            listening.set_exception(error)
+            return
+        traceback.print_exc()
+        os._exit(1)
+
+
+async def _listen(folder: Path, jobs: Jobs, hello: dict[str, Any], listening: "Future[None]") -> None:
     loop = asyncio.get_running_loop()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -218,10 +238,10 @@ async def _listen(folder: Path, jobs: Jobs, hello: dict[str, Any], listening: th
             writer.close()
 
     address = socket_address(folder)
-    (folder / "engine.sock").unlink(missing_ok=True)
+    (folder / SOCKET).unlink(missing_ok=True)
     before = os.umask(0o077)
     server = await asyncio.start_unix_server(serve, address, limit=LINE)
     os.umask(before)
-    listening.set()
+    listening.set_result(None)
     async with server:
         await server.serve_forever()

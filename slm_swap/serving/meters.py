@@ -15,7 +15,8 @@ SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
 class Meters:
-    """One worker's. Prometheus' values of all workers stand in files of the folder that PROMETHEUS_MULTIPROC_DIR names, set before this is made."""
+    """One worker's. Prometheus' values of all workers stand in files of the folder that PROMETHEUS_MULTIPROC_DIR names, set before this is made.
+    The gauges are of the processes that live (`multiprocess.mark_process_dead`)."""
 
     def __init__(self, folder: Path, worker: int, edges: dict[str, tuple[str, list[float]]]):
         """`edges`: for each class its signal, and the values between its bins."""
@@ -30,7 +31,7 @@ class Meters:
         self._saved = Counter("slm_swap_saved_money", "Hosted price of what was answered locally, by the small model's counts of tokens, all input in full", registry=own)
         self._audits = Counter("slm_swap_audits", "Local answers that the hosted model was asked for too", ["agree"], registry=own)
         self._audit_cost = Counter("slm_swap_audit_money", "What audits cost", registry=own)
-        self._engine = Gauge("slm_swap_engine_up", "Whether the small model answers", multiprocess_mode="livemin", registry=own)
+        self._engine = Gauge("slm_swap_engine_up", "Whether the small model answers", multiprocess_mode="livemax", registry=own)  # a worker that starts does not know yet
         self._under_way = Gauge("slm_swap_under_way", "Requests that are being answered", multiprocess_mode="livesum", registry=own)
         self._all = CollectorRegistry()
         multiprocess.MultiProcessCollector(self._all)

@@ -8,6 +8,7 @@ from pathlib import Path
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import Settings, shown_path
 from slm_swap.evaluating.recipe import Recipe
+from slm_swap.rows.few_shot import FewShot
 from slm_swap.tracing.runs import Tracing
 from slm_swap.verdict.cascade import Cascade
 
@@ -17,8 +18,9 @@ SHORTEST_KEY = 16
 
 @dataclass(frozen=True)
 class Options:
-    """`ask`, `few_shot`, `shots`, `constrain` and `max_new_tokens` are how the small model is asked, as in evaluations; `deadline` in seconds is the longest that a
-    request waits for it, `queue` how many of all workers wait; `timeout` in seconds is how long the hosted model may be silent.
+    """`ask`, `few_shot`, `constrain` and `max_new_tokens` are how the small model is asked, as in evaluations. `few_shot` holds the rows themselves: a worker that is
+    started again has those that were hashed at the start, whatever has become of their file. `deadline` in seconds is the longest that a request waits for the
+    small model, `queue` how many of all workers wait; `timeout` in seconds is how long the hosted model may be silent.
 
     `max_body` in bytes and `body_seconds` bound a request's body. `audit_share` of the locally answered requests is asked of the hosted
     model, too, within `audit_budget` a day (None: no bound). `plain_json`: all requests ask for JSON, also without response_format.
@@ -31,9 +33,7 @@ class Options:
     cascade: Cascade | None = None
     recipe: Recipe | None = None
     ask: str | None = None
-    few_shot: Path | None = None
-    shots: int | None = None
-    few_shot_sha256: str | None = None
+    few_shot: FewShot | None = None
     constrain: str = "off"
     max_new_tokens: int = 256
     deadline: float = 10.0
@@ -50,6 +50,10 @@ class Options:
     tracing: Tracing | None = None
     workers: int = 1
     minute: float = 60.0
+
+    def __post_init__(self):
+        if self.recipe:
+            _ = self.recipe.sha256  # read now, not by a worker that is started again when the file may be another one, or gone
 
     @property
     def small(self) -> bool:

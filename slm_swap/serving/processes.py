@@ -4,15 +4,17 @@ import asyncio
 import contextlib
 import fcntl
 import gc
+import mmap
 import multiprocessing
 import os
 import shutil
 import signal
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,13 +25,17 @@ from slm_swap.common.processes import end_with
 from slm_swap.common.secrets import hide_in_tracebacks, shown_by_hook
 from slm_swap.common.settings import shown_path
 from slm_swap.serving.engine import run_engine
+from slm_swap.serving.notices import say
 from slm_swap.serving.options import Options
 
 PAUSES = (0.5, 1, 2, 5, 10, 30, 60)  # seconds before a process that died is started again; the last one from then on
 WELL_SECONDS = 300  # after so long a life the first pause holds again
 LOOK_SECONDS = 0.2
+START_SECONDS = 0.02  # between two looks at whether the model is loaded
 DRAIN_SECONDS = 660  # that requests under way have after SIGTERM: beyond the hosted model's own time
 KEEP_ALIVE = 75  # seconds that an idle connection of a client stays open
+MEMORY = Path("/dev/shm")
+ROOM = 16 * 2**20  # bytes that must be free there: a worker's metrics take up to some 100 KiB
 _fork = multiprocessing.get_context("fork")
 
 
@@ -39,25 +45,43 @@ class Kept:
     def __init__(self, name: str, target: Callable[..., None], *args: Any):
         self.name, self._target, self._args = name, target, args
         self._died = 0
-        self.was_ready = False  # that it cannot start once more is then no fault of the set-up: its memory on the GPU may not be free yet
+        self._ready = mmap.mmap(-1, 1)  # shared with the process
         self.process: Any = None
         self.again: float | None = 0.0  # when it is started; None: it runs
 
+    @property
+    def was_ready(self) -> bool:
+        """Whether it has been ready once. That it cannot start again is then no fault of the set-up: its memory on the GPU may not be free yet, or a file of
+        the start is gone, and the others still answer."""
+        return self._ready[0] == 1
+
+    def _say_ready(self) -> None:
+        """In the process: its set-up is right."""
+        self._ready[0] = 1
+
     def start(self) -> None:
-        self.process = _fork.Process(target=self._target, args=self._args, name=self.name)
+        self.process = _fork.Process(target=self._target, args=(self._say_ready, *self._args), name=self.name)
         self.process.start()
         self._since, self.again = time.monotonic(), None
 
     def look(self) -> None:
         """Start it where it has ended and its pause is over."""
         if self.again is None and self.process.exitcode is not None:
+            self._forget_gauges()
             lived = time.monotonic() - self._since
             self._died = 0 if lived > WELL_SECONDS else self._died
             pause = PAUSES[min(self._died, len(PAUSES) - 1)]
-            print(f"{self.name} ended ({self.process.exitcode}) and is started again in {pause:g} s", file=sys.stderr, flush=True)
+            say(f"{self.name} ended ({self.process.exitcode}) and is started again in {pause:g} s")
             self._died, self.again = self._died + 1, time.monotonic() + pause
         if self.again is not None and time.monotonic() >= self.again:
             self.start()
+
+    def _forget_gauges(self) -> None:
+        """What it had under way is under way no more; what it counted stays."""
+        from prometheus_client import multiprocess
+
+        with contextlib.suppress(OSError):
+            multiprocess.mark_process_dead(self.process.pid)
 
 
 def serve(options: Options, listener: socket.socket, make_client: Callable[[], Client] | None) -> int:
@@ -71,22 +95,16 @@ def serve(options: Options, listener: socket.socket, make_client: Callable[[], C
         signal.signal(number, lambda number, _: stopping.append(number))
     gc.collect()
     gc.freeze()  # a collection that goes over all that is loaded would hold a worker's requests up by some 60 ms
-    with locked(options.state):
-        metrics = options.state / "metrics"
-        shutil.rmtree(metrics, ignore_errors=True)
-        metrics.mkdir()
+    with locked(options.state), metrics_folder(options.state) as metrics:
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(metrics)
         kept: list[Kept] = []
         try:
             if make_client is not None:
-                here, there = _fork.Pipe(duplex=False)
-                engine = Kept("the small model's process", _engine, options, listener, make_client, there, os.getpid())
+                engine = Kept("the small model's process", _engine, options, listener, make_client, os.getpid())
                 engine.start()
-                there.close()
                 kept.append(engine)
-                if not _ready(engine, here, stopping):
+                if not _came_up(engine, stopping):
                     return 2 if not stopping else 0
-                engine.was_ready = True
             for number in range(options.workers):
                 worker = Kept(f"worker {number}", _worker, options, listener, number, os.getpid())
                 worker.start()
@@ -104,18 +122,12 @@ def serve(options: Options, listener: socket.socket, make_client: Callable[[], C
             _end(kept)
 
 
-def _ready(engine: Kept, told: Connection, stopping: list[int]) -> bool:
+def _came_up(engine: Kept, stopping: list[int]) -> bool:
     """Wait until the model is loaded; False where it cannot be, which its process has said."""
-    while not stopping:
-        if told.poll(LOOK_SECONDS):
-            with contextlib.suppress(EOFError):
-                told.recv()
-                return True
-            engine.process.join()
-            return False
-        if engine.process.exitcode is not None:
-            return False
-    return False
+    while not stopping and not engine.was_ready:
+        if wait([engine.process.sentinel], timeout=START_SECONDS):
+            return engine.was_ready
+    return not stopping
 
 
 def _end(kept: list[Kept]) -> None:
@@ -149,6 +161,28 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def metrics_folder(state: Path) -> Iterator[Path]:
+    """An empty folder for Prometheus' values, which processes map into their memory: a full disk below them would kill each that counts. So it lies in memory,
+    where that has ROOM, else in the state folder. It is removed at the end. One that an endpoint of this state folder left, which was killed, is removed at once:
+    the caller has the folder's lock."""
+    own, told = state / "metrics", os.stat(state)
+    prefix = f"slm_swap-{told.st_dev:x}-{told.st_ino:x}-"
+    for left in (own, *MEMORY.glob(f"{prefix}*")):
+        shutil.rmtree(left, ignore_errors=True)
+    folder = own
+    with contextlib.suppress(OSError):
+        free = os.statvfs(MEMORY)
+        if free.f_bavail * free.f_frsize >= ROOM:
+            folder = Path(tempfile.mkdtemp(prefix=prefix, dir=MEMORY))
+    if folder == own:
+        own.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _begin(parent: int, when_orphaned: int, on_sigterm: signal.Handlers) -> None:
     """What a child does first: it ends with its parent, and decides on signals itself."""
     end_with(parent, when_orphaned)
@@ -156,20 +190,15 @@ def _begin(parent: int, when_orphaned: int, on_sigterm: signal.Handlers) -> None
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides on Ctrl-C
 
 
-def _engine(options: Options, listener: socket.socket, make_client: Callable[[], Client], told: Connection, parent: int) -> None:
+def _engine(ready: Callable[[], None], options: Options, listener: socket.socket, make_client: Callable[[], Client], parent: int) -> None:
     _begin(parent, signal.SIGKILL, signal.SIG_IGN)  # systemd sends SIGTERM to all processes of a service: the workers still need this one
     listener.close()  # or clients could still connect where no worker is left to answer
     hide_in_tracebacks(lambda: options.settings.secrets)
-
-    def ready() -> None:
-        with contextlib.suppress(OSError):  # a later start: nobody waits
-            told.send("ready")
-
     with shown_by_hook(), _said_in_one_line():
         run_engine(options.state, options.queue, make_client, ready)
 
 
-def _worker(options: Options, listener: socket.socket, number: int, parent: int) -> None:
+def _worker(ready: Callable[[], None], options: Options, listener: socket.socket, number: int, parent: int) -> None:
     _begin(parent, signal.SIGTERM, signal.SIG_DFL)
     hide_in_tracebacks(lambda: options.settings.secrets)
     with shown_by_hook(), _said_in_one_line():
@@ -179,6 +208,7 @@ def _worker(options: Options, listener: socket.socket, number: int, parent: int)
         from slm_swap.serving.service import Service
 
         app = make_app(Service(options, number), lambda: server.should_exit)
+        ready()
         config = uvicorn.Config(
             app, log_level="error", access_log=False, server_header=False, timeout_keep_alive=KEEP_ALIVE, ws="none", lifespan="on",
             timeout_graceful_shutdown=DRAIN_SECONDS - 30,
@@ -200,5 +230,5 @@ def _said_in_one_line() -> Iterator[None]:
 
 
 def _leave(message: str) -> NoReturn:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    say(f"error: {' '.join(message.split())}")
     sys.exit(2)

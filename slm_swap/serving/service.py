@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Coroutine
@@ -19,7 +18,6 @@ from slm_swap.common.errors import UserError
 from slm_swap.common.exact_json import EXACT
 from slm_swap.common.reports import now
 from slm_swap.common.settings import display_path
-from slm_swap.rows.few_shot import FewShot
 from slm_swap.rows.prompts import Request as ModelRequest
 from slm_swap.rows.prompts import request_of
 from slm_swap.serving import state
@@ -28,6 +26,7 @@ from slm_swap.serving.chat import Asked, Unsupported, completion, events, may_be
 from slm_swap.serving.hosted import ASKING, CHAT, Hosted, HostedDown, answered_headers, told_down
 from slm_swap.serving.link import Link, NotNow
 from slm_swap.serving.meters import Meters
+from slm_swap.serving.notices import say
 from slm_swap.serving.options import Options
 from slm_swap.serving.streams import joined
 from slm_swap.serving.traces import Traces
@@ -109,14 +108,13 @@ class Service:
     """One worker's endpoint.
 
     Raises:
-        UserError: the hosted model's or the shots' set-up is wrong.
+        UserError: the hosted model's set-up is wrong.
     """
 
     def __init__(self, options: Options, worker: int = 0):
         self.options, self.worker = options, worker
         settings, cascade = options.settings, options.cascade
         self.hosted = Hosted(settings, options.timeout) if settings.azure_endpoint or options.mode != "local" else None
-        self.few_shot = FewShot(options.few_shot, options.track, options.shots) if options.few_shot and options.small else None
         rules = cascade.told["rules"] if cascade else {}
         edges = {kind: (rule["signal"], rule["quantiles"]) for kind, rule in rules.items() if rule.get("quantiles")}
         self.meters = Meters(options.state, worker, edges)
@@ -184,8 +182,8 @@ class Service:
         self.mismatches = []
         if cascade:
             options = self.options
-            asked = options.ask or "native", options.constrain, options.max_new_tokens, options.few_shot_sha256, options.shots
-            own = identity_of(identity, *asked)
+            shots = (options.few_shot.sha256, options.few_shot.count) if options.few_shot else (None, None)
+            own = identity_of(identity, options.ask or "native", options.constrain, options.max_new_tokens, *shots)
             self.mismatches += cascade.mismatches(own)
             if cascade.prompts:
                 self.mismatches.append(f"{cascade.prompts} calibrated rows are prompts, and chat requests are asked otherwise: calibrate on rows of prepare_data.py --source chat")
@@ -315,7 +313,7 @@ class Service:
         Raises:
             NotNow: the small model takes no request.
         """
-        request = await asyncio.to_thread(self._request, row) if self.few_shot else self._request(row)
+        request = await asyncio.to_thread(self._request, row) if self.options.few_shot else self._request(row)
         began = time.perf_counter()
         reply = await self._link.ask(request)
         reply = replace(reply, seconds=time.perf_counter() - began)
@@ -334,8 +332,8 @@ class Service:
 
     def _request(self, row: Asked) -> ModelRequest:
         example = replace(row.example, ask=self.options.ask)
-        if self.few_shot:
-            example = replace(example, shots=self.few_shot.turns(example))
+        if self.options.few_shot:
+            example = replace(example, shots=self.options.few_shot.turns(example))
         return request_of(self.options.track, example)
 
     def _sent(self, asked: Incoming, row: Asked, local: Local) -> Given:
@@ -493,15 +491,3 @@ class Service:
 def _token(text: str) -> str:
     """A detail as it may stand in a header."""
     return "".join(letter if letter.isascii() and (letter.isalnum() or letter in "_-.") else "_" for letter in text)[:64]
-
-
-_said: dict[str, float] = {}
-
-
-def say(message: str, worker: int = 0, every: float = 0.0) -> None:
-    """A line to standard error; one worker says what all know, and the same thing not again within `every` seconds."""
-    at = time.monotonic()
-    if worker == 0 and at - _said.get(message, -every - 1) > every:
-        if every:
-            _said[message] = at
-        print(message, file=sys.stderr, flush=True)

@@ -1,6 +1,7 @@
 """Each request as a generation in Langfuse, in the background: a request never waits for it.
 
-An hour of a worker is one trace, whose file lies in the state folder until it has arrived (`tracing.outbox`): an outage loses nothing. What the hosted
+An hour of a worker is one trace, whose file lies in the state folder until it has arrived (`tracing.outbox`): an outage loses nothing. Where the folder takes
+no file, requests are answered all the same, without traces until it does. What the hosted
 model answered is production's traffic there, which `pull_langfuse.py` makes rows of; what the small model answered is marked as this program's own.
 """
 
@@ -12,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from slm_swap.clients.protocol import Reply
+from slm_swap.common.errors import UserError
+from slm_swap.serving.notices import say
 from slm_swap.tracing.runs import Connection, RunTrace
 
 HOUR = 3600
+AGAIN_SECONDS = 60  # until a file that could not be made is tried again
 
 
 class Traces:
@@ -27,12 +31,19 @@ class Traces:
     def _begin(self) -> None:
         self._until = time.monotonic() + HOUR
         place = self._folder / f"serve-{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{os.getpid()}.json"
-        self._trace = RunTrace(self._connection, f"serve-{self._facts['track']}", place, self._facts, ["serve", self._facts["track"]], str(place))
+        self._trace: RunTrace | None = None
+        try:
+            self._trace = RunTrace(self._connection, f"serve-{self._facts['track']}", place, self._facts, ["serve", self._facts["track"]], str(place))
+        except UserError as error:
+            self._until = time.monotonic() + AGAIN_SECONDS
+            say(f"Langfuse is not told of requests for {AGAIN_SECONDS} s: {error}")
 
     def answered(
         self, request: str, model: str, body: dict[str, Any] | None, by: str, reason: str, local: Reply | None, hosted: Reply | None, agree: bool | None
     ) -> None:
         """A request that `by`, "local" or "hosted", answered; the metadata has the other model's reply, if there is one."""
+        if self._trace is None:
+            return
         reply, other = (local, hosted) if by == "local" else (hosted, local)
         metadata: dict[str, Any] = {"answered_by": by, "reason": reason, "confidence": local.confidence if local else None}
         if other is not None:
@@ -52,4 +63,5 @@ class Traces:
         return old
 
     def close(self) -> None:
-        self._trace.close()
+        if self._trace:
+            self._trace.close()

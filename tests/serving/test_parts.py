@@ -165,6 +165,22 @@ def test_what_audits_cost_today_is_kept_to_by_all_workers_whatever_happens_to_th
     assert not Audits(options, None, None, None).due(), "what was spent cannot be read"
 
 
+def test_an_audit_that_cannot_be_written_is_paid_for_all_the_same(tmp_path, monkeypatch):
+    options = Options(Settings(), "cascade", "toolcall", tmp_path, audit_share=1.0, audit_budget=1.0)
+    audits = Audits(options, None, SimpleNamespace(audited=lambda *_: None), SimpleNamespace(cost=lambda *_: 0.6))
+    reply = Reply("", "stop", 20, 10, 0, calls=[])
+    monkeypatch.setattr(state, "append", full)
+    assert audits.due()
+    for due in (True, False):
+        with pytest.raises(OSError, match="no room"):
+            audits.compared("r", "call", None, {}, reply, reply, 0.1, paid=True)
+        assert audits.due() is due
+
+
+def full(*_: object) -> None:
+    raise OSError("no room")
+
+
 @pytest.mark.parametrize(("keys", "said"), [("short", "fewer than 16"), ("the-hosted-key-itself", "keys that this endpoint uses itself")])
 def test_keys_that_are_none_are_refused(keys, said):
     with pytest.raises(UserError, match=said):

@@ -5,6 +5,7 @@ import os
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx2
 import openai
@@ -12,8 +13,10 @@ import pytest
 
 from slm_swap.demo.azure_simulator import Answer
 from slm_swap.rows.examples import Example
-from slm_swap.serving import state
-from tests.support.endpoints import CHECK_STOCK, HOSTED_KEY, HOSTED_NAME, SCRIPTED, cascade, serving
+from slm_swap.serving import processes, state
+from slm_swap.serving.processes import MEMORY
+from tests.support.disks import mounted
+from tests.support.endpoints import CHECK_STOCK, HOSTED_KEY, HOSTED_NAME, SCRIPTED, cascade, is_up, serving
 from tests.support.langfuse_server import LangfuseServer
 from tests.support.processes import children_of, wait_until
 from tests.support.scripted import Scripted, plain, refused
@@ -459,6 +462,146 @@ def test_a_worker_that_is_killed_comes_back_and_the_model_stays(hosted, tmp_path
                 return False
 
         wait_until(answers)
+
+
+def kill_worker(running) -> None:
+    """SIGKILL to the one worker, until another one answers."""
+    worker = max(children_of(running.script.pid))
+    os.kill(worker, 9)
+    wait_until(lambda: len(children_of(running.script.pid)) == 2 and worker not in children_of(running.script.pid))
+    wait_until(lambda: is_up(running))
+
+
+@pytest.mark.parametrize("what", ["edited", "gone"])
+def test_a_worker_that_comes_back_shows_the_rows_of_the_start(hosted, tmp_path, what):
+    """Their hash is the one that was compared with the calibration's: rows that nobody measured must not be shown under it."""
+    rows, before, after = tmp_path / "train.jsonl", "Is the desk lamp in stock in Porto?", "Another row of a desk lamp in Porto"
+    called = [{"name": "check_stock", "arguments": {"item": "lamp", "city": "Porto"}}]
+    row = {"messages": [{"role": "user", "content": before}], "tools": [CHECK_STOCK], "calls": called}
+    rows.write_text(json.dumps(row) + "\n")
+    with serving(tmp_path, "--mode", "local", "--few-shot", rows, hosted=hosted) as running:
+        told, reply = running.ask("shown a lamp of Porto")
+        assert (told, reply.choices[0].message.content) == ("local; reason=local", before)
+        if what == "gone":
+            rows.unlink()
+        else:
+            rows.write_text(rows.read_text().replace(before, after))
+        kill_worker(running)
+        told, reply = running.ask("shown a lamp of Porto")
+        assert (told, reply.choices[0].message.content) == ("local; reason=local", before)
+
+
+def test_a_worker_that_cannot_start_again_ends_no_endpoint(hosted, tmp_path):
+    """What it reads may be damaged for a while: the other worker still answers, and it comes back."""
+    prices = tmp_path / "prices.toml"
+    prices.write_text("")
+    with serving(tmp_path, "--mode", "hosted", "--workers", 2, hosted=hosted, PRICES_FILE=str(prices)) as running:
+        prices.write_text("no table")
+        first, second = children_of(running.script.pid)
+        os.kill(second, 9)
+        wait_until(lambda: " ended (2) and is started again in 1 s" in running.log.read_text())
+        assert first in children_of(running.script.pid)
+        assert running.ask("call Porto")[0] == "hosted; reason=mode"
+        prices.write_text("")
+        wait_until(lambda: len(children_of(running.script.pid)) == 2)
+        assert running.script.poll() is None
+    assert running.script.wait() == 0
+
+
+def metrics_folders(state_folder) -> list[Path]:
+    told = os.stat(state_folder)
+    return list(MEMORY.glob(f"slm_swap-{told.st_dev:x}-{told.st_ino:x}-*"))
+
+
+@pytest.mark.skipif(not MEMORY.is_dir(), reason="this machine has no /dev/shm")
+def test_what_is_counted_lies_in_memory_and_goes_at_the_end(hosted, tmp_path):
+    with serving(tmp_path, "--mode", "hosted", hosted=hosted) as running:
+        [killed] = metrics_folders(running.state)
+        assert list(killed.glob("*.db")) and not (running.state / "metrics").exists()
+        children = children_of(running.script.pid)
+        running.script.kill()
+        wait_until(lambda: not any(Path(f"/proc/{child}").exists() for child in children))
+    assert killed.exists()
+    (running.log).unlink()
+    with serving(tmp_path, "--mode", "hosted", hosted=hosted) as running:
+        [folder] = metrics_folders(running.state)
+        assert folder != killed
+        assert running.ask("call Porto")[0] == "hosted; reason=mode"
+        assert 'slm_swap_requests_total{answered_by="hosted",reason="mode"} 1.0' in httpx2.get(f"{running.url}/metrics").text
+    assert running.script.wait() == 0
+    assert metrics_folders(running.state) == []
+
+
+@pytest.mark.parametrize("room", [None, 2**60])
+def test_without_room_in_memory_what_is_counted_lies_in_the_state_folder(tmp_path, monkeypatch, room):
+    if room is None:
+        monkeypatch.setattr(processes, "MEMORY", tmp_path / "nowhere")
+    else:
+        monkeypatch.setattr(processes, "ROOM", room)
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / "metrics/left.db").touch()
+    with processes.metrics_folder(tmp_path) as folder:
+        assert folder == tmp_path / "metrics" and not list(folder.iterdir())
+    assert not folder.exists()
+
+
+@pytest.mark.skipif(not MEMORY.is_dir(), reason="this machine has no /dev/shm")
+def test_a_full_state_folder_stops_no_answer(hosted, tmp_path):
+    """Audits, minutes, traces and the log, which lies there too, are not written; requests are answered, by a new worker as well."""
+    with mounted(tmp_path / "disk", 8) as disk, LangfuseServer("pk-lf-full") as langfuse:
+        public, secret = langfuse.keys.split(":")
+        known = {"LANGFUSE_DISABLED": "0", "LANGFUSE_PUBLIC_KEY": public, "LANGFUSE_SECRET_KEY": secret, "LANGFUSE_BASE_URL": langfuse.url}
+        flags = ("--mode", "cascade", "--cascade", cascade(tmp_path / "c.json"), "--audit-share", 1)
+        with serving(disk.folder, *flags, hosted=hosted, **known) as running:
+            worker = max(children_of(running.script.pid))
+            for died in (False, True):
+                disk.leave(0)
+                if died:
+                    os.kill(worker, 9)
+                    wait_until(lambda: worker not in children_of(running.script.pid))
+                    wait_until(lambda: is_up(running))
+                for _ in range(3):
+                    assert running.ask("call Porto")[0] == "local; reason=local"
+                    assert running.ask("unsure Porto")[0] == "hosted; reason=below_threshold"
+                    assert httpx2.get(f"{running.url}/metrics").status_code == 200
+            disk.make_room()
+        assert running.script.wait() == 0
+        assert metrics_folders(running.state) == []
+
+
+def test_gauges_are_of_the_processes_that_live(hosted, tmp_path):
+    with serving(tmp_path, "--mode", "cascade", "--cascade", cascade(tmp_path / "c.json"), "--deadline", 60, hosted=hosted) as running, ThreadPoolExecutor(1) as pool:
+        under_way = pool.submit(running.ask, "slow 1")
+        wait_until(lambda: "slm_swap_under_way 1.0" in httpx2.get(f"{running.url}/metrics").text)
+        kill_worker(running)
+        with pytest.raises(openai.APIConnectionError):
+            under_way.result()
+        text = httpx2.get(f"{running.url}/metrics").text
+        assert "slm_swap_under_way 0.0" in text and "slm_swap_engine_up 1.0" in text
+        engine, worker = sorted(children_of(running.script.pid))
+        os.kill(engine, 9)
+        wait_until(lambda: "slm_swap_engine_up 0.0" in httpx2.get(f"{running.url}/metrics").text)
+        os.kill(worker, 9)
+        wait_until(lambda: worker not in children_of(running.script.pid))
+        wait_until(lambda: is_up(running))
+        assert "slm_swap_engine_up 1.0" in httpx2.get(f"{running.url}/metrics").text
+
+
+def test_a_socket_that_cannot_be_made_is_said_at_the_start_and_waited_for_later(hosted, tmp_path):
+    place = tmp_path / "state/engine.sock"
+    place.mkdir(parents=True)
+    with pytest.raises(AssertionError, match=r"error: cannot listen at \S+engine\.sock \(.*\): check --state"), serving(tmp_path, "--mode", "local", hosted=hosted):
+        pass
+    place.rmdir()
+    (tmp_path / "log").unlink()
+    with serving(tmp_path, "--mode", "local", hosted=hosted) as running:
+        place.unlink()
+        place.mkdir()
+        assert running.ask("die now")[0] == "hosted; reason=engine_down"
+        wait_until(lambda: "the small model's process ended (2) and is started again in 1 s" in running.log.read_text())
+        assert running.ask("call Porto")[0] == "hosted; reason=engine_down"
+        place.rmdir()
+        wait_until(lambda: running.ask("call Porto")[0] == "local; reason=local")
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def serving(
         wait_until(lambda: _url(log) or process.poll() is not None)
         assert process.poll() is None, log.read_text()
         endpoint = Endpoint(_url(log), hosted, state, process, log)
-        wait_until(lambda: _up(endpoint) or process.poll() is not None)
+        wait_until(lambda: is_up(endpoint) or process.poll() is not None)
         assert process.poll() is None, log.read_text()
         yield endpoint
     finally:
@@ -100,7 +100,7 @@ def _url(log: Path) -> str | None:
     return found[1] if found else None
 
 
-def _up(endpoint: Endpoint) -> bool:
+def is_up(endpoint: Endpoint) -> bool:
     """Whether it listens, and its small model is there or will never be."""
     import httpx2
 

@@ -1,7 +1,7 @@
 """An endpoint whose small model is a script, for faults that no real model shows on demand: its words are orders.
 
 Run as `serve.py` is, without what loads a model. The last user message of a request begins with what is done:
-`call CITY` calls check_stock with that city, `say` replies in words, `sure N` and `unsure N` do so with that confidence,
+`call CITY` calls check_stock with that city, `say` replies in words, `shown` with the first message that it was shown, `sure N` and `unsure N` do so with that confidence,
 `slow N` takes N seconds, `die` ends the process, `bug` raises what names the hosted model's key, `broken` replies in no form, `fail` fails as a row that does not fit in memory, `long` does not fit the context.
 Where the file that SCRIPTED_REFUSES names is there, the model does not start, and the file is removed.
 """
@@ -48,6 +48,9 @@ class ScriptedClient:
             return Reply("", "prompt_too_long", 9999, 0, 0, error="too long")
         if word == "say":
             return Reply("Nothing to look up.", "stop", 10, 5, 0, calls=[], confidence=confidence)
+        if word == "shown":
+            first = next(message for message in request.messages if message["role"] != "system")
+            return Reply(first["content"], "stop", 10, 5, 0, calls=[], confidence=confidence)
         if word == "broken":
             call = [{"name": "check_stock", "arguments": '{"item":'}]
         return Reply("", "stop", 20, 10, 0, calls=call, confidence=confidence)
