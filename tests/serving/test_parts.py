@@ -173,7 +173,7 @@ def test_an_audit_that_cannot_be_written_is_paid_for_all_the_same(tmp_path, monk
     assert audits.due()
     for due in (True, False):
         with pytest.raises(OSError, match="no room"):
-            audits.compared("r", "call", None, {}, reply, reply, 0.1, paid=True)
+            audits.compared("r", "call", (), {}, reply, reply, 0.1, paid=True)
         assert audits.due() is due
 
 
