@@ -10,11 +10,9 @@ hosted model's report of the same rows. The test split is not used. After an int
 """
 
 import argparse
-import fcntl
 import shlex
+import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from slm_swap.cli import CONCURRENCY, Parser, check_out, load_rows, next_step, p
 from slm_swap.clients.loading import adapter_path, files_hash, model_path
 from slm_swap.clients.pricing import load_prices
 from slm_swap.common.errors import UserError
+from slm_swap.common.processes import alone_in
 from slm_swap.common.reports import read_json, sha256_file, write_json
 from slm_swap.common.settings import PACKAGE, Settings, display_path, find_path, load_settings, shown_path
 from slm_swap.evaluating.evaluation import check_rows
@@ -171,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
 
     hosted = find_hosted(args, name, check_rows(args.track, examples).contents.together())
     ladder = Ladder(folder, args.track, inputs | {"rows": len(examples), "parts": parts}, plan, common, measure, hosted, args.delta, args.alpha, prices, say)
-    with alone_in(folder):
+    with alone_in(folder, f"another improve.py is at work in {shown_path(folder)}: wait for its end, or choose another folder with --out"):
         if args.dry_run:
             try:
                 show_outlook(outlook(ladder, begin, examples, stages, train), prices.local.cost)
@@ -187,29 +186,17 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """The folder as one ladder's.
-
-    Raises:
-        UserError: another one climbs in it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"another improve.py is at work in {shown_path(folder)}: wait for its end, or choose another folder with --out") from None
-        yield
-
-
 def write_recipe(path: Path, recipe: dict[str, Any]) -> None:
-    """Write it; an earlier one that says something else, as of other rungs, is kept beside it."""
-    parts = [name for name in recipe if name not in ("created_at", "code")]
-    before = read_json(path, "04_ft/improve.py") if path.exists() else recipe
-    if any(before.get(name) != recipe[name] for name in parts):
+    """Write it; an earlier one that says something else, as of other rungs, or cannot be read, is kept beside it."""
+    before: Any = recipe
+    if path.exists():
+        try:
+            before = read_json(path, "04_ft/improve.py")
+        except UserError:
+            before = None
+    if not isinstance(before, dict) or any(before.get(name) != value for name, value in recipe.items() if name not in ("created_at", "code")):
         kept = path.with_name(f"recipe_{sha256_file(path)[:8]}.json")
-        path.rename(kept)
+        shutil.copyfile(path, kept)
         say(f"the recipe that an earlier run chose was another one and is kept: {shown_path(kept)}")
     write_json(path, recipe)
 

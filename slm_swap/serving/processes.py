@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import fcntl
 import gc
 import mmap
 import multiprocessing
@@ -21,7 +20,7 @@ from typing import Any, NoReturn
 from slm_swap.clients.protocol import Client
 from slm_swap.common.errors import UserError
 from slm_swap.common.os_errors import mendable
-from slm_swap.common.processes import end_with
+from slm_swap.common.processes import alone_in, end_with
 from slm_swap.common.secrets import hide_in_tracebacks, shown_by_hook
 from slm_swap.common.settings import shown_path
 from slm_swap.serving.engine import run_engine
@@ -95,7 +94,8 @@ def serve(options: Options, listener: socket.socket, make_client: Callable[[], C
         signal.signal(number, lambda number, _: stopping.append(number))
     gc.collect()
     gc.freeze()  # a collection that goes over all that is loaded would hold a worker's requests up by some 60 ms
-    with locked(options.state), metrics_folder(options.state) as metrics:
+    taken = f"another endpoint runs on {shown_path(options.state)}: stop it, or give this one its own --state"
+    with alone_in(options.state, taken), metrics_folder(options.state) as metrics:
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(metrics)
         kept: list[Kept] = []
         try:
@@ -142,23 +142,6 @@ def _end(kept: list[Kept]) -> None:
     for process in (*workers, *others):
         process.kill()
         process.join()
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """The state folder as one endpoint's.
-
-    Raises:
-        UserError: another one has it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"another endpoint runs on {shown_path(folder)}: stop it, or give this one its own --state") from None
-        os.set_inheritable(file.fileno(), False)
-        yield
 
 
 @contextlib.contextmanager

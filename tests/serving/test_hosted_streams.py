@@ -119,6 +119,7 @@ def test_a_client_that_goes_with_the_streams_last_word_has_been_answered(streams
                 said += part
                 if said == FIRST + LAST:
                     break
+        assert said == FIRST + LAST
         wait_until(streams.left.is_set)
         wait_until(lambda: 'slm_swap_requests_total{answered_by="hosted",reason="mode"} 1.0' in metrics(running))
 

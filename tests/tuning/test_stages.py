@@ -134,7 +134,12 @@ def test_a_stage_ends_with_a_killed_ladder(made, tmp_path, background):
     pid = int((tmp_path / "pid").read_text())
     ladder.send_signal(signal.SIGKILL)
     ladder.wait()
-    wait_until(lambda: not Path(f"/proc/{pid}").exists() or Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] == "Z")
+
+    def ended() -> bool:
+        return not Path(f"/proc/{pid}").exists() or Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] == "Z"
+
+    wait_until(ended)
+    assert ended()
 
 
 TOOL = {"name": "paint", "description": "Paint.", "parameters": {"type": "object", "properties": {"color": {"type": "string"}}}}
@@ -221,15 +226,17 @@ def test_a_folder_is_one_ladder_s(improve, tmp_path):
     assert code == 2 and "another improve.py is at work in" in error and error.count("\n") == 1
 
 
-def test_a_recipe_of_other_rungs_is_kept(improve, tmp_path):
+@pytest.mark.parametrize("change", [lambda told: told | {"constrain": "retry"}, lambda told: [told], lambda told: None])
+def test_a_recipe_of_other_rungs_is_kept(improve, tmp_path, change):
+    """And so is one that cannot be read: the ladder is climbed by then."""
     assert improve("--rungs", "tokens")[0] == 0
     path = tmp_path / "ladder/recipe.json"
-    better = json.loads(path.read_text()) | {"constrain": "retry"}
-    path.write_text(json.dumps(better))
+    better = change(json.loads(path.read_text()))
+    path.write_text("torn" if better is None else json.dumps(better))
     code, printed, error = improve("--rungs", "tokens")
     assert code == 0 and "the recipe that an earlier run chose was another one and is kept" in printed, error
     [kept] = (tmp_path / "ladder").glob("recipe_????????.json")
-    assert json.loads(kept.read_text()) == better and json.loads(path.read_text())["constrain"] != "retry"
+    assert kept.read_text() == ("torn" if better is None else json.dumps(better)) and json.loads(path.read_text())["constrain"] != "retry"
     assert improve("--rungs", "tokens")[0] == 0 and len(list((tmp_path / "ladder").glob("recipe_*"))) == 1, "of the same again none is kept"
 
 
