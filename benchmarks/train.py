@@ -42,7 +42,7 @@ from slm_swap.tuning.trainer import make_trainer, trainer_arguments
 from slm_swap.tuning.training import lean_or_fast
 
 WARM_UP = 3  # optimizer steps
-WARM_UP_PACKS = 80  # where a step's rows are packs: nearly all of their lengths have come twice, and are captured
+WARM_UP_PACKS = 240  # where a step's rows are packs: by then hardly a length is new to a process, which would compile and capture it while all others wait
 ZERO2 = PACKAGE / "accelerate_config/deepspeed_zero2.json"
 PACKED = {"precision": "bf16", "packing": True, "pack_length": 2048}
 CONFIGS = {  # back end and hyperparameters; "stock" is TRL's own trainer

@@ -76,6 +76,8 @@ class StepGraphs:
         if self.on and shape in self.seen and shape not in self.graphs:
             self._try(shape, pack, count)
         if shape not in self.graphs:
+            if self.on and shape not in self.seen:
+                torch.cuda.empty_cache()  # a longer pack's tensors fit into none of the pieces that shorter ones left, and all of them would be kept
             self.seen.add(shape)
             return self._pass(pack, count)
         graph, kept, kept_count, loss = self.graphs[shape]
