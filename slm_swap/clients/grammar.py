@@ -243,14 +243,26 @@ class _Maker:
 
     def spelled(self, text: str) -> str:
         """A text to the letter, its special tokens as such."""
+        return self._spelled(text, self._frame.plain, frozenset())
+
+    def literal(self, text: str) -> str:
+        """A text of the row's own to the letter, its special tokens as such, as the tokenizer gives them in training, or spelled. One that ends a
+        reply would end it there, and is only spelled."""
+        ends = frozenset(text for text, token in self._frame.special.items() if token in self._frame.ends)
+        return self._spelled(text, frozenset(self._frame.special), ends)
+
+    def _spelled(self, text: str, plain: frozenset[str], never: frozenset[str]) -> str:
+        """`spelled`, where those `plain` may be text too, and those that `never` are tokens are text alone."""
         found, at = [], 0
         for mark in self._split.finditer(text):
             found += [_quoted(text[at : mark.start()])] if mark.start() > at else []
             if mark[0] == CALL_ID:
                 found.append("/[A-Za-z0-9]{9}/")
+            elif mark[0] in never:
+                found.append(_quoted(mark[0]))
             else:
                 token = f"<[{self._frame.special[mark[0]]}]>"
-                found.append(f"({token} | {_quoted(mark[0])})" if mark[0] in self._frame.plain else token)
+                found.append(f"({token} | {_quoted(mark[0])})" if mark[0] in plain else token)
             at = mark.end()
         if text[at:] or not found:
             found.append(_quoted(text[at:]))
@@ -258,7 +270,7 @@ class _Maker:
 
     def json(self, value: Any) -> str:
         """A JSON value to the letter."""
-        return _quoted(ExactEncoder(ensure_ascii=False, allow_nan=False, separators=(self.comma, self.colon)).encode(value))
+        return self.literal(ExactEncoder(ensure_ascii=False, allow_nan=False, separators=(self.comma, self.colon)).encode(value))
 
     # -- Values ------------------------------------------------------------------------------------------------------------------
 
@@ -402,7 +414,7 @@ class _Maker:
         members = []
         for key in listed:
             try:
-                members.append(f"{_quoted(_string(key) + self.colon)} {self.value(property_schema(whole, key, root), root)}")
+                members.append(f"{self.literal(_string(key) + self.colon)} {self.value(property_schema(whole, key, root), root)}")
             except _NoValue:
                 if key in required:
                     raise

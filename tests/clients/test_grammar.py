@@ -366,3 +366,40 @@ def test_every_end_token_stays_in_reach_and_nothing_follows():
         matcher = grammars().matcher(of_row("toolcall", example))
         assert matcher.try_consume_tokens([*tokens, end]) == len(tokens) + 1
         assert matcher.try_consume_tokens(tokens[:1]) == 0
+
+
+# -- Special tokens in a row's own texts -----------------------------------------------------------------------------------------
+
+
+def marked(name: str) -> Example:
+    """A row whose tool has a required property of that name, and a value that is a special token."""
+    parameters = {"type": "object", "properties": {name: {"type": "integer"}, "role": {"enum": ["<|system|>", "none"]}}, "required": [name]}
+    tool = {"name": "set_mark", "description": "", "parameters": parameters}
+    reply = f'<tool_call name="set_mark">{dump_json({name: 1, "role": "<|system|>"})}</tool_call>'
+    return parse_example({"prompt": "p", "completion": reply, "tools": [tool]}, "rows:1")
+
+
+@pytest.mark.parametrize("name", ["<|user|>", "a <|user|>b", "<|user|><|assistant|>"])
+def test_names_and_values_that_hold_special_tokens_stay_in_reach(name):
+    from slm_swap.clients.endings import require_ending
+    from slm_swap.tuning.tokens import lesson
+
+    example = marked(name)
+    tokens, grammar = lesson(tokenizer(), "toolcall", example, require_ending(tokenizer()))[1], of_row("toolcall", example)
+    assert {grammars().special["<|user|>"], grammars().special["<|system|>"]} < set(tokens), "as they are taught"
+    assert grammars().why_not(grammar) is None
+    assert grammars().matcher(grammar).try_consume_tokens(tokens) == len(tokens)
+    spelled = [token for part in re.split(r"(?<=<\|)", example.completion) for token in tokenizer()(part, add_special_tokens=False)["input_ids"]]
+    assert not set(spelled) & set(grammars().special.values())
+    assert grammars().matcher(grammar).try_consume_tokens(spelled) == len(spelled), "and may be spelled"
+    other = tokenizer()(example.completion.replace("<|user|>", "<|assistant|>", 1), add_special_tokens=False)["input_ids"]
+    assert grammars().matcher(grammar).try_consume_tokens(other) < len(other)
+
+
+def test_a_name_that_holds_an_end_is_spelled_as_the_end_would_end_the_reply():
+    example = marked("a<|end|>")
+    grammar, special = of_row("toolcall", example), grammars().special["<|end|>"]
+    begun = tokenizer()('<tool_call name="set_mark">{"a', add_special_tokens=False)["input_ids"]
+    assert grammars().matcher(grammar).try_consume_tokens([*begun, special]) == len(begun)
+    spelled = [token for part in re.split(r"(?<=<\|)", example.completion) for token in tokenizer()(part, add_special_tokens=False)["input_ids"]]
+    assert grammars().matcher(grammar).try_consume_tokens(spelled) == len(spelled)
