@@ -269,7 +269,13 @@ class _Maker:
         return " ".join(found)
 
     def json(self, value: Any) -> str:
-        """A JSON value to the letter."""
+        """A JSON value to the letter. A list or an object is written in parts: as one, llguidance would take `{"` for the beginning of this value
+        alone, where others may stand as well."""
+        comma = f" {_quoted(self.comma)} "
+        if isinstance(value, dict) and value:
+            return '"{" ' + comma.join(f"{self.literal(_string(key) + self.colon)} {self.json(part)}" for key, part in value.items()) + ' "}"'
+        if isinstance(value, list) and value:
+            return '"[" ' + comma.join(map(self.json, value)) + ' "]"'
         return self.literal(ExactEncoder(ensure_ascii=False, allow_nan=False, separators=(self.comma, self.colon)).encode(value))
 
     # -- Values ------------------------------------------------------------------------------------------------------------------

@@ -311,6 +311,7 @@ def test_without_known_tools_the_form_alone_is_kept():
                     {"properties": {"k": {"const": 2}}, "required": ["k"], "type": "object"}]}, ['{"x":null,"k":1}', '{"k":2}'], ['{"k":2,"x":null}', '{"k":3}']),
         ({"type": "string", "nullable": True}, ['"a"', "null"], ["1"]),
         ({"enum": [1, "a"], "type": "string"}, ['"a"'], ["1"]),
+        ({"anyOf": [{"enum": [{"b": [1, {}]}, [[], 2]]}, {"type": "object", "properties": {"a": {}}}]}, ['{"b":[1,{}]}', "[[],2]", '{"a":null}'], ['{"b":[1]}', "[[]]"]),
         ({"type": "array", "items": [{"type": "integer"}], "additionalItems": {"type": "string"}}, ["[]", "[1]", '[1,"a","b"]'], ['["a"]', "[1,2]"]),
         ({"type": "integer"}, ["5", "-12", "5.0"], ["5.5", "05", "+5", "NaN"]),
         ({"type": "object", "properties": {"a": False, "b": {}}}, ['{"b":1}'], ['{"a":1}']),
