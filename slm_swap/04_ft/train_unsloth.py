@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
     if launch.world == 1:
         take_one_gpu(launch)  # one process that sees several would spread each batch over them
     connection = connect(settings, tracing_options(args, settings)) if launch.rank == 0 else None
-    base = model_path(settings, args.model)
+    base = model_path(settings, args.model, "check --model")
     if args.recipe:
         read_recipe(args.recipe, args.track).check_base(base)
     rows, inputs = read_rows(args)

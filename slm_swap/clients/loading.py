@@ -30,8 +30,9 @@ FULL_WEIGHTS = re.compile(r"embed|lm_head|\.wte\.|\.experts\.|\.router\.")
 DOWNLOAD = "hf download microsoft/Phi-4-mini-instruct --local-dir slm_swap/models/phi-4-mini"
 
 
-def model_path(settings: Settings, given: str | Path | None = None) -> Path:
-    """The checkpoint's folder: `given`, else SLM_MODEL_PATH, from the checkout's root or from `slm_swap/`.
+def model_path(settings: Settings, given: str | Path | None = None, advice: str = "name another folder") -> Path:
+    """The checkpoint's folder: `given`, else SLM_MODEL_PATH, from the checkout's root or from `slm_swap/`. `advice` is what to do where there is
+    none at the given place.
 
     Raises:
         UserError: neither is set, or there is no checkpoint.
@@ -42,10 +43,11 @@ def model_path(settings: Settings, given: str | Path | None = None) -> Path:
     path = find_path(wanted)
     if not (path / "config.json").is_file():
         if (path / "adapter_config.json").is_file():
-            raise UserError(f"{shown_path(path)} is an adapter, no model: pass it with --adapter, and its base as SLM_MODEL_PATH")
+            own = f"name its base instead ({advice})" if given else "pass it with --adapter, and its base as SLM_MODEL_PATH"
+            raise UserError(f"{shown_path(path)} is an adapter, no model: {own}")
         if path.suffix == ".gguf" or any(path.glob("*.gguf")):
             raise UserError(f"{shown_path(path)} is in GGUF: serve it (llama.cpp, Ollama) and set SLM_BASE_URL, or get the model's safetensors checkpoint")
-        raise UserError(f"no checkpoint at {shown_path(path)} (no config.json): get it with `{DOWNLOAD}` or set SLM_MODEL_PATH")
+        raise UserError(f"no checkpoint at {shown_path(path)} (no config.json): {advice if given else f'get it with `{DOWNLOAD}` or set SLM_MODEL_PATH'}")
     return path
 
 
@@ -59,9 +61,7 @@ def adapter_path(given: str | Path | None) -> Path | None:
         return None
     path = find_path(given)
     if not (path / "adapter_config.json").is_file():
-        raise UserError(
-            f"no adapter at {shown_path(path)} (no adapter_config.json): make it with train_unsloth.py or drop --adapter"
-        )
+        raise UserError(f"no adapter at {shown_path(path)} (no adapter_config.json): make it with train_unsloth.py, or check --adapter")
     return path
 
 

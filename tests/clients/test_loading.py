@@ -256,7 +256,9 @@ def test_a_model_that_gives_no_numbers(checkpoint):
 
 def test_what_is_no_checkpoint_is_named(tmp_path, adapter):
     with pytest.raises(UserError, match="adapter is an adapter, no model: pass it with --adapter, and its base as SLM_MODEL_PATH"):
-        model_path(Settings(), adapter)
+        model_path(Settings(slm_model_path=str(adapter)))
+    with pytest.raises(UserError, match=r"adapter is an adapter, no model: name its base instead \(check --model\)$"):
+        model_path(Settings(), adapter, "check --model")
     (tmp_path / "phi.gguf").write_bytes(b"GGUF")
     for path in (tmp_path, tmp_path / "phi.gguf"):
         with pytest.raises(UserError, match=rf"{path.name} is in GGUF: serve it .* and set SLM_BASE_URL"):
