@@ -1,5 +1,9 @@
 """What the stage scripts share: flags that mean the same everywhere, and errors in one line."""
 
+from slm_swap.common.interrupts import INTERRUPTED, end_in_one_line
+
+end_in_one_line()  # scripts import this module first, and what they import takes a moment
+
 import argparse
 import gc
 import os
@@ -342,7 +346,7 @@ def run(main: Callable[[], int], launched: bool = False) -> NoReturn:
     except KeyboardInterrupt:
         if launch.local_rank == 0:
             print("interrupted", file=sys.stderr)
-        code = 130
+        code = INTERRUPTED
     gc.freeze()  # or the interpreter's last collection visits all that torch and transformers have made, for most of a second
     sys.exit(code)
 

@@ -190,7 +190,8 @@ class SLMClient:
         for folder, files_sha256 in zip(folders, self._files_sha256, strict=True):
             require_undamaged(folder, files_sha256)
         if self.adapter:
-            require_base(self.adapter, self.path, self._files_sha256[0], "set SLM_MODEL_PATH to its base, or train it again on this model")
+            own = "put its base there" if model else "set SLM_MODEL_PATH to its base"
+            require_base(self.adapter, self.path, self._files_sha256[0], f"{own}, or train it again on this model")
         base = trained_base(self.adapter or self.path)
         self.trained = {"trained_on_sha256": base} if self.adapter or base else {}
         self.warning = None

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -60,6 +61,40 @@ def test_the_docstring_shows_two_commands_that_parse(script):
     for command in commands:
         done = run(script, *command.split()[2:], "--help")
         assert done.returncode == 0, (command, errors(done))
+
+
+INTERRUPTS = """
+import importlib.abc, os, signal, sys
+
+class Interrupt(importlib.abc.MetaPathFinder):
+    # Ctrl-C at the import of a module, once
+
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupt())
+"""
+
+
+@pytest.mark.parametrize("module", ["slm_swap.common.settings", "slm_swap.tracing.runs"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_ctrl_c_during_the_imports_is_one_line(script, module, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTS.format(module=module))
+    known = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    for launch, said in (({}, "interrupted\n"), ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost"}, "")):
+        done = subprocess.run(
+            [sys.executable, str(PACKAGE / script), "--no-such-flag"], capture_output=True, text=True, env=known | launch | {"PYTHONPATH": str(tmp_path)}, timeout=120,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which the tests' own parent may have ignored
+        )  # fmt: skip
+        assert (done.returncode, done.stdout, done.stderr) == (130, "", said)
+
+
+def test_another_error_during_the_imports_keeps_its_traceback(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTS.format(module="slm_swap.tracing.runs").replace("os.kill(os.getpid(), signal.SIGINT)", "raise RuntimeError('broken')"))
+    done = subprocess.run([sys.executable, str(PACKAGE / "01_eval/eval.py"), "--help"], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(tmp_path)}, timeout=120)
+    assert done.returncode == 1 and done.stderr.startswith("Traceback") and done.stderr.endswith("RuntimeError: broken\n")
 
 
 NOT_NEEDED = {  # by an evaluation with the transformers engine, without tracing and adapter, on a CPU

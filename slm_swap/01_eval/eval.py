@@ -115,12 +115,15 @@ def main(argv: list[str] | None = None) -> int:
     if settings.launch.serves:
         serve_rows(settings, args.seed, **client_options(args))
         return 0
+    recipe = read_recipe(args.recipe, args.track) if args.recipe else None
+    if recipe:
+        recipe.check_place(settings)
     connection = connect(settings, tracing_options(args, settings))
     dataset, inputs, name = find_rows(args, [args.model_kind])
     tally = check_rows(args.track, dataset)
     warn_of_unknown_fields(dataset)
     inputs |= few_shot_report(dataset.few_shot)
-    if args.model_kind == "slm":
+    if args.model_kind == "slm" and not recipe:  # which was measured as it is
         warn_of_training(args.adapter or settings.slm_model_path, tally.ask, args.thinking, dataset.few_shot.count if dataset.few_shot else 0, warn)
     out = args.out = args.out or PACKAGE / f"01_eval/reports/{args.track}_{args.model_kind}_{name}.json"
     check_out(out, rows_path(out), journal_path(out), inputs=[inputs["path"], args.replies])
@@ -132,8 +135,8 @@ def main(argv: list[str] | None = None) -> int:
         client = make_client(args.model_kind, settings, args.track, dataset, seed=args.seed, **client_options(args))
         try:
             asked |= {"model": client.identity}
-            if args.recipe:
-                read_recipe(args.recipe, args.track).check(client.identity)
+            if recipe:
+                recipe.check(client.identity)
             journal.discard(run_id_at(out))
             if old is None:
                 journal.begin(asked, asked["rows"])

@@ -138,6 +138,7 @@ def open_side(kind: str, args: argparse.Namespace, settings: Settings, examples:
     options = client_options(args)
     if recipe is None or kind != "slm":
         return Side(make_client(kind, settings, args.track, examples, seed=args.seed, **options))
+    recipe.check_place(settings)
     few_shot = recipe.few_shot()
     form = partial(recipe.as_asked, few_shot=few_shot)
     options |= {name: value for name, value in recipe.flags.items() if name in CLIENT_FLAGS} | {"model": recipe.model}

@@ -53,7 +53,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_track()
     parser.add_argument("--split", default="val", help="the rows of 02_dataset/<track>/<split>.jsonl to measure on, never the test split")
     parser.add_argument("--dataset", metavar="FILE", help="rows from this file instead of a split")
-    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N rows")
+    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N rows; trainings, too, are validated on these")
     parser.add_argument("--ask", choices=ASKS, help="how rows are asked to begin with (default: conversations native, others text)")
     parser.add_argument("--train", metavar="FILE", help="rows to show and to train on (default: train.jsonl beside those rows, if it is there)")
     parser.add_argument("--azure", metavar="REPORT", help="the hosted model's report of the same rows (default: 01_eval/reports/<track>_azure_<split>.json, if it is there)")
@@ -156,6 +156,7 @@ def main(argv: list[str] | None = None) -> int:
     if not local:
         say("the model of SLM_BASE_URL is served elsewhere: constrained decoding and fine-tuning are left out")
     training = ["--track", args.track, "--train", str(train), "--val", str(rows), "--seed", str(args.seed), *args.training_flags]
+    training += ["--val-limit", str(args.limit)] if args.limit else []  # an adapter is chosen by the rows that are measured, and by no others
     parts = parts_of(settings, args.adapter, train)
     plan, common = rungs(kinds, train, args.presets, folder, [*training, *sorted(parts.values())]), common_flags(args, rows)
     begin: Setting = {name: getattr(args, name) for name in ("ask", "thinking", "adapter") if getattr(args, name) is not None}

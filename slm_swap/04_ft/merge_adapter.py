@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     adapter = adapter_path(args.adapter)
     named = read_json(adapter / "adapter_config.json", "train_unsloth.py").get("base_model_name_or_path")
-    base = model_path(load_settings(), args.model or named)
+    base = model_path(load_settings(), args.model or named, "check --model" if args.model else "pass the adapter's base with --model")
     info = merge_adapter(base, adapter, args.out, args.dtype)
     if trained_base(adapter) is None:
         warn(f"{shown_path(adapter)} does not say by hash what it was trained on: that it was {shown_path(base)} is not proven")

@@ -76,6 +76,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_ask()
     parser.add_recipe(ROW_FLAGS)
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N rows of --train")
+    parser.add_argument("--val-limit", type=positive, metavar="N", help="only the first N rows of --val")
     parser.add_argument("--save-steps", type=not_negative, default=100, metavar="N", help="steps between checkpoints; 0: none")
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint, if there is one")
     parser.add_argument(
@@ -95,7 +96,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def read_rows(args: argparse.Namespace) -> tuple[dict[str, list[Example]], dict[str, dict]]:
     """The rows of --train and --val, and what is told of all files."""
     paths = {"train": find_path(args.train), "val": find_path(args.val)}
-    read = {"train": read_examples(paths["train"], args.limit), "val": read_examples(paths["val"])}
+    read = {"train": read_examples(paths["train"], args.limit), "val": read_examples(paths["val"], args.val_limit)}
     rows = {name: [replace(example, ask=args.ask) for example in examples] for name, examples in read.items()}
     few_shot = few_shot_of(args)
     if few_shot:
@@ -120,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
     if launch.world == 1:
         take_one_gpu(launch)  # one process that sees several would spread each batch over them
     connection = connect(settings, tracing_options(args, settings)) if launch.rank == 0 else None
-    base = model_path(settings, args.model)
+    base = model_path(settings, args.model, "check --model")
     if args.recipe:
         read_recipe(args.recipe, args.track).check_base(base)
     rows, inputs = read_rows(args)

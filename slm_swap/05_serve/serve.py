@@ -154,6 +154,8 @@ def main(argv: list[str] | None = None) -> int:
         few_shot=few_shot_of(args) if args.mode != "hosted" else None,
         keys=keys, audit_content=not args.no_audit_content, plain_json=args.json_in_prompt, tracing=tracing_options(args, settings), **options,
     )  # fmt: skip
+    if made.small and made.recipe:
+        made.recipe.check_place(settings)
     if made.mode != "local" or settings.azure_endpoint:
         from slm_swap.serving.hosted import Hosted
 

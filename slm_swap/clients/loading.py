@@ -7,6 +7,7 @@ import math
 import os
 import re
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
@@ -24,14 +25,17 @@ from slm_swap.rows.lines import text_hash
 from slm_swap.rows.prompts import Request
 
 HASH_BLOCK = 16 << 20
+SETTLED = 2 * 10**9  # nanoseconds: a file that was written since may be written again within one tick of the file system's clock
+_HASHES: dict[tuple, str] = {}  # of folders by path and their files' names, sizes and times
 GPU_DEVICE = Path("/dev/nvidia0")  # of the first GPU, where the driver has one
 # What bitsandbytes leaves in 16 bits besides vectors: embeddings, the head, and experts, which transformers fuses into one tensor a layer.
 FULL_WEIGHTS = re.compile(r"embed|lm_head|\.wte\.|\.experts\.|\.router\.")
 DOWNLOAD = "hf download microsoft/Phi-4-mini-instruct --local-dir slm_swap/models/phi-4-mini"
 
 
-def model_path(settings: Settings, given: str | Path | None = None) -> Path:
-    """The checkpoint's folder: `given`, else SLM_MODEL_PATH, from the checkout's root or from `slm_swap/`.
+def model_path(settings: Settings, given: str | Path | None = None, advice: str = "name another folder") -> Path:
+    """The checkpoint's folder: `given`, else SLM_MODEL_PATH, from the checkout's root or from `slm_swap/`. `advice` is what to do where there is
+    none at the given place.
 
     Raises:
         UserError: neither is set, or there is no checkpoint.
@@ -42,10 +46,11 @@ def model_path(settings: Settings, given: str | Path | None = None) -> Path:
     path = find_path(wanted)
     if not (path / "config.json").is_file():
         if (path / "adapter_config.json").is_file():
-            raise UserError(f"{shown_path(path)} is an adapter, no model: pass it with --adapter, and its base as SLM_MODEL_PATH")
+            own = f"name its base instead ({advice})" if given else "pass it with --adapter, and its base as SLM_MODEL_PATH"
+            raise UserError(f"{shown_path(path)} is an adapter, no model: {own}")
         if path.suffix == ".gguf" or any(path.glob("*.gguf")):
             raise UserError(f"{shown_path(path)} is in GGUF: serve it (llama.cpp, Ollama) and set SLM_BASE_URL, or get the model's safetensors checkpoint")
-        raise UserError(f"no checkpoint at {shown_path(path)} (no config.json): get it with `{DOWNLOAD}` or set SLM_MODEL_PATH")
+        raise UserError(f"no checkpoint at {shown_path(path)} (no config.json): {advice if given else f'get it with `{DOWNLOAD}` or set SLM_MODEL_PATH'}")
     return path
 
 
@@ -59,9 +64,7 @@ def adapter_path(given: str | Path | None) -> Path | None:
         return None
     path = find_path(given)
     if not (path / "adapter_config.json").is_file():
-        raise UserError(
-            f"no adapter at {shown_path(path)} (no adapter_config.json): make it with train_unsloth.py or drop --adapter"
-        )
+        raise UserError(f"no adapter at {shown_path(path)} (no adapter_config.json): make it with train_unsloth.py, or check --adapter")
     return path
 
 
@@ -630,18 +633,25 @@ class BackgroundHashes:
 def files_hash(folder: Path, stop: Event | None = None) -> str:
     """A hash of the names and contents of what a checkpoint's or adapter's folder is loaded from: of blocks, by all cores at once.
 
+    Once for a process, as long as no file has another size or time: some models have many GB.
+
     Raises:
         OSError: a file cannot be read.
         CancelledError: `stop` was set meanwhile.
     """
     kinds = {".json", ".jinja", ".model", ".txt", ".safetensors", ".bin", ".py"}
     files = sorted(path for path in folder.iterdir() if path.suffix in kinds and path.name != "training_info.json")
-    blocks = [(path, start) for path in files for start in range(0, max(1, path.stat().st_size), HASH_BLOCK)]
+    begun, found = time.time_ns(), [(path, path.stat()) for path in files]
+    known = folder.resolve(), *((path.name, told.st_ino, told.st_size, told.st_mtime_ns, told.st_ctime_ns) for path, told in found)
+    if known in _HASHES:
+        return _HASHES[known]
+    blocks = [(path, start) for path, told in found for start in range(0, max(1, told.st_size), HASH_BLOCK)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         digests = pool.map(lambda block: _block_hash(block, stop), blocks)
-        return text_hash(
-            "\n".join(f"{path.name} {start} {digest}" for (path, start), digest in zip(blocks, digests, strict=True))
-        )
+        made = text_hash("\n".join(f"{path.name} {start} {digest}" for (path, start), digest in zip(blocks, digests, strict=True)))
+    if all(told.st_ctime_ns < begun - SETTLED for _, told in found):
+        _HASHES[known] = made
+    return made
 
 
 def _block_hash(block: tuple[Path, int], stop: Event | None) -> str:

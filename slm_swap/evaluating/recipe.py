@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from slm_swap.clients.engines import CONSTRAINTS, PRECISIONS
-from slm_swap.clients.loading import files_hash
+from slm_swap.clients.loading import files_hash, model_path
 from slm_swap.clients.thinking import THINKING
 from slm_swap.common.errors import UserError
 from slm_swap.common.reports import SCHEMA_VERSION, code_version, now, read_json, sha256_file
-from slm_swap.common.settings import find_path, shown_path
+from slm_swap.common.settings import Settings, find_path, shown_path
 from slm_swap.rows.examples import Example
 from slm_swap.rows.few_shot import FewShot
 from slm_swap.rows.prompts import ASKS
@@ -81,6 +81,20 @@ class Recipe:
         """A row as the small model is asked it."""
         asked = replace(example, ask=self.flags.get("ask"))
         return replace(asked, shots=few_shot.turns(asked)) if few_shot else asked
+
+    def check_place(self, settings: Settings) -> None:
+        """Refuse settings by which another kind of model would be asked than the recipe's, before one is loaded.
+
+        Raises:
+            UserError: a served model's recipe without SLM_BASE_URL, a local one's with it, or one whose checkpoint is missing.
+        """
+        shown = shown_path(self.path)
+        if self.served and not settings.slm_base_url:
+            raise UserError(f"{shown} is of the served model {self.served}: set SLM_BASE_URL to its server, or make the recipe again with {MADE_BY}")
+        if not self.served and settings.slm_base_url:
+            raise UserError(f"{shown} is of the checkpoint {self.model}, and SLM_BASE_URL names a server: unset SLM_BASE_URL, or make the recipe again with {MADE_BY}")
+        if not self.served:
+            model_path(settings, self.model, f"put the model of {shown} back, or make the recipe again with {MADE_BY}")
 
     def check(self, identity: dict[str, Any]) -> None:
         """Refuse a model that is not the recipe's; `identity` is its client's.
@@ -159,8 +173,9 @@ def read_recipe(path: str | Path, track: str) -> Recipe:
         if not rows.is_file() or sha256_file(rows) != indexed:
             what = "was changed" if rows.is_file() else "is missing"
             raise UserError(f"{shown_path(rows)}, which {shown} shows to each row, {what}: put it back, or make the recipe again with {MADE_BY}")
-    if adapter and not find_path(flags["adapter"]).is_dir():
-        raise UserError(f"the adapter of {shown} is missing, {flags['adapter']}: put it back, or make the recipe again with {MADE_BY}")
+    if adapter and not (find_path(flags["adapter"]) / "adapter_config.json").is_file():
+        what = "has no adapter_config.json" if find_path(flags["adapter"]).is_dir() else "is missing"
+        raise UserError(f"the adapter of {shown} {what}, {flags['adapter']}: put it back, or make the recipe again with {MADE_BY}")
     served = name if flags["engine"] == "served" else None
     flags = {flag: value for flag, value in flags.items() if value is not None and not (served and flag == "engine")}
     return Recipe(found, track, flags, None if served else name, hashes, served)

@@ -28,7 +28,7 @@ from slm_swap.clients.loading import (
     with_adapter,
 )
 from slm_swap.common.errors import UserError
-from slm_swap.common.settings import PACKAGE, Settings
+from slm_swap.common.settings import PACKAGE, Launch, Settings
 from slm_swap.rows.examples import Example
 from slm_swap.rows.prompts import text_request
 from slm_swap.slm_client import SLMClient
@@ -256,7 +256,9 @@ def test_a_model_that_gives_no_numbers(checkpoint):
 
 def test_what_is_no_checkpoint_is_named(tmp_path, adapter):
     with pytest.raises(UserError, match="adapter is an adapter, no model: pass it with --adapter, and its base as SLM_MODEL_PATH"):
-        model_path(Settings(), adapter)
+        model_path(Settings(slm_model_path=str(adapter)))
+    with pytest.raises(UserError, match=r"adapter is an adapter, no model: name its base instead \(check --model\)$"):
+        model_path(Settings(), adapter, "check --model")
     (tmp_path / "phi.gguf").write_bytes(b"GGUF")
     for path in (tmp_path, tmp_path / "phi.gguf"):
         with pytest.raises(UserError, match=rf"{path.name} is in GGUF: serve it .* and set SLM_BASE_URL"):
@@ -390,3 +392,40 @@ def test_the_environment_is_as_it_was_once_bitsandbytes_is_imported(given, monke
     monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False) if given is None else monkeypatch.setenv("TORCHDYNAMO_DISABLE", given)
     import_bitsandbytes()
     assert os.environ.get("TORCHDYNAMO_DISABLE") == given
+
+
+def test_a_folder_is_hashed_once_until_a_file_changes(tmp_path, monkeypatch):
+    read, block_hash = [], loading._block_hash
+    monkeypatch.setattr(loading, "_block_hash", lambda block, stop: read.append(block[0].name) or block_hash(block, stop))
+    folder = shutil.copytree(BASE, tmp_path / "model")
+    monkeypatch.setattr(loading, "SETTLED", -(10**12))  # nothing is new
+    first = files_hash(folder)
+    assert "model.safetensors" in read
+    read.clear()
+    assert files_hash(folder) == first and read == []
+    weights = folder / "model.safetensors"
+    told, content = weights.stat(), bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    os.utime(weights, ns=(told.st_atime_ns, told.st_mtime_ns))  # as a copy that keeps times does
+    changed = files_hash(folder)
+    assert changed != first and "model.safetensors" in read
+    monkeypatch.setattr(loading, "SETTLED", 10**15)  # all is new
+    monkeypatch.setattr(loading, "_HASHES", {})
+    for _ in range(2):
+        read.clear()
+        assert files_hash(folder) == changed and "model.safetensors" in read, "what was just written may be written again"
+
+
+def test_training_by_a_recipe_reads_the_base_once(tmp_path, monkeypatch):
+    from slm_swap.evaluating.recipe import Recipe
+    from slm_swap.tuning.hyperparameters import Hyperparameters
+    from slm_swap.tuning.training import identity
+
+    folder, read, block_hash = shutil.copytree(BASE, tmp_path / "model"), [], loading._block_hash
+    monkeypatch.setattr(loading, "SETTLED", -(10**12))
+    monkeypatch.setattr(loading, "_block_hash", lambda block, stop: read.append(block[0].name) or block_hash(block, stop))
+    Recipe(tmp_path / "recipe.json", "toolcall", {}, str(folder), [files_hash(BASE)], None).check_base(folder)
+    read.clear()
+    told = identity("toolcall", folder, Hyperparameters(), "trl", {}, None, Launch())
+    assert told["base_model"]["files_sha256"] == files_hash(BASE) and "model.safetensors" not in read

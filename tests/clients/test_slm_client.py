@@ -217,7 +217,7 @@ def test_a_missing_checkpoint_is_said(settings, message):
 
 
 def test_a_missing_adapter_is_said(tmp_path):
-    with pytest.raises(UserError, match=r"no adapter at .*: make it with train_unsloth.py"):
+    with pytest.raises(UserError, match=r"no adapter at .*: make it with train_unsloth.py, or check --adapter$"):
         adapter_path(tmp_path)
 
 

@@ -102,6 +102,42 @@ def test_other_shots_another_model_and_another_track_are_refused(evaluate, recip
     assert not (tmp_path / "out.json").exists() and not (tmp_path / "out.rows.jsonl.part").exists()
 
 
+@pytest.fixture
+def run_by(run_script, eval_script, files, write_rows, tmp_path):
+    """A function (script, recipe) -> the one line by which a script that runs the small model refuses it."""
+    replies = write_rows("replies.jsonl", [{"prompt": row(text)["prompt"], "prediction": row(text)["completion"]} for text in REQUESTS])
+    flags = {
+        "eval": (eval_script, "--model-kind", "slm", "--dataset", files[0], "--out", tmp_path / "out.json"),
+        "live_compare": (load_script("01_eval/live_compare.py"), "--models", "replay", "slm", "--dataset", files[0], "--replies", replies),
+        "serve": (load_script("05_serve/serve.py"), "--mode", "local", "--port", 0, "--state", tmp_path / "state"),
+    }
+
+    def refused(script, recipe):
+        code, _, error = run_script(flags[script][0], "--track", "toolcall", *flags[script][1:], "--recipe", recipe)
+        assert code == 2 and error.count("\n") == 1, error
+        assert not any(flag in error for flag in ("--adapter ", "--precision", "--engine", "--model", "SLM_MODEL_PATH")), "which nobody gave"
+        return error
+
+    return refused
+
+
+@pytest.mark.parametrize("script", ["eval", "live_compare", "serve"])
+def test_a_recipe_of_another_place_is_refused_by_what_was_given(run_by, recipe, tmp_path, monkeypatch, script):
+    told = json.loads(recipe.read_text())
+    recipe.write_text(json.dumps(told | {"model": told["model"] | {"path": "models/gone"}}))
+    assert f"no checkpoint at models/gone (no config.json): put the model of {recipe} back, or make the recipe again with 04_ft/improve.py" in run_by(script, recipe)
+    recipe.write_text(json.dumps(told | {"model": {"path": "small", "files_sha256": None}, "engine": "served", "precision": None}))
+    monkeypatch.delenv("SLM_MODEL_PATH")
+    assert "recipe.json is of the served model small: set SLM_BASE_URL to its server, or make the recipe again with 04_ft/improve.py" in run_by(script, recipe)
+    recipe.write_text(json.dumps(told))
+    monkeypatch.setenv("SLM_BASE_URL", "http://127.0.0.1:9/v1")
+    assert "recipe.json is of the checkpoint slm_swap/models/phi-tiny, and SLM_BASE_URL names a server: unset SLM_BASE_URL, or" in run_by(script, recipe)
+    monkeypatch.delenv("SLM_BASE_URL")
+    (tmp_path / "adapter").mkdir()
+    recipe.write_text(json.dumps(told | {"adapter": {"path": str(tmp_path / "adapter"), "files_sha256": "0" * 64}}))
+    assert f"recipe.json has no adapter_config.json, {tmp_path / 'adapter'}: put it back, or make the recipe again with 04_ft/improve.py" in run_by(script, recipe)
+
+
 def test_a_recipe_is_of_the_small_model(run_script, eval_script, recipe, files):
     code, _, error = run_script(eval_script, "--track", "toolcall", "--model-kind", "azure", "--dataset", files[0], "--recipe", recipe)
     assert code == 2 and "--recipe says how the small model is asked" in error

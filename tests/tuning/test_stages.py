@@ -244,3 +244,22 @@ def test_the_next_commands_are_of_the_same_rows(improve, tmp_path, write_rows):
     write_rows("test.jsonl", [])
     printed = improve("--rungs", "tokens")[1]
     assert f" --dataset {tmp_path / 'test.jsonl'} " in printed.splitlines()[-2]
+
+
+@pytest.mark.parametrize("limit", [None, 2])
+def test_a_training_is_validated_on_the_rows_that_are_measured(improve, tmp_path, write_rows, monkeypatch, limit):
+    seen = []
+
+    def train(self, preset, setting):
+        seen.append((self.training, setting["adapter"]))
+        raise Unfit("not trained here")
+
+    monkeypatch.setattr(Stages, "train", train)
+    train_rows = write_rows("train.jsonl", [{"prompt": toolcall_prompt([TOOL], "a wall"), "completion": '<tool_call name="paint">{"color":"blue"}</tool_call>', "tools": [TOOL]}])
+    code, printed, error = improve("--rungs", "train", "--train", train_rows, *(["--limit", limit] if limit else []))
+    assert code == 0 and "train fast: not tried: not trained here" in printed, error
+    [(flags, _)] = seen
+    script = load_script("04_ft/train_unsloth.py")
+    rows, inputs = script.read_rows(script.parse_args([*flags, "--out", str(tmp_path / "adapter")]))
+    assert (len(rows["val"]), inputs["val"]["rows"], len(rows["train"])) == (limit or 3, limit or 3, 1)
+    assert json.loads((tmp_path / "ladder/ladder.json").read_text())["inputs"]["rows"] == (limit or 3)
