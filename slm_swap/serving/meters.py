@@ -10,7 +10,7 @@ from slm_swap.clients.protocol import Reply
 from slm_swap.serving import state
 
 BINS = 20
-UNLIKE = ("tools", "unsupported", "too_long")  # reasons that say of a request that none like it was measured
+UNLIKE = ("tools", "schema", "unsupported", "too_long")  # reasons that say of a request that none like it was measured
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 

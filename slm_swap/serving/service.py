@@ -25,13 +25,13 @@ from slm_swap.serving.audits import Audits, agree, hosted_price
 from slm_swap.serving.chat import Asked, Unsupported, completion, events, may_be_sent, read_chat, tools_of
 from slm_swap.serving.hosted import ASKING, CHAT, Hosted, HostedDown, answered_headers, told_down
 from slm_swap.serving.link import Link, NotNow
-from slm_swap.serving.meters import Meters
+from slm_swap.serving.meters import UNLIKE, Meters
 from slm_swap.serving.notices import say
 from slm_swap.serving.options import Options
 from slm_swap.serving.streams import joined
 from slm_swap.serving.traces import Traces
 from slm_swap.tracing.runs import connect
-from slm_swap.verdict.cascade import identity_of, kind_of, tool_hash
+from slm_swap.verdict.cascade import MADE_BY, identity_of, kind_of, schema_hash, tool_hash
 
 if TYPE_CHECKING:
     import httpx2
@@ -187,6 +187,8 @@ class Service:
             self.mismatches += cascade.mismatches(own)
             if cascade.prompts:
                 self.mismatches.append(f"{cascade.prompts} calibrated rows are prompts, and chat requests are asked otherwise: calibrate on rows of prepare_data.py --source chat")
+            if cascade.schemas is None and options.track == "structured":
+                self.mismatches.append(f"the cascade does not say which schemas it was calibrated on, as one of an earlier version: make it anew with {MADE_BY}")
         if recipe:
             try:
                 recipe.check(identity)
@@ -301,11 +303,12 @@ class Service:
             row = read_chat(options.track, asked.body, asked.id, options.plain_json)
         except Unsupported as what:
             return "unsupported", str(what), None
-        known = options.cascade.tools if options.cascade else None
-        if known is not None:
+        if cascade := options.cascade:  # one that names no tools, or no schemas, was measured on none
             for tool in row.example.tools or ():
-                if known.get(tool["name"]) != tool_hash(tool):
+                if (cascade.tools or {}).get(tool["name"]) != tool_hash(tool):
                     return "tools", tool["name"], None
+            if options.track == "structured" and schema_hash(row.example.schema) not in (cascade.schemas or ()):
+                return "schema", row.schema_name, None
         return "mode", "", row
 
     async def _local(self, row: Asked) -> Local:
@@ -377,7 +380,7 @@ class Service:
             if reason in ("queue_full", "deadline", "engine_down", "stopped", "mismatch"):
                 raise HostedDown(f"no hosted model is set up, and the small one does not answer ({reason})")
             told = f"{reason}: {detail}" if detail else reason
-            raise Refused(400 if reason in ("unsupported", "too_long") else 502, reason, f"the small model cannot answer this ({told}), and no hosted model is set up")
+            raise Refused(400 if reason in UNLIKE else 502, reason, f"the small model cannot answer this ({told}), and no hosted model is set up")
         head = (HEADER, f"hosted; reason={reason}" + (f"; detail={_token(detail)}" if detail else ""))
         stack = AsyncExitStack()
         url, body = self.hosted.url(asked.path, asked.query, asked.model), self.hosted.body(asked.raw, asked.body, asked.model)
