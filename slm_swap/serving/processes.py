@@ -30,7 +30,7 @@ from slm_swap.serving.options import Options
 PAUSES = (0.5, 1, 2, 5, 10, 30, 60)  # seconds before a process that died is started again; the last one from then on
 WELL_SECONDS = 300  # after so long a life the first pause holds again
 LOOK_SECONDS = 0.2
-START_SECONDS = 0.02  # between two looks at whether the model is loaded
+START_SECONDS = 0.02  # between two looks at whether the model is loaded and the workers are there
 DRAIN_SECONDS = 660  # that requests under way have after SIGTERM: beyond the hosted model's own time
 KEEP_ALIVE = 75  # seconds that an idle connection of a client stays open
 MEMORY = Path("/dev/shm")
@@ -83,11 +83,12 @@ class Kept:
             multiprocess.mark_process_dead(self.process.pid)
 
 
-def serve(options: Options, listener: socket.socket, make_client: Callable[[], Client] | None) -> int:
-    """Run until SIGTERM or Ctrl-C, then answer what is under way; the exit code.
+def serve(options: Options, listen: Callable[[], socket.socket], make_client: Callable[[], Client] | None, up: Callable[[socket.socket], None]) -> int:
+    """Run until SIGTERM or Ctrl-C, then answer what is under way; the exit code. `up` is called once, with what `listen` has made: the small model is loaded and
+    each worker's set-up is right.
 
     Raises:
-        UserError: another endpoint has the state folder.
+        UserError: another endpoint has the state folder; as `listen`.
     """
     stopping: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -98,6 +99,7 @@ def serve(options: Options, listener: socket.socket, make_client: Callable[[], C
     with alone_in(options.state, taken), metrics_folder(options.state) as metrics:
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(metrics)
         kept: list[Kept] = []
+        listener, told = listen(), False
         try:
             if make_client is not None:
                 engine = Kept("the small model's process", _engine, options, listener, make_client, os.getpid())
@@ -110,10 +112,13 @@ def serve(options: Options, listener: socket.socket, make_client: Callable[[], C
                 worker.start()
                 kept.append(worker)
             while not stopping:
-                wait([one.process.sentinel for one in kept if one.again is None], timeout=LOOK_SECONDS)
+                wait([one.process.sentinel for one in kept if one.again is None], timeout=LOOK_SECONDS if told else START_SECONDS)
                 failed = [one for one in kept if one.process.exitcode == 2 and not one.was_ready]
                 if failed:
                     return 2  # it has said why
+                if not told and all(one.was_ready for one in kept):
+                    up(listener)
+                    told = True
                 for one in kept:
                     one.look()
             return 0

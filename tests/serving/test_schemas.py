@@ -26,7 +26,7 @@ def structured(folder, hosted, schemas, *flags, mode="cascade", **changes):
     """An endpoint whose cascade was calibrated on `schemas`; all its requests ask for JSON."""
     path = cascade(folder / "cascade.json", track="structured", schemas=schemas, **changes)
     words = ("--mode", mode, "--cascade", path, "--json-in-prompt", "--audit-share", 0, *flags)
-    return serving(folder, *words, hosted=hosted, track="structured", AZURE_ENDPOINT="") if hosted is None else serving(folder, *words, hosted=hosted, track="structured")
+    return serving(folder, *words, hosted=hosted, track="structured", **({} if hosted else {"AZURE_ENDPOINT": ""}))
 
 
 def asked(running, wanted) -> httpx2.Response:

@@ -16,9 +16,9 @@ from slm_swap.rows.examples import Example
 from slm_swap.serving import processes, state
 from slm_swap.serving.processes import MEMORY
 from tests.support.disks import mounted
-from tests.support.endpoints import CHECK_STOCK, HOSTED_KEY, HOSTED_NAME, SCRIPTED, cascade, is_up, serving
+from tests.support.endpoints import CHECK_STOCK, HOSTED_KEY, HOSTED_NAME, SCRIPTED, cascade, is_up, known_to, serving
 from tests.support.langfuse_server import LangfuseServer
-from tests.support.processes import children_of, wait_until
+from tests.support.processes import children_of, run_python, wait_until
 from tests.support.scripted import Scripted, plain, refused
 from tests.support.shop_bot import TOOLS
 
@@ -617,6 +617,34 @@ def test_a_wrong_set_up_is_one_line(hosted, tmp_path, flags, said):
     with pytest.raises(AssertionError) as error, serving(tmp_path, *flags, hosted=hosted):
         pass
     assert said in str(error.value) and "Traceback" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "environment, flags, said",
+    [
+        ({}, ("--state", "FILE"), "FILE"),
+        ({}, ("--state", "FILE/below"), "FILE/below"),
+        ({"AZURE_ENDPOINT": "no-url"}, (), "AZURE_ENDPOINT"),
+        ({"SLM_BASE_URL": "no-url"}, (), "SLM_BASE_URL"),
+        ({"SLM_BASE_URL": "http://127.0.0.1:9/v1"}, (), "SLM_"),
+        ({}, ("--engine", "transformers", "--adapter", "nowhere"), "nowhere"),
+        ({}, ("--mode", "hosted", "--port", "TAKEN"), "cannot listen on 127.0.0.1 port TAKEN"),
+    ],
+)
+def test_before_a_failing_exit_nothing_is_said_but_the_error(hosted, tmp_path, environment, flags, said):
+    """No URL where nobody will listen, and no next step."""
+    (tmp_path / "file").touch()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        names = {"FILE": str(tmp_path / "file"), "TAKEN": str(taken.getsockname()[1])}
+
+        def named(text: str) -> str:
+            return text.replace("FILE", names["FILE"]).replace("TAKEN", names["TAKEN"])
+
+        words = ("slm_swap/05_serve/serve.py", "--track", "toolcall", "--mode", "shadow", "--port", 0, "--state", tmp_path / "state", *map(named, flags))
+        known = {"SLM_BASE_URL": "", "SLM_MODEL_PATH": "models/phi-tiny", "PRICES_FILE": "", "LANGFUSE_DISABLED": "1"}
+        ended = run_python(*words, **known | known_to(hosted) | environment)
+    [line] = ended.stderr.splitlines()
+    assert (ended.returncode, ended.stdout) == (2, "") and line.startswith("error: ") and os.path.basename(named(said)) in line
 
 
 def test_each_request_is_a_generation_in_langfuse_with_both_replies(hosted, tmp_path):
