@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NoReturn
@@ -95,36 +96,65 @@ def serve(options: Options, listen: Callable[[], socket.socket], make_client: Ca
         signal.signal(number, lambda number, _: stopping.append(number))
     gc.collect()
     gc.freeze()  # a collection that goes over all that is loaded would hold a worker's requests up by some 60 ms
-    taken = f"another endpoint runs on {shown_path(options.state)}: stop it, or give this one its own --state"
-    with alone_in(options.state, taken), metrics_folder(options.state) as metrics:
-        os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(metrics)
-        kept: list[Kept] = []
-        listener, told = listen(), False
-        try:
-            if make_client is not None:
-                engine = Kept("the small model's process", _engine, options, listener, make_client, os.getpid())
-                engine.start()
-                kept.append(engine)
-                if not _came_up(engine, stopping):
-                    return 2 if not stopping else 0
-            for number in range(options.workers):
-                worker = Kept(f"worker {number}", _worker, options, listener, number, os.getpid())
-                worker.start()
-                kept.append(worker)
-            while not stopping:
-                wait([one.process.sentinel for one in kept if one.again is None], timeout=LOOK_SECONDS if told else START_SECONDS)
-                failed = [one for one in kept if one.process.exitcode == 2 and not one.was_ready]
-                if failed:
-                    return 2  # it has said why
-                if not told and all(one.was_ready for one in kept):
-                    up(listener)
-                    told = True
-                for one in kept:
-                    one.look()
-            return 0
-        finally:
-            listener.close()
-            _end(kept)
+    try:
+        with _own(options.state, stopping), metrics_folder(options.state) as metrics:
+            os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(metrics)
+            return _serve(options, listen(), make_client, up, stopping)
+    except _Stopped:
+        return 0
+
+
+def _serve(options: Options, listener: socket.socket, make_client: Callable[[], Client] | None, up: Callable[[socket.socket], None], stopping: list[int]) -> int:
+    kept: list[Kept] = []
+    told = False
+    try:
+        if make_client is not None:
+            engine = Kept("the small model's process", _engine, options, listener, make_client, os.getpid())
+            engine.start()
+            kept.append(engine)
+            if not _came_up(engine, stopping):
+                return 2 if not stopping else 0
+        for number in range(options.workers):
+            worker = Kept(f"worker {number}", _worker, options, listener, number, os.getpid())
+            worker.start()
+            kept.append(worker)
+        while not stopping:
+            wait([one.process.sentinel for one in kept if one.again is None], timeout=LOOK_SECONDS if told else START_SECONDS)
+            failed = [one for one in kept if one.process.exitcode == 2 and not one.was_ready]
+            if failed:
+                return 2  # it has said why
+            if not told and all(one.was_ready for one in kept):
+                up(listener)
+                told = True
+            for one in kept:
+                one.look()
+        return 0
+    finally:
+        listener.close()
+        _end(kept)
+
+
+def _own(state: Path, stopping: list[int]) -> AbstractContextManager[None]:
+    """The state folder as this endpoint's own. Workers of one whose first process was killed have it until they have answered what is under way: they are waited for."""
+    until, told = time.monotonic() + DRAIN_SECONDS, False
+
+    def go_on(left: list[int]) -> bool:
+        nonlocal told
+        if not told:
+            say(
+                f"the endpoint on {shown_path(state)} was killed, and what is left of it (process {', '.join(map(str, left))}) answers what was under way: "
+                f"this one starts when that has ended, and waits for it {DRAIN_SECONDS} s at most"
+            )
+            told = True
+        if stopping:
+            raise _Stopped
+        return time.monotonic() < until
+
+    return alone_in(state, f"another endpoint runs on {shown_path(state)}: stop it, or give this one its own --state", go_on)
+
+
+class _Stopped(Exception):
+    """It is to end before it has begun."""
 
 
 def _came_up(engine: Kept, stopping: list[int]) -> bool:

@@ -6,12 +6,14 @@ import socket
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import httpx2
 import pytest
 
-from tests.support.endpoints import CHECK_STOCK, HOSTED_NAME, cascade, serving
-from tests.support.processes import wait_until
+from slm_swap.common.settings import ROOT, shown_path
+from tests.support.endpoints import CHECK_STOCK, HOSTED_NAME, cascade, known_to, serving
+from tests.support.processes import Script, children_of, wait_until
 
 ASKED = {"model": HOSTED_NAME, "messages": [{"role": "user", "content": "call Porto"}], "tools": [CHECK_STOCK], "stream": True}
 FIRST = b'data: {"choices": [{"index": 0, "delta": {"role": "assistant", "content": "a"}, "finish_reason": null}]}\n\n'
@@ -201,3 +203,62 @@ def test_a_compressed_answer_is_decompressed_or_keeps_its_header(streams, hosted
         said = b"".join(reply.iter_raw())
     assert reply.headers.get("content-encoding") == told
     assert said == (packed if told else whole)
+
+
+def test_workers_whose_first_process_is_killed_answer_and_a_restart_waits_for_them(streams, tmp_path):
+    """As where the system ends it for its memory, and a supervisor starts the endpoint again at once."""
+
+    def answer(handler):
+        handler.chunk(FIRST)
+        streams.go_on.wait()
+        handler.chunk(LAST)
+        handler.chunk(b"")
+
+    streams.answer = answer
+    with serving(tmp_path, "--mode", "shadow", "--workers", 2, hosted=streams) as running, stream(running) as reply:
+        parts = reply.iter_raw()
+        assert next(parts) == FIRST
+        children = children_of(running.script.pid)
+        running.script.kill()
+        wait_until(lambda: sum(map(lives, children)) == 1)  # the small model's process and the worker that has nothing to answer end
+        [busy] = filter(lives, children)
+        port = running.url.rpartition(":")[2]
+        again, log = restarted(tmp_path, streams, port)
+        wait_until(lambda: "was killed" in log.read_text())
+        assert log.read_text().splitlines() == [
+            f"the endpoint on {shown_path(running.state)} was killed, and what is left of it (process {busy}) answers what was under way: "
+            "this one starts when that has ended, and waits for it 660 s at most"
+        ]
+        stopped, other = restarted(tmp_path / "other", streams, 0, running.state)
+        wait_until(lambda: "was killed" in other.read_text())
+        stopped.send_signal(15)
+        assert stopped.wait() == 0 and again.poll() is None and lives(busy)
+        streams.go_on.set()
+        assert b"".join(parts) == LAST
+        wait_until(lambda: f"http://127.0.0.1:{port}/v1 (shadow)" in log.read_text())
+        assert not lives(busy)
+        with stream(running) as later:
+            assert later.read() == FIRST + LAST
+        again.send_signal(15)
+        assert again.wait() == 0 and "Traceback" not in log.read_text()
+
+
+def test_a_state_folder_that_is_taken_is_refused_with_whose_it_is(streams, tmp_path):
+    with serving(tmp_path, "--mode", "hosted", "--workers", 2, hosted=streams) as running:
+        holding = ", ".join(map(str, sorted([running.script.pid, *children_of(running.script.pid)])))
+        again, log = restarted(tmp_path, streams, 0)
+        assert again.wait() == 2
+        told = f"error: another endpoint runs on {shown_path(running.state)}: stop it, or give this one its own --state (held by process {holding})\n"
+        assert log.read_text() == told
+
+
+def lives(process: int) -> bool:
+    return Path(f"/proc/{process}/exe").exists()
+
+
+def restarted(folder, streams, port, state=None):
+    """An endpoint started again, whatever it says: (its process, its log)."""
+    folder.mkdir(exist_ok=True)
+    log = folder / "again"
+    words = (ROOT / "tests/support/scripted_endpoint.py", "--track", "toolcall", "--port", port, "--state", state or folder / "state", "--mode", "shadow")
+    return Script(*words, log=log, LANGFUSE_DISABLED="1", SLM_BASE_URL="", PRICES_FILE="", **known_to(streams)), log
