@@ -532,17 +532,60 @@ def test_what_is_counted_lies_in_memory_and_goes_at_the_end(hosted, tmp_path):
     assert metrics_folders(running.state) == []
 
 
-@pytest.mark.parametrize("room", [None, 2**60])
-def test_without_room_in_memory_what_is_counted_lies_in_the_state_folder(tmp_path, monkeypatch, room):
-    if room is None:
-        monkeypatch.setattr(processes, "MEMORY", tmp_path / "nowhere")
-    else:
-        monkeypatch.setattr(processes, "ROOM", room)
-    (tmp_path / "metrics").mkdir()
-    (tmp_path / "metrics/left.db").touch()
-    with processes.metrics_folder(tmp_path) as folder:
-        assert folder == tmp_path / "metrics" and not list(folder.iterdir())
+def in_state_folder(state_folder) -> None:
+    """What is counted lies there, with all its room."""
+    (state_folder / "metrics").mkdir()
+    (state_folder / "metrics/left.db").touch()
+    with processes.metrics_folder(state_folder, 2) as folder:
+        assert folder == state_folder / "metrics"
+        files = {f"{kind}_{worker}.db" for kind in ("counter", "histogram", "gauge_livemax", "gauge_livesum") for worker in (0, 1)}
+        assert {path.name: path.stat().st_blocks * 512 for path in folder.iterdir()} == dict.fromkeys(files, 65536)
     assert not folder.exists()
+
+
+def test_without_memory_what_is_counted_lies_in_the_state_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "MEMORY", tmp_path / "nowhere")
+    in_state_folder(tmp_path)
+
+
+def test_without_room_in_memory_what_is_counted_lies_in_the_state_folder(tmp_path, monkeypatch):
+    with mounted(tmp_path / "memory", 1) as memory:
+        monkeypatch.setattr(processes, "MEMORY", memory.folder)
+        memory.leave(508)  # two workers' files have 512 KiB
+        in_state_folder(tmp_path)
+        assert memory.files() == {}
+
+
+def test_without_any_room_for_what_is_counted_the_endpoint_does_not_start(hosted, tmp_path):
+    with mounted(tmp_path / "disk", 1) as disk:
+        disk.leave(508)
+        words = ("tests/support/scripted_endpoint.py", "--track", "toolcall", "--mode", "hosted", "--port", 0, "--workers", 2, "--state", disk.folder / "state")
+        ended = run_python(*words, LANGFUSE_DISABLED="1", PRICES_FILE="", SCRIPTED_MEMORY=str(disk.folder), **known_to(hosted))
+        assert (ended.returncode, ended.stdout) == (2, "")
+        [line] = ended.stderr.splitlines()
+        assert line.startswith("error: no room for the 512 KiB of what 2 workers count, in ") and line.endswith(": make room in one of them")
+        assert disk.files() == {"state/lock": 0}
+
+
+def test_memory_that_fills_later_ends_no_worker_and_restarts_leave_no_files(hosted, tmp_path):
+    """A byte that is mapped and finds no room is SIGBUS. What a killed worker counted stays counted."""
+    flags = ("--mode", "cascade", "--cascade", cascade(tmp_path / "c.json"), "--audit-share", 0)
+    with mounted(tmp_path / "memory", 1) as memory, serving(tmp_path, *flags, hosted=hosted, SCRIPTED_MEMORY=str(memory.folder)) as running:
+        files = memory.files()
+        assert len(files) == 4 and set(files.values()) == {65536}
+        memory.leave(0)
+        for turn in range(1, 4):
+            assert running.ask("call Porto")[0] == "local; reason=local"
+            assert running.ask("unsure Porto")[0] == "hosted; reason=below_threshold"
+            for path in ("/metrics", "/healthz"):
+                assert httpx2.get(running.url + path).status_code == 200
+            kill_worker(running)
+            text = httpx2.get(f"{running.url}/metrics").text
+            assert f'slm_swap_requests_total{{answered_by="local",reason="local"}} {turn}.0' in text
+            assert f'slm_swap_request_seconds_count{{answered_by="hosted"}} {turn}.0' in text
+            assert "slm_swap_engine_up 1.0" in text and "slm_swap_under_way 0.0" in text
+            assert memory.files() == files
+        assert running.log.read_text().count(" ended (-9) ") == running.log.read_text().count(" ended (") == 3
 
 
 @pytest.mark.skipif(not MEMORY.is_dir(), reason="this machine has no /dev/shm")
