@@ -58,9 +58,11 @@ class Door:
             given = self._own(scope)
             if given is None:
                 asked = await self._read(scope, receive)
-                await _while_there(self._model(asked, send), receive)
+                if not await _while_there(self._model(asked, send), receive) and not asked.counted:
+                    self._service.meters.gone()
                 return
         except _Gone:
+            self._service.meters.gone()
             return
         except Refused as refused:
             given = refusal(refused)
@@ -163,13 +165,15 @@ class _Gone(Exception):
     """The client went."""
 
 
-async def _while_there(answering: Coroutine[Any, Any, None], receive: Receive) -> None:
-    """Answer until that is done, or until the client has gone: nobody is there to be answered then."""
+async def _while_there(answering: Coroutine[Any, Any, None], receive: Receive) -> bool:
+    """Answer until that is done, or until the client has gone, which is False: nobody is there to be answered then."""
     work, gone = asyncio.create_task(answering), asyncio.create_task(_gone(receive))
     try:
         await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if work.done():
+        done = work.done()
+        if done:
             work.result()
+        return done
     finally:
         left = {task for task in (work, gone) if not task.done()}
         for task in left:

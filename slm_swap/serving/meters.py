@@ -59,6 +59,7 @@ class Meters:
         own = CollectorRegistry()
         self._requests = Counter("slm_swap_requests", "Requests by who answered and why", ["answered_by", "reason"], registry=own)
         self._failures = Counter("slm_swap_failures", "Requests that nobody answered", ["reason"], registry=own)
+        self._gone = Counter("slm_swap_clients_gone", "Requests whose client left before its answer", registry=own)
         self._seconds = Histogram("slm_swap_request_seconds", "Seconds to the whole answer", ["answered_by"], buckets=SECONDS, registry=own)
         self._tokens = Counter("slm_swap_tokens", "Tokens, as each model counts them", ["answered_by", "kind"], registry=own)
         self._saved = Counter("slm_swap_saved_money", "Hosted price of what was answered locally, by the small model's counts of tokens, all input in full", registry=own)
@@ -101,6 +102,10 @@ class Meters:
         """A request that nobody answered."""
         self._failures.labels(reason).inc()
         self._failed += 1
+
+    def gone(self) -> None:
+        """A request whose client left before it was answered; it is neither answered nor failed."""
+        self._gone.inc()
 
     def judged(self, kind: str, reply: Reply, tools: tuple[str, ...]) -> None:
         """A small model's reply was decided on."""

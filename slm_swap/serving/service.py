@@ -73,7 +73,7 @@ class Local:
 
 @dataclass
 class Incoming:
-    """A request as it came, and what is known of it. `body` is None where it is no JSON object."""
+    """A request as it came, and what is known of it. `body` is None where it is no JSON object; `counted`: as answered, or as failed."""
 
     method: str
     path: str
@@ -84,6 +84,7 @@ class Incoming:
     model: str | None
     id: str
     began: float
+    counted: bool = False
 
     @property
     def stream(self) -> bool:
@@ -270,7 +271,7 @@ class Service:
             except HostedDown as down:
                 if reason == "deadline" and (local := await self._late(task)) and local.send and not self.stopped:
                     return self._sent(asked, row, local)
-                self.meters.failed(reason)
+                self._failed(asked, reason)
                 say(f"the hosted model does not answer ({down})", every=10)
                 raise
         finally:
@@ -343,6 +344,7 @@ class Service:
         """The small model's reply, counted; a share of them is audited."""
         reply = local.reply
         whole = completion(self.options.track, reply, asked.id, asked.model or (self.hosted.name if self.hosted else "slm"))
+        asked.counted = True
         self.meters.answered("local", "local", time.perf_counter() - asked.began, (reply.input_tokens, reply.output_tokens))
         self.meters.saved(hosted_price(self.prices, reply))
         if self.audits and self.audits.due():
@@ -365,6 +367,10 @@ class Service:
             model = self.hosted.name if by == "hosted" else str((self.identity or {}).get("path") or "slm")
             self.traces.answered(asked.id, model, asked.body, by, reason, local, hosted, same)
 
+    def _failed(self, asked: Incoming, reason: str) -> None:
+        asked.counted = True
+        self.meters.failed(reason)
+
     # -- The hosted model ------------------------------------------------------------------------------------------------------------------
 
     async def _from_hosted(
@@ -376,9 +382,9 @@ class Service:
             Refused: there is no hosted model.
         """
         if self.hosted is None:
-            self.meters.failed(reason)
             if reason in ("queue_full", "deadline", "engine_down", "stopped", "mismatch"):
                 raise HostedDown(f"no hosted model is set up, and the small one does not answer ({reason})")
+            self._failed(asked, reason)
             told = f"{reason}: {detail}" if detail else reason
             raise Refused(400 if reason in UNLIKE else 502, reason, f"the small model cannot answer this ({told}), and no hosted model is set up")
         head = (HEADER, f"hosted; reason={reason}" + (f"; detail={_token(detail)}" if detail else ""))
@@ -431,7 +437,7 @@ class Service:
                     shadow.cancel()
                 raise
             except Exception as error:
-                self.meters.failed(reason)
+                self._failed(asked, reason)
                 if isinstance(error, HostedDown):
                     say(f"the hosted model's stream broke off ({error})", every=10)
                 if shadow:
@@ -453,6 +459,7 @@ class Service:
                 reply = None
         seconds = time.perf_counter() - asked.began
         tokens = (reply.input_tokens, reply.output_tokens) if reply else (None, None)
+        asked.counted = True
         self.meters.answered("hosted", reason, seconds, tokens)
         if reply:
             reply = replace(reply, seconds=time.perf_counter() - began)

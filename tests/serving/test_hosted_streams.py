@@ -262,3 +262,56 @@ def restarted(folder, streams, port, state=None):
     log = folder / "again"
     words = (ROOT / "tests/support/scripted_endpoint.py", "--track", "toolcall", "--port", port, "--state", state or folder / "state", "--mode", "shadow")
     return Script(*words, log=log, LANGFUSE_DISABLED="1", SLM_BASE_URL="", PRICES_FILE="", **known_to(streams)), log
+
+
+def test_clients_that_go_before_their_answer_are_counted(streams, tmp_path):
+    """Amid their request, before the answer and amid it; who has the whole answer is not, nor who gets an error."""
+    started = threading.Event()
+
+    def silent(handler):
+        started.set()
+        handler.silent()
+
+    def first(handler):
+        handler.chunk(FIRST)
+        handler.silent()
+
+    def whole(handler):
+        handler.chunk(FIRST + LAST)
+        handler.silent()
+
+    def broken(handler):
+        handler.chunk(FIRST)
+        handler.break_off()
+
+    def gone(count: int) -> bool:
+        return f"slm_swap_clients_gone_total {count}.0" in metrics(running)
+
+    body = json.dumps(ASKED).encode()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body)
+    with serving(tmp_path, "--mode", "hosted", hosted=streams) as running:
+        assert gone(0)
+        address = ("127.0.0.1", int(running.url.rpartition(":")[2]))
+        with socket.create_connection(address) as client:
+            client.sendall(head + body[:20])
+        wait_until(lambda: gone(1))
+        streams.answer = silent
+        with socket.create_connection(address) as client:
+            client.sendall(head + body)
+            started.wait()
+        wait_until(lambda: gone(2))
+        streams.answer = first
+        with stream(running) as reply:
+            assert next(reply.iter_raw()) == FIRST
+        wait_until(lambda: gone(3))
+        streams.answer = whole
+        with stream(running) as reply:
+            said, parts = b"", reply.iter_raw()
+            while said != FIRST + LAST:
+                said += next(parts)
+        wait_until(lambda: 'slm_swap_requests_total{answered_by="hosted",reason="mode"} 1.0' in metrics(running))
+        streams.answer = broken
+        with stream(running) as reply, pytest.raises(httpx2.RemoteProtocolError):
+            reply.read()
+        wait_until(lambda: 'slm_swap_failures_total{reason="mode"} 1.0' in metrics(running))
+        assert gone(3) and "slm_swap_under_way 0.0" in metrics(running)

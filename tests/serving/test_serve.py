@@ -398,6 +398,14 @@ def test_local_mode_needs_no_hosted_model(tmp_path):
             running.ask("broken")
 
 
+def test_a_request_that_nobody_answers_fails_once(tmp_path):
+    with serving(tmp_path, "--mode", "local", "--deadline", 0.1, AZURE_ENDPOINT="") as running:
+        answer = post(running, {"messages": [{"role": "user", "content": "slow 1"}], "tools": [CHECK_STOCK]})
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+        text = httpx2.get(f"{running.url}/metrics").text
+        assert 'slm_swap_failures_total{reason="deadline"} 1.0' in text and "slm_swap_clients_gone_total 0.0" in text
+
+
 def test_keys_are_asked_for_and_never_passed_on(hosted, tmp_path):
     key = "client-key-0123456789"
     (tmp_path / "keys").write_text(f"# the shop's\n{key}\n")
