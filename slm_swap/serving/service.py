@@ -23,12 +23,12 @@ from slm_swap.rows.prompts import request_of
 from slm_swap.serving import state
 from slm_swap.serving.audits import Audits, agree, hosted_price
 from slm_swap.serving.chat import Asked, Unsupported, completion, events, may_be_sent, read_chat, tools_of
-from slm_swap.serving.hosted import ASKING, CHAT, Hosted, HostedDown, answered_headers, told_down
+from slm_swap.serving.hosted import ASKING, CHAT, Hosted, HostedDown, answered_headers, is_decoded, told_down
 from slm_swap.serving.link import Link, NotNow
 from slm_swap.serving.meters import UNLIKE, Meters
 from slm_swap.serving.notices import say
 from slm_swap.serving.options import Options
-from slm_swap.serving.streams import joined
+from slm_swap.serving.streams import is_whole, joined
 from slm_swap.serving.traces import Traces
 from slm_swap.tracing.runs import connect
 from slm_swap.verdict.cascade import MADE_BY, identity_of, kind_of, schema_hash, tool_hash
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
 HEADER = "x-slm-swap"
 RETRY_SECONDS = 5  # what a client is told to wait where nobody answers
-LAST = 32  # bytes of a stream in which its end is looked for
-KEPT = 4 * 2**20  # bytes of a hosted answer that are looked at for its tokens and its reply
+KEPT = 4 * 2**20  # bytes of a hosted answer that are looked at for its tokens, its reply, and whether a stream holds that to its end
+LAST = 64  # bytes of a longer stream in which its [DONE] is looked for
 DRAIN_SECONDS = 10  # that audits under way have when the worker ends
 
 
@@ -420,7 +420,7 @@ class Service:
         Raises:
             HostedDown: it broke off.
         """
-        kept, sent, whole = bytearray(), b"", False
+        kept, sent, last, whole = bytearray(), 0, b"", False
         async with stack:
             try:
                 yield b""
@@ -429,23 +429,28 @@ class Service:
                         if len(kept) < KEPT:
                             kept += part
                         yield part
-                        sent = (sent + part)[-LAST:]
-                whole = True
+                        sent, last = sent + len(part), (last + part)[-LAST:]
+                # A connection that ends with its body says nothing of where the reply broke off.
+                whole = not _tells_its_end(asked, response) or sent > len(kept) or is_whole(bytes(kept), _choices(asked))
+                if not whole:
+                    self._broke_off(asked, reason, "it ended before its reply did", shadow)
             except (GeneratorExit, asyncio.CancelledError):
-                whole = sent.rstrip().endswith(b"data: [DONE]")  # many clients close their connection as soon as they have read that
+                whole = is_whole(bytes(kept[:sent]) if sent <= len(kept) else last, _choices(asked))  # many clients leave as soon as they have read the end
                 if shadow and not whole:
                     shadow.cancel()
                 raise
             except Exception as error:
-                self._failed(asked, reason)
-                if isinstance(error, HostedDown):
-                    say(f"the hosted model's stream broke off ({error})", every=10)
-                if shadow:
-                    self._do(self._beside(asked, shadow, None))  # the small model's reply counts, with nothing to compare it with
+                self._broke_off(asked, reason, str(error) if isinstance(error, HostedDown) else type(error).__name__, shadow)
                 raise
             finally:
                 if whole:
                     self._hosted_answered(asked, reason, row, response.status_code, bytes(kept), True, began, shadow)
+
+    def _broke_off(self, asked: Incoming, reason: str, why: str, shadow: "asyncio.Task[Local] | None") -> None:
+        self._failed(asked, reason)
+        say(f"the hosted model's stream broke off ({why})", every=10)
+        if shadow:
+            self._do(self._beside(asked, shadow, None))  # the small model's reply counts, with nothing to compare it with
 
     def _hosted_answered(
         self, asked: Incoming, reason: str, row: Asked | None, status: int, data: bytes, stream: bool, began: float, shadow: "asyncio.Task[Local] | None"
@@ -496,6 +501,17 @@ class Service:
         """What is served, as /v1/models tells it."""
         name = self.hosted.name if self.hosted else "slm"
         return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "slm_swap"}]}
+
+
+def _tells_its_end(asked: Incoming, response: "httpx2.Response") -> bool:
+    """Whether an answer is a stream that says where its reply ends: a chat completion's, which can be read here."""
+    return response.status_code == 200 and CHAT.fullmatch(asked.path) is not None and is_decoded(response)
+
+
+def _choices(asked: Incoming) -> int:
+    """How many choices a request asks for."""
+    number = (asked.body or {}).get("n")
+    return number if isinstance(number, int) and number > 0 else 1
 
 
 def _token(text: str) -> str:

@@ -41,7 +41,8 @@ class Handler(BaseHTTPRequestHandler):
         self.server.headers = {name.lower(): value for name, value in self.headers.items()}
         self.send_response(200)
         for name, value in ({"content-type": "text/event-stream", "transfer-encoding": "chunked"} | self.server.more).items():
-            self.send_header(name, value)
+            if value is not None:
+                self.send_header(name, value)
         self.end_headers()
         self.server.answer(self)
 
@@ -163,6 +164,65 @@ def test_a_stream_that_breaks_off_is_a_failure_that_the_client_sees(streams, tmp
     assert (minute["requests"], minute["failures"]) == ({}, 1)
     assert minute["tools"] == {"check_stock": 1}  # the small model's reply was judged
     assert running.lines("audits.jsonl") == []
+
+
+ANSWERED, FAILED = 'slm_swap_requests_total{answered_by="hosted",reason="mode"} 1.0', 'slm_swap_failures_total{reason="mode"} 1.0'
+ENDED = LAST.removesuffix(b"data: [DONE]\n\n")
+USAGE = b'data: {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}}\n\n'
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+@pytest.mark.parametrize(("told", "counted"), [(FIRST + ENDED, ANSWERED), (FIRST + ENDED + USAGE, ANSWERED), (FIRST, FAILED), (b'data: {"error": {"message": "x"}}\n\n', FAILED)])
+def test_a_reply_has_ended_where_it_says_so_and_not_where_its_connection_does(streams, hosted_mode, told, counted, chunked):
+    """With [DONE] or without. A body that its connection's end ends may have been cut."""
+
+    def answer(handler):
+        if chunked:
+            handler.chunk(told)
+            handler.chunk(b"")
+        else:
+            handler.wfile.write(told)
+            handler.close_connection = True
+
+    streams.answer, streams.more = answer, {} if chunked else {"transfer-encoding": None, "connection": "close"}
+    with stream(hosted_mode) as reply:
+        assert reply.read() == told
+    wait_until(lambda: "slm_swap_under_way 0.0" in metrics(hosted_mode))
+    found = metrics(hosted_mode)
+    assert [name in found for name in (ANSWERED, FAILED)] == [counted == ANSWERED, counted == FAILED]
+    assert ('kind="input"} 7.0' in found) is (USAGE in told) and "slm_swap_clients_gone_total 0.0" in found
+    assert ("broke off (it ended before its reply did)" in hosted_mode.log.read_text()) is (counted == FAILED)
+
+
+RESPONSE = b'event: response.completed\ndata: {"type": "response.completed", "response": {"id": "r"}}\n\n'
+
+
+@pytest.mark.parametrize(("path", "told"), [("/v1/chat/completions", FIRST + ENDED), ("/v1/responses", RESPONSE)])
+def test_a_client_that_goes_with_the_replys_end_has_been_answered(streams, hosted_mode, path, told):
+    def answer(handler):
+        handler.chunk(told)
+        handler.silent()
+
+    streams.answer = answer
+    with httpx2.stream("POST", hosted_mode.url + path, json=ASKED, timeout=60) as reply:
+        said, parts = b"", reply.iter_raw()
+        while said != told:
+            said += next(parts)
+    wait_until(streams.left.is_set)
+    wait_until(lambda: 'slm_swap_requests_total{answered_by="hosted"' in metrics(hosted_mode))
+    assert "slm_swap_clients_gone_total 0.0" in metrics(hosted_mode)
+
+
+@pytest.mark.parametrize("told", [RESPONSE, b'event: other\ndata: {}\n\n'])
+def test_of_other_streams_the_end_is_their_connections(streams, hosted_mode, told):
+    def answer(handler):
+        handler.chunk(told)
+        handler.chunk(b"")
+
+    streams.answer = answer
+    assert httpx2.post(f"{hosted_mode.url}/v1/responses", json=ASKED, timeout=60).content == told
+    wait_until(lambda: 'slm_swap_requests_total{answered_by="hosted",reason="unsupported"} 1.0' in metrics(hosted_mode))
+    assert "slm_swap_failures_total{" not in metrics(hosted_mode)
 
 
 def test_a_compressed_request_goes_to_the_hosted_model_with_its_header(streams, tmp_path):
