@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Receive, Send = Callable[[], Awaitable[dict[str, Any]]], Callable[[dict[str, Any]], Awaitable[None]]
 MODELS = ("/v1/models", "/openai/v1/models", "/openai/models")
-BEARER = re.compile(r"\Abearer +", re.IGNORECASE)  # RFC 9110, 11.1: a scheme's case says nothing
+BEARER = re.compile(r"bearer +(\S+) *", re.IGNORECASE)  # RFC 9110, 11.1: a scheme's case says nothing
 METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 
 
@@ -97,7 +97,8 @@ class Door:
         """
         path, options = scope["path"], self._options
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        key = headers.get("api-key") or BEARER.sub("", headers.get("authorization", "")).strip()
+        bearer = BEARER.fullmatch(headers.get("authorization", ""))
+        key = headers.get("api-key") or (bearer[1] if bearer else None)
         known = options.knows(key) if options.keys else True
         if path == "/healthz":
             return json_answer(200, self._service.health() if known else {"status": "ok"})

@@ -414,6 +414,9 @@ def test_keys_are_asked_for_and_never_passed_on(hosted, tmp_path):
         assert post(running, body, authorization=f"Bearer {key}").status_code == 200
         assert [post(running, body, authorization=f"{scheme} {key}").status_code for scheme in ("bearer", "BEARER", "Basic")] == [200, 200, 401]
         assert post(running, body, authorization=f"bearer {key.upper()}").status_code == 401
+        for bare in (key, f"Bearer{key}", f"Bearer: {key}", f"Bearer Bearer {key}", f"Bearer {key} {key}", "Bearer"):
+            assert post(running, body, authorization=bare).status_code == 401
+        assert post(running, body, **{"api-key": f"Bearer {key}"}).status_code == 401
         assert post(running, body, **{"api-key": key}).status_code == 200
         for wrong in ("x", "client-key-012345678", HOSTED_KEY, key + "0"):
             answer = post(running, body, authorization=f"Bearer {wrong}")
