@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
     made = Options(
         settings, state=args.state, cascade=read_rule(args), recipe=read_recipe(args.recipe, args.track) if args.recipe else None,
         few_shot=few_shot_of(args) if args.mode != "hosted" else None,
-        keys=keys, audit_content=not args.no_audit_content, plain_json=args.json_in_prompt, tracing=tracing_options(args, settings), **options,
+        keys=keys, prices=prices, audit_content=not args.no_audit_content, plain_json=args.json_in_prompt, tracing=tracing_options(args, settings), **options,
     )  # fmt: skip
     if made.mode != "local" or settings.azure_endpoint:
         from slm_swap.serving.hosted import Hosted

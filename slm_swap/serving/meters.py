@@ -67,6 +67,8 @@ class Meters:
         self._audit_cost = Counter("slm_swap_audit_money", "What audits cost", registry=own)
         self._engine = Gauge("slm_swap_engine_up", "Whether the small model answers", multiprocess_mode="livemax", registry=own)  # a worker that starts does not know yet
         self._under_way = Gauge("slm_swap_under_way", "Requests that are being answered", multiprocess_mode="livesum", registry=own)
+        for by in ("local", "hosted"):
+            self._seconds.labels(by)  # opens its file now, as the others are: later the folder may be gone, and a request would fail of it
         self._all = CollectorRegistry()
         multiprocess.MultiProcessCollector(self._all)
         self.begin()

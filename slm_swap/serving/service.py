@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 from slm_swap.clients.completions import read_completion
-from slm_swap.clients.pricing import HostedPrices, load_prices
+from slm_swap.clients.pricing import HostedPrices
 from slm_swap.clients.protocol import Reply
 from slm_swap.common.errors import UserError
 from slm_swap.common.exact_json import EXACT
@@ -119,7 +119,7 @@ class Service:
         rules = cascade.told["rules"] if cascade else {}
         edges = {kind: (rule["signal"], rule["quantiles"]) for kind, rule in rules.items() if rule.get("quantiles")}
         self.meters = Meters(options.state, worker, edges)
-        self.prices = load_prices(settings.prices_file).deployment(self.hosted.name) if self.hosted else HostedPrices()
+        self.prices = options.prices.deployment(self.hosted.name) if self.hosted else HostedPrices()
         self.audits = Audits(options, self.hosted, self.meters, self.prices) if self.hosted else None
         self.stopped = state.Stopped(options.state)
         self.identity: dict[str, Any] | None = None

@@ -502,18 +502,32 @@ def test_a_worker_that_comes_back_shows_the_rows_of_the_start(hosted, tmp_path, 
         assert (told, reply.choices[0].message.content) == ("local; reason=local", before)
 
 
-def test_a_worker_that_cannot_start_again_ends_no_endpoint(hosted, tmp_path):
-    """What it reads may be damaged for a while: the other worker still answers, and it comes back."""
+def test_a_worker_that_comes_back_counts_by_the_prices_of_the_start(hosted, tmp_path):
+    """Else workers would count one bill, and keep one budget, by different prices."""
     prices = tmp_path / "prices.toml"
-    prices.write_text("")
-    with serving(tmp_path, "--mode", "hosted", "--workers", 2, hosted=hosted, PRICES_FILE=str(prices)) as running:
-        prices.write_text("no table")
+    prices.write_text(f'[hosted."{HOSTED_NAME}"]\ninput = 1000000\noutput = 2000000\n')  # 20 tokens in and 10 out: 40
+    flags = ("--mode", "cascade", "--cascade", cascade(tmp_path / "c.json"), "--audit-share", 0)
+    with serving(tmp_path, *flags, hosted=hosted, PRICES_FILE=str(prices)) as running:
+        for saved, damaged in ((40, "no table"), (80, f'[hosted."{HOSTED_NAME}"]\ninput = 7\noutput = 7\n')):
+            assert running.ask("call Porto")[0] == "local; reason=local"
+            assert f"slm_swap_saved_money_total {saved}.0" in httpx2.get(f"{running.url}/metrics").text
+            prices.write_text(damaged)
+            kill_worker(running)
+        assert running.ask("call Porto")[0] == "local; reason=local"
+        assert "slm_swap_saved_money_total 120.0" in httpx2.get(f"{running.url}/metrics").text
+
+
+def test_a_worker_that_cannot_start_again_ends_no_endpoint(hosted, tmp_path):
+    """A file of the start may be gone for a while: the other worker still answers, and it comes back."""
+    with mounted(tmp_path / "memory", 1) as memory, serving(tmp_path, "--mode", "hosted", "--workers", 2, hosted=hosted, SCRIPTED_MEMORY=str(memory.folder)) as running:
+        [metrics] = memory.folder.iterdir()
+        metrics.rename(away := memory.folder / "away")
         first, second = children_of(running.script.pid)
         os.kill(second, 9)
         wait_until(lambda: " ended (2) and is started again in 1 s" in running.log.read_text())
         assert first in children_of(running.script.pid)
         assert running.ask("call Porto")[0] == "hosted; reason=mode"
-        prices.write_text("")
+        away.rename(metrics)
         wait_until(lambda: len(children_of(running.script.pid)) == 2)
         assert running.script.poll() is None
     assert running.script.wait() == 0
