@@ -68,6 +68,13 @@ def test_the_threshold_lies_where_the_confidence_parts_right_from_wrong(calibrat
     assert "To answer 90.7% of the replies that call a tool locally: 13 further rows" in printed
 
 
+def test_a_tiny_alpha_is_not_certainty(calibrate, tmp_path):
+    code, printed, _ = calibrate(*write_pair(tmp_path, rows=300), "--delta", 0.1, "--alpha", 1e-9, "--html", tmp_path / "cascade.html")
+    assert code == 0 and "over 99.99% sure" in printed
+    for text in (printed, (tmp_path / "cascade.html").read_text()):
+        assert "over 99.99% sure" in text and "100% sure" not in text
+
+
 def test_rows_that_are_prompts_are_told(calibrate, tmp_path):
     code, _, error = calibrate(*write_pair(tmp_path, as_prompts=True))
     assert code == 0 and "200 rows are prompts" in error and read_cascade(tmp_path / "cascade.json").prompts == 200
