@@ -26,7 +26,7 @@ from slm_swap.common.settings import PACKAGE, display_path, find_path, load_sett
 from slm_swap.evaluating.recipe import read_recipe
 from slm_swap.scoring.tracks import TRACKS
 from slm_swap.verdict import cascade_words
-from slm_swap.verdict.calibration import Reply, Target, calibrate, describe, offered_tools, replies
+from slm_swap.verdict.calibration import Reply, Target, calibrate, describe, offered_tools, replies, wanted_schemas
 from slm_swap.verdict.cascade import write_cascade
 from slm_swap.verdict.evaluations import Evaluation, fit_together, model_of, read_evaluation
 from slm_swap.verdict.unused_rows import calibration_examples, require_unused, same_model
@@ -136,6 +136,7 @@ def main(argv: list[str] | None = None) -> int:
         check_out(args.html, inputs=read, advice=PAGE)
     examples = calibration_examples(slm)
     tools, unusual = offered_tools(examples) if track.name else (None, set())
+    schemas = None if track.name else wanted_schemas(examples)
     if prompts := sum(example.messages is None for example in examples):
         warnings.append(f"{prompts} rows are prompts, and requests are conversations, which are asked otherwise: 05_serve/serve.py will not answer by this rule (prepare_data.py --source chat)")
     if unusual:
@@ -149,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
         if (lost := rule["local_only"]["seen"]) is not None and lost > MUCH_LOST:
             warnings.append(f"{lost:.0%} of what would be answered locally ({kind}) is lost: such a --delta lets the small model answer what it gets wrong; give a smaller one")
     warnings = list(dict.fromkeys(warnings))
-    told = describe(azure, slm, found, tools, load_prices(load_settings().prices_file)) | {"prompts": prompts, "recipe": recipe, "warnings": warnings}
+    told = describe(azure, slm, found, tools, schemas, load_prices(load_settings().prices_file)) | {"prompts": prompts, "recipe": recipe, "warnings": warnings}
     for text in warnings:
         warn(text)
     for text in cascade_words.sentences(told):

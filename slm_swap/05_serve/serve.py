@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
     made = Options(
         settings, state=args.state, cascade=read_rule(args), recipe=read_recipe(args.recipe, args.track) if args.recipe else None,
         few_shot=few_shot_of(args) if args.mode != "hosted" else None,
-        keys=keys, audit_content=not args.no_audit_content, plain_json=args.json_in_prompt, tracing=tracing_options(args, settings), **options,
+        keys=keys, prices=prices, audit_content=not args.no_audit_content, plain_json=args.json_in_prompt, tracing=tracing_options(args, settings), **options,
     )  # fmt: skip
     if made.small and made.recipe:
         made.recipe.check_place(settings)
@@ -161,13 +161,15 @@ def main(argv: list[str] | None = None) -> int:
 
         Hosted(settings, made.timeout)  # a set-up that is wrong is told now
     connect(settings, made.tracing)
-    listener = listen(args.host, args.port)
-    host, port = listener.getsockname()[:2]
-    print(f"http://{f'[{host}]' if ':' in host else host}:{port}/v1 ({made.mode})", flush=True)
     state_flag = "" if args.state == state.STATE else f" --state {shown_path(args.state)}"
-    if made.small:
-        next_step(f"python 05_serve/watch.py{state_flag}")
-    code = serve(made, listener, partial(make_small, settings, args) if made.small else None)
+
+    def up(listener: socket.socket) -> None:
+        host, port = listener.getsockname()[:2]
+        print(f"http://{f'[{host}]' if ':' in host else host}:{port}/v1 ({made.mode})", flush=True)
+        if made.small:
+            next_step(f"python 05_serve/watch.py{state_flag}")
+
+    code = serve(made, partial(listen, args.host, args.port), partial(make_small, settings, args) if made.small else None, up)
     if code == 0:
         print(f"stopped; what was counted and audited is in {shown_path(args.state)}")
         if made.small:

@@ -64,6 +64,11 @@ def metric_name(metric: str) -> str:
     return METRICS.get(metric, (metric, ""))[0]
 
 
+def level(error: float) -> str:
+    """How sure one is of what is wrong in a share `error` (above 0) of all cases: `95%`, and never 100%."""
+    return "over 99.99%" if error < 0.0001 else f"{100 * (1 - error):g}%"
+
+
 def error_name(error: str) -> str:
     """An error's name for people, as it is written in the middle of a line."""
     name = ERROR_KINDS.get(error, error)

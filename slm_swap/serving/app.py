@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Receive, Send = Callable[[], Awaitable[dict[str, Any]]], Callable[[dict[str, Any]], Awaitable[None]]
 MODELS = ("/v1/models", "/openai/v1/models", "/openai/models")
-BEARER = re.compile(r"\Abearer +", re.IGNORECASE)  # RFC 9110, 11.1: a scheme's case says nothing
+BEARER = re.compile(r"bearer +(\S+) *", re.IGNORECASE)  # RFC 9110, 11.1: a scheme's case says nothing
 METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 
 
@@ -58,9 +58,11 @@ class Door:
             given = self._own(scope)
             if given is None:
                 asked = await self._read(scope, receive)
-                await _while_there(self._model(asked, send), receive)
+                if not await _while_there(self._model(asked, send), receive) and not asked.counted:
+                    self._service.meters.gone()
                 return
         except _Gone:
+            self._service.meters.gone()
             return
         except Refused as refused:
             given = refusal(refused)
@@ -95,7 +97,8 @@ class Door:
         """
         path, options = scope["path"], self._options
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        key = headers.get("api-key") or BEARER.sub("", headers.get("authorization", "")).strip()
+        bearer = BEARER.fullmatch(headers.get("authorization", ""))
+        key = headers.get("api-key") or (bearer[1] if bearer else None)
         known = options.knows(key) if options.keys else True
         if path == "/healthz":
             return json_answer(200, self._service.health() if known else {"status": "ok"})
@@ -163,13 +166,15 @@ class _Gone(Exception):
     """The client went."""
 
 
-async def _while_there(answering: Coroutine[Any, Any, None], receive: Receive) -> None:
-    """Answer until that is done, or until the client has gone: nobody is there to be answered then."""
+async def _while_there(answering: Coroutine[Any, Any, None], receive: Receive) -> bool:
+    """Answer until that is done, or until the client has gone, which is False: nobody is there to be answered then."""
     work, gone = asyncio.create_task(answering), asyncio.create_task(_gone(receive))
     try:
         await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if work.done():
+        done = work.done()
+        if done:
             work.result()
+        return done
     finally:
         left = {task for task in (work, gone) if not task.done()}
         for task in left:

@@ -45,7 +45,8 @@ class Unsupported(Exception):
 
 @dataclass(frozen=True)
 class Asked:
-    """A chat request that the small model can take. `limit` is the most tokens that its reply may have, None where it does not say."""
+    """A chat request that the small model can take. `limit` is the most tokens that its reply may have, None where it does not say; `schema_name` is what the
+    request calls its schema, "json_object" or "none"."""
 
     example: Example
     stream: bool
@@ -53,6 +54,7 @@ class Asked:
     limit: int | None
     several: bool
     wants_json: bool
+    schema_name: str
 
 
 def read_chat(track: str, body: dict[str, Any], name: str, plain_json: bool = False) -> Asked:
@@ -96,7 +98,13 @@ def read_chat(track: str, body: dict[str, Any], name: str, plain_json: bool = Fa
     return Asked(
         example, body.get("stream") is True, isinstance(usage, dict) and usage.get("include_usage") is True,
         min(limits, default=None), body.get("parallel_tool_calls") is not False, schema is not None,
+        _schema_name(options.get("response_format")),
     )  # fmt: skip
+
+
+def _schema_name(wanted: dict[str, Any] | None) -> str:
+    name = ((wanted or {}).get("json_schema") or {}).get("name")
+    return name if isinstance(name, str) and name else (wanted or {}).get("type") or "none"
 
 
 def may_be_sent(track: str, asked: Asked, reply: Reply) -> bool:

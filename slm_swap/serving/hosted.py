@@ -127,7 +127,7 @@ class Hosted:
 
     def parts(self, response: "httpx2.Response") -> AsyncIterator[bytes]:
         """An answer's body as it comes, decompressed; of what is not read here, the bytes that `answered_headers` says the encoding of."""
-        return response.aiter_bytes() if _decoded(response) else response.aiter_raw()
+        return response.aiter_bytes() if is_decoded(response) else response.aiter_raw()
 
     async def _credential(self) -> list[tuple[str, str]]:
         if self._key:
@@ -156,11 +156,11 @@ def told_down() -> Iterator[None]:
 
 def answered_headers(response: "httpx2.Response") -> list[tuple[str, str]]:
     """What of an answer's head goes to the client."""
-    decoded = _decoded(response)
+    decoded = is_decoded(response)
     kept = [(name, value) for name, value in response.headers.multi_items() if not KEPT_BACK.fullmatch(name.lower())]
     return [(name, value) for name, value in kept if not (decoded and name.lower() == "content-encoding")]
 
 
-def _decoded(response: "httpx2.Response") -> bool:
+def is_decoded(response: "httpx2.Response") -> bool:
     """Whether an answer's body is decompressed here."""
     return {name.strip().lower() for name in response.headers.get("content-encoding", "identity").split(",")} <= DECODED

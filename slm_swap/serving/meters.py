@@ -1,5 +1,6 @@
 """What is counted of an endpoint: Prometheus' metrics, of all workers together, and a line of `minutes.jsonl` for each worker's minute."""
 
+import os
 import time
 from bisect import bisect_right
 from collections import Counter, defaultdict
@@ -10,22 +11,55 @@ from slm_swap.clients.protocol import Reply
 from slm_swap.serving import state
 
 BINS = 20
-UNLIKE = ("tools", "unsupported", "too_long")  # reasons that say of a request that none like it was measured
+UNLIKE = ("tools", "schema", "unsupported", "too_long")  # reasons that say of a request that none like it was measured
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
+GAUGES = ("gauge_livemax", "gauge_livesum")  # files of prometheus_client, each kind with its mode
+FILES = ("counter", "histogram", *GAUGES)
+FILE_BYTES = 2**16  # of each: as much as prometheus_client takes at first. No reason makes a worker's values more than a third of it.
+
+
+def make_room(folder: Path, workers: int) -> None:
+    """The files of all workers' values, each with all its bytes: processes map them into their memory, where a byte that finds no room kills its process.
+
+    Raises:
+        OSError: there is no such room.
+    """
+    for worker in range(workers):
+        for kind in FILES:
+            descriptor = os.open(_file(folder, kind, worker), os.O_RDWR | os.O_CREAT, 0o600)
+            try:
+                os.posix_fallocate(descriptor, 0, FILE_BYTES)
+            finally:
+                os.close(descriptor)
+
+
+def forget_gauges(folder: Path, worker: int) -> None:
+    """A worker has ended: what it had under way is under way no more. What it counted stays, and the next one of its number counts on."""
+    for kind in GAUGES:
+        with open(_file(folder, kind, worker), "r+b") as file:
+            file.write(bytes(8))  # the head of prometheus_client's files: how much of it is used. Removed, the file's room could go to another.
+
+
+def _file(folder: Path, kind: str, worker: int) -> Path:
+    return folder / f"{kind}_{worker}.db"
+
+
 class Meters:
-    """One worker's. Prometheus' values of all workers stand in files of the folder that PROMETHEUS_MULTIPROC_DIR names, set before this is made.
-    The gauges are of the processes that live (`multiprocess.mark_process_dead`)."""
+    """One worker's. Prometheus' values of all workers stand in files of the folder that PROMETHEUS_MULTIPROC_DIR names, set before this is made. They are named by the
+    worker's number and not by its process, so that there are not more of them with each worker that is started again."""
 
     def __init__(self, folder: Path, worker: int, edges: dict[str, tuple[str, list[float]]]):
         """`edges`: for each class its signal, and the values between its bins."""
-        from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, multiprocess
+        from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, multiprocess, values
 
+        values.ValueClass = values.MultiProcessValue(lambda: worker)
         self.folder, self.worker, self._edges = folder, worker, edges
         own = CollectorRegistry()
         self._requests = Counter("slm_swap_requests", "Requests by who answered and why", ["answered_by", "reason"], registry=own)
         self._failures = Counter("slm_swap_failures", "Requests that nobody answered", ["reason"], registry=own)
+        self._gone = Counter("slm_swap_clients_gone", "Requests whose client left before its answer", registry=own)
         self._seconds = Histogram("slm_swap_request_seconds", "Seconds to the whole answer", ["answered_by"], buckets=SECONDS, registry=own)
         self._tokens = Counter("slm_swap_tokens", "Tokens, as each model counts them", ["answered_by", "kind"], registry=own)
         self._saved = Counter("slm_swap_saved_money", "Hosted price of what was answered locally, by the small model's counts of tokens, all input in full", registry=own)
@@ -33,6 +67,8 @@ class Meters:
         self._audit_cost = Counter("slm_swap_audit_money", "What audits cost", registry=own)
         self._engine = Gauge("slm_swap_engine_up", "Whether the small model answers", multiprocess_mode="livemax", registry=own)  # a worker that starts does not know yet
         self._under_way = Gauge("slm_swap_under_way", "Requests that are being answered", multiprocess_mode="livesum", registry=own)
+        for by in ("local", "hosted"):
+            self._seconds.labels(by)  # opens its file now, as the others are: later the folder may be gone, and a request would fail of it
         self._all = CollectorRegistry()
         multiprocess.MultiProcessCollector(self._all)
         self.begin()
@@ -68,6 +104,10 @@ class Meters:
         """A request that nobody answered."""
         self._failures.labels(reason).inc()
         self._failed += 1
+
+    def gone(self) -> None:
+        """A request whose client left before it was answered; it is neither answered nor failed."""
+        self._gone.inc()
 
     def judged(self, kind: str, reply: Reply, tools: tuple[str, ...]) -> None:
         """A small model's reply was decided on."""

@@ -5,6 +5,7 @@ import hmac
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from slm_swap.clients.pricing import Prices
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import Settings, shown_path
 from slm_swap.evaluating.recipe import Recipe
@@ -19,7 +20,7 @@ SHORTEST_KEY = 16
 @dataclass(frozen=True)
 class Options:
     """`ask`, `few_shot`, `constrain` and `max_new_tokens` are how the small model is asked, as in evaluations. `few_shot` holds the rows themselves: a worker that is
-    started again has those that were hashed at the start, whatever has become of their file. `deadline` in seconds is the longest that a request waits for the
+    started again has those that were hashed at the start, whatever has become of their file; so with `prices`, by which all workers count. `deadline` in seconds is the longest that a request waits for the
     small model, `queue` how many of all workers wait; `timeout` in seconds is how long the hosted model may be silent.
 
     `max_body` in bytes and `body_seconds` bound a request's body. `audit_share` of the locally answered requests is asked of the hosted
@@ -44,6 +45,7 @@ class Options:
     body_seconds: float = 30.0
     audit_share: float = 0.02
     audit_budget: float | None = None
+    prices: Prices = field(default_factory=lambda: Prices(""))
     audit_content: bool = True
     plain_json: bool = False
     log_content: bool = False

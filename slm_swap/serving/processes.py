@@ -13,6 +13,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,25 +26,25 @@ from slm_swap.common.processes import alone_in, end_with
 from slm_swap.common.secrets import hide_in_tracebacks, shown_by_hook
 from slm_swap.common.settings import shown_path
 from slm_swap.serving.engine import run_engine
+from slm_swap.serving.meters import FILE_BYTES, FILES, forget_gauges, make_room
 from slm_swap.serving.notices import say
 from slm_swap.serving.options import Options
 
 PAUSES = (0.5, 1, 2, 5, 10, 30, 60)  # seconds before a process that died is started again; the last one from then on
 WELL_SECONDS = 300  # after so long a life the first pause holds again
 LOOK_SECONDS = 0.2
-START_SECONDS = 0.02  # between two looks at whether the model is loaded
+START_SECONDS = 0.02  # between two looks at whether the model is loaded and the workers are there
 DRAIN_SECONDS = 660  # that requests under way have after SIGTERM: beyond the hosted model's own time
 KEEP_ALIVE = 75  # seconds that an idle connection of a client stays open
 MEMORY = Path("/dev/shm")
-ROOM = 16 * 2**20  # bytes that must be free there: a worker's metrics take up to some 100 KiB
 _fork = multiprocessing.get_context("fork")
 
 
 class Kept:
-    """A process that is started again where it ends."""
+    """A process that is started again where it ends; `ended` is called before."""
 
-    def __init__(self, name: str, target: Callable[..., None], *args: Any):
-        self.name, self._target, self._args = name, target, args
+    def __init__(self, name: str, target: Callable[..., None], *args: Any, ended: Callable[[], None] = lambda: None):
+        self.name, self._target, self._args, self._ended = name, target, args, ended
         self._died = 0
         self._ready = mmap.mmap(-1, 1)  # shared with the process
         self.process: Any = None
@@ -66,7 +68,7 @@ class Kept:
     def look(self) -> None:
         """Start it where it has ended and its pause is over."""
         if self.again is None and self.process.exitcode is not None:
-            self._forget_gauges()
+            self._ended()
             lived = time.monotonic() - self._since
             self._died = 0 if lived > WELL_SECONDS else self._died
             pause = PAUSES[min(self._died, len(PAUSES) - 1)]
@@ -75,51 +77,85 @@ class Kept:
         if self.again is not None and time.monotonic() >= self.again:
             self.start()
 
-    def _forget_gauges(self) -> None:
-        """What it had under way is under way no more; what it counted stays."""
-        from prometheus_client import multiprocess
 
-        with contextlib.suppress(OSError):
-            multiprocess.mark_process_dead(self.process.pid)
-
-
-def serve(options: Options, listener: socket.socket, make_client: Callable[[], Client] | None) -> int:
-    """Run until SIGTERM or Ctrl-C, then answer what is under way; the exit code.
+def serve(options: Options, listen: Callable[[], socket.socket], make_client: Callable[[], Client] | None, up: Callable[[socket.socket], None]) -> int:
+    """Run until SIGTERM or Ctrl-C, then answer what is under way; the exit code. `up` is called once, with what `listen` has made: the small model is loaded and
+    each worker's set-up is right.
 
     Raises:
-        UserError: another endpoint has the state folder.
+        UserError: another endpoint has the state folder; as `listen`.
     """
     stopping: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: stopping.append(number))
     gc.collect()
     gc.freeze()  # a collection that goes over all that is loaded would hold a worker's requests up by some 60 ms
-    taken = f"another endpoint runs on {shown_path(options.state)}: stop it, or give this one its own --state"
-    with alone_in(options.state, taken), metrics_folder(options.state) as metrics:
-        os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(metrics)
-        kept: list[Kept] = []
-        try:
-            if make_client is not None:
-                engine = Kept("the small model's process", _engine, options, listener, make_client, os.getpid())
-                engine.start()
-                kept.append(engine)
-                if not _came_up(engine, stopping):
-                    return 2 if not stopping else 0
-            for number in range(options.workers):
-                worker = Kept(f"worker {number}", _worker, options, listener, number, os.getpid())
-                worker.start()
-                kept.append(worker)
-            while not stopping:
-                wait([one.process.sentinel for one in kept if one.again is None], timeout=LOOK_SECONDS)
-                failed = [one for one in kept if one.process.exitcode == 2 and not one.was_ready]
-                if failed:
-                    return 2  # it has said why
-                for one in kept:
-                    one.look()
-            return 0
-        finally:
-            listener.close()
-            _end(kept)
+    try:
+        with _own(options.state, stopping), metrics_folder(options.state, options.workers) as metrics:
+            os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(metrics)
+            return _serve(options, listen(), make_client, up, stopping, metrics)
+    except _Stopped:
+        return 0
+
+
+def _serve(
+    options: Options, listener: socket.socket, make_client: Callable[[], Client] | None, up: Callable[[socket.socket], None], stopping: list[int], metrics: Path
+) -> int:
+    kept: list[Kept] = []
+    told = False
+    try:
+        if make_client is not None:
+            engine = Kept("the small model's process", _engine, options, listener, make_client, os.getpid())
+            engine.start()
+            kept.append(engine)
+            if not _came_up(engine, stopping):
+                return 2 if not stopping else 0
+        for number in range(options.workers):
+            worker = Kept(f"worker {number}", _worker, options, listener, number, os.getpid(), ended=partial(_forget, metrics, number))
+            worker.start()
+            kept.append(worker)
+        while not stopping:
+            wait([one.process.sentinel for one in kept if one.again is None], timeout=LOOK_SECONDS if told else START_SECONDS)
+            failed = [one for one in kept if one.process.exitcode == 2 and not one.was_ready]
+            if failed:
+                return 2  # it has said why
+            if not told and all(one.was_ready for one in kept):
+                up(listener)
+                told = True
+            for one in kept:
+                one.look()
+        return 0
+    finally:
+        listener.close()
+        _end(kept)
+
+
+def _own(state: Path, stopping: list[int]) -> AbstractContextManager[None]:
+    """The state folder as this endpoint's own. Workers of one whose first process was killed have it until they have answered what is under way: they are waited for."""
+    until, told = time.monotonic() + DRAIN_SECONDS, False
+
+    def go_on(left: list[int]) -> bool:
+        nonlocal told
+        if not told:
+            say(
+                f"the endpoint on {shown_path(state)} was killed, and what is left of it (process {', '.join(map(str, left))}) answers what was under way: "
+                f"this one starts when that has ended, and waits for it {DRAIN_SECONDS} s at most"
+            )
+            told = True
+        if stopping:
+            raise _Stopped
+        return time.monotonic() < until
+
+    return alone_in(state, f"another endpoint runs on {shown_path(state)}: stop it, or give this one its own --state", go_on)
+
+
+class _Stopped(Exception):
+    """It is to end before it has begun."""
+
+
+def _forget(metrics: Path, worker: int) -> None:
+    with contextlib.suppress(OSError):
+        forget_gauges(metrics, worker)
 
 
 def _came_up(engine: Kept, stopping: list[int]) -> bool:
@@ -145,25 +181,40 @@ def _end(kept: list[Kept]) -> None:
 
 
 @contextlib.contextmanager
-def metrics_folder(state: Path) -> Iterator[Path]:
-    """An empty folder for Prometheus' values, which processes map into their memory: a full disk below them would kill each that counts. So it lies in memory,
-    where that has ROOM, else in the state folder. It is removed at the end. One that an endpoint of this state folder left, which was killed, is removed at once:
-    the caller has the folder's lock."""
+def metrics_folder(state: Path, workers: int) -> Iterator[Path]:
+    """A folder for Prometheus' values of so many workers, with all the room that they take (`meters.make_room`). It lies in memory, where that has the room, else in
+    the state folder. It is removed at the end. One that an endpoint of this state folder left, which was killed, is removed at once: the caller has the folder's lock.
+
+    Raises:
+        UserError: neither has room.
+    """
     own, told = state / "metrics", os.stat(state)
     prefix = f"slm_swap-{told.st_dev:x}-{told.st_ino:x}-"
     for left in (own, *MEMORY.glob(f"{prefix}*")):
         shutil.rmtree(left, ignore_errors=True)
-    folder = own
-    with contextlib.suppress(OSError):
-        free = os.statvfs(MEMORY)
-        if free.f_bavail * free.f_frsize >= ROOM:
-            folder = Path(tempfile.mkdtemp(prefix=prefix, dir=MEMORY))
-    if folder == own:
-        own.mkdir()
+    folder = _with_room(lambda: Path(tempfile.mkdtemp(prefix=prefix, dir=MEMORY)), workers)
+    if isinstance(folder, OSError):
+        folder = _with_room(lambda: own.mkdir() or own, workers)
+    if isinstance(folder, OSError):
+        kib = workers * len(FILES) * FILE_BYTES // 1024
+        raise UserError(f"no room for the {kib} KiB of what {workers} workers count, in {MEMORY} or {shown_path(own)} ({folder.strerror}): make room in one of them")
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _with_room(make: Callable[[], Path], workers: int) -> Path | OSError:
+    """The folder that is made, with room for what so many workers count; or why not, with nothing left of it."""
+    folder = None
+    try:
+        folder = make()
+        make_room(folder, workers)
+    except OSError as error:
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
+        return error
+    return folder
 
 
 def _begin(parent: int, when_orphaned: int, on_sigterm: signal.Handlers) -> None:

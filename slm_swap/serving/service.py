@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 from slm_swap.clients.completions import read_completion
-from slm_swap.clients.pricing import HostedPrices, load_prices
+from slm_swap.clients.pricing import HostedPrices
 from slm_swap.clients.protocol import Reply
 from slm_swap.common.errors import UserError
 from slm_swap.common.exact_json import EXACT
@@ -23,23 +23,23 @@ from slm_swap.rows.prompts import request_of
 from slm_swap.serving import state
 from slm_swap.serving.audits import Audits, agree, hosted_price
 from slm_swap.serving.chat import Asked, Unsupported, completion, events, may_be_sent, read_chat, tools_of
-from slm_swap.serving.hosted import ASKING, CHAT, Hosted, HostedDown, answered_headers, told_down
+from slm_swap.serving.hosted import ASKING, CHAT, Hosted, HostedDown, answered_headers, is_decoded, told_down
 from slm_swap.serving.link import Link, NotNow
-from slm_swap.serving.meters import Meters
+from slm_swap.serving.meters import UNLIKE, Meters
 from slm_swap.serving.notices import say
 from slm_swap.serving.options import Options
-from slm_swap.serving.streams import joined
+from slm_swap.serving.streams import is_whole, joined
 from slm_swap.serving.traces import Traces
 from slm_swap.tracing.runs import connect
-from slm_swap.verdict.cascade import identity_of, kind_of, tool_hash
+from slm_swap.verdict.cascade import MADE_BY, identity_of, kind_of, schema_hash, tool_hash
 
 if TYPE_CHECKING:
     import httpx2
 
 HEADER = "x-slm-swap"
 RETRY_SECONDS = 5  # what a client is told to wait where nobody answers
-LAST = 32  # bytes of a stream in which its end is looked for
-KEPT = 4 * 2**20  # bytes of a hosted answer that are looked at for its tokens and its reply
+KEPT = 4 * 2**20  # bytes of a hosted answer that are looked at for its tokens, its reply, and whether a stream holds that to its end
+LAST = 64  # bytes of a longer stream in which its [DONE] is looked for
 DRAIN_SECONDS = 10  # that audits under way have when the worker ends
 
 
@@ -73,7 +73,7 @@ class Local:
 
 @dataclass
 class Incoming:
-    """A request as it came, and what is known of it. `body` is None where it is no JSON object."""
+    """A request as it came, and what is known of it. `body` is None where it is no JSON object; `counted`: as answered, or as failed."""
 
     method: str
     path: str
@@ -84,6 +84,7 @@ class Incoming:
     model: str | None
     id: str
     began: float
+    counted: bool = False
 
     @property
     def stream(self) -> bool:
@@ -118,7 +119,7 @@ class Service:
         rules = cascade.told["rules"] if cascade else {}
         edges = {kind: (rule["signal"], rule["quantiles"]) for kind, rule in rules.items() if rule.get("quantiles")}
         self.meters = Meters(options.state, worker, edges)
-        self.prices = load_prices(settings.prices_file).deployment(self.hosted.name) if self.hosted else HostedPrices()
+        self.prices = options.prices.deployment(self.hosted.name) if self.hosted else HostedPrices()
         self.audits = Audits(options, self.hosted, self.meters, self.prices) if self.hosted else None
         self.stopped = state.Stopped(options.state)
         self.identity: dict[str, Any] | None = None
@@ -187,6 +188,8 @@ class Service:
             self.mismatches += cascade.mismatches(own)
             if cascade.prompts:
                 self.mismatches.append(f"{cascade.prompts} calibrated rows are prompts, and chat requests are asked otherwise: calibrate on rows of prepare_data.py --source chat")
+            if cascade.schemas is None and options.track == "structured":
+                self.mismatches.append(f"the cascade does not say which schemas it was calibrated on, as one of an earlier version: make it anew with {MADE_BY}")
         if recipe:
             try:
                 recipe.check(identity)
@@ -268,7 +271,7 @@ class Service:
             except HostedDown as down:
                 if reason == "deadline" and (local := await self._late(task)) and local.send and not self.stopped:
                     return self._sent(asked, row, local)
-                self.meters.failed(reason)
+                self._failed(asked, reason)
                 say(f"the hosted model does not answer ({down})", every=10)
                 raise
         finally:
@@ -301,11 +304,12 @@ class Service:
             row = read_chat(options.track, asked.body, asked.id, options.plain_json)
         except Unsupported as what:
             return "unsupported", str(what), None
-        known = options.cascade.tools if options.cascade else None
-        if known is not None:
+        if cascade := options.cascade:  # one that names no tools, or no schemas, was measured on none
             for tool in row.example.tools or ():
-                if known.get(tool["name"]) != tool_hash(tool):
+                if (cascade.tools or {}).get(tool["name"]) != tool_hash(tool):
                     return "tools", tool["name"], None
+            if options.track == "structured" and schema_hash(row.example.schema) not in (cascade.schemas or ()):
+                return "schema", row.schema_name, None
         return "mode", "", row
 
     async def _local(self, row: Asked) -> Local:
@@ -340,6 +344,7 @@ class Service:
         """The small model's reply, counted; a share of them is audited."""
         reply = local.reply
         whole = completion(self.options.track, reply, asked.id, asked.model or (self.hosted.name if self.hosted else "slm"))
+        asked.counted = True
         self.meters.answered("local", "local", time.perf_counter() - asked.began, (reply.input_tokens, reply.output_tokens))
         self.meters.saved(hosted_price(self.prices, reply))
         if self.audits and self.audits.due():
@@ -362,6 +367,10 @@ class Service:
             model = self.hosted.name if by == "hosted" else str((self.identity or {}).get("path") or "slm")
             self.traces.answered(asked.id, model, asked.body, by, reason, local, hosted, same)
 
+    def _failed(self, asked: Incoming, reason: str) -> None:
+        asked.counted = True
+        self.meters.failed(reason)
+
     # -- The hosted model ------------------------------------------------------------------------------------------------------------------
 
     async def _from_hosted(
@@ -373,11 +382,11 @@ class Service:
             Refused: there is no hosted model.
         """
         if self.hosted is None:
-            self.meters.failed(reason)
             if reason in ("queue_full", "deadline", "engine_down", "stopped", "mismatch"):
                 raise HostedDown(f"no hosted model is set up, and the small one does not answer ({reason})")
+            self._failed(asked, reason)
             told = f"{reason}: {detail}" if detail else reason
-            raise Refused(400 if reason in ("unsupported", "too_long") else 502, reason, f"the small model cannot answer this ({told}), and no hosted model is set up")
+            raise Refused(400 if reason in UNLIKE else 502, reason, f"the small model cannot answer this ({told}), and no hosted model is set up")
         head = (HEADER, f"hosted; reason={reason}" + (f"; detail={_token(detail)}" if detail else ""))
         stack = AsyncExitStack()
         url, body = self.hosted.url(asked.path, asked.query, asked.model), self.hosted.body(asked.raw, asked.body, asked.model)
@@ -411,7 +420,7 @@ class Service:
         Raises:
             HostedDown: it broke off.
         """
-        kept, sent, whole = bytearray(), b"", False
+        kept, sent, last, whole = bytearray(), 0, b"", False
         async with stack:
             try:
                 yield b""
@@ -420,23 +429,28 @@ class Service:
                         if len(kept) < KEPT:
                             kept += part
                         yield part
-                        sent = (sent + part)[-LAST:]
-                whole = True
+                        sent, last = sent + len(part), (last + part)[-LAST:]
+                # A connection that ends with its body says nothing of where the reply broke off.
+                whole = not _tells_its_end(asked, response) or sent > len(kept) or is_whole(bytes(kept), _choices(asked))
+                if not whole:
+                    self._broke_off(asked, reason, "it ended before its reply did", shadow)
             except (GeneratorExit, asyncio.CancelledError):
-                whole = sent.rstrip().endswith(b"data: [DONE]")  # many clients close their connection as soon as they have read that
+                whole = is_whole(bytes(kept[:sent]) if sent <= len(kept) else last, _choices(asked))  # many clients leave as soon as they have read the end
                 if shadow and not whole:
                     shadow.cancel()
                 raise
             except Exception as error:
-                self.meters.failed(reason)
-                if isinstance(error, HostedDown):
-                    say(f"the hosted model's stream broke off ({error})", every=10)
-                if shadow:
-                    self._do(self._beside(asked, shadow, None))  # the small model's reply counts, with nothing to compare it with
+                self._broke_off(asked, reason, str(error) if isinstance(error, HostedDown) else type(error).__name__, shadow)
                 raise
             finally:
                 if whole:
                     self._hosted_answered(asked, reason, row, response.status_code, bytes(kept), True, began, shadow)
+
+    def _broke_off(self, asked: Incoming, reason: str, why: str, shadow: "asyncio.Task[Local] | None") -> None:
+        self._failed(asked, reason)
+        say(f"the hosted model's stream broke off ({why})", every=10)
+        if shadow:
+            self._do(self._beside(asked, shadow, None))  # the small model's reply counts, with nothing to compare it with
 
     def _hosted_answered(
         self, asked: Incoming, reason: str, row: Asked | None, status: int, data: bytes, stream: bool, began: float, shadow: "asyncio.Task[Local] | None"
@@ -450,6 +464,7 @@ class Service:
                 reply = None
         seconds = time.perf_counter() - asked.began
         tokens = (reply.input_tokens, reply.output_tokens) if reply else (None, None)
+        asked.counted = True
         self.meters.answered("hosted", reason, seconds, tokens)
         if reply:
             reply = replace(reply, seconds=time.perf_counter() - began)
@@ -486,6 +501,17 @@ class Service:
         """What is served, as /v1/models tells it."""
         name = self.hosted.name if self.hosted else "slm"
         return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "slm_swap"}]}
+
+
+def _tells_its_end(asked: Incoming, response: "httpx2.Response") -> bool:
+    """Whether an answer is a stream that says where its reply ends: a chat completion's, which can be read here."""
+    return response.status_code == 200 and CHAT.fullmatch(asked.path) is not None and is_decoded(response)
+
+
+def _choices(asked: Incoming) -> int:
+    """How many choices a request asks for."""
+    number = (asked.body or {}).get("n")
+    return number if isinstance(number, int) and number > 0 else 1
 
 
 def _token(text: str) -> str:

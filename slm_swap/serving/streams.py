@@ -1,7 +1,37 @@
-"""A stream of a chat completion, put together again: what its chunks say in one completion."""
+"""A stream of a chat completion, put together again: what its chunks say in one completion; and whether a stream holds its reply to the end."""
 
 import json
+import re
+from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
+
+DONE = re.compile(rb"(?:\A|\n|\r)data: ?\[DONE\]\s*\Z")
+FINAL = ("response.completed", "response.incomplete", "response.failed", "error")  # of the Responses API, which sends no [DONE]
+
+
+def is_whole(data: bytes, choices: int = 1) -> bool:
+    """Whether server-sent events hold a reply to its end: they close with [DONE], or say why each of so many choices has ended (the usage, which may follow, is none
+    of the reply), or hold the last event of the Responses API. Some servers and gateways send no [DONE], and some clients do not wait for it."""
+    if DONE.search(data):
+        return True
+    ended = set()
+    for chunk in _chunks(data):
+        if chunk.get("type") in FINAL:
+            return True
+        for choice in found if isinstance(found := chunk.get("choices"), list) else ():
+            if isinstance(choice, dict) and choice.get("finish_reason") is not None:
+                ended.add(str(choice.get("index") or 0))
+    return len(ended) >= choices
+
+
+def _chunks(data: bytes) -> Iterator[dict[str, Any]]:
+    """The JSON objects of the events, without what is none: a line that has not come to its end, too."""
+    for line in data.splitlines():
+        with suppress(ValueError, RecursionError):
+            chunk = json.loads(line.removeprefix(b"data:")) if line.startswith(b"data:") else None
+            if isinstance(chunk, dict):
+                yield chunk
 
 
 def joined(data: bytes) -> dict[str, Any]:
@@ -14,7 +44,8 @@ def joined(data: bytes) -> dict[str, Any]:
     refusal: list[str] = []
     calls: dict[int, dict[str, Any]] = {}
     finish, usage, begun = None, None, False
-    for line in data.decode("utf-8", "replace").splitlines():
+    for raw in data.splitlines():  # of bytes: of a text, U+2028 within a reply would end a line, too
+        line = raw.decode("utf-8", "replace")
         payload = line.removeprefix("data:").strip()
         if not line.startswith("data:") or payload == "[DONE]":
             continue

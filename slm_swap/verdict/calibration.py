@@ -13,7 +13,7 @@ from slm_swap.scoring.measured import unmeasured
 from slm_swap.scoring.replies import InvalidReply, native_calls, parse_calls
 from slm_swap.scoring.several import answer
 from slm_swap.scoring.tracks import Track
-from slm_swap.verdict.cascade import CLASSES, identity_of_report, is_fit, kind_of, tool_hash
+from slm_swap.verdict.cascade import CLASSES, identity_of_report, is_fit, kind_of, schema_hash, tool_hash
 from slm_swap.verdict.comparison import speed
 from slm_swap.verdict.confidence import signals_of
 from slm_swap.verdict.evaluations import Evaluation, aligned, model_of, units
@@ -71,6 +71,12 @@ def offered_tools(examples: Iterable[Example]) -> tuple[dict[str, str] | None, s
             counts.setdefault(name, Counter())[digest] += 1
     usual = {name: found.most_common(1)[0][0] for name, found in sorted(counts.items())}
     return usual or None, {name for name, tools in offers if any(usual[tool] != digest for tool, digest in tools)}
+
+
+def wanted_schemas(examples: Iterable[Example]) -> list[str | None]:
+    """The hashes of the schemas that the rows want, each once; last None, where there are rows without one."""
+    found = {schema_hash(example.schema) for example in examples}
+    return sorted(found - {None}) + ([None] if None in found else [])
 
 
 def replies(azure: Evaluation, slm: Evaluation, track: Track, guarantee: str, unusual: Iterable[str] = ()) -> list[Reply]:
@@ -271,11 +277,14 @@ def costs(azure: Evaluation, slm: Evaluation, share_local: float, prices: Prices
     return {name: value for name, value in found.items() if name != "curve"}
 
 
-def describe(azure: Evaluation, slm: Evaluation, found: dict[str, Any], tools: dict[str, str] | None, prices: Prices) -> dict[str, Any]:
-    """`found` of `calibrate` with what it holds for: the models, the rows and the tools, costs and latencies."""
+def describe(
+    azure: Evaluation, slm: Evaluation, found: dict[str, Any], tools: dict[str, str] | None, schemas: list[str | None] | None, prices: Prices
+) -> dict[str, Any]:
+    """`found` of `calibrate` with what it holds for: the models, the rows, the tools or the schemas, costs and latencies."""
     inputs = azure.report["inputs"]
     return found | {
         "tools": tools,
+        "schemas": schemas,
         "identity": identity_of_report(slm.report),
         "calibration": {name: inputs.get(name) for name in ("path", "sha256", "rows")},
         "hosted": azure.label,

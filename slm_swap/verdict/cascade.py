@@ -37,7 +37,8 @@ class Rule:
 @dataclass(frozen=True)
 class Cascade:
     """A cascade.json that was read: `rules` by class, `told` the whole file, `sha256` its hash. `prompts` is how many of its rows are
-    `{prompt, completion}`, which are asked in another way than the conversations that come to an endpoint."""
+    `{prompt, completion}`, which are asked in another way than the conversations that come to an endpoint. `schemas` are `schema_hash` of the rows'
+    schemas; None where the file does not say, as one of an earlier version."""
 
     path: Path
     sha256: str
@@ -47,6 +48,7 @@ class Cascade:
     tools: dict[str, str] | None
     prompts: int
     told: dict[str, Any]
+    schemas: frozenset[str | None] | None = None
 
     def local(self, kind: str, fit: bool, confidence: Mapping[str, Any] | None) -> tuple[bool, str]:
         """Whether a reply of the small model is the answer, and why: "local", "unfit", "no_confidence", "below_threshold", "class_never".
@@ -93,6 +95,11 @@ def tool_hash(tool: Mapping[str, Any]) -> str:
     """The sha256 of a tool's definition (`name`, `description`, `parameters`), the order of its keys being nothing."""
     definition = {name: tool.get(name) for name in ("name", "description", "parameters")}
     return hashlib.sha256(_CANONICAL.encode(definition).encode()).hexdigest()
+
+
+def schema_hash(schema: Mapping[str, Any] | None) -> str | None:
+    """The sha256 of a wanted value's JSON Schema, the order of its keys being nothing; None where none is wanted."""
+    return None if schema is None else hashlib.sha256(_CANONICAL.encode(schema).encode()).hexdigest()
 
 
 def identity_of(
@@ -147,14 +154,17 @@ def read_cascade(path: Path) -> Cascade:
         if told["stage"] != STAGE or told["schema_version"] != SCHEMA_VERSION or told["track"] not in TRACKS or told["guarantee"] not in GUARANTEES:
             raise ValueError
         rules = {kind: _rule(told["rules"][kind]) for kind in CLASSES[told["track"]]}
-        tools = told["tools"]
+        tools, schemas = told["tools"], told.get("schemas")
         if not all(_is_share(value) for value in (told["share_local"], told["delta"], told["alpha"], told["regret"]["seen"], told["regret"]["bound"])):
             raise ValueError
         if type(told["prompts"]) is not int or not isinstance(told["identity"], dict) or not (tools is None or all(isinstance(value, str) for value in tools.values())):
             raise ValueError
+        if not (schemas is None or (isinstance(schemas, list) and all(value is None or isinstance(value, str) for value in schemas))):
+            raise ValueError
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(f"{shown} is no cascade of this version: make it with {MADE_BY}") from None
-    return Cascade(path, sha256_file(path), told["track"], rules, told["identity"], tools, told["prompts"], told)
+    known = None if schemas is None else frozenset(schemas)
+    return Cascade(path, sha256_file(path), told["track"], rules, told["identity"], tools, told["prompts"], told, known)
 
 
 def beside_verdict(path: Path, track: str, hosted: str, slm: Mapping[str, Any], required: bool) -> dict[str, Any] | None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from slm_swap.scoring.words import SIGNALS
+from slm_swap.scoring.words import SIGNALS, level
 from slm_swap.verdict import cost_words
 
 CLASS_NAMES = {"call": "replies that call a tool", "no_call": "replies that call none", "value": "replies"}
@@ -16,7 +16,7 @@ def percent(share: float) -> str:
 
 def sure(told: Mapping[str, Any]) -> str:
     """`95% sure`"""
-    return f"{100 * (1 - told['alpha']):g}% sure"
+    return f"{level(told['alpha'])} sure"
 
 
 def units(told: Mapping[str, Any]) -> str:

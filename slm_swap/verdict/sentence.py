@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from slm_swap.scoring.words import metric_name
+from slm_swap.scoring.words import level, metric_name
 from slm_swap.verdict.decision import FINE_TUNE, MIN_CLUSTERS, SWAP, Decision
 from slm_swap.verdict.gap import FINE_TUNING
 from slm_swap.verdict.html_report.words import stretch
@@ -32,7 +32,7 @@ def sentence(decision: Decision, rows: int, evidence: Mapping[str, Any] | None =
     if decision.withheld:
         return _withheld(decision, rows, evidence)
     if decision.verdict == SWAP:
-        sure = f"{100 * (1 - decision.alpha):g}%"
+        sure = level(decision.alpha)
         bound = max(values["interval"][1] for values in decision.metrics.values())
         lost = f"loses at most {points(bound)} points" if bound > 0 else "is better"
         return f"The small model can take over{_scope(evidence)}: on {rows} rows it {lost} on every metric ({sure} sure), within {margin}."

@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from slm_swap.scoring.words import ERROR_KINDS, MATCHERS, SIGNALS, metric_name
+from slm_swap.scoring.words import ERROR_KINDS, MATCHERS, SIGNALS, level, metric_name
 from slm_swap.verdict import cascade_words
 from slm_swap.verdict.cost_words import headline, known, money, percent, sentences
 from slm_swap.verdict.decision import FINE_TUNE
@@ -181,7 +181,7 @@ def _money(told: dict[str, Any]) -> list[str]:
 
 
 def _level(told: dict[str, Any]) -> str:
-    return f"{100 * (1 - 2 * told['alpha']):g}%"
+    return level(2 * told["alpha"])
 
 
 def _range(interval: Iterable[float] | None) -> str:

@@ -28,7 +28,7 @@ from slm_swap.serving.audits import Audits, agree
 from slm_swap.serving.chat import completion, events, tools_of
 from slm_swap.serving.engine import Job, Jobs, read_line, read_request, request_json
 from slm_swap.serving.options import Options, read_keys
-from slm_swap.serving.streams import joined
+from slm_swap.serving.streams import is_whole, joined
 from slm_swap.slm_client import taken_at_once
 from tests.support.processes import PATIENCE
 from tests.support.scripts import load_script
@@ -52,6 +52,32 @@ def test_a_stream_put_together_is_its_completion(text, calls, ours):
 def test_a_stream_that_broke_off_is_no_completion(data):
     with pytest.raises(ValueError):
         joined(data)
+
+
+SAYS = b'data: {"choices": [{"index": 0, "delta": {"content": "\\"finish_reason\\": \\"stop\\" [DONE]"}, "finish_reason": null}]}\n\n'
+ENDS = b'data: {"choices": [{"index": %d, "delta": {}, "finish_reason": "stop"}]}\n\n'
+USAGE = b'data: {"choices": [], "usage": {"prompt_tokens": 1}}\n\n'
+RESPONSE = b'event: response.completed\ndata: {"type": "response.completed", "response": {}}\n\n'
+
+
+@pytest.mark.parametrize(
+    ("data", "choices", "whole"),
+    [
+        (b"", 1, False), (SAYS, 1, False), (SAYS + ENDS % 0, 1, True), (SAYS + ENDS % 0 + USAGE, 1, True), (SAYS + (ENDS % 0)[:-9], 1, False), (SAYS + USAGE, 1, False),
+        (SAYS + ENDS % 1, 2, False), (SAYS + ENDS % 1 + ENDS % 1, 2, False), (SAYS + ENDS % 1 + ENDS % 0, 2, True),
+        (SAYS + b"data: [DONE]", 1, True), (b"data:[DONE]\r\n\r\n", 2, True), (SAYS + b": data: [DONE]\n\n", 1, False), ((SAYS + ENDS % 0).replace(b"\n", b"\r\n"), 1, True),
+        (RESPONSE, 1, True), (RESPONSE.replace(b"completed", b"created"), 1, False), (RESPONSE.replace(b"completed", b"incomplete"), 1, True),
+        (b'data: {"error": {"message": "x"}}\n\n', 1, False), (b"data: [1]\n\ndata: {\n\n", 1, False), (b'data: {"choices": [7, {"finish_reason": null}]}\n\n', 1, False),
+    ],
+)  # fmt: skip
+def test_a_stream_is_whole_by_its_last_event(data, choices, whole):
+    assert is_whole(data, choices) is whole
+
+
+def test_a_line_ends_where_bytes_say_so():
+    chunk = {"choices": [{"index": 0, "delta": {"content": "a\u2028b\x85c"}, "finish_reason": "stop"}]}
+    [choice] = joined(f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n".encode())["choices"]
+    assert choice["message"]["content"] == "a\u2028b\x85c"
 
 
 def test_a_request_crosses_the_socket_as_it_is():

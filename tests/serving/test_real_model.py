@@ -19,7 +19,7 @@ from slm_swap.rows.prompts import request_of
 from slm_swap.scoring.form import form_of
 from slm_swap.serving import state
 from slm_swap.slm_client import SLMClient
-from slm_swap.verdict.cascade import is_fit
+from slm_swap.verdict.cascade import is_fit, schema_hash
 from tests.support.endpoints import HOSTED_KEY, HOSTED_NAME, cascade, serving
 from tests.support.processes import wait_until
 from tests.support.scripts import load_script
@@ -82,7 +82,8 @@ def endpoint(rows, tmp_path_factory):
         "max_new_tokens": NEW, "few_shot_sha256": None,
     }  # fmt: skip
     rule = {"signal": "min_logprob", "threshold": -1000.0}
-    path = cascade(folder / "cascade.json", identity, "structured", rules={"value": rule})
+    schemas = sorted({schema_hash(row.schema) for row in rows})
+    path = cascade(folder / "cascade.json", identity, "structured", rules={"value": rule}, schemas=schemas)
     flags = ("--mode", "cascade", "--cascade", path, "--precision", "fp32", "--engine", "transformers", "--constrain", "always", "--max-new-tokens", NEW, "--deadline", 120)
     environment = {"SLM_MODEL_PATH": "models/phi-tiny"}
     with (

@@ -16,9 +16,9 @@ from slm_swap.rows.examples import Example
 from slm_swap.serving import processes, state
 from slm_swap.serving.processes import MEMORY
 from tests.support.disks import mounted
-from tests.support.endpoints import CHECK_STOCK, HOSTED_KEY, HOSTED_NAME, SCRIPTED, cascade, is_up, serving
+from tests.support.endpoints import CHECK_STOCK, HOSTED_KEY, HOSTED_NAME, SCRIPTED, cascade, is_up, known_to, serving
 from tests.support.langfuse_server import LangfuseServer
-from tests.support.processes import children_of, wait_until
+from tests.support.processes import children_of, run_python, wait_until
 from tests.support.scripted import Scripted, plain, refused
 from tests.support.shop_bot import TOOLS
 
@@ -398,6 +398,14 @@ def test_local_mode_needs_no_hosted_model(tmp_path):
             running.ask("broken")
 
 
+def test_a_request_that_nobody_answers_fails_once(tmp_path):
+    with serving(tmp_path, "--mode", "local", "--deadline", 0.1, AZURE_ENDPOINT="") as running:
+        answer = post(running, {"messages": [{"role": "user", "content": "slow 1"}], "tools": [CHECK_STOCK]})
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+        text = httpx2.get(f"{running.url}/metrics").text
+        assert 'slm_swap_failures_total{reason="deadline"} 1.0' in text and "slm_swap_clients_gone_total 0.0" in text
+
+
 def test_keys_are_asked_for_and_never_passed_on(hosted, tmp_path):
     key = "client-key-0123456789"
     (tmp_path / "keys").write_text(f"# the shop's\n{key}\n")
@@ -406,6 +414,9 @@ def test_keys_are_asked_for_and_never_passed_on(hosted, tmp_path):
         assert post(running, body, authorization=f"Bearer {key}").status_code == 200
         assert [post(running, body, authorization=f"{scheme} {key}").status_code for scheme in ("bearer", "BEARER", "Basic")] == [200, 200, 401]
         assert post(running, body, authorization=f"bearer {key.upper()}").status_code == 401
+        for bare in (key, f"Bearer{key}", f"Bearer: {key}", f"Bearer Bearer {key}", f"Bearer {key} {key}", "Bearer"):
+            assert post(running, body, authorization=bare).status_code == 401
+        assert post(running, body, **{"api-key": f"Bearer {key}"}).status_code == 401
         assert post(running, body, **{"api-key": key}).status_code == 200
         for wrong in ("x", "client-key-012345678", HOSTED_KEY, key + "0"):
             answer = post(running, body, authorization=f"Bearer {wrong}")
@@ -491,18 +502,32 @@ def test_a_worker_that_comes_back_shows_the_rows_of_the_start(hosted, tmp_path, 
         assert (told, reply.choices[0].message.content) == ("local; reason=local", before)
 
 
-def test_a_worker_that_cannot_start_again_ends_no_endpoint(hosted, tmp_path):
-    """What it reads may be damaged for a while: the other worker still answers, and it comes back."""
+def test_a_worker_that_comes_back_counts_by_the_prices_of_the_start(hosted, tmp_path):
+    """Else workers would count one bill, and keep one budget, by different prices."""
     prices = tmp_path / "prices.toml"
-    prices.write_text("")
-    with serving(tmp_path, "--mode", "hosted", "--workers", 2, hosted=hosted, PRICES_FILE=str(prices)) as running:
-        prices.write_text("no table")
+    prices.write_text(f'[hosted."{HOSTED_NAME}"]\ninput = 1000000\noutput = 2000000\n')  # 20 tokens in and 10 out: 40
+    flags = ("--mode", "cascade", "--cascade", cascade(tmp_path / "c.json"), "--audit-share", 0)
+    with serving(tmp_path, *flags, hosted=hosted, PRICES_FILE=str(prices)) as running:
+        for saved, damaged in ((40, "no table"), (80, f'[hosted."{HOSTED_NAME}"]\ninput = 7\noutput = 7\n')):
+            assert running.ask("call Porto")[0] == "local; reason=local"
+            assert f"slm_swap_saved_money_total {saved}.0" in httpx2.get(f"{running.url}/metrics").text
+            prices.write_text(damaged)
+            kill_worker(running)
+        assert running.ask("call Porto")[0] == "local; reason=local"
+        assert "slm_swap_saved_money_total 120.0" in httpx2.get(f"{running.url}/metrics").text
+
+
+def test_a_worker_that_cannot_start_again_ends_no_endpoint(hosted, tmp_path):
+    """A file of the start may be gone for a while: the other worker still answers, and it comes back."""
+    with mounted(tmp_path / "memory", 1) as memory, serving(tmp_path, "--mode", "hosted", "--workers", 2, hosted=hosted, SCRIPTED_MEMORY=str(memory.folder)) as running:
+        [metrics] = memory.folder.iterdir()
+        metrics.rename(away := memory.folder / "away")
         first, second = children_of(running.script.pid)
         os.kill(second, 9)
         wait_until(lambda: " ended (2) and is started again in 1 s" in running.log.read_text())
         assert first in children_of(running.script.pid)
         assert running.ask("call Porto")[0] == "hosted; reason=mode"
-        prices.write_text("")
+        away.rename(metrics)
         wait_until(lambda: len(children_of(running.script.pid)) == 2)
         assert running.script.poll() is None
     assert running.script.wait() == 0
@@ -532,17 +557,60 @@ def test_what_is_counted_lies_in_memory_and_goes_at_the_end(hosted, tmp_path):
     assert metrics_folders(running.state) == []
 
 
-@pytest.mark.parametrize("room", [None, 2**60])
-def test_without_room_in_memory_what_is_counted_lies_in_the_state_folder(tmp_path, monkeypatch, room):
-    if room is None:
-        monkeypatch.setattr(processes, "MEMORY", tmp_path / "nowhere")
-    else:
-        monkeypatch.setattr(processes, "ROOM", room)
-    (tmp_path / "metrics").mkdir()
-    (tmp_path / "metrics/left.db").touch()
-    with processes.metrics_folder(tmp_path) as folder:
-        assert folder == tmp_path / "metrics" and not list(folder.iterdir())
+def in_state_folder(state_folder) -> None:
+    """What is counted lies there, with all its room."""
+    (state_folder / "metrics").mkdir()
+    (state_folder / "metrics/left.db").touch()
+    with processes.metrics_folder(state_folder, 2) as folder:
+        assert folder == state_folder / "metrics"
+        files = {f"{kind}_{worker}.db" for kind in ("counter", "histogram", "gauge_livemax", "gauge_livesum") for worker in (0, 1)}
+        assert {path.name: path.stat().st_blocks * 512 for path in folder.iterdir()} == dict.fromkeys(files, 65536)
     assert not folder.exists()
+
+
+def test_without_memory_what_is_counted_lies_in_the_state_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "MEMORY", tmp_path / "nowhere")
+    in_state_folder(tmp_path)
+
+
+def test_without_room_in_memory_what_is_counted_lies_in_the_state_folder(tmp_path, monkeypatch):
+    with mounted(tmp_path / "memory", 1) as memory:
+        monkeypatch.setattr(processes, "MEMORY", memory.folder)
+        memory.leave(508)  # two workers' files have 512 KiB
+        in_state_folder(tmp_path)
+        assert memory.files() == {}
+
+
+def test_without_any_room_for_what_is_counted_the_endpoint_does_not_start(hosted, tmp_path):
+    with mounted(tmp_path / "disk", 1) as disk:
+        disk.leave(508)
+        words = ("tests/support/scripted_endpoint.py", "--track", "toolcall", "--mode", "hosted", "--port", 0, "--workers", 2, "--state", disk.folder / "state")
+        ended = run_python(*words, LANGFUSE_DISABLED="1", PRICES_FILE="", SCRIPTED_MEMORY=str(disk.folder), **known_to(hosted))
+        assert (ended.returncode, ended.stdout) == (2, "")
+        [line] = ended.stderr.splitlines()
+        assert line.startswith("error: no room for the 512 KiB of what 2 workers count, in ") and line.endswith(": make room in one of them")
+        assert disk.files() == {"state/lock": 0}
+
+
+def test_memory_that_fills_later_ends_no_worker_and_restarts_leave_no_files(hosted, tmp_path):
+    """A byte that is mapped and finds no room is SIGBUS. What a killed worker counted stays counted."""
+    flags = ("--mode", "cascade", "--cascade", cascade(tmp_path / "c.json"), "--audit-share", 0)
+    with mounted(tmp_path / "memory", 1) as memory, serving(tmp_path, *flags, hosted=hosted, SCRIPTED_MEMORY=str(memory.folder)) as running:
+        files = memory.files()
+        assert len(files) == 4 and set(files.values()) == {65536}
+        memory.leave(0)
+        for turn in range(1, 4):
+            assert running.ask("call Porto")[0] == "local; reason=local"
+            assert running.ask("unsure Porto")[0] == "hosted; reason=below_threshold"
+            for path in ("/metrics", "/healthz"):
+                assert httpx2.get(running.url + path).status_code == 200
+            kill_worker(running)
+            text = httpx2.get(f"{running.url}/metrics").text
+            assert f'slm_swap_requests_total{{answered_by="local",reason="local"}} {turn}.0' in text
+            assert f'slm_swap_request_seconds_count{{answered_by="hosted"}} {turn}.0' in text
+            assert "slm_swap_engine_up 1.0" in text and "slm_swap_under_way 0.0" in text
+            assert memory.files() == files
+        assert running.log.read_text().count(" ended (-9) ") == running.log.read_text().count(" ended (") == 3
 
 
 @pytest.mark.skipif(not MEMORY.is_dir(), reason="this machine has no /dev/shm")
@@ -617,6 +685,34 @@ def test_a_wrong_set_up_is_one_line(hosted, tmp_path, flags, said):
     with pytest.raises(AssertionError) as error, serving(tmp_path, *flags, hosted=hosted):
         pass
     assert said in str(error.value) and "Traceback" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "environment, flags, said",
+    [
+        ({}, ("--state", "FILE"), "FILE"),
+        ({}, ("--state", "FILE/below"), "FILE/below"),
+        ({"AZURE_ENDPOINT": "no-url"}, (), "AZURE_ENDPOINT"),
+        ({"SLM_BASE_URL": "no-url"}, (), "SLM_BASE_URL"),
+        ({"SLM_BASE_URL": "http://127.0.0.1:9/v1"}, (), "SLM_"),
+        ({}, ("--engine", "transformers", "--adapter", "nowhere"), "nowhere"),
+        ({}, ("--mode", "hosted", "--port", "TAKEN"), "cannot listen on 127.0.0.1 port TAKEN"),
+    ],
+)
+def test_before_a_failing_exit_nothing_is_said_but_the_error(hosted, tmp_path, environment, flags, said):
+    """No URL where nobody will listen, and no next step."""
+    (tmp_path / "file").touch()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        names = {"FILE": str(tmp_path / "file"), "TAKEN": str(taken.getsockname()[1])}
+
+        def named(text: str) -> str:
+            return text.replace("FILE", names["FILE"]).replace("TAKEN", names["TAKEN"])
+
+        words = ("slm_swap/05_serve/serve.py", "--track", "toolcall", "--mode", "shadow", "--port", 0, "--state", tmp_path / "state", *map(named, flags))
+        known = {"SLM_BASE_URL": "", "SLM_MODEL_PATH": "models/phi-tiny", "PRICES_FILE": "", "LANGFUSE_DISABLED": "1"}
+        ended = run_python(*words, **known | known_to(hosted) | environment)
+    [line] = ended.stderr.splitlines()
+    assert (ended.returncode, ended.stdout) == (2, "") and line.startswith("error: ") and os.path.basename(named(said)) in line
 
 
 def test_each_request_is_a_generation_in_langfuse_with_both_replies(hosted, tmp_path):

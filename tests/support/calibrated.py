@@ -49,6 +49,7 @@ def write_pair(
     examples: list[Example] | None = None,
     first: int = 0,
     as_prompts: bool = False,
+    track: str = "toolcall",
     **more: Any,
 ) -> list[str]:
     """The flags that name both reports. `azure` and `slm` are what each says in turn (`evaluated.REPLIES`), rows `first` and on; `more` are
@@ -61,7 +62,7 @@ def write_pair(
     flags = []
     for side, errors, told in (("azure", azure, AZURE), ("slm", slm, model or SMALL)):
         out, own = folder / f"{side}_{split}.json", more if side == "slm" else {}
-        write_report(out, examples, replies(whole, errors)[first:], told, **({"inputs": inputs, "args": ARGS, "ask": "text"} | own))
+        write_report(out, examples, replies(whole, errors)[first:], told, track, **({"inputs": inputs, "args": ARGS, "ask": "text"} | own))
         flags += [f"--{side}", str(out)]
     lines = [line for _, line in read_jsonl(rows_path(out))]
     for number, line in enumerate(lines):

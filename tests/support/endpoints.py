@@ -78,9 +78,7 @@ def serving(
 ) -> Iterator[Endpoint]:
     """An endpoint until the end; `hosted` is a simulator that runs."""
     state, log = folder / "state", folder / "log"
-    known = {"LANGFUSE_DISABLED": "1", "SLM_BASE_URL": "", "PRICES_FILE": ""}
-    if hosted:
-        known |= {"AZURE_ENDPOINT": hosted.url, "AZURE_DEPLOYMENT": HOSTED_NAME, "AZURE_API_KEY": HOSTED_KEY, "AZURE_API_VERSION": "2024-10-21"}
+    known = {"LANGFUSE_DISABLED": "1", "SLM_BASE_URL": "", "PRICES_FILE": ""} | (known_to(hosted) if hosted else {})
     words = [str(ROOT / script), "--track", track, "--port", 0, "--state", state, *flags]
     process = Script(*words, log=log, **known | environment)
     try:
@@ -93,6 +91,11 @@ def serving(
     finally:
         process.send_signal(15)
         process.wait()
+
+
+def known_to(hosted: AzureSimulator) -> dict[str, str]:
+    """The variables that name the hosted model."""
+    return {"AZURE_ENDPOINT": hosted.url, "AZURE_DEPLOYMENT": HOSTED_NAME, "AZURE_API_KEY": HOSTED_KEY, "AZURE_API_VERSION": "2024-10-21"}
 
 
 def _url(log: Path) -> str | None:

@@ -24,6 +24,7 @@ SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}, "nights":
 CALL = '<tool_call name="{name}">{{"city":"Oslo","nights":{number}}}</tool_call>'
 REPLIES = {
     "right": CALL,
+    "number": '{{"number":{number}}}',  # a right one to rows of `objects`
     "no_json": "I cannot say.",
     "bad_json": '<tool_call name="{name}">{{"city":"Oslo,"nights"}}</tool_call>',
     "extra_text": "Here you are: " + CALL,

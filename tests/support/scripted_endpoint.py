@@ -3,7 +3,7 @@
 Run as `serve.py` is, without what loads a model. The last user message of a request begins with what is done:
 `call CITY` calls check_stock with that city, `say` replies in words, `shown` with the first message that it was shown, `sure N` and `unsure N` do so with that confidence,
 `slow N` takes N seconds, `die` ends the process, `bug` raises what names the hosted model's key, `broken` replies in no form, `fail` fails as a row that does not fit in memory, `long` does not fit the context.
-Where the file that SCRIPTED_REFUSES names is there, the model does not start, and the file is removed.
+Where the file that SCRIPTED_REFUSES names is there, the model does not start, and the file is removed. SCRIPTED_MEMORY is a folder in place of /dev/shm.
 """
 
 import os
@@ -18,6 +18,7 @@ from slm_swap.cli import run
 from slm_swap.clients.protocol import Reply
 from slm_swap.common.errors import UserError
 from slm_swap.rows.prompts import Request
+from slm_swap.serving import processes
 from tests.support.scripts import load_script
 
 IDENTITY = {"kind": "slm", "path": "scripted", "engine": "scripted", "precision": "fp32", "files_sha256": ["0" * 64], "thinking": None}
@@ -65,6 +66,7 @@ def make_small(settings, args) -> ScriptedClient:
 
 
 if __name__ == "__main__":
+    processes.MEMORY = Path(os.environ.get("SCRIPTED_MEMORY", processes.MEMORY))
     script = load_script("05_serve/serve.py")
     script.make_small = make_small
     run(script.main)

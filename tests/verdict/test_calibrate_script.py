@@ -3,14 +3,15 @@
 import json
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from slm_swap.common.reports import sha256_file
-from slm_swap.verdict.cascade import read_cascade
+from slm_swap.verdict.cascade import read_cascade, schema_hash
 from tests.support.calibrated import ARGS, SMALL, write_pair
-from tests.support.evaluated import SLM, calls
+from tests.support.evaluated import SLM, calls, objects
 from tests.support.scripts import load_script
 
 UNSURE = ["right"] * 9 + ["wrong_value"]
@@ -51,7 +52,7 @@ def test_a_good_model_answers_everything(calibrate, tmp_path):
         "files_sha256": ["f" * 64], "path": None, "precision": "int8", "products": None, "engine": "transformers", "ask": "text", "thinking": None, "constrain": "off",
         "max_new_tokens": 512, "few_shot_sha256": None, "shots": None,
     }  # fmt: skip
-    assert set(found.tools) == {"book", "cancel"} and found.told["calibration"]["sha256"] == sha256_file(tmp_path / "calibration.jsonl")
+    assert set(found.tools) == {"book", "cancel"} and found.schemas is None and found.told["calibration"]["sha256"] == sha256_file(tmp_path / "calibration.jsonl")
     assert found.told["per_tool"] == {"book": {"local": 200, "losses": 0, "disagreements": 0}} and "curves" not in found.told
     page = (tmp_path / "cascade.html").read_text()
     assert "may answer 100.0% of the requests" in page and "data:image/svg+xml" in page and "<script" not in page and "None" not in re.sub(r"base64,[\w+/=]+", "", page)
@@ -67,6 +68,13 @@ def test_the_threshold_lies_where_the_confidence_parts_right_from_wrong(calibrat
     assert "To answer 90.7% of the replies that call a tool locally: 13 further rows" in printed
 
 
+def test_a_tiny_alpha_is_not_certainty(calibrate, tmp_path):
+    code, printed, _ = calibrate(*write_pair(tmp_path, rows=300), "--delta", 0.1, "--alpha", 1e-9, "--html", tmp_path / "cascade.html")
+    assert code == 0 and "over 99.99% sure" in printed
+    for text in (printed, (tmp_path / "cascade.html").read_text()):
+        assert "over 99.99% sure" in text and "100% sure" not in text
+
+
 def test_rows_that_are_prompts_are_told(calibrate, tmp_path):
     code, _, error = calibrate(*write_pair(tmp_path, as_prompts=True))
     assert code == 0 and "200 rows are prompts" in error and read_cascade(tmp_path / "cascade.json").prompts == 200
@@ -77,6 +85,16 @@ def test_a_target_that_lets_through_what_is_wrong_is_warned_of_once(calibrate, t
     assert code == 0 and error.count("100% of what would be answered locally (call) is lost") == 1 and "give a smaller one" in error
     _, _, quiet = calibrate(*write_pair(tmp_path, rows=300, slm=UNSURE))
     assert "is lost" not in quiet
+
+
+def test_a_cascade_names_the_schemas_of_its_rows(run_script, script, tmp_path):
+    rows = objects(150)
+    rows[7] = replace(rows[7], schema=None)
+    for examples, wanted in ((rows, [schema_hash(rows[0].schema), None]), (objects(150), [schema_hash(rows[0].schema)])):
+        flags = write_pair(tmp_path, examples=examples, track="structured", azure=["number"], slm=["number"])
+        code, _, _ = run_script(script, "--track", "structured", "--out", tmp_path / "cascade.json", *flags)
+        told = read_cascade(tmp_path / "cascade.json").told
+        assert (code, told["schemas"], told["tools"]) == (0, wanted, None)
 
 
 def test_nothing_to_certify_is_exit_11_and_no_file(calibrate, tmp_path):

@@ -10,8 +10,29 @@ from hypothesis import strategies as st
 from slm_swap.common.errors import UserError
 from slm_swap.rows.examples import Example
 from slm_swap.scoring.tracks import TRACKS
-from slm_swap.verdict.calibration import Reply, Target, calibrate, choose_signal, is_local, offered_tools, replies, same_answer
-from slm_swap.verdict.cascade import IDENTITY, Cascade, Rule, identity_of, is_fit, kind_of, read_cascade, tool_hash, write_cascade
+from slm_swap.verdict.calibration import (
+    Reply,
+    Target,
+    calibrate,
+    choose_signal,
+    is_local,
+    offered_tools,
+    replies,
+    same_answer,
+    wanted_schemas,
+)
+from slm_swap.verdict.cascade import (
+    IDENTITY,
+    Cascade,
+    Rule,
+    identity_of,
+    is_fit,
+    kind_of,
+    read_cascade,
+    schema_hash,
+    tool_hash,
+    write_cascade,
+)
 from slm_swap.verdict.evaluations import read_evaluation
 from slm_swap.verdict.stats.regret import upper_bound
 from tests.support.calibrated import write_pair
@@ -70,6 +91,14 @@ def test_a_tool_that_most_rows_define_otherwise_is_not_calibrated_on(tmp_path):
     pair = read_pair(write_pair(tmp_path, examples=examples))
     assert [row.fit for row in replies(*pair, TOOLCALL, "regret", unusual)] == [True] * 4 + [False, True]
     assert offered_tools([Example("x", "{}", "1")]) == (None, set())
+
+
+def test_each_schema_that_rows_want_is_calibrated_on_and_so_is_none():
+    one, other = ({"type": "object", "properties": {"a": {"type": kind}}} for kind in ("string", "number"))
+    turned = dict(reversed(one.items()))
+    examples = [Example("x", "{}", str(at), schema=schema) for at, schema in enumerate((one, turned, other, None))]
+    assert wanted_schemas(examples) == [*sorted({schema_hash(one), schema_hash(other)}), None] and schema_hash(one) == schema_hash(turned) != schema_hash(other)
+    assert wanted_schemas(examples[:1]) == [schema_hash(one)] and wanted_schemas(examples[3:]) == [None]
 
 
 # -- Rules -----------------------------------------------------------------------------------------------------------------------
@@ -204,14 +233,16 @@ def test_a_cascade_that_was_written_is_read(tmp_path):
     write_cascade(tmp_path / "cascade.json", told)
     found = read_cascade(tmp_path / "cascade.json")
     assert found.rules == {"call": Rule("sum_logprob", -1.0), "no_call": Rule("sum_logprob", None)} and found.tools == {"book": "ab"}
-    assert found.prompts == 3 and found.told["share_local"] == 1.0 and found.mismatches(IDENTITY_TOLD) == []
+    assert found.prompts == 3 and found.told["share_local"] == 1.0 and found.mismatches(IDENTITY_TOLD) == [] and found.schemas is None
+    write_cascade(tmp_path / "cascade.json", told | {"schemas": ["ab", None]})
+    assert read_cascade(tmp_path / "cascade.json").schemas == {"ab", None}
 
 
 @pytest.mark.parametrize(
     "change",
     [
         {"stage": "compare"}, {"schema_version": 0}, {"rules": {}}, {"rules": {"call": {"signal": "x", "threshold": 1}, "no_call": {"signal": "sum_logprob", "threshold": None}}},
-        {"rules": {kind: {"signal": "sum_logprob", "threshold": "1"} for kind in ("call", "no_call")}}, {"tools": {"a": 1}}, {"tools": []}, {"identity": None},
+        {"rules": {kind: {"signal": "sum_logprob", "threshold": "1"} for kind in ("call", "no_call")}}, {"tools": {"a": 1}}, {"tools": []}, {"identity": None}, {"schemas": "ab"}, {"schemas": [1]},
         {"share_local": 2}, {"regret": None}, {"track": "poetry"}, {"guarantee": "none"}, {"prompts": None},
     ],
 )  # fmt: skip

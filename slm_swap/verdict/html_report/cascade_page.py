@@ -49,7 +49,7 @@ class CascadePage:
             ends = [f"{name} {percent(curve[-1][1])} (bound {percent(curve[-1][2])}) at {percent(curve[-1][0])}" for name, curve in zip(names, curves.values(), strict=True)]
             what = cascade_words.CLASS_NAMES[kind]
             caption = (
-                f"{what[0].upper()}{what[1:]}: {self.what} over the share answered locally, seen and its bound ({100 * (1 - self.told['rules'][kind]['alpha']):g}% sure). "
+                f"{what[0].upper()}{what[1:]}: {self.what} over the share answered locally, seen and its bound ({cascade_words.sure(self.told['rules'][kind])}). "
                 f"The rule takes “{words.SIGNALS[self.told['rules'][kind]['signal']][0]}”; the other signals are shown to compare."
             )
             pictures = plots.svgs(plots.regret_curves(names, list(curves.values()), self.told["delta"], self.what))

@@ -3,6 +3,8 @@
 from typing import Any
 
 from slm_swap.scoring.tracks import TRACKS
+from slm_swap.scoring.words import level
+from slm_swap.verdict.cascade_words import sure
 from slm_swap.verdict.cost_words import money
 from slm_swap.verdict.decision import FINE_TUNE, SWAP
 from slm_swap.verdict.evaluations import is_simulated
@@ -36,7 +38,7 @@ class Page:
         known = [name for name in self.track.gate if name in decision["metrics"]]
         self.metrics = known + [name for name in decision["metrics"] if name not in known]
         self.delta, self.alpha = decision["delta"], decision["alpha"]
-        self.level = None if self.alpha is None else f"{100 * (1 - 2 * self.alpha):g}%"
+        self.level = None if self.alpha is None else level(2 * self.alpha)
         self.swap_alpha = decision["swap_alpha"] or self.alpha
         self.currency = one_line((decision["cost"] or {}).get("currency") or "", 12)
         self.cost = CostView(decision, self.currency, self.hosted, self.small) if decision["cost"] else None
@@ -72,7 +74,7 @@ class Page:
         facts += self.cost.facts() if self.cost else [("Savings", "unknown", "compare by the rows, and fill in slm_swap/prices.toml")]
         if partly := decision["cascade"]:
             what = "regret" if partly["guarantee"] == "regret" else "other answers"
-            told = f"the hosted model behind it; {what} at most {100 * partly['delta']:g}% ({100 * (1 - partly['alpha']):g}% sure)"
+            told = f"the hosted model behind it; {what} at most {100 * partly['delta']:g}% ({sure(partly)})"
             facts.append(("The small model may answer now", percent(partly["share_local"]), told))
         facts += self.speed()
         if decision["rows"] is not None:
