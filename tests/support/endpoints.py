@@ -48,11 +48,11 @@ class Endpoint:
             return raw.headers["x-slm-swap"], raw.parse()
 
     def lines(self, name: str) -> list[dict[str, Any]]:
-        """Those of a file of the state folder, each with its checksum right."""
+        """Those of a file of the state folder, each with its checksum right; without a last one that is being written, of which a reader may see a part."""
         path = self.state / name
         if not path.exists():
             return []
-        data = path.read_bytes().splitlines(keepends=True)
+        data = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
         assert all(map(is_whole, data))
         return [json.loads(line) for line in data]
 
