@@ -2,6 +2,7 @@
 
 import hashlib
 import hmac
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -79,7 +80,7 @@ def read_keys(settings: Settings, path: Path | None) -> frozenset[bytes]:
     """The clients' keys: those of SLM_SWAP_KEYS, with commas between, and those of a file, one a line. Only their hashes are kept.
 
     Raises:
-        UserError: the file cannot be read, a key is too short to be one, or it is one of the keys that this endpoint itself uses.
+        UserError: the file cannot be read, a key is too short to be one, has characters that no client can send, or is one of the keys that this endpoint itself uses.
     """
     found = [key.strip() for key in (settings.swap_keys or "").split(",")]
     if path is not None:
@@ -92,6 +93,8 @@ def read_keys(settings: Settings, path: Path | None) -> frozenset[bytes]:
     found = [key for key in found if key]
     if any(len(key) < SHORTEST_KEY for key in found):
         raise UserError(f"a client's key has fewer than {SHORTEST_KEY} characters: make longer ones, such as by `openssl rand -hex 32`")
+    if not all(re.fullmatch(r"[!-~]+", key) for key in found):  # a bearer token has no spaces, and clients write other letters each in its own way
+        raise UserError("a client's key has spaces or letters beyond ASCII, with which it would never be known: make others, such as by `openssl rand -hex 32`")
     if set(found) & set(settings.secrets):
         raise UserError("a client's key is one of the keys that this endpoint uses itself: give clients keys of their own")
     return frozenset(map(key_digest, found))
