@@ -24,8 +24,8 @@ BEARER = re.compile(r"bearer +(\S+) *", re.IGNORECASE)  # RFC 9110, 11.1: a sche
 METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 
 
-def make_app(service: Service, closing: Callable[[], bool]) -> "Starlette":
-    """The application of one worker; `closing` says whether it is to end."""
+def make_app(service: Service, closing: Callable[[], bool], started: Callable[[], None]) -> "Starlette":
+    """The application of one worker; `closing` says whether it is to end, `started` is called when it can answer."""
     from starlette.applications import Starlette
     from starlette.routing import Route
 
@@ -33,6 +33,7 @@ def make_app(service: Service, closing: Callable[[], bool]) -> "Starlette":
     async def life(_: Any) -> AsyncIterator[None]:
         logging.getLogger("uvicorn.error").addFilter(_not_said_yet)
         await service.start()
+        started()
         try:
             yield
         finally:

@@ -13,7 +13,7 @@ from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 from slm_swap.azure_client import entra_token
 from slm_swap.clients.chat_client import CONNECT_SECONDS
-from slm_swap.clients.endpoint import Endpoint, is_loopback, open_client, parse_endpoint
+from slm_swap.clients.endpoint import Endpoint, is_loopback, open_client, parse_endpoint, require_proxies
 from slm_swap.common.errors import UserError
 from slm_swap.common.settings import Settings, load_proxies
 
@@ -39,7 +39,7 @@ class Hosted:
     """The model of AZURE_ENDPOINT; `timeout` in seconds is the longest that a stream may be silent.
 
     Raises:
-        UserError: as `endpoint.parse_endpoint`.
+        UserError: as `endpoint.parse_endpoint`, and as `endpoint.require_proxies`: the client, which refuses the same, is made later, in each worker.
     """
 
     def __init__(self, settings: Settings, timeout: float):
@@ -48,6 +48,8 @@ class Hosted:
         missing = () if self._key or self._token else ("AZURE_API_KEY (or pip install azure-identity)",)
         names = settings.azure_endpoint, settings.azure_deployment, settings.azure_api_version
         self.endpoint: Endpoint = parse_endpoint(*names, missing, bool(self._key), settings.secrets)
+        if not is_loopback(self.endpoint.host):
+            require_proxies()
         if self.endpoint.form == "openai":
             self._token = None
         if self._key and not re.fullmatch(r"[!-~]+", self._key):

@@ -241,8 +241,7 @@ def _worker(ready: Callable[[], None], options: Options, listener: socket.socket
         from slm_swap.serving.app import make_app
         from slm_swap.serving.service import Service
 
-        app = make_app(Service(options, number), lambda: server.should_exit)
-        ready()
+        app = make_app(Service(options, number), lambda: server.should_exit, ready)
         config = uvicorn.Config(
             app, log_level="error", access_log=False, server_header=False, timeout_keep_alive=KEEP_ALIVE, ws="none", lifespan="on",
             timeout_graceful_shutdown=DRAIN_SECONDS - 30,
