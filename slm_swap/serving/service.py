@@ -28,7 +28,7 @@ from slm_swap.serving.link import Link, NotNow
 from slm_swap.serving.meters import UNLIKE, Meters
 from slm_swap.serving.notices import say
 from slm_swap.serving.options import Options
-from slm_swap.serving.streams import is_whole, joined
+from slm_swap.serving.streams import is_whole, joined, tells_error
 from slm_swap.serving.traces import Traces
 from slm_swap.tracing.runs import connect
 from slm_swap.verdict.cascade import MADE_BY, identity_of, kind_of, schema_hash, tool_hash
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 HEADER = "x-slm-swap"
 RETRY_SECONDS = 5  # what a client is told to wait where nobody answers
 KEPT = 4 * 2**20  # bytes of a hosted answer that are looked at for its tokens, its reply, and whether a stream holds that to its end
-LAST = 64  # bytes of a longer stream in which its [DONE] is looked for
+LAST = 2**14  # bytes of a longer stream in which its reply's end is looked for
 DRAIN_SECONDS = 10  # that audits under way have when the worker ends
 
 
@@ -431,11 +431,14 @@ class Service:
                         yield part
                         sent, last = sent + len(part), (last + part)[-LAST:]
                 # A connection that ends with its body says nothing of where the reply broke off.
-                whole = not _tells_its_end(asked, response) or sent > len(kept) or is_whole(bytes(kept), _choices(asked))
+                whole = not _tells_its_end(asked, response) or is_whole(bytes(kept) if sent <= len(kept) else last, _choices(asked))
                 if not whole:
                     self._broke_off(asked, reason, "it ended before its reply did", shadow)
             except (GeneratorExit, asyncio.CancelledError):
-                whole = is_whole(bytes(kept[:sent]) if sent <= len(kept) else last, _choices(asked))  # many clients leave as soon as they have read the end
+                said = bytes(kept[:sent]) if sent <= len(kept) else last
+                whole = is_whole(said, _choices(asked))  # many clients leave as soon as they have read the end
+                if not whole and tells_error(said):  # or an error
+                    self._failed(asked, reason)
                 if shadow and not whole:
                     shadow.cancel()
                 raise

@@ -11,8 +11,10 @@ FINAL = ("response.completed", "response.incomplete", "response.failed", "error"
 
 
 def is_whole(data: bytes, choices: int = 1) -> bool:
-    """Whether server-sent events hold a reply to its end: they close with [DONE], or say why each of so many choices has ended (the usage, which may follow, is none
-    of the reply), or hold the last event of the Responses API. Some servers and gateways send no [DONE], and some clients do not wait for it."""
+    """Whether server-sent events hold a reply to its end: they tell no error, and close with [DONE], or say why each of so many choices has ended (the usage, which
+    may follow, is none of the reply), or hold the last event of the Responses API. Some servers and gateways send no [DONE], and some clients do not wait for it."""
+    if tells_error(data):
+        return False
     if DONE.search(data):
         return True
     ended = set()
@@ -23,6 +25,11 @@ def is_whole(data: bytes, choices: int = 1) -> bool:
             if isinstance(choice, dict) and choice.get("finish_reason") is not None:
                 ended.add(str(choice.get("index") or 0))
     return len(ended) >= choices
+
+
+def tells_error(data: bytes) -> bool:
+    """Whether one of the events is an error in the reply's place. Some servers send [DONE] behind it, as behind a reply."""
+    return b'"error"' in data and any(chunk.get("error") for chunk in _chunks(data))
 
 
 def _chunks(data: bytes) -> Iterator[dict[str, Any]]:

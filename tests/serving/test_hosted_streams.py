@@ -13,7 +13,7 @@ import pytest
 
 from slm_swap.common.settings import ROOT, shown_path
 from tests.support.endpoints import CHECK_STOCK, HOSTED_NAME, cascade, known_to, serving
-from tests.support.processes import Script, children_of, wait_until
+from tests.support.processes import Script, children_of, run_python, wait_until
 
 ASKED = {"model": HOSTED_NAME, "messages": [{"role": "user", "content": "call Porto"}], "tools": [CHECK_STOCK], "stream": True}
 FIRST = b'data: {"choices": [{"index": 0, "delta": {"role": "assistant", "content": "a"}, "finish_reason": null}]}\n\n'
@@ -194,6 +194,52 @@ def test_a_reply_has_ended_where_it_says_so_and_not_where_its_connection_does(st
     assert ("broke off (it ended before its reply did)" in hosted_mode.log.read_text()) is (counted == FAILED)
 
 
+ERROR = b'data: {"error": {"message": "a worker was lost", "type": "server_error"}}\n\n'
+
+
+def test_an_error_within_a_stream_is_a_failure_though_done_follows(streams, hosted_mode):
+    def answer(handler):
+        handler.chunk(FIRST + ERROR + b"data: [DONE]\n\n")
+        handler.chunk(b"")
+
+    streams.answer = answer
+    with stream(hosted_mode) as reply:
+        assert reply.read() == FIRST + ERROR + b"data: [DONE]\n\n"
+    wait_until(lambda: FAILED in metrics(hosted_mode))
+    assert "slm_swap_requests_total{" not in metrics(hosted_mode)
+
+
+def test_a_client_that_goes_because_of_an_error_has_not_just_gone(streams, hosted_mode):
+    """The official client raises as soon as it reads one."""
+
+    def answer(handler):
+        handler.chunk(FIRST + ERROR)
+        handler.silent()
+
+    streams.answer = answer
+    with stream(hosted_mode) as reply:
+        assert next(reply.iter_raw()) == FIRST + ERROR
+    wait_until(streams.left.is_set)
+    wait_until(lambda: FAILED in metrics(hosted_mode))
+    assert "slm_swap_clients_gone_total 0.0" in metrics(hosted_mode)
+
+
+@pytest.mark.parametrize(("end", "counted"), [(ENDED, ANSWERED), (LAST, ANSWERED), (b"", FAILED)])
+def test_of_a_long_stream_the_end_is_looked_for_too(streams, hosted_mode, end, counted):
+    part = FIRST.replace(b'"a"', b'"%b"' % (b"a" * 2**16))
+
+    def answer(handler):
+        for _ in range(70):
+            handler.chunk(part)
+        handler.chunk(end + b"\n")
+        handler.chunk(b"")
+
+    streams.answer = answer
+    with stream(hosted_mode) as reply:
+        assert reply.read() == part * 70 + end + b"\n"
+    wait_until(lambda: counted in metrics(hosted_mode))
+
+
 RESPONSE = b'event: response.completed\ndata: {"type": "response.completed", "response": {"id": "r"}}\n\n'
 
 
@@ -310,6 +356,15 @@ def test_a_state_folder_that_is_taken_is_refused_with_whose_it_is(streams, tmp_p
         assert again.wait() == 2
         told = f"error: another endpoint runs on {shown_path(running.state)}: stop it, or give this one its own --state (held by process {holding})\n"
         assert log.read_text() == told
+
+
+@pytest.mark.parametrize("proxy", ["nonsense://proxy:1", "http://"])
+def test_a_proxy_that_is_none_ends_the_endpoint_before_it_says_that_it_is_up(tmp_path, proxy):
+    words = (ROOT / "slm_swap/05_serve/serve.py", "--track", "toolcall", "--mode", "hosted", "--port", 0, "--state", tmp_path)
+    hosted = {"AZURE_ENDPOINT": "https://hosted.example.com", "AZURE_DEPLOYMENT": HOSTED_NAME, "AZURE_API_KEY": "k", "AZURE_API_VERSION": "2024-10-21"}
+    told = run_python(*words, LANGFUSE_DISABLED="1", SLM_BASE_URL="", PRICES_FILE="", HTTPS_PROXY=proxy, **hosted)
+    assert (told.returncode, told.stdout) == (2, "")
+    assert told.stderr.startswith("error: HTTPS_PROXY has ") and len(told.stderr.splitlines()) == 1
 
 
 def lives(process: int) -> bool:

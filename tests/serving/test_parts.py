@@ -67,7 +67,9 @@ RESPONSE = b'event: response.completed\ndata: {"type": "response.completed", "re
         (SAYS + ENDS % 1, 2, False), (SAYS + ENDS % 1 + ENDS % 1, 2, False), (SAYS + ENDS % 1 + ENDS % 0, 2, True),
         (SAYS + b"data: [DONE]", 1, True), (b"data:[DONE]\r\n\r\n", 2, True), (SAYS + b": data: [DONE]\n\n", 1, False), ((SAYS + ENDS % 0).replace(b"\n", b"\r\n"), 1, True),
         (RESPONSE, 1, True), (RESPONSE.replace(b"completed", b"created"), 1, False), (RESPONSE.replace(b"completed", b"incomplete"), 1, True),
-        (b'data: {"error": {"message": "x"}}\n\n', 1, False), (b"data: [1]\n\ndata: {\n\n", 1, False), (b'data: {"choices": [7, {"finish_reason": null}]}\n\n', 1, False),
+        (b'data: {"error": {"message": "x"}}\n\n', 1, False), (SAYS + b'data: {"error": {"message": "x"}}\n\ndata: [DONE]\n\n', 1, False),
+        (SAYS.replace(b"[DONE]", b'\\"error\\": 1') + ENDS % 0, 1, True), ((SAYS + ENDS % 0).replace(b'{"choices"', b'{"error": null, "choices"'), 1, True),
+        (b'event: error\ndata: {"type": "error", "error": {"message": "x"}}\n\n', 1, False), (b"data: [1]\n\ndata: {\n\n", 1, False), (b'data: {"choices": [7, {"finish_reason": null}]}\n\n', 1, False),
     ],
 )  # fmt: skip
 def test_a_stream_is_whole_by_its_last_event(data, choices, whole):
@@ -207,7 +209,7 @@ def full(*_: object) -> None:
     raise OSError("no room")
 
 
-@pytest.mark.parametrize(("keys", "said"), [("short", "fewer than 16"), ("the-hosted-key-itself", "keys that this endpoint uses itself")])
+@pytest.mark.parametrize(("keys", "said"), [("short", "fewer than 16"), ("a pass phrase of words", "has spaces"), ("schl\u00fcssel-0123456789", "beyond ASCII"), ("the-hosted-key-itself", "keys that this endpoint uses itself")])
 def test_keys_that_are_none_are_refused(keys, said):
     with pytest.raises(UserError, match=said):
         read_keys(Settings(swap_keys=keys, azure_api_key="the-hosted-key-itself"), None)
