@@ -50,8 +50,9 @@ class Meters:
     """One worker's. Prometheus' values of all workers stand in files of the folder that PROMETHEUS_MULTIPROC_DIR names, set before this is made. They are named by the
     worker's number and not by its process, so that there are not more of them with each worker that is started again."""
 
-    def __init__(self, folder: Path, worker: int, edges: dict[str, tuple[str, list[float]]]):
-        """`edges`: for each class its signal, and the values between its bins."""
+    def __init__(self, folder: Path, worker: int, edges: dict[str, tuple[str, list[float]]], priced: bool):
+        """`edges`: for each class its signal, and the values between its bins. `priced`: the hosted model's prices are known; else there are no metrics of money, as
+        a counter's 0 would say that nothing was saved."""
         from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, multiprocess, values
 
         values.ValueClass = values.MultiProcessValue(lambda: worker)
@@ -62,9 +63,10 @@ class Meters:
         self._gone = Counter("slm_swap_clients_gone", "Requests whose client left before its answer", registry=own)
         self._seconds = Histogram("slm_swap_request_seconds", "Seconds to the whole answer", ["answered_by"], buckets=SECONDS, registry=own)
         self._tokens = Counter("slm_swap_tokens", "Tokens, as each model counts them", ["answered_by", "kind"], registry=own)
-        self._saved = Counter("slm_swap_saved_money", "Hosted price of what was answered locally, by the small model's counts of tokens, all input in full", registry=own)
+        if priced:
+            self._saved = Counter("slm_swap_saved_money", "Hosted price of what was answered locally, by the small model's counts of tokens, all input in full", registry=own)
+            self._audit_cost = Counter("slm_swap_audit_money", "What audits cost", registry=own)
         self._audits = Counter("slm_swap_audits", "Local answers that the hosted model was asked for too", ["agree"], registry=own)
-        self._audit_cost = Counter("slm_swap_audit_money", "What audits cost", registry=own)
         self._engine = Gauge("slm_swap_engine_up", "Whether the small model answers", multiprocess_mode="livemax", registry=own)  # a worker that starts does not know yet
         self._under_way = Gauge("slm_swap_under_way", "Requests that are being answered", multiprocess_mode="livesum", registry=own)
         for by in ("local", "hosted"):

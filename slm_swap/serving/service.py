@@ -118,8 +118,8 @@ class Service:
         self.hosted = Hosted(settings, options.timeout) if settings.azure_endpoint or options.mode != "local" else None
         rules = cascade.told["rules"] if cascade else {}
         edges = {kind: (rule["signal"], rule["quantiles"]) for kind, rule in rules.items() if rule.get("quantiles")}
-        self.meters = Meters(options.state, worker, edges)
         self.prices = options.prices.deployment(self.hosted.name) if self.hosted else HostedPrices()
+        self.meters = Meters(options.state, worker, edges, priced=self.prices.cost(1, 0, 1) is not None)
         self.audits = Audits(options, self.hosted, self.meters, self.prices) if self.hosted else None
         self.stopped = state.Stopped(options.state)
         self.identity: dict[str, Any] | None = None

@@ -517,6 +517,15 @@ def test_a_worker_that_comes_back_counts_by_the_prices_of_the_start(hosted, tmp_
         assert "slm_swap_saved_money_total 120.0" in httpx2.get(f"{running.url}/metrics").text
 
 
+def test_without_prices_no_metric_says_what_was_saved_or_spent(hosted, tmp_path):
+    """A counter that never counts would say that it is nothing."""
+    with serving(tmp_path, "--mode", "cascade", "--cascade", cascade(tmp_path / "c.json"), "--audit-share", 1, hosted=hosted) as running:
+        assert running.ask("call Porto")[0] == "local; reason=local"
+        wait_until(lambda: "slm_swap_audits_total{" in httpx2.get(f"{running.url}/metrics").text)
+        told = httpx2.get(f"{running.url}/metrics").text
+    assert "slm_swap_tokens_total{" in told and "money" not in told
+
+
 def test_a_worker_that_cannot_start_again_ends_no_endpoint(hosted, tmp_path):
     """A file of the start may be gone for a while: the other worker still answers, and it comes back."""
     with mounted(tmp_path / "memory", 1) as memory, serving(tmp_path, "--mode", "hosted", "--workers", 2, hosted=hosted, SCRIPTED_MEMORY=str(memory.folder)) as running:
