@@ -37,6 +37,7 @@ START_SECONDS = 0.02  # between two looks at whether the model is loaded and the
 DRAIN_SECONDS = 660  # that requests under way have after SIGTERM: beyond the hosted model's own time
 KEEP_ALIVE = 75  # seconds that an idle connection of a client stays open
 MEMORY = Path("/dev/shm")
+SIGNALS = {signal.SIGTERM, signal.SIGINT}
 _fork = multiprocessing.get_context("fork")
 
 
@@ -62,7 +63,11 @@ class Kept:
 
     def start(self) -> None:
         self.process = _fork.Process(target=self._target, args=(self._say_ready, *self._args), name=self.name)
-        self.process.start()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # till its `_begin`: one that comes sooner would go to what the parent does with it
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self._since, self.again = time.monotonic(), None
 
     def look(self) -> None:
@@ -222,6 +227,7 @@ def _begin(parent: int, when_orphaned: int, on_sigterm: signal.Handlers) -> None
     end_with(parent, when_orphaned)
     signal.signal(signal.SIGTERM, on_sigterm)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides on Ctrl-C
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def _engine(ready: Callable[[], None], options: Options, listener: socket.socket, make_client: Callable[[], Client], parent: int) -> None:

@@ -288,3 +288,27 @@ def test_while_nothing_is_asked_vllm_is_looked_at_now_and_then(monkeypatch):
     monkeypatch.setattr(engine_module, "IDLE_SECONDS", 0.01)
     engine_module._feed(SimpleNamespace(stream=lambda rows: looked.extend(next(rows) for _ in range(3)) or ()), Jobs(1))
     assert looked == [None] * 3
+
+
+SOON_ENDED = """
+import os, signal, sys, time
+from slm_swap.serving import processes
+
+signal.signal(signal.SIGTERM, lambda *_: None)  # as the first process has it, which writes down that it is to end
+
+def work(ready, parent):
+    time.sleep(0.2)  # a machine that is slow just then
+    processes._begin(parent, signal.SIGKILL, signal.SIG_DFL)
+    time.sleep(600)
+
+worker = processes.Kept("worker 0", work, os.getpid())
+worker.start()
+worker.process.terminate()
+worker.process.join()
+print(worker.process.exitcode, signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+"""
+
+
+def test_a_worker_that_has_just_been_started_ends_when_it_is_told_to():
+    done = subprocess.run([sys.executable, "-c", SOON_ENDED], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.stdout == "-15 set()\n", done.stderr
