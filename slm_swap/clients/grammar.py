@@ -7,7 +7,6 @@
 - What a schema says holds, as far as a grammar can say it. `format` is left to the model, as it is when rows are checked. An object that
   lists properties holds no others unless its schema says what else it may hold, as `json_schema.call_violations` has it for arguments: in
   open objects a model goes on with keys of its own, to the limit. There alone a key may come twice.
-- An answer in words holds nothing that scoring takes for a call (`rows.call_marks`), whoever reads the reply, and some word besides white space.
 - A schema that no grammar says (`not`, `if`, `uniqueItems`, ...) raises NoGrammar: nobody makes a grammar that lets more through.
 """
 
@@ -18,10 +17,7 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
-from slm_swap.clients.thinking import CHANNEL
-from slm_swap.clients.thinking import MARKS as THOUGHTS
 from slm_swap.common.exact_json import ExactEncoder, same
-from slm_swap.rows.call_marks import ARGUMENTS, MARKS, NAME, PYTHON_CALL
 from slm_swap.rows.json_schema import violations
 from slm_swap.rows.patterns import python_pattern
 from slm_swap.rows.prompts import Wanted
@@ -40,7 +36,6 @@ from slm_swap.rows.schema_parts import (
 MOST_PROPERTIES = 64  # bits of a parametric rule
 CALL_ID = "\0id\0"  # in a CallForm, where a call has an id: nine letters and digits
 ANY_NAME = r'[^"<>\x00-\x20]+'  # of a tool, where those on offer are not known
-_ANY_I = "[i\u0130\u0131]"  # an i where case is no matter to Python; the Kelvin sign and the long s are a k and an s to llguidance, too
 _PLAIN_NAME = re.compile(r'[^"<>\\\x00-\x20]+')  # one that stands in every format as it is
 _TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 _CHARACTER = r'([^"\\\x00-\x1f]|\\["\\bfnrt]|\\u00(0[0-7be-f]|1[0-9a-f]))'  # of a JSON string, as Python's json writes it
@@ -83,7 +78,7 @@ class CallForm:
     closing: str = ""
     joint: str | None = "\n"
     separators: tuple[str, str] | None = None
-    text: str = r"(?s:[^\s\x1c-\x1f].*)"  # Python's white space
+    text: str = r"(?s:\S.*)"
     mark: str | None = "<tool_call"
 
 
@@ -160,14 +155,8 @@ def _calls(made: "_Maker", wanted: Wanted, form: CallForm) -> str:
     if wanted.form == "call" or wanted.choice == "required":
         return some
     # The white space in front is a terminal of its own: within the text's, it would keep a space in front of a call from ending.
-    text = made.terminal(r"[ \t\r\n]+") + f"? {made.words(form)}"
+    text = made.terminal(r"[ \t\r\n]+") + "? " + made.terminal(form.text, f"(?s:.*)(?i:{_escaped(form.mark)})(?s:.*)" if form.mark else None)
     return text if wanted.choice == "none" else f"{some} | {text}"
-
-
-def _for_llguidance(pattern: str) -> str:
-    """One of `call_marks`, between slashes. It matches all that Python's does, and somewhat more: all that is not ASCII is a part of words (their
-    tables differ, and are slow), and `\\b` is left out, or a reply that has begun a mark would have to go on within a word."""
-    return pattern.replace(r"\b", "").replace(r"\w", r"0-9A-Za-z_\x80-\u{10ffff}").replace("/", r"\/")
 
 
 def _thought(made: "_Maker", frame: Frame) -> str:
@@ -224,22 +213,6 @@ class _Maker:
             self._names[key] = name = f"T{len(self._lines)}"
             self._lines.append(f"{name}: /{pattern}/" + (f" & ~/{but}/" if but else ""))
         return self._names[key]
-
-    def words(self, form: CallForm) -> str:
-        """An answer in words: the form's text without its mark, and nothing that scoring takes for a call, nor begun as a thought is, which is cut off.
-
-        What is kept out stands in one complement, between any bytes: with `.*`, which is UTF-8 alone, or several complements, llguidance has
-        to search whether a text can still end, and gives up within a few tokens.
-        """
-        if form not in self._names:
-            self._names[form], anything = (f"T{len(self._lines) + number}" for number in range(2))
-            marks = "|".join([_for_llguidance(MARKS), *([_escaped(form.mark)] if form.mark else [])])
-            marks = f"/(?i:{marks.replace('i', _ANY_I)})/"
-            begun = "|".join(_escaped(mark) for mark in (CHANNEL, *(opening for opening, _ in THOUGHTS)))
-            name, arguments = (f"({anything} /{_for_llguidance(half)}/ {anything})" for half in (NAME, ARGUMENTS))
-            calls = f"({anything} {marks} {anything}) | /{_for_llguidance(PYTHON_CALL)}/ | (/{begun}/ {anything}) | ({name} & {arguments})"
-            self._lines += [f"{self._names[form]}: /{form.text}/ & ~({calls})", rf"{anything}: ~/[^\s\S]/"]
-        return self._names[form]
 
     def spelled(self, text: str) -> str:
         """A text to the letter, its special tokens as such."""

@@ -99,7 +99,7 @@ def _call_form(tokenizer: Any, template: str) -> CallForm | str:
     if not begun:
         return "the chat template writes calls without a mark"
     if not mark and begun[0] in "{[":  # so a text that begins like a call is one
-        text, begun = r"(?s:[^\s\x1c-\x1f{\[].*)", None
+        text, begun = r"(?s:[^\s{\[].*)", None
     return CallForm("", between, "", opening, closing, joint, separators, text, mark[1] if mark else begun)
 
 

@@ -4,7 +4,6 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from slm_swap.rows.call_marks import ARGUMENTS, MARKS, NAME, PYTHON_CALL
 from slm_swap.scoring.json_values import WHITE_SPACE, arrays_in, decode_at, json_type, objects_in, parse_json
 
 
@@ -27,8 +26,14 @@ _OPEN, _CLOSE = re.compile(r'<tool_call name="([^"<>]+)">'), "</tool_call>"
 _LOOSE_OPEN = re.compile(r"<tool_call\s+name\s*=\s*[\"']([^\"'<>]+)[\"']\s*>\s*(?={)", re.IGNORECASE)
 _ANY_OPEN = re.compile(r"<tool_call\b", re.IGNORECASE)
 _LOOSE_CLOSE = re.compile(r"\s*</tool_call\s*>", re.IGNORECASE)
-_CALL_MARKS, _PYTHON_CALL = re.compile(MARKS, re.IGNORECASE), re.compile(PYTHON_CALL)
-_CALL_NAME, _CALL_ARGUMENTS = re.compile(NAME), re.compile(ARGUMENTS)
+# How models write calls where nobody reads them as such: chat formats' own marks, Python's form alone in a text, and JSON.
+_CALL_MARKS = re.compile(
+    r"<\|?/?tool_calls?\b|<functioncall>|<\|tool_calls|<｜tool▁calls?|<function=|<function_calls?>|functools\s*\[|\[TOOL_CALLS\]|<\|python_tag\|>|<invoke\b|\bto=functions\.",
+    re.IGNORECASE,
+)
+_PYTHON_CALL = re.compile(r"\A\s*\[?\s*[A-Za-z_][\w.]*\(\s*(?:[A-Za-z_]\w*\s*=[^=].*)?\)\s*\]?\s*\Z", re.DOTALL)
+_CALL_NAME = re.compile(r'"(?:name|tool|tool_name|function|function_name)"\s*:\s*["{]')
+_CALL_ARGUMENTS = re.compile(r'"(?:arguments|parameters|args|tool_input)"\s*:')
 
 
 def parse_structured(text: str, lenient: bool = False, like: Any = None) -> Parsed:
@@ -127,7 +132,7 @@ def parse_calls(text: str, lenient: bool = False) -> tuple[Parsed, ...]:
 
 def tries_to_call(text: str) -> bool:
     """Whether a text without calls holds one in a form that is not read: where none is due, that is no answer in words."""
-    if _CALL_MARKS.search(text) or _PYTHON_CALL.fullmatch(text):
+    if _CALL_MARKS.search(text) or _PYTHON_CALL.match(text):
         return True
     return bool(_CALL_NAME.search(text) and _CALL_ARGUMENTS.search(text))
 

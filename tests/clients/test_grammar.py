@@ -1,6 +1,6 @@
 """Grammars of replies: all that training writes is in them, and nothing that is no reply."""
 
-import re
+
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -13,17 +13,12 @@ from slm_swap.clients.endings import reply_ends
 from slm_swap.clients.engines.masks import Grammars
 from slm_swap.clients.grammar import Frame, NoGrammar, grammar_of
 from slm_swap.clients.loading import load_tokenizer
-from slm_swap.clients.native import read_reply
 from slm_swap.clients.reply_forms import row_grammar
-from slm_swap.clients.thinking import CHANNEL, MARKS
 from slm_swap.common.settings import PACKAGE, ROOT
-from slm_swap.rows import call_marks
 from slm_swap.rows.examples import Example, parse_example, read_examples
 from slm_swap.rows.json_schema import violations
 from slm_swap.rows.lines import dump_json
 from slm_swap.rows.prompts import Wanted, request_of
-from slm_swap.scoring.several import Calls, score_calls
-from tests.support.chat_templates import tokenizer_of
 
 SHARED = ROOT.parent / "shared" / "data"
 WEATHER = {"name": "get_weather", "description": "", "parameters": {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}, "required": ["city"]}}
@@ -206,89 +201,6 @@ def test_one_call(text, right):
 )
 def test_any_number_of_calls_or_a_text(text, more, right):
     assert takes(of_calls("calls", WEATHER, STOCK, **more), text) is right
-
-
-# What calls are made of, and words around them.
-PIECES = [
-    '"name"', '"tool_name"', '"function"', '"arguments"', '"parameters"', '"args"', ":", " :", "{", "}", '"', '"x"', "[", "]", "(", ")", "=", "==", ",", "f", "größe", "a.b", "x²", "1",
-    " ", "\n", "\x1f", "\xa0", "<tool_call", "<|/tool_calls", ">", " name=", "<functıoncall>", "<FUNCTION_CALLS>", "functoolſ", "[tool_calls]", "<|python_tag|>", "<invoKe", "to=functions.",
-    "</", "```json\n", "<think>", "</think>", "[THINK]", "[/THINK]", "<|channel|>", "final<|message|>", "It is sunny", '{"name": "get_weather", "parameters": {"city": "Rome"}}', "f(x=1)", CALL,
-]  # fmt: skip
-NEAR_CALLS = st.lists(st.sampled_from(PIECES) | st.characters(exclude_categories=["Cs"]), min_size=1, max_size=7).map("".join)
-FAMILIES = ["text", "phi", "qwen2_5", "qwen3", "llama3_1"]
-
-
-@cache
-def words_of(family: str):
-    """(the tokenizer, the request of a row that no tool may answer, its grammar's matcher): in text form, or natively by a template."""
-    found = tokenizer() if family == "text" else tokenizer_of(family)
-    example = parse_example({"messages": [{"role": "user", "content": "?"}], "tools": [WEATHER, STOCK], "calls": []}, "rows:1")
-    request = request_of("toolcall", replace(example, ask="text" if family == "text" else "native"))
-    request = request._replace(wanted=request.wanted._replace(choice="none"))
-    made = Grammars(found)
-    grammar = row_grammar(found, request, reply_ends(found), made.special)
-    assert made.why_not(grammar) is None
-    return found, request, lambda: made.matcher(grammar)
-
-
-def read_words(family: str, text: str):
-    """(whether the grammar of words takes a text, the error of its score where no call is due; None: it is read as words)"""
-    made, request, matcher = words_of(family)
-    tokens, begun = made(text, add_special_tokens=False)["input_ids"], matcher()
-    spent = 0
-    while spent < len(tokens) and begun.try_consume_tokens(tokens[spent : spent + 1]):
-        begun.compute_logit_bias()
-        spent += 1
-    assert not begun.is_error(), "llguidance gives up where a regular expression is too dear"
-    taken = spent == len(tokens) and begun.is_accepting()
-    said, calls, _ = read_reply(made, request, tokens, True)
-    return taken, score_calls(Calls(()), said, calls=calls).error
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=400, deadline=None)
-@given(text=NEAR_CALLS)
-def test_no_text_in_words_is_read_as_a_call(family, text):
-    taken, error = read_words(family, text)
-    assert not taken or error is None
-
-
-@settings(max_examples=600, deadline=None)
-@given(NEAR_CALLS)
-def test_what_is_read_as_words_can_be_said(text):
-    """But for what would have to go on within a word to be no call (`<tool_caller`), a thought in front, and what the two know as parts of words."""
-    wide, said = re.compile(call_marks.MARKS.replace(r"\b", ""), re.IGNORECASE), text.lstrip(" \t\r\n")
-    taken, error = read_words("text", text)
-    odd = wide.search(text) or said.startswith((CHANNEL, *(opening for opening, _ in MARKS))) or not text.isascii() or said[:1].isspace()
-    assert taken or error or odd
-
-
-@pytest.mark.parametrize(
-    "text, right",
-    [
-        ('{"city": "Rome"}', True),  # JSON that nobody reads as a call
-        ("```json\n[1, 2]\n```", True),
-        ('Set "name": "x" {in} the file.', True),
-        ('Its "parameters": {"a": 1} are these.', True),
-        ("f(x=1) gives 2", True),
-        ("max(1, 2)", True),
-        ('{"name": "get_weather", "arguments": {"city": "Rome"}}', False),
-        ('```json\n[{"tool": "get_weather", "args": {}}]\n```', False),
-        ('"arguments":{} and "name":"get_weather"', False),
-        ('"name":"arguments":', False),  # one mark ends where the other one begins
-        ('[get_weather(city="Rome")]', False),
-        ("get_weather()", False),
-        ("é.f(x=1) ", True),  # Python's form begins with a letter of ASCII
-        ("functools [", False),
-        ("<think>Hm.</think> f(x=1)", False),
-        ("<think>Hm.</think> It is sunny.", False),  # no words as they stand
-        ("<functıon=f>", False),  # Python's IGNORECASE
-        ("\x1f", False),  # white space to Python
-    ],
-)
-def test_words_that_are_near_to_a_call(text, right):
-    assert takes(of_calls("calls", WEATHER, STOCK), text) is right
-    assert read_words("text", text)[0] is right
 
 
 def test_without_known_tools_the_form_alone_is_kept():
