@@ -34,6 +34,7 @@ from slm_swap.rows.schema_parts import (
 )
 
 MOST_PROPERTIES = 64  # bits of a parametric rule
+MOST_CHOICES = 1000  # at one place: llguidance takes 2,000 and no more, and says so only while it decodes
 CALL_ID = "\0id\0"  # in a CallForm, where a call has an id: nine letters and digits
 ANY_NAME = r'[^"<>\x00-\x20]+'  # of a tool, where those on offer are not known
 _PLAIN_NAME = re.compile(r'[^"<>\\\x00-\x20]+')  # one that stands in every format as it is
@@ -249,7 +250,10 @@ class _Maker:
             return '"{" ' + comma.join(f"{self.literal(_string(key) + self.colon)} {self.json(part)}" for key, part in value.items()) + ' "}"'
         if isinstance(value, list) and value:
             return '"[" ' + comma.join(map(self.json, value)) + ' "]"'
-        return self.literal(ExactEncoder(ensure_ascii=False, allow_nan=False, separators=(self.comma, self.colon)).encode(value))
+        return self.literal(self._encoded(value))
+
+    def _encoded(self, value: Any) -> str:
+        return ExactEncoder(ensure_ascii=False, allow_nan=False, separators=(self.comma, self.colon)).encode(value)
 
     # -- Values ------------------------------------------------------------------------------------------------------------------
 
@@ -286,10 +290,12 @@ class _Maker:
         return len(self._roots) - 1
 
     def _alternatives(self, found: list[dict], root: Any, closed: bool) -> str:
-        named = [part["enum"] if "enum" in part else [part["const"]] for part in found if "enum" in part or "const" in part]
-        if named:
-            whole = {"allOf": found}
-            return self._any_of(self.json(value) for value in named[0] if not violations(value, whole, root=root if isinstance(root, dict) else {}))
+        for at, part in enumerate(found):
+            if listed := next((name for name in ("enum", "const") if name in part), None):
+                # what the list itself says holds for each of its values: asked again, thousands would take seconds
+                rest = {"allOf": [*found[:at], {name: told for name, told in part.items() if name != listed}, *found[at + 1 :]]}
+                values = part["enum"] if listed == "enum" else [part["const"]]
+                return self._listed([value for value in values if not violations(value, rest, root=root if isinstance(root, dict) else {})])
         for at, part in enumerate(found):
             for name in ("anyOf", "oneOf"):
                 if name in part:
@@ -310,6 +316,17 @@ class _Maker:
             "null": lambda: '"null"',
         }
         return self._any_of(self._tried(made[kind]) for kind in _TYPES if kind in allowed and not (kind == "integer" and "number" in allowed))
+
+    def _listed(self, values: list) -> str:
+        """One of these values; of many, those that are one text each are a single terminal."""
+        found = list(dict.fromkeys(map(self.json, values)))
+        if len(found) > MOST_CHOICES:
+            texts = {_quoted(text): text for text in map(self._encoded, values)}  # those without special tokens and parts
+            whole = [texts[one] for one in found if one in texts]
+            found = [one for one in found if one not in texts] + ([self.terminal(f"({'|'.join(map(_escaped, whole))})")] if whole else [])
+        if len(found) > MOST_CHOICES:
+            raise NoGrammar(f"more than {MOST_CHOICES} listed values of several parts")
+        return self._any_of(found)
 
     @staticmethod
     def _tried(make: Callable[[], str]) -> str | None:
@@ -472,14 +489,18 @@ def _vocabulary(part: Any) -> Any:
     Raises:
         NoGrammar: it says something that no grammar can.
     """
-    if not isinstance(part, dict):
+    if part is None or isinstance(part, bool):
         return part
+    if not isinstance(part, dict):
+        raise NoGrammar("a schema that is none")
     for name in _UNSAID:
         if name in part and part[name] not in _HARMLESS.get(name, ()):
             raise NoGrammar(f"`{name}` in the schema")
     told = {name: part[name] for name in _SAID if name in part}
     lists = ("enum", "anyOf", "oneOf", "required", "prefixItems")
     if not (all(isinstance(told.get(name, []), list) for name in lists) and isinstance(told.get("properties", {}), dict)):
+        raise NoGrammar("a schema that is none")
+    if not all(isinstance(name, str) for name in (*types_of(told), *told.get("required", ()))):
         raise NoGrammar("a schema that is none")
     return told
 

@@ -316,3 +316,23 @@ def test_a_name_that_holds_an_end_is_spelled_as_the_end_would_end_the_reply():
     assert grammars().matcher(grammar).try_consume_tokens([*begun, special]) == len(begun)
     spelled = [token for part in re.split(r"(?<=<\|)", example.completion) for token in tokenizer()(part, add_special_tokens=False)["input_ids"]]
     assert grammars().matcher(grammar).try_consume_tokens(spelled) == len(spelled)
+
+
+@pytest.mark.parametrize("extra", [[], [3], ["<|user|>", [1], {"a": "v1"}, None]])
+def test_thousands_of_listed_values_are_decoded_to_the_end(extra):
+    values = [*extra, *(f'V\u00e4lue "{number}"/' for number in range(2500))]
+    grammar = grammar_of(Wanted("value", schema={"enum": values}), Frame(special=grammars().special))
+    assert all(takes(grammar, dump_json(value)) for value in (*extra, values[-2500], values[-1]))
+    assert not any(takes(grammar, dump_json(value)) for value in ("V\u00e4lue", 'V\u00e4lue "2500"/', 4, [2]))
+
+
+def test_thousands_of_listed_lists_have_no_grammar():
+    with pytest.raises(NoGrammar, match="listed values"):
+        of_schema({"enum": [[number] for number in range(2500)]})
+
+
+@pytest.mark.parametrize("broken", ["string", 3, ["string"], {"type": [["string"]]}, {"type": [{"type": "string"}]}, {"required": [3]}, {"required": [["a"]]}])
+def test_a_broken_schema_within_a_tool_has_no_grammar(broken):
+    tool = {"name": "find", "description": "", "parameters": {"type": "object", "properties": {"x": broken}}}
+    with pytest.raises(NoGrammar, match="a schema that is none"):
+        of_calls("call", tool)
