@@ -1,6 +1,6 @@
 """Grammars of replies: all that training writes is in them, and nothing that is no reply."""
 
-
+import re
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
