@@ -55,6 +55,13 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         self.server.left.set()
 
+    def in_two_parts(self) -> None:
+        """A whole reply, whose last part is sent when the test says so."""
+        self.chunk(FIRST)
+        self.server.go_on.wait()
+        self.chunk(LAST)
+        self.chunk(b"")
+
     def break_off(self) -> None:
         self.close_connection = True
         self.connection.shutdown(socket.SHUT_RDWR)
@@ -128,13 +135,7 @@ def test_a_client_that_goes_with_the_streams_last_word_has_been_answered(streams
 
 
 def test_a_stream_is_under_way_until_it_ends(streams, tmp_path):
-    def answer(handler):
-        handler.chunk(FIRST)
-        streams.go_on.wait()
-        handler.chunk(LAST)
-        handler.chunk(b"")
-
-    streams.answer = answer
+    streams.answer = Handler.in_two_parts
     with serving(tmp_path, "--mode", "hosted", hosted=streams) as running:
         with stream(running) as reply:
             parts = reply.iter_raw()
@@ -314,13 +315,7 @@ def test_a_compressed_answer_is_decompressed_or_keeps_its_header(streams, hosted
 def test_workers_whose_first_process_is_killed_answer_and_a_restart_waits_for_them(streams, tmp_path):
     """As where the system ends it for its memory, and a supervisor starts the endpoint again at once."""
 
-    def answer(handler):
-        handler.chunk(FIRST)
-        streams.go_on.wait()
-        handler.chunk(LAST)
-        handler.chunk(b"")
-
-    streams.answer = answer
+    streams.answer = Handler.in_two_parts
     with serving(tmp_path, "--mode", "shadow", "--workers", 2, hosted=streams) as running, stream(running) as reply:
         parts = reply.iter_raw()
         assert next(parts) == FIRST
